@@ -1,0 +1,43 @@
+# make demo   train a GPT from the template notebook with two processes, end to end
+# make test   everything: lint, types, tests
+# Both make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
+
+PYTHON ?= python3
+CONSTRAINTS ?= .ci/constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+# one thread a process: two processes with two threads each on two cores crawl
+export OMP_NUM_THREADS ?= 1
+
+DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p global_batch_size 32 \
+        -p epochs 6 -p lr 3e-3 -p max_new_tokens 120
+
+.PHONY: demo test test-gpu lint notebooks bench clean
+
+$(VENV)/installed: requirements.txt pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python tools/notebooks.py build
+	$(BIN)/python tools/notebooks.py run text_generation $(DEMO) --output build/demo/text_generation.ipynb
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+notebooks: $(VENV)/installed
+	$(BIN)/python tools/notebooks.py build
+
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
+	$(BIN)/python tools/bench/loop.py
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,75 @@
+"""The command line: look at the machine, train.
+
+    python -m kaggle_mgpu gpus
+    python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
+    torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
+
+Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
+exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from types import ModuleType
+
+from . import env
+
+
+def recipes() -> list[str]:
+    """The names of the templates."""
+    from . import recipes as package
+
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+    """The argument parser, and the recipes' modules by name."""
+    top = argparse.ArgumentParser(prog="python -m kaggle_mgpu", description=(__doc__ or "").split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True)
+    commands.add_parser("gpus", help="the GPUs there are, and the mode that follows")
+    modules: dict[str, ModuleType] = {}
+    names = commands.add_parser("train", help="train a recipe").add_subparsers(
+        dest="recipe", required=True, metavar="RECIPE"
+    )
+    for name in recipes():
+        modules[name] = importlib.import_module(f".recipes.{name}", __package__)
+        summary = (modules[name].__doc__ or name).split("\n\n")[0]
+        of_recipe = names.add_parser(name, help=summary, description=summary)
+        of_recipe.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
+        modules[name].Config.add_arguments(of_recipe)
+    return top, modules
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    env.fix(verbose=False)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpus"]:  # without the second that the recipes' imports take
+        from . import devices
+
+        print(devices.report())
+        return 0
+    top, modules = parser()
+    given = top.parse_args(arguments)
+    recipe = modules[given.recipe]
+    try:
+        base = recipe.Config.load(given.config) if given.config else None
+        config = recipe.Config.from_arguments(given, base)
+        from .launch import launch
+        from .trainer import train
+
+        result = launch(train, config, recipe.task(config))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if error.__cause__ is not None:
+            print(error.__cause__, file=sys.stderr)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0 if result.finished or result.reason in ("time limit", "asked to stop") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""`TrainConfig`: one flat frozen dataclass, the same names in a notebook, a YAML file and the command line.
+
+    config = TrainConfig(global_batch_size=64, lr=3e-4, epochs=2)
+    config = TrainConfig.load("run.yaml").replace(epochs=3)
+    config = TrainConfig.from_dict(parameters)  # a misspelt name is a TypeError that suggests the right one
+
+A recipe's config is a subclass with fields of its own. Values are checked when the config is made, by the type each
+field is annotated with, so "1e-4" from papermill or YAML becomes a float and "fast" in an int field is an error that
+names the field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+
+def parse_duration(text: str | float) -> float:
+    """Seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
+
+    Raises:
+        ValueError: the text is not a duration, or not above zero.
+    """
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+    body = str(text).strip().lower().replace(" ", "")
+    if re.fullmatch(r"\d+(\.\d+)?", body):
+        seconds = float(body)
+    elif re.fullmatch(r"(\d+(\.\d+)?[dhms])+", body):
+        seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([dhms])", body))
+    else:
+        raise ValueError(f"not a duration: {text!r}. Write it like '11h30m', '45m', '90s' or a number of seconds.")
+    if seconds <= 0:
+        raise ValueError(f"a duration must be above zero, got {text!r}")
+    return seconds
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. What to train is a `Task`'s business."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
+        "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
+        "save_interval_minutes keep_last resume output_dir tensorboard".split()
+    )
+    """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
+    batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
+
+    # Where it runs
+    strategy: Literal["auto", "single", "dp", "ddp"] = "auto"
+    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; auto: ddp where nproc > 1."""
+    nproc: int | Literal["auto"] = "auto"
+    """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
+    gpu_ids: str | None = None
+    """Which GPUs, as "0,1". None: all of them."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), fp32 on CPU."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
+
+    # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all GPUs. Keeps its meaning on 1, 2, 4 GPUs."""
+    micro_batch_size: int | None = None
+    """Samples per forward pass on one GPU."""
+    gradient_accumulation_steps: int | None = None
+    """Forward/backward passes per optimizer step."""
+    data_workers: int | Literal["auto"] = "auto"
+    """Loader processes per rank. auto: the CPUs shared out, at most 4 in all; 0 for datasets fetched by the batch."""
+
+    # How long
+    epochs: int = 1
+    """Passes over the training data. Ignored when max_steps is given."""
+    max_steps: int | None = None
+    """Optimizer steps to take in all, whatever that is in epochs."""
+    time_limit: str | None = None
+    """Stop in good order after this long ("11h30m"): save, write result.json with finished: false, return."""
+
+    # The optimizer
+    lr: float = 1e-3
+    """Peak learning rate (for base_batch_size, when lr_scaling is not none)."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """Scale lr with global_batch_size / base_batch_size, or its square root."""
+    base_batch_size: int = 256
+    """The batch size that lr was chosen for; read only when lr_scaling is not none."""
+    weight_decay: float = 0.1
+    """AdamW's decoupled weight decay, applied to matrices only."""
+    warmup_steps: int | float = 0
+    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    schedule_cycles: int = 4
+    """Number of cosine cycles of cosine_restarts."""
+    schedule_power: float = 2.0
+    """Exponent of polynomial."""
+    min_lr: float = 0.0
+    """Where the schedule ends."""
+    max_norm: float | None = 1.0
+    """Clip the norm of the whole gradient to this. None: do not clip."""
+    ema_decay: float | None = None
+    """Average the weights with this decay; evaluation and the final weights then use the average."""
+
+    # When to look and when to save
+    eval_every: int | Literal["epoch", "end"] = "epoch"
+    """Evaluate every so many steps, after each epoch, or at the end only."""
+    log_every: int = 10
+    """Steps between records of loss, learning rate and throughput."""
+    save_every: int | None = None
+    """Steps between checkpoints, beside those that save_interval_minutes asks for. None: by the clock alone."""
+    save_interval_minutes: float = 30.0
+    """Minutes between checkpoints."""
+    keep_last: int = 4
+    """Checkpoints to keep, newest first."""
+    best_metric: str = "loss"
+    """The validation metric that decides which weights are kept in best/."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether best_metric is better when smaller or larger."""
+
+    # The run
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint of this run; never: start anew; or the path of a checkpoint."""
+    output_dir: str = "run"
+    """The run's folder: config, metrics, logs, checkpoints, weights, result."""
+    seed: int = 1337
+    """Seeds the weights, the order of samples and every other random choice."""
+    tensorboard: bool = False
+    """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
+
+    def __post_init__(self) -> None:
+        for name, annotation in _annotations(type(self)).items():
+            object.__setattr__(self, name, _parse(f"{type(self).__name__}.{name}", annotation, getattr(self, name)))
+        at_least = {
+            "nproc": 1, "global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
+            "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
+            "warmup_steps": 0, "schedule_cycles": 1, "schedule_power": 0.0, "min_lr": 0.0, "eval_every": 1,
+            "log_every": 1, "save_every": 1, "keep_last": 1, "save_interval_minutes": 0.0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            # `not >=` rather than `<`, so that nan is refused too
+            if isinstance(value, int | float) and not value >= least:
+                raise ValueError(f"{type(self).__name__}.{name}: expected {least} or more, got {value!r}")
+        if self.max_norm is not None and not self.max_norm > 0:
+            raise ValueError(
+                f"{type(self).__name__}.max_norm: expected above 0, got {self.max_norm!r}; None switches clipping off"
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"{type(self).__name__}.ema_decay: expected between 0 and 1, got {self.ema_decay!r}")
+        if self.time_limit is not None:
+            parse_duration(self.time_limit)
+
+    @property
+    def workers_wanted(self) -> int | None:
+        """Worker processes this config asks for on one machine; None: as many as there are GPUs."""
+        if self.strategy in ("single", "dp"):
+            return 1
+        return None if self.nproc == "auto" else int(self.nproc)
+
+    # Dictionaries and files
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a config from names and values.
+
+        Raises:
+            TypeError: a name that no field has; the message suggests the nearest.
+            ValueError: a value that the field cannot take.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_names(values, known, where=cls.__name__)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked like a new one."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a .yaml, .yml or .json file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a mapping of names to values, or not readable as YAML/JSON.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"config file not found: {path.resolve()}")
+        text = path.read_text(encoding="utf-8")
+        try:
+            if path.suffix == ".json":
+                values = json.loads(text)
+            else:
+                import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
+
+                values = yaml.safe_load(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from None
+        except Exception as error:
+            raise ValueError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{path}: expected a mapping of names to values, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def diff(self, other: TrainConfig | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields whose values differ, as {name: (mine, the other's)}; a field one side lacks counts as None there."""
+        mine = self.to_dict()
+        theirs = other.to_dict() if isinstance(other, TrainConfig) else dict(other)
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+
+    # The command line
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """One flag per field: `--global-batch-size 64`, `--compile` / `--no-compile`."""
+        help_texts = _docstrings(cls)
+        annotations = _annotations(cls)
+        for field in dataclasses.fields(cls):
+            annotation, text = annotations[field.name], help_texts.get(field.name, "")
+            options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+            options["help"] = f"{text} (default: {field.default})".replace("%", "%%")
+            if annotation is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            else:
+                options["metavar"] = _describe(annotation)
+            parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+    @classmethod
+    def from_arguments(cls, namespace: argparse.Namespace, base: TrainConfig | None = None) -> Self:
+        """The config that the flags in `namespace` make, over `base` or the defaults."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {name: value for name, value in vars(namespace).items() if name in known}
+        return cls.from_dict({**(base.to_dict() if base is not None else {}), **given})
+
+
+def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:
+    """Raise TypeError for the first name that is not known, suggesting the nearest that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(sorted(known))}."
+            raise TypeError(f"{where} has no parameter {name!r}.{hint}")
+
+
+def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook's parameters cell defines, and the cell that papermill puts after it, by IPython's history `In`.
+
+    Both begin with "# Parameters", the notebook's own with "# Parameters of this notebook". Only what they assign
+    counts, so the cell can be edited and run again when the notebook is full of other names. Give the result to
+    `Config.from_dict`: a misspelt name is an error there, while papermill only warns of it in its log.
+
+    Raises:
+        RuntimeError: no such cell was run.
+    """
+    names: list[str] | None = None
+    for cell in namespace["In"][:-1]:
+        if cell.startswith("# Parameters of this notebook"):
+            names = []  # edited and run again: the newest counts
+        if names is not None and cell.startswith("# Parameters"):
+            nodes = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
+            names += [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+    if names is None:
+        raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
+    return {name: namespace[name] for name in names}
+
+
+# Types, from the annotations themselves
+def _annotations(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
+    return [annotation]
+
+
+def _describe(annotation: Any) -> str:
+    words = []
+    for choice in _choices(annotation):
+        if typing.get_origin(choice) is Literal:
+            words += [str(value) for value in typing.get_args(choice)]
+        else:
+            words.append("none" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
+    return "|".join(words)
+
+
+def _parse(name: str, annotation: Any, value: Any) -> Any:
+    """The value as one of the annotation's types; strings are read as the first type that can."""
+    for choice in _choices(annotation):
+        origin = typing.get_origin(choice)
+        if choice is Any:
+            return value
+        if origin is Literal:
+            if value in typing.get_args(choice) and not isinstance(value, bool):
+                return value
+        elif origin in (list, tuple):
+            if isinstance(value, str):
+                value = [part for part in re.split(r"[,\s]+", value.strip("[]() ")) if part]
+            if isinstance(value, list | tuple):
+                inner = (typing.get_args(choice) or (Any,))[0]
+                return tuple(_parse(f"{name}[{i}]", inner, item) for i, item in enumerate(value))
+        elif choice is types.NoneType:
+            if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+                return None
+        elif choice is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+                return value.lower() in ("true", "yes", "1")
+        elif choice is int:
+            # 1e3 from papermill is a float that means an int; 0.03 does not, and may fit a later choice
+            if not isinstance(value, bool) and isinstance(value, int | float | str):
+                try:
+                    number = float(value)
+                    if number == int(number):
+                        return int(value) if isinstance(value, int) or not _has_point(value) else int(number)
+                except (ValueError, OverflowError):
+                    pass
+        elif choice is float:
+            if not isinstance(value, bool) and isinstance(value, int | float | str):
+                try:
+                    return float(value)
+                except ValueError:
+                    pass
+        elif choice is str:
+            if isinstance(value, str | Path):
+                # "none" on a command line or in papermill means None where None is allowed
+                if types.NoneType in _choices(annotation) and str(value).lower() in ("none", "null"):
+                    return None
+                return str(value)
+        elif isinstance(choice, type) and isinstance(value, choice):
+            return value
+    raise ValueError(f"{name}: expected {_describe(annotation)}, got {value!r} ({type(value).__name__})")
+
+
+def _has_point(value: float | str) -> bool:
+    return isinstance(value, float) or not value.strip().lstrip("+-").isdigit()
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """The docstring under each field, for --help; a class whose source cannot be read has none."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for line, following in itertools.pairwise(body):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                texts[line.target.id] = inspect.cleandoc(str(following.value.value))
+    return texts

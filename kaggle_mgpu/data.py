@@ -1,0 +1,397 @@
+"""Which samples make up which step, on which rank, and getting them there.
+
+The order of samples is a function of (seed, epoch) alone. A step takes the next `global_batch_size` samples of that
+order, whoever computes them: each rank takes its share of that slice and cuts it into micro-batches. So one GPU and
+four see the same samples at the same step, and the position in the data is one number, `samples_seen`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from . import distributed
+
+DEFAULT_GLOBAL_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The arithmetic of a run, checked once: global = micro x replicas x accumulation, and the steps that makes."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    num_replicas: int
+    gradient_accumulation_steps: int
+    dataset_size: int
+    max_steps: int
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        dataset_size: int,
+        num_replicas: int = 1,
+        global_batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        epochs: int = 1,
+        max_steps: int | None = None,
+    ) -> Self:
+        """Fill in what was not given, and check what was.
+
+        Raises:
+            ValueError: an empty dataset; three numbers that do not multiply; a batch that the replicas cannot share.
+        """
+        if dataset_size < 1:
+            raise ValueError("the training data is empty: train_data() has length 0. Check the path it reads from.")
+        whole, micro, accumulation = global_batch_size, micro_batch_size, gradient_accumulation_steps
+        if whole is None and (micro is None or accumulation is None):
+            if micro is None:
+                whole = DEFAULT_GLOBAL_BATCH_SIZE
+            else:
+                accumulation = 1
+        if whole is None:
+            assert micro is not None and accumulation is not None
+            whole = micro * num_replicas * accumulation
+        replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
+        if micro is not None and accumulation is not None:
+            if micro * num_replicas * accumulation != whole:
+                raise ValueError(
+                    f"the batch sizes do not multiply: micro_batch_size {micro} x {replicas} x "
+                    f"gradient_accumulation_steps {accumulation} = {micro * num_replicas * accumulation}, but "
+                    f"global_batch_size is {whole}. Leave one of the three out and it follows from the others."
+                )
+        elif micro is not None:
+            if micro > whole:
+                raise ValueError(
+                    f"micro_batch_size {micro} is larger than global_batch_size {whole}. Expected at most "
+                    f"{max(1, whole // num_replicas)} for {replicas}; lower it, or raise global_batch_size."
+                )
+            if whole % (micro * num_replicas):
+                near = _nearest(whole, micro * num_replicas)
+                raise ValueError(
+                    f"global_batch_size {whole} cannot be made of micro_batch_size {micro} x {replicas} = "
+                    f"{micro * num_replicas} samples at a time. Choose global_batch_size {near}, or another "
+                    f"micro_batch_size."
+                )
+            accumulation = whole // (micro * num_replicas)
+        else:
+            accumulation = accumulation or 1
+            if whole % (num_replicas * accumulation):
+                near = _nearest(whole, num_replicas * accumulation)
+                raise ValueError(
+                    f"global_batch_size {whole} cannot be shared by {replicas} x gradient_accumulation_steps "
+                    f"{accumulation}: it is not a multiple of {num_replicas * accumulation}. Choose global_batch_size "
+                    f"{near}, or another number of GPUs."
+                )
+            micro = whole // (num_replicas * accumulation)
+        steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / whole)
+        return cls(whole, micro, num_replicas, accumulation, dataset_size, steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per pass over the data; the last one takes what is left."""
+        return math.ceil(self.dataset_size / self.global_batch_size)
+
+    def scaled_lr(self, lr: float, lr_scaling: str, base_batch_size: int) -> float:
+        """The learning rate for this global batch: linear (Goyal et al. 2017) or square root (Krizhevsky 2014)."""
+        ratio = self.global_batch_size / base_batch_size
+        return lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[lr_scaling]
+
+    def sentence(self, unit: str = "GPU") -> str:
+        """The plan in words; `unit` is what one replica runs on."""
+        replicas = f"{self.num_replicas} {unit}{'' if self.num_replicas == 1 else _plural(unit)}"
+        return (
+            f"global batch {self.global_batch_size} = {self.micro_batch_size} per {unit} x {replicas} x "
+            f"{self.gradient_accumulation_steps} accumulation "
+            f"step{'' if self.gradient_accumulation_steps == 1 else 's'}; "
+            f"{self.dataset_size:,} samples, {self.steps_per_epoch:,} steps an epoch, {self.max_steps:,} steps in all"
+        )
+
+
+def _plural(word: str) -> str:
+    return "es" if word.endswith("s") else "s"
+
+
+def _nearest(value: int, factor: int) -> str:
+    below, above = value // factor * factor, math.ceil(value / factor) * factor
+    return f"{below} or {above}" if below else str(above)
+
+
+class Order:
+    """A pseudo-random permutation of range(size) that costs nothing to make and nothing to start in the middle.
+
+    A Feistel network is a bijection of 2^k numbers for any round function; walking its cycle until it lands below size
+    makes it a bijection of range(size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No array of
+    the dataset's length is ever made, and the order does not depend on any library's random generator.
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, size: int, seed: int, epoch: int) -> None:
+        self.size = size
+        # at least 8 bits: halves of one or two bits would permute tiny datasets in only a few ways
+        self.half_bits = max(4, math.ceil((size - 1).bit_length() / 2))
+        self.mask = np.uint64((1 << self.half_bits) - 1)
+        state = _mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch)
+        self.keys = _mix(state + np.arange(1, self.ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """The samples at positions start:stop, as int64[stop - start]."""
+        start, stop, _ = positions.indices(self.size)
+        values = self._permute(np.arange(start, stop, dtype=np.uint64))
+        while (outside := values >= self.size).any():
+            values[outside] = self._permute(values[outside])
+        return values.astype(np.int64)
+
+    def _permute(self, values: np.ndarray) -> np.ndarray:
+        bits = np.uint64(self.half_bits)
+        left, right = values >> bits, values & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right ^ key) & self.mask)
+        return (left << bits) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one global batch: the indices of each micro-batch, and what the whole batch holds."""
+
+    micro_batches: list[np.ndarray]
+    real: list[bool]
+    """False where a rank has no sample left while another still has: it then computes any one sample with weight 0,
+    since every rank must take part in every gradient all-reduce."""
+    samples: int
+
+
+class Sampler:
+    """This rank's shares of the global batches, one a step, from any `samples_seen` on, without end."""
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        *,
+        seed: int,
+        samples_seen: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.plan, self.seed, self.samples_seen = plan, seed, samples_seen
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        # under dp one process feeds all its replicas
+        self.micro = plan.micro_batch_size * (plan.num_replicas // self.world_size)
+
+    # The permutation is evaluated for this many positions at a time: one by one, NumPy's call overhead would show.
+    BLOCK = 1 << 15
+
+    def __iter__(self) -> Iterator[Share]:
+        size, batch = self.plan.dataset_size, self.plan.global_batch_size
+        epoch, position = divmod(self.samples_seen, size)
+        while True:
+            order = Order(size, self.seed, epoch)
+            while position < size:
+                block = order[position : position + max(self.BLOCK // batch, 1) * batch]
+                for start in range(0, len(block), batch):
+                    yield self._share(block[start : start + batch])
+                position += len(block)
+            epoch, position = epoch + 1, 0
+
+    def _share(self, indices: np.ndarray) -> Share:
+        count, ranks = len(indices), self.world_size
+        mine = indices[count * self.rank // ranks : count * (self.rank + 1) // ranks]
+        micro_steps = math.ceil(math.ceil(count / ranks) / self.micro)
+        parts = [mine[i * self.micro : (i + 1) * self.micro] for i in range(micro_steps)]
+        real = [len(part) > 0 for part in parts]
+        return Share([part if len(part) else indices[:1] for part in parts], real, count)
+
+
+@dataclass
+class Step:
+    """What a rank computes in one optimizer step."""
+
+    micro_batches: list[Any]
+    weights: list[float]
+    """1.0, or 0.0 where the micro-batch stands in for none (see `Share.real`)."""
+    samples: int
+    """In the whole global batch, over all ranks."""
+    terms: Callable[[], int]
+    """How many terms the loss of the whole global batch has; asking waits until all ranks have counted theirs."""
+
+
+def size_of(dataset: Dataset[Any], what: str) -> int:
+    """len(dataset), or a TypeError that says what is needed."""
+    if not isinstance(dataset, Sized):
+        raise TypeError(
+            f"{what} has no length: expected a map-style dataset (__len__ and __getitem__), got "
+            f"{type(dataset).__name__}. Exact resume needs samples that can be asked for by number."
+        )
+    return len(dataset)
+
+
+class Fetch(Dataset[Any]):
+    """Samples by index, as one batch: the dataset's own `batch(indices)` where it has one, else items collated."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
+        self.dataset, self.collate = dataset, collate
+        self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
+        if self.whole is None and type(dataset) is TensorDataset and collate is default_collate:
+            # what collating its rows one by one would give, 30 times as fast; rows are lists there, so is this
+            self.whole = lambda indices: [tensor[indices] for tensor in dataset.tensors]
+
+    def __getitem__(self, indices: np.ndarray) -> Any:
+        if self.whole is not None:
+            return self.whole(torch.from_numpy(np.ascontiguousarray(indices)))
+        several = getattr(self.dataset, "__getitems__", None)
+        rows = indices.tolist()
+        return self.collate(several(rows) if several else [self.dataset[row] for row in rows])
+
+
+def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
+    """Loader processes for one rank. Where a batch is one indexing operation, a process costs more than it saves."""
+    if wanted != "auto":
+        return wanted
+    return 0 if fetch.whole is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
+
+
+def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
+    """Batches for an iterable of index arrays, in its order, fetched here or by `workers` loader processes."""
+    if workers == 0 and not pin_memory:
+        return (fetch[indices] for indices in index_batches)
+    loader: DataLoader[Any] = DataLoader(
+        fetch,
+        batch_size=None,
+        sampler=cast(Any, index_batches),
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+    return iter(loader)
+
+
+class Batches:
+    """Endless `Step`s for training, from the sampler's position on.
+
+    `count` is the number of loss terms in a batch; None where each sample is one term, which needs no collective.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        fetch: Fetch,
+        *,
+        count: Callable[[Any], int] | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.count = count
+        self.shares = iter(sampler)
+        self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        share = next(self.shares)
+        batches = [next(self.loaded) for _ in share.micro_batches]
+        if self.count is None:
+            terms: Callable[[], int] = lambda: share.samples  # noqa: E731
+        else:
+            # counted before the copy to the device, so that no count ever waits for the GPU
+            mine = sum(self.count(batch) for batch, real in zip(batches, share.real, strict=True) if real)
+            terms = distributed.sum_later(mine)
+        return Step(batches, [float(real) for real in share.real], share.samples, terms)
+
+
+class _Parts:
+    """The sampler's index arrays, one after the other, for the loader."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (part for share in self.sampler for part in share.micro_batches)
+
+
+def evaluation_batches(
+    fetch: Fetch,
+    size: int,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    device: torch.device | None = None,
+) -> Iterator[Any]:
+    """This rank's batches of a dataset seen once in order: over all ranks each sample exactly once, none padded."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    starts: Sequence[int] = range(rank * batch_size, size, ranks * batch_size)
+    indices = [np.arange(start, min(start + batch_size, size)) for start in starts]
+    batches = load(fetch, indices, workers=workers, pin_memory=pin_memory)
+    return batches if device is None or device.type == "cpu" else (move(batch, device) for batch in batches)
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; dicts, lists, tuples and objects with `.to` are followed."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+    """The same steps with their batches on `device`; on a GPU each is copied while the step before it computes."""
+    if device.type != "cuda":
+        yield from steps
+        return
+    copying = torch.cuda.Stream(device)
+
+    def start_copy(step: Step) -> Step:
+        with torch.cuda.stream(copying):
+            return Step([move(batch, device) for batch in step.micro_batches], step.weights, step.samples, step.terms)
+
+    coming = start_copy(next(steps))
+    while True:
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(copying)
+        for tensor in _tensors(coming.micro_batches):
+            # so that the allocator does not hand the memory out again while the step still reads it
+            tensor.record_stream(computing)
+        step, coming = coming, start_copy(next(steps))
+        yield step
+
+
+def samples_in(batch: Any) -> int:
+    """Length of the first dimension of the first tensor in the batch.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    found = next(_tensors(batch), None)
+    if found is None or found.ndim == 0:
+        raise TypeError(f"cannot count the samples of a batch of type {type(batch).__name__}: define Task.count")
+    return int(found.shape[0])
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, dict | list | tuple):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(part)

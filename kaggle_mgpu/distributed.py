@@ -1,0 +1,209 @@
+"""Who am I among the processes of this run, and the few things that they do together.
+
+Everything here works in a single process too: a world of one. So neither the loop nor a task asks how many there are.
+
+    distributed.init()                    # under torchrun, or with the store that the launcher made
+    total = distributed.sum(my_count)     # the same number on every rank
+    if distributed.agree(out_of_time): …  # true everywhere as soon as it is true anywhere
+"""
+
+from __future__ import annotations
+
+import builtins
+import datetime
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast, overload
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Longer than any one rank may keep the others waiting: rank 0 tokenising a corpus, writing a checkpoint to a slow disk.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def active() -> bool:
+    """Whether a process group of more than this process is there."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """0 … world_size - 1, over all machines."""
+    return dist.get_rank() if active() else 0
+
+
+def world_size() -> int:
+    """Number of processes, over all machines."""
+    return dist.get_world_size() if active() else 1
+
+
+def local_rank() -> int:
+    """0 … local_world_size - 1 on this machine; the index of this process's GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if active() else 0
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if active() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the one that writes and speaks."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or a scheduler that sets the same variables) started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+def init(store: dist.Store | None = None, *, rank: int | None = None, world_size: int | None = None) -> None:
+    """Join the process group: through `store`, or through the variables that torchrun sets. Twice does nothing.
+
+    CPU tensors go over gloo and GPU tensors over NCCL in the same group, so that a count or a decision never has to
+    wait for the GPU.
+    """
+    if active() or (store is None and not under_torchrun()):
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if store is None:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        assert rank is not None and world_size is not None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if active():
+        dist.destroy_process_group()
+
+
+@overload
+def sum(value: int) -> int: ...
+@overload
+def sum(value: float) -> float: ...
+@overload
+def sum(value: torch.Tensor) -> torch.Tensor: ...
+def sum(value: Any) -> Any:
+    """The sum over all ranks: an int for an int, a float for a float, a new tensor for a tensor."""
+    return sum_later(value)()
+
+
+def sum_later(value: T) -> Callable[[], T]:
+    """Start summing over all ranks; calling what this returns waits for the sum and returns it.
+
+    Between the two there is room for work: the count of a step's terms travels while its first forward pass runs.
+    """
+    if not active():
+        return lambda: value
+    if isinstance(value, torch.Tensor):
+        total: Any = value.detach().clone()
+    else:
+        total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+    work = dist.all_reduce(total, async_op=True)
+    done: list[Any] = []
+
+    def wait() -> Any:
+        if not done:
+            work.wait()
+            done.append(total if isinstance(value, torch.Tensor) else total.item())
+        return done[0]
+
+    return wait
+
+
+def agree(flag: bool) -> bool:
+    """True on every rank as soon as it is true on any."""
+    return sum(int(flag)) > 0
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank (pickled: for small plain objects)."""
+    if not active():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on every rank, in the order of ranks (pickled: for small plain objects)."""
+    if not active():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    sum(0)
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; what it raises there is raised everywhere, so nobody waits on."""
+    if not active():
+        return action()
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (action(), None)
+        except Exception as error:
+            outcome = (None, error)
+    value, failure = broadcast(outcome)
+    if failure is not None:
+        raise failure
+    return cast(T, value)
+
+
+class Poll:
+    """Questions whose answer is each rank's own (the clock, a signal), answered alike on every rank.
+
+    A collective on every step would cost a small model more than a tenth of its time, so the ranks ask each other about
+    every `seconds`; after how many steps that is, they agree on too. A world of one answers at once.
+    """
+
+    def __init__(self, seconds: float = 0.5) -> None:
+        self.seconds = seconds
+        self.steps = 0
+        self.next = 1
+        self.interval = 1
+        self.since = time.monotonic()
+
+    def __call__(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any rank raised it; all false on the steps between two questions."""
+        if not active():
+            return list(flags)
+        self.steps += 1
+        if self.steps < self.next:
+            return [False] * len(flags)
+        now = time.monotonic()
+        pace = (now - self.since) / self.interval
+        answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+        *raised, slowest = answers.tolist()
+        # at most doubled each time, so that one quick step after a slow start does not silence the ranks for long
+        self.interval = builtins.max(
+            1, builtins.min(int(self.seconds / builtins.max(slowest, 1e-6)), 2 * self.interval)
+        )
+        self.next = self.steps + self.interval
+        self.since = now
+        return [value > 0 for value in raised]
+
+
+def returns_rank0(function: Callable[..., T]) -> Callable[..., T]:
+    """Mark a function whose result is one and the same for the whole run: `launch` then returns rank 0's alone."""
+    function.returns_rank0 = True  # type: ignore[attr-defined]
+    return function

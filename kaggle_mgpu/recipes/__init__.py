@@ -1,0 +1,1 @@
+"""Templates: one module each, with a `Config` and `task(config)`."""

@@ -1,0 +1,247 @@
+"""Where am I: which kind of Kaggle session (or none), where its folders are, how long it has left,
+and whether a display in the cell can be updated in place.
+
+Standard library only. ``KAGGLE_MGPU_KAGGLE_ROOT`` moves Kaggle's folders (default ``/kaggle``), and
+``KAGGLE_MGPU_DISPLAY=live|lines`` decides about the display where the guess is wrong::
+
+    from kaggle_mgpu import session
+    session.kind()                       # "interactive", "batch", "rerun" or "local"
+    session.find("train.csv")            # wherever the competition is mounted
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["interactive", "batch", "rerun", "local"]
+Channel = Callable[[str, str, str], None]
+
+SESSION_HOURS = {"interactive": 12.0, "batch": 12.0, "rerun": 9.0}
+"""After how many hours Kaggle ends a GPU session, by kind."""
+
+_GROUP_DEPTH = {"datasets": 2, "notebooks": 2, "models": 2, "competitions": 1}  # <owner>/<slug>, or <slug>
+
+
+def kind() -> Kind:
+    """Kaggle's editor ("interactive"), "Save & Run All" ("batch"), a competition's "rerun", or "local"."""
+    if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+        return "rerun"
+    run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "").lower()
+    if not run_type:
+        return "local"
+    return "interactive" if run_type == "interactive" else "batch"  # a new name: nobody may be watching
+
+
+def on_kaggle() -> bool:
+    """Whether this is a Kaggle session of any kind."""
+    return kind() != "local"
+
+
+# --- folders ----------------------------------------------------------------------------------------
+
+
+def _root() -> Path:
+    return Path(os.environ.get("KAGGLE_MGPU_KAGGLE_ROOT") or "/kaggle")
+
+
+def input_root() -> Path:
+    """The folder under which Kaggle mounts inputs; it need not exist."""
+    return _root() / "input"
+
+
+def working() -> Path:
+    """The folder whose files Kaggle keeps, or the current one where there is none."""
+    folder = _root() / "working"
+    return folder if folder.is_dir() else Path.cwd()
+
+
+def inputs() -> list[Path]:
+    """The mounted sources, sorted, in today's layout (``datasets/<owner>/<slug>``, ``notebooks/…``,
+    ``models/<owner>/<slug>``, ``competitions/<slug>``) and the older one (``<slug>``)."""
+    sources: list[Path] = []
+    for folder in _folders(input_root()):
+        level = [folder]
+        for _ in range(_GROUP_DEPTH.get(folder.name, 0)):
+            level = [child for parent in level for child in _folders(parent)]
+        sources += level
+    return sorted(sources)
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(child for child in folder.iterdir() if child.is_dir())
+    except OSError:
+        return []
+
+
+def find(pattern: str, roots: Iterable[Path | str] | None = None, max_depth: int = 10, limit: int = 1000) -> list[Path]:
+    """Files and folders whose last parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
+
+    The order is always the same: roots in the order given, then shallow before deep, then by name. A folder
+    reachable in several ways (a link) is searched once; what cannot be read is passed over.
+
+    Args:
+        pattern: ``*`` and ``?`` do not cross a ``/``; capitals count.
+        roots: where to search; default: the folder of Kaggle's inputs.
+        max_depth: how many folders below a root to look, the root's own entries being depth 1.
+        limit: stop after this many results.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for root in [input_root()] if roots is None else map(Path, roots):
+        level = [root]
+        for _ in range(max_depth):
+            entries = [entry for folder in level for entry in _scan(folder, seen)]
+            for path, _is_folder in entries:
+                if path.match(pattern):
+                    found.append(path)
+                    if len(found) >= limit:
+                        return found
+            level = [path for path, is_folder in entries if is_folder]
+    return found
+
+
+def _scan(folder: Path, seen: set[tuple[int, int]]) -> list[tuple[Path, bool]]:
+    """(path, is it a folder) of what ``folder`` holds, by name; [] a second time: links can form circles."""
+    try:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            return []
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            return sorted((folder / entry.name, entry.is_dir()) for entry in entries)
+    except OSError:
+        return []
+
+
+# --- display ----------------------------------------------------------------------------------------
+
+_channel: Channel | None = None
+_shown: dict[str, int] = {}  # display id -> number of the cell it was last created in
+
+
+def _shell() -> Any | None:
+    """The running kernel's IPython shell; never imports IPython, which a kernel has imported long ago."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if hasattr(ipython, "get_ipython") else None  # type: ignore[union-attr]
+    return shell if hasattr(shell, "kernel") else None
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs in this process (False in a terminal, a script, a worker)."""
+    return _shell() is not None
+
+
+def _override() -> str:
+    value = os.environ.get("KAGGLE_MGPU_DISPLAY", "")
+    if value not in ("", "live", "lines"):
+        raise ValueError(f"KAGGLE_MGPU_DISPLAY is {value!r}, expected 'live' or 'lines': correct or unset it")
+    return value
+
+
+def live() -> bool:
+    """Whether a display may be updated in place: someone watches a notebook, in no batch run or CI.
+
+    Raises:
+        ValueError: KAGGLE_MGPU_DISPLAY has another value than ``live`` or ``lines``.
+    """
+    if override := _override():
+        return override == "live"
+    return kind() in ("interactive", "local") and not os.environ.get("CI") and in_notebook()
+
+
+def set_channel(channel: Channel | None) -> None:
+    """In a worker: hand displays to the notebook's process through ``channel(html, text, display_id)``."""
+    global _channel
+    _channel = channel
+
+
+def can_show() -> bool:
+    """Whether :func:`show` reaches somebody's eyes; where not, write lines."""
+    if _override() == "lines":
+        return False
+    return _channel is not None or (in_notebook() and live())
+
+
+def show(html: str, text: str, display_id: str) -> None:
+    """Show one display in the cell, or update it in place where this cell has it already.
+
+    In a worker with a channel it goes to the notebook's process. With neither a channel nor a notebook
+    nothing happens (see :func:`can_show`). Shown again from a later cell, the display appears there too.
+
+    Args:
+        html: what a notebook shows.
+        text: the same for whatever cannot show HTML.
+        display_id: the display's name; another name is another display.
+    """
+    if _channel is not None:
+        _channel(html, text, display_id)
+    elif (shell := _shell()) is not None:
+        from IPython.display import display
+
+        update = _shown.get(display_id) == shell.execution_count
+        _shown[display_id] = shell.execution_count
+        display({"text/html": html, "text/plain": text}, raw=True, display_id=display_id, update=update)
+
+
+# --- time -------------------------------------------------------------------------------------------
+
+PROC = Path("/proc")
+_imported = time.monotonic()
+
+
+class Deadline:
+    """So many seconds from ``started`` (default: now) on the monotonic clock, which no clock change moves.
+
+    Example:
+        >>> Deadline(None).remaining()
+        inf
+    """
+
+    def __init__(self, seconds: float | None, started: float | None = None) -> None:
+        """``seconds``: None for no limit. ``started``: a value of ``time.monotonic()``."""
+        self._end = math.inf if seconds is None else (time.monotonic() if started is None else started) + seconds
+
+    def remaining(self) -> float:
+        """Seconds left, negative once it is over; inf without a limit."""
+        return self._end - time.monotonic()
+
+    def reached(self, margin: float = 0.0) -> bool:
+        """Whether no more than ``margin`` seconds are left."""
+        return self.remaining() <= margin
+
+
+def session_started() -> float:
+    """How many seconds ago this session began, as well as can be told.
+
+    On Kaggle: the age of process 1, the container's first (too long rather than too short, should a container
+    have waited for its user). Elsewhere, or where /proc does not tell: the age of this process.
+    """
+    ages = [_process_age("self"), _process_age("1") if on_kaggle() else None]
+    return max((age for age in ages if age is not None), default=time.monotonic() - _imported)
+
+
+def time_left() -> float:
+    """Seconds until Kaggle ends this session (see ``SESSION_HOURS``), at least 0; inf outside Kaggle.
+
+    Kaggle kills without a signal that could be caught: stop well before, and leave time to save.
+    """
+    hours = SESSION_HOURS.get(kind())
+    return math.inf if hours is None else max(0.0, hours * 3600.0 - session_started())
+
+
+def _process_age(pid: str) -> float | None:
+    """Seconds since a process started: field 22 of /proc/PID/stat counts ticks since boot (proc(5))."""
+    try:
+        stat = (PROC / pid / "stat").read_text()
+        uptime = float((PROC / "uptime").read_text().split()[0])
+        ticks = float(stat.rpartition(")")[2].split()[19])  # the name in field 2 may hold spaces and brackets
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None

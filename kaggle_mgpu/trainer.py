@@ -1,0 +1,588 @@
+"""The loop: `train(config, task)` takes a task from its seed, or from where it was left, to its last step.
+
+    result = launch(train, TrainConfig(global_batch_size=64, epochs=2), MyTask())  # on every GPU, from a notebook cell
+    result = train(config, task)                                                   # in this process
+
+`train` is the loop, and it is short; `_Run` holds what it works on, set up once. There are no callbacks and no hidden
+state: what a resumed run needs is in `TrainState`, in what `Strategy.full_state` lists, and in the random states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from . import checkpoint, data, devices, distributed, optim, progress, session, strategy
+from .config import TrainConfig, parse_duration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Task:
+    """What to train. How many GPUs, which precision, how the batch is split: none of the task's business.
+
+    Losses and metrics are sums with counts, not means: that is what makes one gradient, and one figure, out of any
+    split of the batch. A task may be defined in a notebook cell.
+    """
+
+    name: str = ""
+    """Says whose checkpoint it is. Default: the class's name."""
+    unit: str = "samples"
+    """What `count` counts; throughput is logged in it."""
+
+    def model(self) -> nn.Module:
+        """The model, on the CPU, with weights drawn from torch's random generator (which is seeded before)."""
+        raise NotImplementedError(f"{type(self).__name__}.model: return the nn.Module to train")
+
+    def train_data(self) -> Dataset[Any]:
+        """A map-style dataset. One with a method `batch(indices: int64 tensor)` is asked for whole batches."""
+        raise NotImplementedError(f"{type(self).__name__}.train_data: return a dataset with __len__ and __getitem__")
+
+    def val_data(self) -> Dataset[Any] | None:
+        """What is evaluated, each sample once; None: nothing."""
+        return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch of samples; torch's default_collate unless overridden."""
+        return default_collate(samples)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar."""
+        raise NotImplementedError(f"{type(self).__name__}.loss: return the sum of the batch's losses")
+
+    def count(self, batch: Any) -> int:
+        """How many terms `loss` sums over for this batch (still on the CPU). Default: its samples."""
+        return data.samples_in(batch)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        """Sums and counts over a batch of val_data; over all batches and ranks sum / count is reported.
+
+        Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them.
+        """
+        return {"loss": (self.loss(model, batch), self.count(batch))}
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """From the means over val_data to what is reported: the place for a perplexity or an F1 score."""
+        return {name: float(value) for name, value in metrics.items()}
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        """AdamW, with weight decay on matrices only. A group's `lr_scale` multiplies the learning rate for it."""
+        return optim.adamw(model, config.lr, config.weight_decay)
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Called on rank 0 with every record before it is logged (wandb, prints)."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is. With weights, optimizer and random states it is all that a resumed run needs."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples_seen: int = 0
+    """Position in the data: samples taken in all epochs together."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What it gave."""
+    best: float | None = None
+    """The best value of best_metric so far."""
+    seconds: float = 0.0
+    """Time spent, over all sessions."""
+
+
+@dataclass
+class Result:
+    """What a run came to; also in output_dir/result.json."""
+
+    output_dir: str
+    finished: bool
+    """False where it stopped before its last step; run the same again and it goes on."""
+    reason: str
+    step: int
+    max_steps: int
+    samples_seen: int
+    metrics: dict[str, float]
+    """The last evaluation."""
+    best: float | None
+    seconds: float
+    """Training time over all sessions."""
+    world_size: int
+    strategy: str
+    precision: str
+    skipped_steps: int
+    """Steps not taken because the gradient was not finite."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, one dictionary a line."""
+        return progress.read(self.output_dir)
+
+    def plot(self) -> Figure:
+        """Loss, learning rate and throughput over the run."""
+        return progress.plot(self.output_dir)
+
+    def load(self, model: nn.Module, which: str = "final") -> nn.Module:
+        """Load the trained weights ("final", or the "best" by validation) into `model`; returns it, in eval mode."""
+        name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
+        path = Path(self.output_dir) / name
+        if not path.is_file() and which == "best":  # nothing was evaluated
+            path = Path(self.output_dir) / "model.safetensors"
+        weights = checkpoint.read_tensors(path)
+        checkpoint.check_model(weights, model.state_dict(), str(path))
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+class DivergedError(FloatingPointError):
+    """The loss is not a number any more."""
+
+
+@distributed.returns_rank0
+def train(config: TrainConfig, task: Task) -> Result:
+    """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
+
+    Runs on every rank of a process group, or alone. Returns when the last step is taken, when time_limit comes near, or
+    when the process is asked to stop (SIGINT, SIGTERM: it finishes the step, saves and returns).
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the machine.
+        CheckpointError: the checkpoint found is another run's or another model's.
+        DivergedError: the loss became nan or infinite.
+    """
+    distributed.init()
+    run = _Run(config, task)
+    if (before := run.resume()) is not None:
+        return before
+    state, plan, how, poll = run.state, run.plan, run.strategy, distributed.Poll()
+
+    with run.start_log(), _stop_requests() as stop_request:
+        batches = run.batches()
+        while True:
+            done = state.step >= plan.max_steps
+            # each rank has its own clock and its own signals, so these are decided together
+            stop, no_time, save = poll(stop_request.is_set(), run.out_of_time(), run.save_is_due())
+            last = done or stop or no_time
+            if run.evaluation_is_due(done):
+                run.evaluate()
+            if state.step > run.saved_step and (last or save or _multiple(state.step, config.save_every)):
+                run.save()
+            if last:
+                break
+
+            step = next(batches)  # this rank's share of one global batch
+            losses = []
+            for i, batch in enumerate(step.micro_batches):
+                with how.micro_step(sync=i == len(step.micro_batches) - 1):
+                    losses.append(how.backward(batch, step.weights[i], step.terms))  # loss sum / terms of all ranks
+            lr = run.lr_at(state.step)
+            optim.set_lr(run.optimizer, lr)
+            norm = how.step(run.optimizer, max_norm=config.max_norm)
+            if run.ema is not None:
+                run.ema.update(how.model)
+            state.step += 1
+            state.samples_seen += step.samples
+            run.clock.count(step.samples, step.terms())
+            run.log_step(losses, step, lr, norm)  # only here does a loss reach Python, every log_every steps
+
+        return run.finish("finished" if done else "asked to stop" if stop else "time limit")
+
+
+class _Run:
+    """What the loop works on, made once from the config and the task, the same on every rank."""
+
+    def __init__(self, config: TrainConfig, task: Task) -> None:
+        self.config, self.task = config, task
+        self.out, self.main, self.world = Path(config.output_dir), distributed.is_main(), distributed.world_size()
+        allowed = parse_duration(config.time_limit) if config.time_limit else float("inf")
+        self.deadline = session.Deadline(min(allowed, session.time_left()))
+
+        # How many replicas, in which precision
+        self.device = distributed.device()
+        self.gpus = devices.gpus() if self.device.type == "cuda" else []
+        self.precision, precision_reason = devices.precision(config.precision, self.gpus)
+        wanted = (len(self.gpus) or 1) if config.nproc == "auto" else int(config.nproc)
+        kind, kind_reason = strategy.choose(
+            config.strategy, num_gpus=len(self.gpus), num_replicas=wanted, world_size=self.world
+        )
+        replicas = {"single": 1, "dp": wanted, "ddp": self.world}[kind.name]
+
+        # The data, and how each batch of it is split
+        train_set, val_set = task.train_data(), task.val_data()
+        self.plan = data.BatchPlan.make(
+            dataset_size=data.size_of(train_set, "train_data()"),
+            num_replicas=replicas,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            epochs=config.epochs,
+            max_steps=config.max_steps,
+        )
+        if val_set is not None and data.size_of(val_set, "val_data()") == 0:
+            raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
+        collate = default_collate if type(task).collate is Task.collate else task.collate
+        self.fetch = data.Fetch(train_set, collate)
+        self.val_fetch = None if val_set is None else data.Fetch(val_set, collate)
+        self.workers = data.workers_for(
+            self.fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size()
+        )
+
+        # The model: the same seed on every rank gives the same weights
+        checkpoint.seed_everything(config.seed)
+        self.strategy = kind(
+            task.loss, task.metrics, precision=self.precision, device=self.device, num_replicas=replicas
+        )
+        self.lr = self.plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
+        self.warmup_steps = optim.resolve_warmup(config.warmup_steps, self.plan.max_steps)
+        self.lr_at(0)  # a schedule that cannot be is found out now
+        model = self.strategy.prepare(_build(task, config))
+        self.optimizer = task.optimizer(model, config.replace(lr=self.lr))
+        self.ema = optim.EMA(model, config.ema_decay) if config.ema_decay else None
+        checkpoint.seed_everything(
+            config.seed + 1 + distributed.rank()
+        )  # from here on chance differs by rank: dropout masks, say
+
+        self.state = TrainState()
+        self.stamp = {"task": task.name or type(task).__name__, "global_batch_size": self.plan.global_batch_size}
+        self.checkpoints = checkpoint.Checkpoints(self.out / "checkpoints", keep_last=config.keep_last)
+        self.start: Path | None = None
+        self.random_states: list[Any] = []
+        unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
+        self.header = [
+            f"strategy {self.strategy.name}: {kind_reason}; precision {self.precision}: {precision_reason}",
+            self.plan.sentence(unit),
+            f"learning rate {self.lr:g}"
+            + (f" ({config.lr:g} scaled {config.lr_scaling})" if self.lr != config.lr else "")
+            + f", {config.schedule}, {self.warmup_steps} warm-up steps; "
+            + f"{sum(p.numel() for p in model.parameters()):,} parameters; {self.workers} loader processes per rank",
+        ]
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the step to be taken next."""
+        config = self.config
+        return optim.lr_at(
+            step,
+            schedule=config.schedule,
+            lr=self.lr,
+            max_steps=self.plan.max_steps,
+            warmup_steps=self.warmup_steps,
+            min_lr=config.min_lr,
+            cycles=config.schedule_cycles,
+            power=config.schedule_power,
+        )
+
+    def resume(self) -> Result | None:
+        """Load the checkpoint to go on from, if there is one; the result, if this run has finished already."""
+        self.start = distributed.from_main(
+            lambda: checkpoint.starting_point(
+                self.checkpoints,
+                resume=self.config.resume,
+                config=self.config.to_dict(),
+                may_change=self.config.MAY_CHANGE,
+                stamp=self.stamp,
+            )
+        )
+        if self.start is not None:
+            if (result := _finished(self.out, self.plan.max_steps)) is not None:
+                if self.main:
+                    print(f"already finished after {result.step} steps: {self.out}. resume='never' trains anew.")
+                return result
+            saved = checkpoint.load(self.start)
+            checkpoint.check_model(saved.tensors["model"], self.strategy.model.state_dict(), f"{self.start}")
+            self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
+            if self.ema is not None:
+                self.ema.load_state_dict(saved.tensors["ema"])
+            self.state = TrainState(**saved.facts["state"])
+            self.random_states = saved.state["random"]
+            self.header.append(f"going on from {self.start}: step {self.state.step} of {self.plan.max_steps}")
+        return None
+
+    def start_log(self) -> progress.Progress:
+        """Print how the run will go and open its log."""
+        if self.main:
+            print("\n".join(self.header), flush=True)
+            document = {**self.config.to_dict(), "stamp": self.stamp}
+            checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
+        self.clock = _Clock(self.state.seconds)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.first_step, self.bad_losses = self.state.step + 1, 0
+        self.log = progress.Progress(
+            self.out,
+            max_steps=self.plan.max_steps,
+            main=self.main,
+            resumed_step=self.state.step,
+            unit=self.task.unit,
+            on_record=self.task.on_record,
+            tensorboard=self.config.tensorboard,
+            world_size=self.world,
+            device_line=", ".join([*(gpu.name for gpu in self.gpus[: self.plan.num_replicas]), self.precision]),
+            history=self.start.parent.parent if self.start else None,
+        )
+        record = {"kind": "start", "step": self.state.step, "samples": self.state.samples_seen}
+        self.log.record({**record, "world_size": self.world, "strategy": self.strategy.name})
+        return self.log
+
+    def batches(self) -> Iterator[data.Step]:
+        """This rank's share of each global batch, from the run's position on, on the device."""
+        steps = data.Batches(
+            data.Sampler(self.plan, seed=self.config.seed, samples_seen=self.state.samples_seen),
+            self.fetch,
+            count=None if type(self.task).count is Task.count else self.task.count,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        if len(self.random_states) == self.world:  # after the loader, whose workers draw a seed
+            checkpoint.set_random_state(self.random_states[distributed.rank()])
+        return data.on_device(steps, self.strategy.input_device)
+
+    # Questions of the clock: each rank answers for itself
+    def out_of_time(self) -> bool:
+        """Whether another step, with the evaluation and the save that may follow it, might outlast the deadline."""
+        return self.deadline.reached(self.clock.margin())
+
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= self.config.save_interval_minutes * 60
+
+    def evaluation_is_due(self, done: bool) -> bool:
+        step, every = self.state.step, self.config.eval_every
+        if self.val_fetch is None or step == 0 or self.state.evaluated == step:
+            return False
+        every = self.plan.steps_per_epoch if every == "epoch" else every
+        return done or (every != "end" and step % int(every) == 0)
+
+    def evaluate(self) -> None:
+        """Metrics over val_data, each sample once over all ranks; keeps the weights where they are the best so far."""
+        state, model, fetch = self.state, self.strategy.model, self.val_fetch
+        assert fetch is not None
+        with self.clock.pause("evaluate"), self.averaged_weights():
+            self.strategy.sync_buffers()
+            batches = data.evaluation_batches(
+                fetch,
+                data.size_of(fetch.dataset, "val_data()"),
+                self.plan.micro_batch_size * (self.plan.num_replicas // self.world),
+                workers=data.workers_for(
+                    fetch, self.config.data_workers, devices.cpu_count(), distributed.local_world_size()
+                ),
+                pin_memory=self.device.type == "cuda",
+                device=self.strategy.input_device,
+            )
+            model.eval()
+            parts = distributed.gather(self.strategy.evaluate(batches))
+            model.train()
+            state.metrics, state.evaluated = _merge(self.task, parts), state.step
+            if _better(self.config, state):
+                state.best = state.metrics[self.config.best_metric]
+                if self.main:
+                    checkpoint.replace_tensors(self.out / "best" / "model.safetensors", model.state_dict())
+        record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
+        record |= {f"val_{name}": value for name, value in state.metrics.items()}
+        self.log.record({**record, "time": self.clock.seconds()})
+
+    def save(self) -> None:
+        """Write a checkpoint: every rank gives its part, rank 0 writes."""
+        with self.clock.pause("save"):
+            self.strategy.sync_buffers()
+            self.state.seconds = self.clock.seconds()
+            random_states = distributed.gather(checkpoint.random_state())
+            if self.main:
+                full = self.strategy.full_state(self.optimizer)
+                tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
+                facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
+                self.checkpoints.save(
+                    self.state.step,
+                    tensors=tensors,
+                    state={**full, "random": random_states},
+                    facts={**facts, "config": self.config.to_dict()},
+                )
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.log.record({"kind": "save", "step": self.state.step, "seconds": self.clock.longest["save"]})
+
+    def log_step(self, losses: list[Tensor], step: data.Step, lr: float, norm: Tensor) -> None:
+        """Record the step just taken, if it is one to record. Nothing else waits for the GPU."""
+        state, logged = self.state, self.state.step
+        due = logged in (1, self.plan.max_steps) or logged % self.config.log_every == 0
+        if not due and logged != self.first_step:
+            return
+        total = torch.stack([loss.double() for loss in losses]).sum().cpu()
+        loss = float(distributed.sum(total)) / step.terms()
+        self.bad_losses = 0 if np.isfinite(loss) else self.bad_losses + 1
+        # fp16 overflows now and then: the scaler then leaves the step out and halves its scale
+        if self.bad_losses > (2 if self.precision == "fp16" else 0):
+            raise DivergedError(
+                f"the loss is {loss} at step {logged} (learning rate {lr:g}, gradient norm {float(norm):g}). "
+                + (
+                    f"The checkpoint of step {self.saved_step} is from before. "
+                    if self.saved_step
+                    else "There is no checkpoint yet. "
+                )
+                + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
+            )
+        if due:
+            record = {"kind": "train", "step": logged, "samples": state.samples_seen}
+            record["epoch"] = round(state.samples_seen / self.plan.dataset_size, 4)
+            record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(self.strategy.skipped)}
+            self.log.record({**record, **self.clock.throughput(self.task.unit), "time": self.clock.seconds()})
+
+    def finish(self, reason: str) -> Result:
+        """Write the weights and result.json; what the run came to, or how far it got."""
+        state = self.state
+        self.strategy.sync_buffers()
+        state.seconds = self.clock.seconds()
+        result = Result(
+            output_dir=str(self.out),
+            finished=state.step >= self.plan.max_steps,
+            reason=reason,
+            step=state.step,
+            max_steps=self.plan.max_steps,
+            samples_seen=state.samples_seen,
+            metrics=state.metrics,
+            best=state.best,
+            seconds=state.seconds,
+            world_size=self.world,
+            strategy=self.strategy.name,
+            precision=self.precision,
+            skipped_steps=int(self.strategy.skipped),
+        )
+        if self.main:
+            with self.averaged_weights():
+                checkpoint.replace_tensors(self.out / "model.safetensors", self.strategy.model.state_dict())
+            checkpoint.write_text(self.out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+        self.log.record({"kind": "stop", "step": state.step, "reason": reason})
+        self.log.close(dataclasses.asdict(result))
+        distributed.barrier()  # nobody leaves, and nothing starts to read, before the files are there
+        return result
+
+    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the model has its averaged weights, where the run averages them."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
+
+
+class _Clock:
+    """Where the time goes: training time in all, throughput since the last record, and how long things take."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.began = before, time.monotonic()
+        self.since = self.counted = self.began
+        self.samples = self.terms = 0
+        self.longest: dict[str, float] = {"step": 0.0, "evaluate": 0.0, "save": 0.0}
+
+    def seconds(self) -> float:
+        """Of this run, over all sessions."""
+        return self.before + time.monotonic() - self.began
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Time spent on something else than steps: it does not count as throughput."""
+        start = time.monotonic()
+        yield
+        took = time.monotonic() - start
+        self.longest[what] = max(self.longest[what], took)
+        self.since += took
+        self.counted += took
+
+    def count(self, samples: int, terms: int) -> None:
+        """One step is taken."""
+        now = time.monotonic()
+        self.longest["step"] = max(self.longest["step"], now - self.counted)
+        self.counted = now
+        self.samples += samples
+        self.terms += terms
+
+    def throughput(self, unit: str) -> dict[str, float]:
+        """Since this was last asked; the GPU has just been waited for, so the time is its time."""
+        now = time.monotonic()
+        rate = (self.samples if unit == "samples" else self.terms) / max(now - self.since, 1e-9)
+        self.since, self.samples, self.terms = now, 0, 0
+        return {f"{unit.replace(' ', '_')}_per_s": rate}
+
+    def margin(self) -> float:
+        """Seconds to keep back before a deadline: half as much again as the longest step, evaluation and save took."""
+        return 1.5 * sum(self.longest.values())
+
+
+def _build(task: Task, config: TrainConfig) -> nn.Module:
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{type(task).__name__}.model must return an nn.Module, got {type(model).__name__}")
+    if config.gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ValueError(
+                f"gradient_checkpointing=True, but {type(model).__name__} has no method gradient_checkpointing_enable. "
+                f"Give it one, or leave the setting off."
+            )
+        enable()
+    model.train()
+    if config.compile:
+        model.compile()
+    return model
+
+
+def _merge(task: Task, parts: list[dict[str, tuple[Tensor, int]]]) -> dict[str, float]:
+    """One figure a metric from every rank's sums and counts, added up in the order of ranks."""
+    means: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if name in part]
+        total, count = torch.stack([total for total, _ in found]).sum(0), sum(count for _, count in found)
+        means[name] = total / count if count else torch.full_like(total, float("nan"))
+    return task.summary(means)
+
+
+def _better(config: TrainConfig, state: TrainState) -> bool:
+    if config.best_metric not in state.metrics:
+        raise ValueError(
+            f"best_metric is {config.best_metric!r}, but the evaluation gave {', '.join(state.metrics) or 'nothing'}. "
+            f"Set best_metric to one of them, or add it to Task.metrics."
+        )
+    value = state.metrics[config.best_metric]
+    return state.best is None or (value < state.best if config.best_mode == "min" else value > state.best)
+
+
+def _finished(out: Path, max_steps: int) -> Result | None:
+    """The result of a run that took all its steps, with the weights it left; None otherwise."""
+    try:
+        document = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        result = Result(**document)
+    except (OSError, ValueError, TypeError):
+        return None
+    return result if result.finished and result.step == max_steps and (out / "model.safetensors").is_file() else None
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Within it SIGINT and SIGTERM ask for a stop at the next step; a second one acts as it did before."""
+    request = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals reach the main thread only
+        return
+    before: dict[int, Any] = {}
+
+    def on_signal(number: int, frame: Any) -> None:
+        request.set()
+        signal.signal(number, before[number])
+        print("asked to stop: finishing the step and saving. Ask again to stop at once.", flush=True)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        before[wanted] = signal.signal(wanted, on_signal)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

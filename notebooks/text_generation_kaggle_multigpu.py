@@ -1,0 +1,123 @@
+# %% [markdown]
+# # Text generation on two GPUs
+#
+# This notebook trains a small GPT from scratch on your text, on every GPU of the session, and lets it write.
+# On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
+# Add text files (.txt, .jsonl, .parquet) as an input and they are found; without any it reads Python's own manual.
+
+# %% [markdown]
+# The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
+
+# %% tags=["payload"]
+# tools/notebooks.py build puts the package here. Run from a checkout, this source needs nothing in this cell.
+
+# %%
+from kaggle_mgpu import env
+
+env.fix()  # before anything else is imported
+
+import math
+from pathlib import Path
+
+from kaggle_mgpu import devices, launch, notebook_parameters, train
+from kaggle_mgpu.recipes.text_generation import Config, TextGeneration, baselines
+
+# %matplotlib inline
+print(devices.report())
+
+# %% [markdown]
+# ## Parameters
+#
+# `global_batch_size` counts blocks of `block_size` tokens per optimizer step over all GPUs: results do not depend on
+# how many there are. Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+
+# %% tags=["parameters"]
+# Parameters of this notebook
+data_path = None  # a file or folder of text; None: the largest folder of text files among the inputs
+tokenizer = "auto"  # auto, byte or bpe
+n_layer = 8
+n_head = 8
+n_embd = 256
+block_size = 512
+epochs = 20
+max_steps = None  # instead of epochs, when given
+global_batch_size = 64
+micro_batch_size = None  # blocks per forward pass on one GPU; None: global_batch_size shared out
+lr = 1e-3
+strategy = "auto"  # auto, single, dp or ddp
+nproc = "auto"  # processes; auto: one per GPU
+precision = "auto"  # auto, fp32, fp16 or bf16
+eval_every = "epoch"  # steps, epoch or end
+log_every = 10
+time_limit = None  # "45m", "3h": stop in good order after this long; None: shortly before the session ends
+output_dir = "text_generation"
+seed = 1337
+prompts = ["The ", "A class is", "When an exception is raised, "]
+max_new_tokens = 200
+
+# %%
+# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+parameters = notebook_parameters(globals())
+prompts, max_new_tokens = parameters.pop("prompts"), parameters.pop("max_new_tokens")
+config = Config.from_dict(parameters)
+task = TextGeneration(config)
+print(task.describe())
+
+# %% [markdown]
+# ## Training
+#
+# A session that ends early loses little: run the notebook again and training goes on from the newest checkpoint, on as
+# many GPUs as there are then. A finished run returns at once.
+
+# %%
+result = launch(train, config, task)
+print(f"step {result.step} of {result.max_steps} ({result.reason}), {result.seconds:.0f} s of training")
+
+# %%
+result.plot()
+
+# %% [markdown]
+# ## How good is it?
+#
+# Loss on text that was held out, in nats per token, beside two models that only count: how often each token occurs
+# (unigram), and how often it follows the one before (bigram). Bits per byte compare across tokenizers.
+
+# %%
+if result.metrics:
+    counted = baselines(task)
+    rows = {name: (counted[name], counted[f"{name}_bits_per_byte"]) for name in ("unigram", "bigram")}
+    rows["this model"] = (result.metrics["loss"], result.metrics["bits_per_byte"])
+    print(f"{'':10}  validation loss  perplexity  bits per byte")
+    for name, (loss, bits) in rows.items():
+        print(f"{name:10}  {loss:15.3f}  {math.exp(loss):10.1f}  {bits:13.3f}")
+    print(f"The best of the run, whose weights write below: {result.best:.3f}")
+else:
+    print("Nothing was evaluated yet.")
+
+# %% [markdown]
+# ## Let it write
+
+# %%
+model = result.load(task.model(), "best")
+for number, prompt in enumerate(prompts):
+    print(task.sample(model, prompt, max_new_tokens=max_new_tokens, seed=seed + number))
+    print("-" * 80)
+
+# %% [markdown]
+# ## What is where
+#
+# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# working folder: add this notebook's own earlier output as an input, and the run is found there.
+
+# %%
+print(f"{result.output_dir}:")
+for name, what in {
+    "model.safetensors": "the final weights",
+    "best/model.safetensors": "the weights with the lowest validation loss",
+    "checkpoints": "where a run that was stopped goes on from",
+    "metrics.jsonl": "every number that was logged",
+    "config.json": "all parameters",
+    "result.json": "how the run ended",
+}.items():
+    if Path(result.output_dir, name).exists():
+        print(f"  {name:24} {what}")

@@ -1,0 +1,22 @@
+"""What all tests share: one thread a process, and no GPU tests unless asked for."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# two workers with two threads each on two cores crawl
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a developer's own settings must not decide what the tests see
+for name in ("KAGGLE_MGPU_DISPLAY", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN", "KAGGLE_MGPU_KAGGLE_ROOT"):
+    os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from kaggle_mgpu import devices
+
+    if not devices.gpus():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

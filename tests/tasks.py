@@ -1,0 +1,112 @@
+"""Small tasks that the tests train; importable by worker processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from kaggle_mgpu import Task, TrainConfig
+
+
+class Regression(Task):
+    """A sine of a sum: 8 numbers in, one out, and one loss term per sample."""
+
+    def __init__(self, samples: int = 500, val_samples: int = 77, dropout: float = 0.0) -> None:
+        self.samples, self.val_samples, self.dropout = samples, val_samples, dropout
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(16, 1))
+
+    def data(self, seed: int, samples: int) -> Dataset[Any]:
+        x = torch.randn(samples, 8, generator=torch.Generator().manual_seed(seed))
+        return TensorDataset(x, x.sum(1, keepdim=True).sin())
+
+    def train_data(self) -> Dataset[Any]:
+        return self.data(0, self.samples)
+
+    def val_data(self) -> Dataset[Any] | None:
+        return self.data(1, self.val_samples) if self.val_samples else None
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return (model(x) - y).square().sum()
+
+
+class Sequences(Dataset[dict[str, Tensor]]):
+    """Token sequences, padded; `length` says how many are real: most have 1 to 3 and repeat, few have 24 and count up.
+
+    So a mean over sequences, micro-batches or ranks is quite another figure than the mean over tokens.
+    """
+
+    def __init__(self, samples: int = 100) -> None:
+        generator = torch.Generator().manual_seed(5)
+        long = torch.rand(samples, generator=generator) < 0.2
+        self.lengths = torch.where(long, 24, torch.randint(1, 4, (samples,), generator=generator))
+        first = torch.randint(0, 11, (samples, 1), generator=generator)
+        self.tokens = (first + torch.arange(25) * long[:, None]) % 11
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"tokens": self.tokens[index], "length": self.lengths[index]}
+
+
+class NextToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.hidden = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 11)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.hidden(self.embedding(tokens))))
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The loss of each real token of a batch: float[number of real tokens]."""
+    tokens, length = batch["tokens"], batch["length"]
+    logits = model(tokens[:, :-1])
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    real = torch.arange(tokens.shape[1] - 1, device=tokens.device) < length[:, None]
+    return losses[real.flatten()]
+
+
+class Language(Task):
+    """Uneven token counts, SGD: a gradient of the wrong scale shows at once, which Adam would hide."""
+
+    unit = "tokens"
+
+    def __init__(self, samples: int = 100) -> None:
+        self.samples = samples
+
+    def model(self) -> nn.Module:
+        return NextToken()
+
+    def train_data(self) -> Dataset[Any]:
+        return Sequences(self.samples)
+
+    def val_data(self) -> Dataset[Any] | None:
+        return Sequences(31)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return token_losses(model, batch).sum()
+
+    def count(self, batch: Any) -> int:
+        return int(batch["length"].sum())
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=config.lr)
+
+
+class MeanOfMeans(Language):
+    """What most loops do: each micro-batch's mean, averaged over micro-batches and ranks."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return token_losses(model, batch).mean()
+
+    def count(self, batch: Any) -> int:
+        return 1

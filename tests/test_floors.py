@@ -1,0 +1,104 @@
+"""The house: a room imports only from the floors below it, and nothing that should wait is imported at the top."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "kaggle_mgpu"
+
+# room -> the rooms it may import
+FLOORS: dict[str, set[str]] = {
+    "env": set(),
+    "session": set(),
+    "config": set(),
+    "devices": {"env", "session"},
+    "distributed": {"session"},
+    "optim": set(),
+    "launch": {"devices", "distributed", "session", "config", "env"},
+    "data": {"distributed"},
+    "strategy": {"distributed", "devices"},
+    "checkpoint": {"distributed", "session"},
+    "progress": {"devices", "distributed", "session", "config"},
+    "trainer": {
+        "env",
+        "session",
+        "config",
+        "devices",
+        "distributed",
+        "data",
+        "strategy",
+        "optim",
+        "checkpoint",
+        "progress",
+    },
+    "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
+}
+# rooms that run before anything is installed or imported
+STDLIB_ONLY = {"env", "session", "devices"}
+FREE = {"__init__", "__main__"}
+
+
+def rooms() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported(path: Path, top_level: bool = False) -> set[str]:
+    """Full names of the modules a file imports, anywhere in it or at its top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = ["kaggle_mgpu", *path.relative_to(PACKAGE).parts[:-1]]
+    names: set[str] = set()
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "kaggle_mgpu" else {module}
+    return names
+
+
+@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_from_the_floors_below(path: Path) -> None:
+    room = room_of(path)
+    if room in FREE:
+        return
+    assert room in FLOORS, f"{room} is a new room: give it a floor in this table"
+    inside = {name.split(".")[1] for name in imported(path) if name.startswith("kaggle_mgpu.")}
+    assert inside - {room} <= FLOORS[room]
+
+
+@pytest.mark.parametrize("room", sorted(STDLIB_ONLY))
+def test_the_ground_floor_needs_nothing_installed(room: str) -> None:
+    outside = {name.split(".")[0] for name in imported(PACKAGE / f"{room}.py", top_level=True)}
+    assert outside - {"kaggle_mgpu"} <= set(sys.stdlib_module_names) | {"__future__"}
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = (
+        "import sys, kaggle_mgpu\n"
+        "from kaggle_mgpu import env, session, devices, TrainConfig, notebook_parameters\n"
+        "env.fix(); devices.gpus(); TrainConfig(lr=1e-3)\n"
+        "print([name for name in ('torch', 'numpy', 'tensorflow', 'google.protobuf') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_name_the_package_hands_on_is_there() -> None:
+    import kaggle_mgpu
+    from kaggle_mgpu.launch import launch  # importing the room must not hide the function of the same name
+
+    assert {name: getattr(kaggle_mgpu, name) for name in kaggle_mgpu.__all__}
+    assert kaggle_mgpu.launch is launch
+    with pytest.raises(AttributeError, match="has no attribute 'lunch'"):
+        _ = kaggle_mgpu.lunch

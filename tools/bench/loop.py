@@ -1,0 +1,367 @@
+"""What a training step costs here, beside a loop written by hand, the loop people write, and the libraries there are.
+
+    python tools/bench/loop.py                  # both models, one process and two
+    python tools/bench/loop.py --rounds 9 --peers hand,people
+
+Every contender trains the same model on the same data with clipping and a cosine schedule, a block of steps at a time,
+in turn, in one process group; each figure is the median over rounds of the time per step. Times are CPU times of a
+noisy machine: read the ratios. `hand` is the loop with the same optimizer as the kit's (fused AdamW, the learning rate
+written into the groups); `people` is the usual one (AdamW, LambdaLR, loss.item() each step).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kaggle_mgpu import Task, TrainConfig, distributed, launch, optim, train
+
+SAMPLES, LR, LOG_EVERY = 4096, 1e-3, 50
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, c))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """Two layers of 64: about 4 ms a step on one core."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(128, 64), nn.Embedding(64, 64)
+        self.blocks = nn.Sequential(Block(64, 4), Block(64, 4))
+        self.head = nn.Linear(64, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.tokens(x) + self.positions.weight[: x.shape[1]]))
+
+
+class MLPTask(Task):
+    """About 0.5 ms a step."""
+
+    batch = 64
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+    def train_data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(0)
+        return TensorDataset(
+            torch.randn(SAMPLES, 64, generator=generator), torch.randint(0, 10, (SAMPLES,), generator=generator)
+        )
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+class GPTTask(Task):
+    batch, unit = 8, "tokens"
+
+    def model(self) -> nn.Module:
+        return GPT()
+
+    def train_data(self) -> TensorDataset:
+        tokens = torch.randint(0, 128, (SAMPLES, 65), generator=torch.Generator().manual_seed(0))
+        return TensorDataset(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+
+    def count(self, batch: Any) -> int:
+        return int(batch[1].numel())
+
+
+def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+def rate(step: int, steps: int) -> float:
+    return optim.lr_at(step, schedule="cosine", lr=LR, max_steps=steps)
+
+
+def loader(task: Any, batch: int) -> Any:
+    """Endless batches of this rank's share, as people load them."""
+    data = task.train_data()
+    sampler: Any = torch.utils.data.DistributedSampler(data) if distributed.active() else None
+    batches = DataLoader(data, batch_size=batch, sampler=sampler, shuffle=sampler is None, drop_last=True)
+    while True:
+        yield from batches
+
+
+def seconds_per_step(run: Callable[[], None], steps: int) -> float:
+    distributed.barrier()
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) / steps
+
+
+def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    class Timed(type(task)):  # type: ignore[misc]
+        """Notes when each step's loss is asked for: the time between two is a whole step of the loop."""
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            times.append(time.perf_counter())
+            return super().loss(model, batch)
+
+    times: list[float] = []
+
+    def measure() -> float:
+        times.clear()
+        # all ranks must have the same folder
+        with tempfile.TemporaryDirectory() as own, contextlib.redirect_stdout(io.StringIO()):
+            config = TrainConfig(
+                max_steps=steps + 1,
+                global_batch_size=batch * distributed.world_size(),
+                lr=LR,
+                log_every=LOG_EVERY,
+                resume="never",
+                output_dir=distributed.broadcast(own),
+            )
+            train(config, Timed())
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    return measure
+
+
+def hand(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    model, data = task.model(), task.train_data()
+    call = model
+    if distributed.active():
+        call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = optim.adamw(model, LR, weight_decay=0.1)  # fused, in two groups, as the kit's
+    rank, world = distributed.rank(), distributed.world_size()
+
+    def run() -> None:
+        order = torch.randperm(SAMPLES)
+        for step in range(steps):
+            start = step * batch * world % (SAMPLES - batch * world) + rank * batch
+            rows = order[start : start + batch]
+            loss = mean_loss(call, data.tensors[0][rows], data.tensors[1][rows])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % LOG_EVERY == 0:
+                loss.item()
+
+    return lambda: seconds_per_step(run, steps)
+
+
+def people(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    model = task.model()
+    call = nn.parallel.DistributedDataParallel(model) if distributed.active() else model
+    batches = loader(task, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+
+    def run() -> None:
+        total = 0.0
+        for _ in range(steps):
+            x, y = next(batches)
+            optimizer.zero_grad()
+            loss = mean_loss(call, x, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+
+    return lambda: seconds_per_step(run, steps)
+
+
+def accelerate(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    data = DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True)
+    raw = task.model()
+    optimizer = torch.optim.AdamW(raw.parameters(), lr=LR, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+    model, optimizer, data, schedule = accelerator.prepare(raw, optimizer, data, schedule)
+
+    def endless() -> Any:
+        while True:
+            yield from data
+
+    batches = endless()
+
+    def run() -> None:
+        for step in range(steps):
+            x, y = next(batches)
+            with accelerator.accumulate(model):
+                loss = mean_loss(model, x, y)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if step % LOG_EVERY == 0:
+                loss.item()
+
+    return lambda: seconds_per_step(run, steps)
+
+
+def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    import lightning as library
+
+    times: list[float] = []
+
+    class Module(library.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            times.append(time.perf_counter())
+            return mean_loss(self.model, *batch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def measure() -> float:
+        times.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = library.Trainer(
+                max_steps=steps,
+                accelerator="cpu",
+                devices=1,
+                gradient_clip_val=1.0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=folder,
+            )
+            trainer.fit(Module(), DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True))
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    return measure
+
+
+def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
+    from transformers import Trainer, TrainingArguments
+
+    times: list[float] = []
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = task.model()
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            times.append(time.perf_counter())
+            return {"loss": mean_loss(self.model, x, y)}
+
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
+        xs, ys = zip(*samples, strict=True)
+        return {"x": torch.stack(xs), "y": torch.stack(ys)}
+
+    def measure() -> float:
+        times.clear()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            arguments = TrainingArguments(
+                output_dir=distributed.broadcast(folder),
+                max_steps=steps,
+                per_device_train_batch_size=batch,
+                learning_rate=LR,
+                lr_scheduler_type="cosine",
+                optim="adamw_torch_fused",
+                logging_steps=LOG_EVERY,
+                save_strategy="no",
+                report_to=[],
+                use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True,
+                dataloader_drop_last=True,
+                remove_unused_columns=False,
+            )
+            Trainer(Wrapped(), arguments, train_dataset=task.train_data(), data_collator=collate).train()
+        return (times[-1] - times[0]) / (len(times) - 1)
+
+    return measure
+
+
+CONTENDERS: dict[str, Any] = {
+    "kit": kit,
+    "hand": hand,
+    "people": people,
+    "accelerate": accelerate,
+    "transformers": transformers,
+    "lightning": lightning,
+}
+
+
+def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Medians of seconds per step, for each model and contender; runs on every rank."""
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, float]] = {}
+    for task in (MLPTask(), GPTTask()):
+        label = "MLP" if isinstance(task, MLPTask) else "GPT"
+        measures = {}
+        for name in names:
+            if name == "lightning" and dist.is_initialized():
+                continue  # starts its own processes
+            with contextlib.suppress(ImportError):
+                measures[name] = CONTENDERS[name](task, steps[label], task.batch)
+        times: dict[str, list[float]] = {name: [] for name in measures}
+        for turn in range(rounds + 1):  # the first round warms up
+            for name, measure in measures.items():
+                took = measure()
+                if turn:
+                    times[name].append(took)
+        results[label] = {name: statistics.median(values) for name, values in times.items()}
+    return results
+
+
+def report(results: dict[str, dict[str, float]], processes: int) -> None:
+    for label, medians in results.items():
+        print(f"\n{label}, {processes} process{'es' if processes > 1 else ''}: ms per step, ratio to the loop by hand")
+        for name, value in medians.items():
+            print(f"  {name:<13} {1e3 * value:8.3f}  {value / medians['hand']:6.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=None, help="steps per block; default 400 (MLP) and 100 (GPT)")
+    parser.add_argument("--nproc", default="1,2")
+    parser.add_argument("--peers", default=",".join(name for name in CONTENDERS if name != "kit"))
+    given = parser.parse_args()
+    names = ["kit", *given.peers.split(",")]
+    steps = {"MLP": given.steps or 400, "GPT": given.steps or 100}
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("logs").mkdir()
+        for nproc in map(int, given.nproc.split(",")):
+            report(launch(bench, names, given.rounds, steps, nproc=nproc)[0], nproc)
+
+
+if __name__ == "__main__":
+    main()
