@@ -3,8 +3,8 @@
     checkpoints/step-00000100/{model.safetensors, optimizer.pt, state.json}
 
 A checkpoint is written into a temporary folder, flushed to disk, and then renamed: it exists once its name does.
-state.json, written last, holds every file's length and checksum, so that one which a disk or a download damaged is
-recognised, named, and passed over for the one before it. Nothing in it can run code when it is loaded.
+state.json, written last, holds every file's length and checksum and its own, so that one which a disk or a download
+damaged is recognised, named, and passed over for the one before it. Nothing in it can run code when it is loaded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -61,7 +62,8 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
         try:
             for name, named in tensors.items():
@@ -72,6 +74,7 @@ class Checkpoints:
                 _flush(path)
                 files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
             document = {"format": FORMAT, "step": step, **facts, "files": files}
+            document["crc32"] = _crc32_of(document)
             write_text(temporary / "state.json", json.dumps(document, indent=1))
             _flush(temporary)
             if final.exists():  # the same step again, after a resume that did not trust it
@@ -147,6 +150,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise CheckpointError("state.json is not a checkpoint's")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"it has format {facts.get('format')!r}; this version reads format {FORMAT}")
+    if facts.pop("crc32", None) != _crc32_of(facts):
+        raise CheckpointError("state.json does not have the checksum it was written with")
     return facts
 
 
@@ -154,14 +159,21 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint into host memory.
 
     Raises:
-        CheckpointError: it is damaged; the message says where.
+        CheckpointError: it is damaged, or holds what could run code; the message says where.
     """
     problem = damage(path)
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     facts = read_facts(path)
     tensors = {Path(name).stem: read_tensors(path / name) for name in facts["files"] if name.endswith(".safetensors")}
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
+        raise CheckpointError(
+            f"checkpoint {path} cannot be used: optimizer.pt holds something else than tensors and plain values, which "
+            f"is not loaded, as it could run code. {what}"
+        ) from None  # torch's message advises to load it all the same
     return Checkpoint(path, tensors, state, facts)
 
 
@@ -175,6 +187,7 @@ def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     first: dict[tuple[Any, ...], str] = {}
     aliases: dict[str, str] = {}
     unique: dict[str, Tensor] = {}
+    storages: set[int] = set()
     for name, tensor in named.items():
         tensor = tensor.detach()
         key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
@@ -183,8 +196,10 @@ def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
             continue
         first[key] = name
         unique[name] = tensor.cpu().contiguous()
-        if unique[name].untyped_storage().nbytes() != unique[name].nbytes:
-            unique[name] = unique[name].clone()  # a view of something larger
+        storage = unique[name].untyped_storage()
+        if storage.nbytes() != unique[name].nbytes or storage.data_ptr() in storages:
+            unique[name] = unique[name].clone()  # a view of something larger, or of another's in another shape
+        storages.add(storage.data_ptr())
     save_file(unique, str(path), metadata={"aliases": json.dumps(aliases)} if aliases else None)
 
 
@@ -261,7 +276,6 @@ def starting_point(
             aside = next(p for i in range(1, 10**6) if not (p := Path(f"{checkpoints.folder}-before-{i}")).exists())
             checkpoints.folder.rename(aside)
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
-        (checkpoints.folder.parent / "result.json").unlink(missing_ok=True)
         return None
     if resume == "auto":
         path = checkpoints.newest()
@@ -339,6 +353,10 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _crc32_of(document: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document).encode())
 
 
 def _crc32(path: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import datetime
 import os
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast, overload
@@ -106,11 +107,10 @@ def sum_later(value: T) -> Callable[[], T]:
 
     Between the two there is room for work: the count of a step's terms travels while its first forward pass runs.
     """
+    total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
-        return lambda: value
-    if isinstance(value, torch.Tensor):
-        total: Any = value.detach().clone()
-    else:
+        return lambda: total
+    if not isinstance(value, torch.Tensor):
         total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
     work = dist.all_reduce(total, async_op=True)
     done: list[Any] = []
@@ -156,16 +156,26 @@ def from_main(action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, on every rank; what it raises there is raised everywhere, so nobody waits on."""
     if not active():
         return action()
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    value: T | None = None
+    failure: Exception | None = None
     if is_main():
         try:
-            outcome = (action(), None)
+            value = action()
         except Exception as error:
-            outcome = (None, error)
-    value, failure = broadcast(outcome)
-    if failure is not None:
-        raise failure
+            failure = error
+    value, theirs = broadcast((value, _sendable(failure)))
+    if failure is not None or theirs is not None:
+        raise cast(Exception, failure or theirs)  # rank 0 its own, which still knows where it was raised
     return cast(T, value)
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or its text where it cannot be pickled: one of a class from a notebook's cell, say."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Poll:

@@ -43,13 +43,13 @@ class _Call(nn.Module):
         return self._call(batch, what)
 
     def _call(self, batch: Any, what: str) -> Any:
-        if what == "loss":
+        if what in ("loss", "losses"):
             loss = self.loss(self.model, batch)
-            if loss.ndim != 0:
-                raise ValueError(
-                    f"Task.loss must return a scalar, the sum over the batch's terms; got shape {tuple(loss.shape)}"
-                )
-            return loss
+            if not isinstance(loss, Tensor) or loss.ndim != 0:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                raise ValueError(f"Task.loss must return a scalar tensor, the sum over the batch's terms; got {got}")
+            # "losses", one row for each replica: gathering scalars makes DataParallel warn
+            return loss if what == "loss" else loss.unsqueeze(0)
         rows = {}
         for name, (total, count) in self.metrics(self.model, batch).items():
             # float64 and one row per replica: what is added up later must not depend on how it was split
@@ -106,7 +106,12 @@ class Strategy:
         """
         loss = self.forward(batch)
         # the terms are asked for after the forward pass: on their way, they had that long to arrive
-        start = torch.full_like(loss, weight * self.world_size / terms())
+        if not (number := terms()):
+            raise ValueError(
+                "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
+                "term (all of it masked, say) out of the training data."
+            )
+        start = torch.full_like(loss, weight * self.world_size / number)
         loss.backward(self.scaler.scale(start))
         return loss.detach() if weight == 1 else loss.detach() * weight
 
@@ -222,7 +227,7 @@ class Replicated(Strategy):
         return torch.device("cpu")  # scattered from there straight to each GPU
 
     def forward(self, batch: Any) -> Tensor:
-        return self.parallel(batch).sum()
+        return self.parallel(batch, "losses").sum()
 
     def call_for_metrics(self, batch: Any) -> Any:
         return self.parallel(batch, "metrics")
@@ -231,7 +236,7 @@ class Replicated(Strategy):
 class CPUReplicas(nn.Module):
     """What nn.DataParallel does, for replicas that share one CPU: there nn.DataParallel itself is a pass-through.
 
-    Scatter, torch's own replica modules, one thread each, gather: so that dp can be tried and tested without a GPU.
+    Scatter, torch's own replica modules, a thread for each, gather: so that dp can be tried and tested without a GPU.
     """
 
     def __init__(self, module: nn.Module, num_replicas: int) -> None:
@@ -242,7 +247,7 @@ class CPUReplicas(nn.Module):
         parts = _scatter(batch, self.num_replicas)
         if len(parts) == 1:
             return _gather([self.module(parts[0], what)])
-        replicas = [_replica(self.module) for _ in parts]
+        replicas = [_replica(self.module, index) for index in range(len(parts))]
         outputs: list[Any] = [None] * len(parts)
         grad = torch.is_grad_enabled()
 
@@ -253,11 +258,10 @@ class CPUReplicas(nn.Module):
             except Exception as error:
                 outputs[index] = error
 
-        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(parts))]
-        for thread in threads:
+        for index in range(len(parts)):
+            thread = threading.Thread(target=run, args=(index,))
             thread.start()
-        for thread in threads:
-            thread.join()
+            thread.join()  # one after the other: they share the CPU's random generator, and dropout must repeat
         for output in outputs:
             if isinstance(output, Exception):
                 raise output
@@ -267,16 +271,20 @@ class CPUReplicas(nn.Module):
 def _scatter(value: Any, parts: int) -> list[Any]:
     if isinstance(value, Tensor):
         return list(value.chunk(parts))
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         columns = {key: _scatter(item, parts) for key, item in value.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
-    if isinstance(value, list | tuple):
-        return [type(value)(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
+    if isinstance(value, list | tuple) and value:
+        make = getattr(value, "_make", type(value))  # a namedtuple wants its fields one by one
+        return [make(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
     return [value] * parts
 
 
-def _replica(module: nn.Module) -> nn.Module:
-    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it."""
+def _replica(module: nn.Module, index: int) -> nn.Module:
+    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it.
+
+    As on GPUs, what the first replica writes into its buffers stays, and what the others write is lost.
+    """
     copies: dict[nn.Module, nn.Module] = {}
     views: dict[Tensor, Tensor] = {}
     for original in module.modules():
@@ -284,6 +292,8 @@ def _replica(module: nn.Module) -> nn.Module:
     for original, copy in copies.items():
         for name, child in original._modules.items():
             copy._modules[name] = None if child is None else copies[child]
+        if index > 0:
+            copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
             if parameter is not None:
                 views.setdefault(parameter, parameter.view_as(parameter))
@@ -293,7 +303,7 @@ def _replica(module: nn.Module) -> nn.Module:
 
 def _gather(outputs: list[Any]) -> Any:
     if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs) if outputs[0].ndim == 0 else torch.cat(outputs)
+        return torch.cat(outputs)
     return {
         name: tuple(torch.cat(pair) for pair in zip(*(o[name] for o in outputs), strict=True)) for name in outputs[0]
     }
@@ -355,11 +365,16 @@ def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimize
     if differ := sorted({name for group in mine for name in group} ^ {name for group in theirs for name in group}):
         raise ValueError(f"the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}")
     if mine != theirs:
-        raise ValueError("the checkpoint's optimizer puts the parameters into other groups than this one")
+        raise ValueError(
+            f"the checkpoint's optimizer has the parameters in other groups, or another order, than this one: groups "
+            f"of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now"
+        )
     number = {name: index for index, name in enumerate(name for group in mine for name in group)}
     groups = []
-    for group in state["param_groups"]:
-        groups.append({**group, "params": [number[name] for name in group["params"]]})
+    for now, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        # which kernel computes the step is this machine's choice, not the checkpoint's
+        kernel = {key: now[key] for key in ("fused", "foreach", "capturable") if key in now}
+        groups.append({**then, **kernel, "params": [number[name] for name in then["params"]]})
     optimizer.load_state_dict(
         {"state": {number[name]: values for name, values in state["state"].items()}, "param_groups": groups}
     )

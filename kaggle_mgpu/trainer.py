@@ -138,9 +138,9 @@ class Result:
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
         """Load the trained weights ("final", or the "best" by validation) into `model`; returns it, in eval mode."""
         name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
+        if self.best is None:  # nothing was evaluated, and what is in best/ may be an earlier run's
+            name = "model.safetensors"
         path = Path(self.output_dir) / name
-        if not path.is_file() and which == "best":  # nothing was evaluated
-            path = Path(self.output_dir) / "model.safetensors"
         weights = checkpoint.read_tensors(path)
         checkpoint.check_model(weights, model.state_dict(), str(path))
         model.load_state_dict(weights)
@@ -307,6 +307,11 @@ class _Run:
                 self.ema.load_state_dict(saved.tensors["ema"])
             self.state = TrainState(**saved.facts["state"])
             self.random_states = saved.state["random"]
+            best = self.start.parent.parent / "best" / "model.safetensors"
+            if not best.is_file():
+                self.state.best = None  # without its weights it is worth nothing
+            elif self.main and self.start.parent != self.checkpoints.folder:
+                checkpoint.replace_tensors(self.out / "best" / "model.safetensors", checkpoint.read_tensors(best))
             self.header.append(f"going on from {self.start}: step {self.state.step} of {self.plan.max_steps}")
         return None
 
@@ -316,6 +321,7 @@ class _Run:
             print("\n".join(self.header), flush=True)
             document = {**self.config.to_dict(), "stamp": self.stamp}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
+            (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
         self.clock = _Clock(self.state.seconds)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
         self.first_step, self.bad_losses = self.state.step + 1, 0
@@ -548,7 +554,9 @@ def _better(config: TrainConfig, state: TrainState) -> bool:
             f"Set best_metric to one of them, or add it to Task.metrics."
         )
     value = state.metrics[config.best_metric]
-    return state.best is None or (value < state.best if config.best_mode == "min" else value > state.best)
+    if state.best is None or np.isnan(state.best):  # anything is better than nan, and nothing is worse
+        return True
+    return value < state.best if config.best_mode == "min" else value > state.best
 
 
 def _finished(out: Path, max_steps: int) -> Result | None:
@@ -573,7 +581,8 @@ def _stop_requests() -> Iterator[threading.Event]:
     def on_signal(number: int, frame: Any) -> None:
         request.set()
         signal.signal(number, before[number])
-        print("asked to stop: finishing the step and saving. Ask again to stop at once.", flush=True)
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+            print("asked to stop: finishing the step and saving. Ask again to stop at once.", flush=True)
 
     for wanted in (signal.SIGINT, signal.SIGTERM):
         before[wanted] = signal.signal(wanted, on_signal)
