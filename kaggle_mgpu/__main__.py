@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -65,7 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     given = top.parse_args(arguments)
     recipe = modules[given.recipe]
-    from . import distributed
     from .launch import launch
     from .trainer import train
 
@@ -73,7 +73,6 @@ def main(arguments: list[str] | None = None) -> int:
         base = recipe.Config.load(given.config) if given.config else None
         config = recipe.Config.from_arguments(given, base)
         result = launch(train, config, recipe.task(config))
-        distributed.shutdown()  # under torchrun: gloo's threads sometimes abort an interpreter that exits without
     except Exception as error:
         if not _says_all(error):
             raise
@@ -95,4 +94,10 @@ def _says_all(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # under torchrun: now and then a destructor of gloo aborts the exit, and torchrun calls the whole run failed
+        os._exit(code)
+    sys.exit(code)
