@@ -1,5 +1,6 @@
 # make demo   train a GPT from the template notebook with two processes, end to end
 # make test   everything: lint, types, tests
+# make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 15 GB under build/envs
 # Both make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p global_batch_size 16 \
         -p lr 3e-3 -p max_steps 450 -p eval_every 75 -p max_new_tokens 120
 
-.PHONY: demo test test-gpu lint notebooks bench clean
+.PHONY: demo test test-env test-gpu lint notebooks bench clean
 
 $(VENV)/installed: requirements.txt tests/requirements.txt $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -29,6 +30,9 @@ test: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+test-env:
+	$(PYTHON) tools/env_matrix.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

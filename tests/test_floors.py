@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "kaggle_mgpu"
 
 # room -> the rooms it may import
 FLOORS: dict[str, set[str]] = {
-    "env": set(),
+    # below the first floor: env's two halves, each one sitting to read
+    "import_hooks": set(),
+    "protobuf_fix": set(),
+    "env": {"import_hooks", "protobuf_fix"},
     "session": set(),
     "config": set(),
     "devices": {"env", "session"},
@@ -23,7 +26,7 @@ FLOORS: dict[str, set[str]] = {
     "data": {"distributed"},
     "strategy": {"distributed", "devices"},
     "checkpoint": {"distributed", "session"},
-    "progress": {"devices", "distributed", "session", "config"},
+    "progress": {"devices", "distributed", "session", "config", "import_hooks"},
     "trainer": {
         "env",
         "session",
@@ -39,7 +42,7 @@ FLOORS: dict[str, set[str]] = {
     "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"env", "session", "devices"}
+STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices"}
 FREE = {"__init__", "__main__"}
 
 
