@@ -41,7 +41,7 @@ notebooks: $(VENV)/installed
 	$(BIN)/python tools/notebooks.py build
 
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) accelerate lightning transformers
 	$(BIN)/python tools/bench/loop.py
 
 clean:
