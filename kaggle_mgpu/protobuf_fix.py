@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the pin alone needs it, and everybody would pay 8 ms
+    from subprocess import CompletedProcess
 
 Version = tuple[int, int, int]
 
@@ -188,11 +191,13 @@ def _importable(modules: Iterable[str]) -> set[str]:
     return {line[3:] for line in output.splitlines() if line.startswith("ok ")}
 
 
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _pip(*arguments: str) -> CompletedProcess[str]:
     return _run([sys.executable, "-m", "pip", arguments[0], "--disable-pip-version-check", *arguments[1:]])
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str]) -> CompletedProcess[str]:
+    import subprocess
+
     try:
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
