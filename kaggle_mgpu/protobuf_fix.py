@@ -50,7 +50,7 @@ def command(floor: Version) -> str:
 def locate(name: str) -> Path | None:
     """The first file or folder of this name on sys.path: what an import would find."""
     for folder in sys.path:
-        path = os.path.join(folder or os.getcwd(), name)
+        path = os.path.join(folder or ".", name)
         if os.path.exists(path):
             return Path(path)
     return None
@@ -58,7 +58,7 @@ def locate(name: str) -> Path | None:
 
 def installed() -> Version | None:
     """The version of the installed protobuf, read from its file; None without one, or where it does not say."""
-    return _read(locate("google/protobuf/__init__.py"), re.compile(rb"__version__ = '(\d+)\.(\d+)\.(\d+)"))
+    return _read(locate("google/protobuf/__init__.py"), re.compile(rb"__version__ = ['\"](\d+)\.(\d+)\.(\d+)"))
 
 
 def floors(protobuf: Version) -> dict[str, Version]:
