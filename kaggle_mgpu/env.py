@@ -246,7 +246,10 @@ def _tensorflow_version() -> str | None:
     if package is None:
         return None
     pattern = re.compile(r"(?:tensorflow|tf_nightly)(?:_cpu|_intel|_rocm|_macos|_cpu_aws)?-(\d[^-]*)\.dist-info")
-    names = sorted(os.listdir(package.parent.parent))
+    try:
+        names = sorted(os.listdir(package.parent.parent))
+    except OSError:
+        return None
     return next((found[1] for found in map(pattern.fullmatch, names) if found), None)
 
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the pin alone needs it, and everybody would pay 8 ms
+    from subprocess import CompletedProcess
 
 Version = tuple[int, int, int]
 
@@ -47,7 +50,7 @@ def command(floor: Version) -> str:
 def locate(name: str) -> Path | None:
     """The first file or folder of this name on sys.path: what an import would find."""
     for folder in sys.path:
-        path = os.path.join(folder or os.getcwd(), name)
+        path = os.path.join(folder or ".", name)
         if os.path.exists(path):
             return Path(path)
     return None
@@ -55,7 +58,7 @@ def locate(name: str) -> Path | None:
 
 def installed() -> Version | None:
     """The version of the installed protobuf, read from its file; None without one, or where it does not say."""
-    return _read(locate("google/protobuf/__init__.py"), re.compile(rb"__version__ = '(\d+)\.(\d+)\.(\d+)"))
+    return _read(locate("google/protobuf/__init__.py"), re.compile(rb"__version__ = ['\"](\d+)\.(\d+)\.(\d+)"))
 
 
 def floors(protobuf: Version) -> dict[str, Version]:
@@ -188,11 +191,13 @@ def _importable(modules: Iterable[str]) -> set[str]:
     return {line[3:] for line in output.splitlines() if line.startswith("ok ")}
 
 
-def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _pip(*arguments: str) -> CompletedProcess[str]:
     return _run([sys.executable, "-m", "pip", arguments[0], "--disable-pip-version-check", *arguments[1:]])
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str]) -> CompletedProcess[str]:
+    import subprocess
+
     try:
         return subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,17 +14,23 @@ import pytest
 from kaggle_mgpu import env
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPORARY = tempfile.TemporaryDirectory(prefix="test_env-")  # what died elsewhere on this machine is not reported here
 NO_GPU = "from kaggle_mgpu import env; env.NVIDIA_PATHS = (); "
 WITH_GPU = f"from kaggle_mgpu import env; env.NVIDIA_PATHS = ({os.devnull!r},); "
 ITEMS = "import json; print(json.dumps({i.name: (i.value, i.action) for i in env.fix(verbose=False).items}))"
+
+
+def bare(search: str, **given: str) -> dict[str, str]:
+    """The variables of a process that has nothing but these."""
+    temporary = {"TMPDIR": TEMPORARY.name}
+    return {"PATH": os.defpath, "PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", **temporary, **given}
 
 
 def python(code: str, *paths: Path, site: bool = False, given: dict[str, str] | None = None) -> str:
     """Standard output of a process with nothing in its environment but what is given."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
     command = [sys.executable, *([] if site else ["-S"]), "-c", code]
-    variables = {"PATH": os.defpath, "PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", **(given or {})}
-    result = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=bare(search, **given or {}), capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

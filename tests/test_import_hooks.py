@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from test_env import ROOT, package, protobuf, python
+from kaggle_mgpu import import_hooks
+from test_env import ROOT, TEMPORARY, bare, package, protobuf, python
 
 spec = importlib.util.spec_from_file_location("tools_env_matrix", ROOT / "tools" / "env_matrix.py")
 assert spec is not None
@@ -61,9 +62,8 @@ def tensorflow(folder: Path, end: str = "") -> Path:
 def stderr(code: str, *paths: Path, **given: str) -> tuple[int, str]:
     """Exit code and standard error of a fresh process."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
-    variables = {"PATH": os.defpath, "PYTHONPATH": search, "PYTHONDONTWRITEBYTECODE": "1", **given}
     command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=bare(search, **given), capture_output=True, text=True, timeout=60)
     return done.returncode, done.stderr
 
 
@@ -76,6 +76,9 @@ def test_only_the_known_lines_are_dropped(tmp_path: Path) -> None:
     assert (rc, plain.count("GetPrototype'")) == (0, 1)  # the fake is broken in the way the real one is
     assert KNOWN in plain
     assert stderr(FIX + "import tensorflow", fake) == (0, UNKNOWN + "from Python\n")
+    # what was begun before stays before, whole
+    partly = "import sys; sys.stderr.write('partly '); import tensorflow"
+    assert stderr(FIX + partly, fake) == (0, "partly " + UNKNOWN + "from Python\n")
     # as it was afterwards: the filter is for the import alone
     rc, after = stderr(
         FIX + "import tensorflow, os; os.write(2, b'Unable to register cuDNN factory: Attempting')", fake
@@ -104,7 +107,7 @@ def test_a_failing_import_still_fails_and_its_lines_are_shown(tmp_path: Path) ->
     assert rc == 1
     assert shown.startswith(UNKNOWN + "from Python\n")
     assert shown.endswith("ModuleNotFoundError: No module named 'a_package_that_is_not_there'\n")
-    assert not list(tmp_path.glob("kaggle_mgpu-tensorflow-*"))
+    assert not list(Path(TEMPORARY.name).glob(f"{import_hooks.SAVED_PREFIX}*"))
 
 
 def test_the_lines_of_a_process_that_dies_are_kept_and_found(tmp_path: Path) -> None:

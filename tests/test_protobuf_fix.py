@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kaggle_mgpu import protobuf_fix
-from test_env import ROOT, generated, package
+from test_env import ROOT, bare, generated, package
 
 
 def protobuf_at(folder: Path, version: str) -> Path:
@@ -98,10 +98,9 @@ class Place:
         wheel(self.wheels, "6.33.6")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        given = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
         command = [str(self.python), *arguments]
-        return subprocess.run(command, env={**given, **pip}, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=bare(str(ROOT), **pip), capture_output=True, text=True, timeout=120)
 
     def reset(self) -> None:
         wheel(self.wheels, "3.20.3")
