@@ -38,6 +38,7 @@ notebooks: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[bench]'
 	$(BIN)/python tools/bench/loop.py
+	$(BIN)/python tools/bench/launch.py
 
 clean:
 	rm -rf $(VENV) build
