@@ -43,6 +43,7 @@ notebooks: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) accelerate lightning transformers
 	$(BIN)/python tools/bench/loop.py
+	$(BIN)/python tools/bench/launch.py
 
 clean:
 	rm -rf $(VENV) build

@@ -311,6 +311,7 @@ class Batches:
     def __next__(self) -> Step:
         share = next(self.shares)
         batches = [next(self.loaded) for _ in share.micro_batches]
+        distributed.alive()
         if self.count is None:
             terms: Callable[[], int] = lambda: share.samples  # noqa: E731
         else:

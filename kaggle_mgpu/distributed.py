@@ -66,11 +66,17 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def init(store: dist.Store | None = None, *, rank: int | None = None, world_size: int | None = None) -> None:
+def init(
+    store: dist.Store | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout: datetime.timedelta = TIMEOUT,
+) -> None:
     """Join the process group: through `store`, or through the variables that torchrun sets. Twice does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so that a count or a decision never has to
-    wait for the GPU.
+    wait for the GPU. A collective that lasts longer than `timeout` is an error.
     """
     if active() or (store is None and not under_torchrun()):
         return
@@ -79,16 +85,41 @@ def init(store: dist.Store | None = None, *, rank: int | None = None, world_size
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         assert rank is not None and world_size is not None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def shutdown() -> None:
     """Leave the process group."""
     if active():
         dist.destroy_process_group()
+
+
+# Where `alive` writes for the launcher to see: step, signs of life since, and when (time.monotonic_ns)
+_pulse: Any = None
+
+
+def set_pulse(pulse: Any) -> None:
+    """Three int64 that the launcher reads; set by the launcher's worker."""
+    global _pulse
+    _pulse = pulse
+
+
+def alive(step: int | None = None) -> None:
+    """Tell the launcher that this rank gets on, and at which step it is: half a microsecond, no communication.
+
+    `train` and the functions of this room say it; say it in loops of your own, so that a hang is told from hard work
+    and the launcher can name the rank that is behind.
+    """
+    if _pulse is None:
+        return
+    if step is None:
+        _pulse[1] += 1
+    else:
+        _pulse[0], _pulse[1] = step, 0
+    _pulse[2] = time.monotonic_ns()
 
 
 @overload
@@ -110,6 +141,7 @@ def sum_later(value: T) -> Callable[[], T]:
     total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
         return lambda: total
+    alive()
     if not isinstance(value, torch.Tensor):
         total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
     work = dist.all_reduce(total, async_op=True)
@@ -133,6 +165,7 @@ def broadcast(value: T) -> T:
     """Rank 0's value, on every rank (pickled: for small plain objects)."""
     if not active():
         return value
+    alive()
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
@@ -142,6 +175,7 @@ def gather(value: T) -> list[T]:
     """Every rank's value, on every rank, in the order of ranks (pickled: for small plain objects)."""
     if not active():
         return [value]
+    alive()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -199,6 +233,7 @@ class Poll:
         self.steps += 1
         if self.steps < self.next:
             return [False] * len(flags)
+        alive()
         now = time.monotonic()
         pace = (now - self.since) / self.interval
         answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)

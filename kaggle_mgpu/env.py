@@ -25,7 +25,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+
+if TYPE_CHECKING:
+    import socket
+    import subprocess
 
 from kaggle_mgpu import import_hooks, protobuf_fix
 
@@ -102,7 +106,12 @@ def _table(items: Sequence[Item]) -> list[str]:
     return [f"  {item.action:9} {name:{width}}  {item.why}" for item, name in zip(items, names, strict=True)]
 
 
-def fix(protobuf: Protobuf = "auto", quiet: bool | None = None, verbose: bool = True) -> Report:
+def fix(
+    protobuf: Protobuf = "auto",
+    quiet: bool | None = None,
+    verbose: bool = True,
+    start_workers: bool | None = None,
+) -> Report:
     """Prepare this process, and every process started from it, for a quiet and correct import of the rest.
 
     Call it before torch, TensorFlow and transformers are imported. Called later it does what still
@@ -117,6 +126,8 @@ def fix(protobuf: Protobuf = "auto", quiet: bool | None = None, verbose: bool = 
         quiet: hide what TensorFlow writes about nothing at its import. False shows all, here and in workers.
             Default: as an earlier call, or the process that started this one, decided; at first True.
         verbose: print the summary line, and below it only what came too late, was refused or cannot work.
+        start_workers: let the processes behind ``launch`` import torch from now on, in the background. Default: in a
+            notebook with more than one GPU.
 
     Raises:
         ValueError: ``protobuf`` is none of the four.
@@ -135,6 +146,10 @@ def fix(protobuf: Protobuf = "auto", quiet: bool | None = None, verbose: bool = 
     else:
         items += [*_fix_implementation(), _fix_get_prototype(before), *_impossible()]
     items += _fix_lines(before, quiet)
+    if start_workers or (start_workers is None and "ipykernel" in sys.modules and os.path.exists("/dev/nvidia1")):
+        if not server_runs():
+            start_server()
+        items.append(Item("worker server", "", "set", "imports torch in the background, for launch"))
     report = Report(tuple(items), _cell() if verbose else None)
     if verbose:
         print("\n".join([report.summary, *_table(report.trouble)]), flush=True)
@@ -325,6 +340,83 @@ def _fix_lines(before: Any, quiet: bool) -> list[Item]:
         return [Item(name, "", "too late", "tensorflow is already imported: what it wrote stays")]
     why = f"known ones dropped, others shown after it; all stay in {import_hooks.folder()} should the process die"
     return [Item(name, "", "filtered", why)]
+
+
+# --- the worker server ------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """The process that ``launch`` has its workers from, as the one who started it sees it; see server.py."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    log: BinaryIO
+    owner: int
+    """The process that started it: a fork of that one must start its own."""
+    variables: dict[str, str]
+    """Those of this environment that only a start reads."""
+    watched: dict[str, tuple[str, int]] | None = None
+    """Once it is ready: the files it has imported, as {module: (path, st_mtime_ns)}."""
+
+    def stop(self) -> None:
+        """End it, and with it any worker."""
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+        self.control.close()
+        self.log.close()
+
+
+server: Server | None = None
+
+# Read when libraries load, too early for a worker, which is forked from a process that has loaded them. All others
+# (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) are a worker's as they are at its launch.
+_READ_AT_START = re.compile(
+    r"(LD|OMP|GOMP|MKL|OPENBLAS|MALLOC|ATEN|PYTORCH)_|PYTHON(?!PATH)|TORCH(?!INDUCTOR_CACHE_DIR|_NCCL)"
+)
+
+
+def read_at_start() -> dict[str, str]:
+    """The variables whose change a running server cannot follow."""
+    return {name: value for name, value in os.environ.items() if _READ_AT_START.match(name)}
+
+
+def server_runs() -> bool:
+    """Whether this process has a server that has not ended."""
+    return server is not None and server.owner == os.getpid() and server.process.poll() is None
+
+
+def start_server() -> None:
+    """Start the server, in place of the one before; takes milliseconds, its imports go on in the background."""
+    import atexit
+    import socket
+    import subprocess
+    import tempfile
+
+    global server
+    if server is None:
+        atexit.register(lambda: server.stop() if server is not None else None)
+    else:
+        server.stop()
+    server = None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (the server's as long as it lives)
+    # what this process would find, but nothing of the current folder may shadow a module (-P; last on the path)
+    path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
+    program = f"from kaggle_mgpu.server import main; main({theirs.fileno()})"
+    process = subprocess.Popen(
+        [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,  # an interrupt meant for the notebook is not for it
+    )
+    theirs.close()
+    server = Server(process, ours, log, os.getpid(), read_at_start())
 
 
 # --- processors -------------------------------------------------------------------------------------

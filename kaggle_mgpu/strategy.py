@@ -105,6 +105,7 @@ class Strategy:
         DistributedDataParallel divides by the world size when it adds gradients up, hence the factor.
         """
         loss = self.forward(batch)
+        distributed.alive()  # the ranks wait for each other in backward: the one behind has not come this far
         # the terms are asked for after the forward pass: on their way, they had that long to arrive
         if not (number := terms()):
             raise ValueError(
@@ -154,6 +155,7 @@ class Strategy:
         """Sums and counts of the task's metrics over this rank's batches, on the CPU in float64."""
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
+            distributed.alive()
             for name, (total, count) in self.call_for_metrics(batch).items():
                 before = totals.get(name, (0.0, 0))
                 totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))

@@ -172,6 +172,7 @@ def train(config: TrainConfig, task: Task) -> Result:
     with run.start_log(), _stop_requests() as stop_request:
         batches = run.batches()
         while True:
+            distributed.alive(state.step)  # so that the launcher can tell a hang, and which rank is behind
             done = state.step >= plan.max_steps
             # each rank has its own clock and its own signals, so these are decided together
             stop, no_time, save = poll(stop_request.is_set(), run.out_of_time(), run.save_is_due())

@@ -22,7 +22,9 @@ FLOORS: dict[str, set[str]] = {
     "devices": {"env", "session"},
     "distributed": {"session"},
     "optim": set(),
-    "launch": {"devices", "distributed", "session", "config", "env"},
+    "pickling": set(),
+    "server": {"env", "session", "pickling", "distributed"},
+    "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
     "data": {"distributed"},
     "strategy": {"distributed", "devices"},
     "checkpoint": {"distributed", "session"},
@@ -42,7 +44,7 @@ FLOORS: dict[str, set[str]] = {
     "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices"}
+STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch"}
 FREE = {"__init__", "__main__"}
 
 
