@@ -1,35 +1,43 @@
-"""Checkpoints that are there or not there, never half there.
+"""Checkpoints that are there or not there, never half there, and written while training goes on.
 
-    checkpoints/step-00000100/{model.safetensors, optimizer.pt, state.json}
+    checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
-A checkpoint is written into a temporary folder, flushed to disk, and then renamed: it exists once its name does.
-state.json, written last, holds every file's length and checksum and its own, so that one which a disk or a download
-damaged is recognised, named, and passed over for the one before it. Nothing in it can run code when it is loaded.
+A checkpoint is copied to host memory, which is all that training waits for; a thread then writes it into a temporary
+folder, flushes it to disk and renames the folder: it exists once its name does. state.json, written last, holds every
+file's length and checksum and its own, so that one which a disk or a download damaged is recognised, named, and passed
+over for the one before it. Nothing in it can run code when it is loaded: the optimizer's state too is tensors and JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import pickle
-import random
 import re
 import shutil
+import threading
+import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from . import session
+from . import files, session
+from .files import DiskFullError, read_tensors, replace_tensors, write_tensors, write_text
+from .randomness import seed_everything
 
-FORMAT = 1
+__all__ = [
+    "Checkpoint", "CheckpointError", "Checkpoints", "DiskFullError", "Saved", "all_in", "changes", "check_model",
+    "damage", "load", "read_facts", "read_tensors", "replace_tensors", "seed_everything", "starting_point", "step_of",
+    "write_tensors", "write_text",
+]  # fmt: skip
+
+FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
+# state.json, the folder itself, and what rounding to the disk's blocks adds
+_SLACK = 1 << 20
 
 
 class CheckpointError(RuntimeError):
@@ -42,48 +50,118 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
-    """One dictionary of tensors for each .safetensors file: `model`, and `ema` where the run averages its weights."""
-    state: dict[str, Any]
-    """optimizer.pt: optimizer, gradient scaler, random states."""
+    """One dictionary of tensors for each other .safetensors file: `model`, and `ema` where the run averages weights."""
+    state: Any
+    """optimizer.safetensors: optimizer, gradient scaler."""
     facts: dict[str, Any]
     """state.json: step, samples_seen, stamp, config."""
 
 
-class Checkpoints:
-    """The checkpoints of one run, in `folder`. Only one process may write there."""
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save."""
 
-    def __init__(self, folder: Path, *, keep_last: int = 4) -> None:
-        self.folder, self.keep_last = folder, keep_last
+    step: int
+    path: Path | None
+    """None where the disk had no room for it."""
+    seconds: float
+    """From its beginning to the last byte on the disk."""
+    note: str = ""
+    """What there is to say about it: that the disk is full, and what was done."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`. Only one process may write there.
+
+    Used as a context, it waits for the last save on the way out, also when an error ends the run.
+
+    Args:
+        keep_last: how many stay when a new one is written.
+        flush_first: files that a checkpoint relies on (the records up to its step), flushed before it exists.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 4, flush_first: Sequence[Path] = ()) -> None:
+        self.folder, self.keep_last, self.flush_first = folder, keep_last, flush_first
+        self._buffer = files.Buffer()
+        self._thread: threading.Thread | None = None
+        self._saved: list[Saved] = []
+        self._error: BaseException | None = None
+        self.news = False
+        """Whether a save has ended that `collect` has not told of yet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._join()
 
     def save(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> Path:
-        """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path."""
-        final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
+        """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
+
+        Raises:
+            DiskFullError: there is no room, and removing the oldest would not make any. All that was there still is.
+            TypeError: the state holds what is neither a tensor nor plain.
+        """
+        self.begin(step, tensors=tensors, state=state, facts=facts)
+        saved = self.wait()[-1]
+        if saved.path is None:
+            raise DiskFullError(saved.note)
+        return saved.path
+
+    def begin(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> None:
+        """The same, behind the training: copy everything to host memory, hand it to a thread and return.
+
+        One is written at a time, so a second call waits for the first. What came of it is told by `collect`.
+        """
+        self._join()
+        began = time.monotonic()
+        held = self._buffer.hold(_layouts(tensors, state))
+        contents = {f"{name}.safetensors": content for name, content in held.items()}
+        self._thread = threading.Thread(
+            target=self._run, args=(step, contents, dict(facts), began), name="checkpoint writer", daemon=True
+        )
+        self._thread.start()
+
+    def collect(self) -> list[Saved]:
+        """The saves that have ended since this was last asked.
+
+        Raises:
+            OSError: writing failed, and not for want of room.
+        """
+        self.news = False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        saved, self._saved = self._saved, []
+        return saved
+
+    def wait(self) -> list[Saved]:
+        """`collect`, once nothing is being written any more."""
+        self._join()
+        return self.collect()
+
+    def rescue(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> Path:
+        """`save` by a process that is not the one that writes here, which may be writing at this moment."""
+        final = self._path(step)
+        contents = {f"{name}.safetensors": layout.pieces() for name, layout in _layouts(tensors, state).items()}
+        temporary = self.folder.parent / f".rescue-{final.name}-{os.getpid()}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            for name, named in tensors.items():
-                write_tensors(temporary / f"{name}.safetensors", named)
-            torch.save(state, temporary / "optimizer.pt")
-            files = {}
-            for path in sorted(temporary.iterdir()):
-                _flush(path)
-                files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path)}
-            document = {"format": FORMAT, "step": step, **facts, "files": files}
-            document["crc32"] = _crc32_of(document)
-            write_text(temporary / "state.json", json.dumps(document, indent=1))
-            _flush(temporary)
-            if final.exists():  # the same step again, after a resume that did not trust it
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _flush(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self._rotate()
+        if not final.exists():
+            try:
+                self._write(temporary, contents, {"step": step, **facts})
+                os.replace(temporary, final)
+                files.flush(self.folder)
+            except OSError:
+                if not final.exists():  # else another rank was quicker: all have the same state
+                    raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         return final
 
     def all(self) -> list[Path]:
@@ -99,21 +177,141 @@ class Checkpoints:
             warn(f"checkpoint {path} cannot be used: {problem}. Trying the one before it.")
         return None
 
+    def put_aside(self, after: int = -1) -> Path | None:
+        """Move the checkpoints of later steps than `after` out of the way; the folder they are in now.
+
+        They are damaged, or a future that the run has been taken back from: counted as the newest, they would push
+        what is saved from now on out of the folder.
+        """
+        later = [path for path in self.all() if step_of(path) > after]
+        if not later:
+            return None
+        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}-before-{i}")).exists())
+        if len(later) == len(self.all()):
+            self.folder.rename(aside)
+            return aside
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        return aside
+
+    # The writer's thread
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, step: int, contents: dict[str, Any], facts: dict[str, Any], began: float) -> None:
+        try:
+            path, note = self._write_with_room(step, contents, {"step": step, **facts})
+            self._rotate()
+            self._saved.append(Saved(step, path, time.monotonic() - began, note))
+        except DiskFullError as error:
+            note = f"no checkpoint of step {step}: {error.strerror or error}"
+            self._saved.append(Saved(step, None, time.monotonic() - began, note))
+        except BaseException as error:
+            self._error = error
+        self.news = True
+
+    def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
+        """Write the checkpoint; on a full disk drop the oldest ones first, where that makes room."""
+        final = self._path(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        needed = sum(len(content) for content in contents.values()) + _SLACK
+        try:
+            self._write_and_rename(final, contents, facts, needed)
+            return final, ""
+        except DiskFullError as error:
+            # a quota does not show in what the disk says is free
+            free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
+            full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
+            dropped = self._make_room(needed, free)
+            if not dropped:
+                raise DiskFullError(
+                    error.errno, f"{full}, and dropping older checkpoints would not make room. Free some space."
+                ) from None
+        note = f"{full}. Dropped to make room: {', '.join(path.name for path in dropped)}"
+        try:
+            self._write_and_rename(final, contents, facts, needed)
+        except DiskFullError as error:
+            raise DiskFullError(error.errno, f"{note}; it was not enough") from None
+        return final, note
+
+    def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
+        temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
+        # asked first, so that the records of the run find room to the end
+        if (free := files.free_bytes(self.folder)) < needed:
+            raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
+        try:
+            self._write(temporary, {name: [content] for name, content in contents.items()}, facts)
+            for path in self.flush_first:
+                if path.exists():
+                    files.flush(path)
+            if final.exists():  # the same step again, after a resume that did not trust it
+                self._remove(final)
+            os.replace(temporary, final)
+            files.flush(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, temporary: Path, contents: Mapping[str, Any], facts: dict[str, Any]) -> None:
+        temporary.mkdir(parents=True)
+        written = {name: files.write(temporary / name, pieces) for name, pieces in contents.items()}
+        document = {"format": FORMAT, **facts, "files": written}
+        document["crc32"] = _crc32_of(document)
+        files.write(temporary / "state.json", [json.dumps(document, indent=1).encode()])
+        files.flush(temporary)
+
     def _rotate(self) -> None:
         for path in self.all()[self.keep_last :]:
-            # renamed first: a half-removed folder must not look like a checkpoint
-            doomed = path.with_name(f".removing-{path.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            self._remove(path)
+
+    def _make_room(self, needed: int, free: int) -> list[Path]:
+        """Remove as many of the oldest checkpoints as make room, but none if all would not, and never the newest."""
+        checkpoints = self.all()
+        newest = next((path for path in checkpoints if damage(path) is None), None)
+        dropped: list[Path] = []
+        for path in reversed(checkpoints):
+            if free >= needed:
+                break
+            if path != newest:
+                free += sum(file.stat().st_size for file in path.iterdir())
+                dropped.append(path)
+        if free < needed:
+            return []
+        for path in dropped:
+            self._remove(path)
+        return dropped
+
+    def _remove(self, path: Path) -> None:
+        # renamed first: a half-removed folder must not look like a checkpoint
+        doomed = path.with_name(f".removing-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+
+def _layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> dict[str, files.Layout]:
+    named, tree = files.pack(state)
+    layouts = {name: files.Layout.of(content) for name, content in tensors.items()}
+    return {**layouts, "optimizer": files.Layout.of(named, {"tree": tree})}
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name says."""
+    return int(path.name.removeprefix("step-"))
 
 
 def all_in(folder: Path) -> list[Path]:
     """Checkpoint folders in `folder`, highest step first (by number: as text, step-999… would come after step-1000)."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def damage(path: Path) -> str | None:
@@ -128,7 +326,7 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _crc32(file) != expected["crc32"]:
+        if files.crc32(file) != expected["crc32"]:
             return f"{name} does not have the checksum it was written with"
     return None
 
@@ -155,6 +353,10 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _crc32_of(document: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document).encode())
+
+
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint into host memory.
 
@@ -165,71 +367,15 @@ def load(path: Path) -> Checkpoint:
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     facts = read_facts(path)
-    tensors = {Path(name).stem: read_tensors(path / name) for name in facts["files"] if name.endswith(".safetensors")}
-    try:
-        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
-        raise CheckpointError(
-            f"checkpoint {path} cannot be used: optimizer.pt holds something else than tensors and plain values, which "
-            f"is not loaded, as it could run code. {what}"
-        ) from None  # torch's message advises to load it all the same
+    state: Any = None
+    tensors = {}
+    for name in facts["files"]:
+        found, metadata = files.read_with_metadata(path / name)
+        if "tree" in metadata:
+            state = files.unpack(found, metadata["tree"])
+        else:
+            tensors[Path(name).stem] = found
     return Checkpoint(path, tensors, state, facts)
-
-
-def write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
-    """Write tensors as one .safetensors file; names that share one tensor (tied weights) are written once.
-
-    The names left out are noted in the file's metadata, and `read_tensors` puts them back.
-    """
-    from safetensors.torch import save_file
-
-    first: dict[tuple[Any, ...], str] = {}
-    aliases: dict[str, str] = {}
-    unique: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in named.items():
-        tensor = tensor.detach()
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in first:
-            aliases[name] = first[key]
-            continue
-        first[key] = name
-        unique[name] = tensor.cpu().contiguous()
-        storage = unique[name].untyped_storage()
-        if storage.nbytes() != unique[name].nbytes or storage.data_ptr() in storages:
-            unique[name] = unique[name].clone()  # a view of something larger, or of another's in another shape
-        storages.add(storage.data_ptr())
-    save_file(unique, str(path), metadata={"aliases": json.dumps(aliases)} if aliases else None)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file that `write_tensors` wrote, on the CPU."""
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    return {**tensors, **{name: tensors[first] for name, first in aliases.items()}}
-
-
-def replace_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
-    """`write_tensors`, atomically: the old file stays until the new one is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    write_tensors(temporary, named)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and flush it to disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
 
 
 def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where: str) -> None:
@@ -238,19 +384,24 @@ def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where:
     Raises:
         CheckpointError: they differ; the message names the first differences.
     """
+    if problem := _other_model({name: tuple(tensor.shape) for name, tensor in saved.items()}, model):
+        raise CheckpointError(
+            f"{where} is from another model: {problem}. Give this run another output_dir, or "
+            f"restore the settings the checkpoint was made with."
+        )
+
+
+def _other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> str:
+    """The first differences of names and shapes; "" where there are none."""
     problems = [f"{name}: not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in model]
     problems += [
-        f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+        f"{name}: {saved[name]} in the checkpoint, {tuple(tensor.shape)} in the model"
         for name, tensor in model.items()
-        if name in saved and saved[name].shape != tensor.shape
+        if name in saved and saved[name] != tensor.shape
     ]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"{where} is from another model: {'; '.join(problems[:5])}{more}. Give this run another output_dir, or "
-            f"restore the settings the checkpoint was made with."
-        )
+    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + more
 
 
 def starting_point(
@@ -260,6 +411,7 @@ def starting_point(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
+    model: Mapping[str, Tensor] | None = None,
 ) -> Path | None:
     """The checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
 
@@ -267,46 +419,72 @@ def starting_point(
         resume: auto; never (what is there is put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: what else makes it this run and no other.
+        model: the model's state; a checkpoint among the inputs with other names or shapes is another run's.
 
     Raises:
         CheckpointError: the checkpoint is another run's (the message lists each setting then and now), or damaged.
     """
     if resume == "never":
-        if checkpoints.all():
-            aside = next(p for i in range(1, 10**6) if not (p := Path(f"{checkpoints.folder}-before-{i}")).exists())
-            checkpoints.folder.rename(aside)
+        if aside := checkpoints.put_aside():
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
         return None
     if resume == "auto":
         path = checkpoints.newest()
         if path is None:
-            return _among_inputs(config, may_change, stamp)
+            return _among_inputs(config, may_change, stamp, model)
     else:
         path = Path(resume)
         if problem := damage(path):
             raise CheckpointError(f"resume: {path.resolve()} is not a whole checkpoint: {problem}")
     if differ := _differences(read_facts(path), config, may_change, stamp):
-        listed = "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differ.items())
         raise CheckpointError(
-            f"{path} is from a run with other settings: {listed}. Set them back to go on with that run; choose another "
-            f"output_dir, or resume='never', to start a new one."
+            f"{path} is from a run with other settings: {_listed(differ)}. Set them back to go on with that run; "
+            f"choose another output_dir, or resume='never', to start a new one."
         )
     return path
 
 
-def _among_inputs(config: Mapping[str, Any], may_change: Collection[str], stamp: Mapping[str, Any]) -> Path | None:
-    found = []
-    for path in session.find("checkpoints/step-*/state.json"):
-        with contextlib.suppress(CheckpointError):
-            facts = read_facts(path.parent)
-            if not _differences(facts, config, may_change, stamp):
-                found.append((facts["step"], path.parent))
+def _among_inputs(
+    config: Mapping[str, Any],
+    may_change: Collection[str],
+    stamp: Mapping[str, Any],
+    model: Mapping[str, Tensor] | None,
+) -> Path | None:
+    """The newest of this run's; where there are only others', the newest of those is named with what is different."""
+    found: list[tuple[int, Path]] = []
+    others: list[tuple[int, str]] = []
+    for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
+        try:
+            facts = read_facts(path)
+            differ = _differences(facts, config, may_change, stamp)
+            if differ:
+                others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
+                continue
+            if model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):
+                others.append((facts["step"], f"{path} is from another model: {problem}"))
+                continue
+            found.append((facts["step"], path))
+        except (CheckpointError, OSError, ValueError) as error:
+            print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     for _, path in sorted(found, reverse=True):
-        problem = damage(path)
-        if problem is None:
+        if (broken := damage(path)) is None:
             return path
-        print(f"checkpoint {path} cannot be used: {problem}. Trying the one before it.", flush=True)
+        print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
+    if others:
+        print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
     return None
+
+
+def changes(
+    facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Settings that have changed since a checkpoint and may: {name: (then, now)}."""
+    then, now = facts.get("config", {}), json.loads(json.dumps(config))
+    return {name: (then.get(name), now[name]) for name in now if name in may_change and then.get(name) != now[name]}
+
+
+def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name} was {then!r}, is {now!r}" for name, (then, now) in differ.items())
 
 
 def _differences(
@@ -320,57 +498,3 @@ def _differences(
         sides.append(json.loads(json.dumps({**fixed, **its_stamp})))
     then, now = sides
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
-
-
-# Random states, as tensors and numbers: torch.load(weights_only=True) reads nothing else
-def seed_everything(seed: int) -> None:
-    """Seed torch's (CPU and GPU), NumPy's and Python's global random generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of this process's random generators."""
-    version, internal, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, torch.tensor(internal), gauss],
-        "numpy": [torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put this process's random generators into a state that `random_state` gave."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss))
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _crc32_of(document: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(document).encode())
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or a folder: the name alone survives a crash sooner than the content does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

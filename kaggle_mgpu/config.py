@@ -89,8 +89,8 @@ class TrainConfig:
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | None = None
     """Samples per optimizer step over all GPUs. Keeps its meaning on 1, 2, 4 GPUs."""
-    micro_batch_size: int | None = None
-    """Samples per forward pass on one GPU."""
+    micro_batch_size: int | Literal["auto"] | None = None
+    """Samples per forward pass on one GPU. auto: the most that fit, found by trying real steps on every GPU."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"

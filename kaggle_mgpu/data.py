@@ -2,21 +2,22 @@
 
 The order of samples is a function of (seed, epoch) alone. A step takes the next `global_batch_size` samples of that
 order, whoever computes them: each rank takes its share of that slice and cuts it into micro-batches. So one GPU and
-four see the same samples at the same step, and the position in the data is one number, `samples_seen`.
+four see the same samples at the same step, and the position in the data is one number, `samples_seen`. What is random
+about a sample (augmentation) is a function of (seed, epoch, sample), whichever process fetches it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
-from . import distributed
+from . import distributed, randomness
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
@@ -94,6 +95,18 @@ class BatchPlan:
             micro = whole // (num_replicas * accumulation)
         steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / whole)
         return cls(whole, micro, num_replicas, accumulation, dataset_size, steps)
+
+    def with_micro_batch_size(self, at_most: int) -> Self:
+        """The same global batch in micro-batches of at most so many samples: the largest that divides a replica's."""
+        share = self.global_batch_size // self.num_replicas
+        micro = max((size for size in self.micro_batch_sizes if size <= at_most), default=1)
+        return replace(self, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
+
+    @property
+    def micro_batch_sizes(self) -> list[int]:
+        """Those that divide a replica's share of the global batch, smallest first."""
+        share = self.global_batch_size // self.num_replicas
+        return [size for size in range(1, share + 1) if share % size == 0]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -180,6 +193,7 @@ class Share:
     """False where a rank has no sample left while another still has: it then computes any one sample with weight 0,
     since every rank must take part in every gradient all-reduce."""
     samples: int
+    epoch: int = 0
 
 
 class Sampler:
@@ -211,17 +225,17 @@ class Sampler:
             while position < size:
                 block = order[position : position + max(self.BLOCK // batch, 1) * batch]
                 for start in range(0, len(block), batch):
-                    yield self._share(block[start : start + batch])
+                    yield self._share(block[start : start + batch], epoch)
                 position += len(block)
             epoch, position = epoch + 1, 0
 
-    def _share(self, indices: np.ndarray) -> Share:
+    def _share(self, indices: np.ndarray, epoch: int) -> Share:
         count, ranks = len(indices), self.world_size
         mine = indices[count * self.rank // ranks : count * (self.rank + 1) // ranks]
         micro_steps = math.ceil(math.ceil(count / ranks) / self.micro)
         parts = [mine[i * self.micro : (i + 1) * self.micro] for i in range(micro_steps)]
         real = [len(part) > 0 for part in parts]
-        return Share([part if len(part) else indices[:1] for part in parts], real, count)
+        return Share([part if len(part) else indices[:1] for part in parts], real, count, epoch)
 
 
 @dataclass
@@ -248,21 +262,54 @@ def size_of(dataset: Dataset[Any], what: str) -> int:
 
 
 class Fetch(Dataset[Any]):
-    """Samples by index, as one batch: the dataset's own `batch(indices)` where it has one, else items collated."""
+    """Samples by index, as one batch: the dataset's own `batch(indices)` where it has one, else items collated.
 
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate) -> None:
+    The global random generators are seeded for each sample, and once more for a collate of the task's own: for its
+    first sample. Where a dataset makes several samples at a time (`batch`, `__getitems__`) they are seeded for the
+    first of them, so what it draws repeats as long as the batches are split alike.
+
+    Args:
+        seed: the run's.
+        purpose: keeps the chance of training and evaluation apart.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any] = default_collate,
+        *,
+        seed: int = 0,
+        purpose: str = "sample",
+    ) -> None:
         self.dataset, self.collate = dataset, collate
+        self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
         self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
+        self.draws = True
         if self.whole is None and type(dataset) is TensorDataset and collate is default_collate:
             # what collating its rows one by one would give, 30 times as fast; rows are lists there, so is this
             self.whole = lambda indices: [tensor[indices] for tensor in dataset.tensors]
+            self.draws = False
+        self.several: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
+        if type(dataset) is Subset and not hasattr(dataset.dataset, "__getitems__"):
+            self.several = None  # it would fetch them one by one itself, unseeded
 
-    def __getitem__(self, indices: np.ndarray) -> Any:
+    def __getitem__(self, part: np.ndarray | tuple[int, np.ndarray]) -> Any:
+        """The batch of some samples of an epoch: (epoch, indices), or indices for epoch 0."""
+        epoch, indices = part if isinstance(part, tuple) else (0, part)
+        first = int(indices[0])
+        if self.draws and (self.whole or self.several):
+            randomness.seed_for(self.keys[0], epoch, first)
         if self.whole is not None:
             return self.whole(torch.from_numpy(np.ascontiguousarray(indices)))
-        several = getattr(self.dataset, "__getitems__", None)
         rows = indices.tolist()
-        return self.collate(several(rows) if several else [self.dataset[row] for row in rows])
+        samples = self.several(rows) if self.several else [self._sample(epoch, row) for row in rows]
+        if self.collate is not default_collate:
+            randomness.seed_for(self.keys[1], epoch, first)
+        return self.collate(samples)
+
+    def _sample(self, epoch: int, row: int) -> Any:
+        randomness.seed_for(self.keys[0], epoch, row)
+        return self.dataset[row]
 
 
 def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
@@ -273,7 +320,7 @@ def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: i
 
 
 def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
-    """Batches for an iterable of index arrays, in its order, fetched here or by `workers` loader processes."""
+    """Batches for an iterable of what `Fetch` takes, in its order, fetched here or by `workers` loader processes."""
     if workers == 0 and not pin_memory:
         return (fetch[indices] for indices in index_batches)
     loader: DataLoader[Any] = DataLoader(
@@ -282,6 +329,7 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) ->
         sampler=cast(Any, index_batches),
         num_workers=workers,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # else making an iterator draws from the global one
     )
     return iter(loader)
 
@@ -322,13 +370,13 @@ class Batches:
 
 
 class _Parts:
-    """The sampler's index arrays, one after the other, for the loader."""
+    """The sampler's epochs and index arrays, one after the other, for the loader."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return (part for share in self.sampler for part in share.micro_batches)
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return ((share.epoch, part) for share in self.sampler for part in share.micro_batches)
 
 
 def evaluation_batches(

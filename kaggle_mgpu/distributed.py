@@ -26,6 +26,10 @@ T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
+class RestartError(RuntimeError):
+    """The run goes on where it was when it is started again, in fresh processes: what raised this has seen to that."""
+
+
 def active() -> bool:
     """Whether a process group of more than this process is there."""
     return dist.is_available() and dist.is_initialized()

@@ -14,6 +14,7 @@ session, CI, a pipe), where bars and live outputs are lost or pile up.
 
 from __future__ import annotations
 
+import errno
 import html
 import io
 import json
@@ -22,7 +23,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +93,8 @@ class Progress:
             self._display.take(record, past=True)
         self._display.step = resumed_step
         self._display.open()
-        self._file = open(folder / METRICS, "a", encoding="ascii", newline="\n")  # noqa: SIM115 (see close)
+        self._file = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115 (see close)
+        self._unwritten = b""
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record, {"kind": …, "step": …, …}, as a line of strict JSON, and show it.
@@ -108,15 +110,24 @@ class Progress:
             self._on_record(record)
         text = json.dumps(record, default=_item)
         strict = json.loads(text, parse_constant=lambda constant: None)
-        # One write and a flush a line: a killed process leaves at most one torn line, the last.
-        self._file.write(json.dumps(strict, allow_nan=False) + "\n")
-        self._file.flush()
+        # One write a line: a killed process leaves at most one torn line, the last.
+        self._write((json.dumps(strict, allow_nan=False) + "\n").encode("ascii"))
         plain = json.loads(text)  # plain values, nan and infinity still among them
         if self._writer is not None:
             for key, value in _numbers(plain).items():
                 self._writer.add_scalar(f"{plain.get('kind', 'train')}/{key}", value, self._step)
         self._display.take(plain)
         self._display.show(str(plain.get("kind")))
+
+    def _write(self, line: bytes) -> None:
+        """Append to the file. What finds no room on the disk is kept, and written with the next line."""
+        self._unwritten += line
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def note(self, text: str) -> None:
         """Print a line of text, and record it as {"kind": "note", "step": …, "text": …}."""
@@ -131,6 +142,7 @@ class Progress:
         if self._closed:
             return
         self._closed = True
+        self._write(b"")
         self._file.close()
         if self._writer is not None:
             self._writer.close()
@@ -154,10 +166,22 @@ def read(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [record for record in records if isinstance(record, dict)]
 
 
+def comparable(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run that was stopped and resumed has in common with one that was not: all that was measured, but time.
+
+    Records of training and evaluation are that. Starts, saves, stops and notes belong to a session.
+    """
+    return [
+        {key: value for key, value in record.items() if key not in ("time", "seconds") and not key.endswith("_per_s")}
+        for record in records
+        if record.get("kind") in ("train", "eval")
+    ]
+
+
 def _rewind(source: str | os.PathLike[str], target: Path, step: int) -> list[dict[str, Any]]:
     """Write to `target` the records of `source` up to `step`, all or nothing, and return them."""
     kept = [record for record in read(source) if record.get("step", 0) <= step] if step > 0 else []
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f".writing-{target.name}")
     with open(temporary, "w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)
         file.flush()

@@ -78,12 +78,15 @@ class Strategy:
         self.world_size = distributed.world_size()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
+        self.skipped_in_a_row: Tensor | int = 0
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and wrap it for training; returns the plain one."""
         self.model = model.to(self.device)
         self.call: nn.Module = _Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
         self.parallel = self.wrap(self.call)
+        self.buffers = list(self.model.buffers())
+        self.buffers_before = [(buffer.detach().clone(), buffer._version) for buffer in self.buffers]
         return self.model
 
     def wrap(self, call: nn.Module) -> nn.Module:
@@ -120,6 +123,31 @@ class Strategy:
         """Sum of the loss over the batch's terms, ready for backward."""
         return self.parallel(batch)
 
+    def begin_step(self) -> None:
+        """Note the buffers as they are, for `undo_step`: running statistics move in each forward pass."""
+        for index, buffer in enumerate(self.buffers):
+            value, version = self.buffers_before[index]
+            if buffer._version != version:  # most are constants
+                value.copy_(buffer)
+                self.buffers_before[index] = value, buffer._version
+
+    def undo_step(self) -> None:
+        """Forget the gradients and statistics of a step that broke off; its weights had not moved yet."""
+        with torch.no_grad():
+            for buffer, (value, _) in zip(self.buffers, self.buffers_before, strict=True):
+                buffer.copy_(value)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def try_step(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+        """What a step needs in memory, without the other processes: forward, backward, the optimizer's own state."""
+        self.forward_alone(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def forward_alone(self, batch: Any) -> Tensor:
+        return self.call(batch)
+
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip and take one optimizer step, unless the gradient is not finite. Returns its norm before clipping.
 
@@ -136,16 +164,21 @@ class Strategy:
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-            self.skipped += ~norm.isfinite()
+            infinite = ~norm.isfinite()
+            self.skipped += infinite
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
         elif self.device.type == "cuda" and _skips_by_itself(optimizer):
             infinite = (~norm.isfinite()).float()
             optimizer.found_inf = infinite  # type: ignore[attr-defined]
             optimizer.step()
             self.skipped += infinite
+            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
         elif math.isfinite(norm.item()):
             optimizer.step()
+            self.skipped_in_a_row = 0
         else:
             self.skipped += 1
+            self.skipped_in_a_row += 1
         for parameter in parameters:  # what optimizer.zero_grad does, in a tenth of its time
             parameter.grad = None
         return norm
@@ -197,13 +230,17 @@ class Distributed(Strategy):
         # changed its name in torch 2.13)
         accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
-        return nn.parallel.DistributedDataParallel(
+        wrapped = nn.parallel.DistributedDataParallel(
             call,
             device_ids=[self.device.index] if on_gpu else None,
             # gradients live in the buckets that are sent: no copy, and one gradient's worth of memory less
             gradient_as_bucket_view=True,
             **{per_forward: False},  # type: ignore[arg-type]
         )
+        if not on_gpu and self.world_size > 2:
+            # a lambda, since torch rejects annotations that are text, as this file's are
+            wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
+        return wrapped
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
@@ -212,6 +249,26 @@ class Distributed(Strategy):
     def sync_buffers(self) -> None:
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients over the ranks so that no bit of the sum depends on how they lie in the bucket.
+
+    DistributedDataParallel lays its buckets out anew after its first step, and gloo adds three or more numbers in an
+    order that depends on where they lie: a resumed run, whose first step is another one, would differ in the last bit.
+    With two ranks there is only one order, and GPUs promise no such thing.
+    """
+    own = bucket.buffer()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def added(_: torch.futures.Future[Any]) -> Tensor:
+        total = own.copy_(parts[0])
+        for part in parts[1:]:
+            total.add_(part)
+        return total.div_(len(parts))
+
+    gathered = dist.all_gather(parts, own, async_op=True)
+    return gathered.get_future().then(added)
 
 
 class Replicated(Strategy):
@@ -230,6 +287,9 @@ class Replicated(Strategy):
 
     def forward(self, batch: Any) -> Tensor:
         return self.parallel(batch, "losses").sum()
+
+    def forward_alone(self, batch: Any) -> Tensor:
+        return self.forward(batch)
 
     def call_for_metrics(self, batch: Any) -> Any:
         return self.parallel(batch, "metrics")

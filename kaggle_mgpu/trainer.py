@@ -4,7 +4,8 @@
     result = train(config, task)                                                   # in this process
 
 `train` is the loop, and it is short; `_Run` holds what it works on, set up once. There are no callbacks and no hidden
-state: what a resumed run needs is in `TrainState`, in what `Strategy.full_state` lists, and in the random states.
+state: what a resumed run needs is in `TrainState` and in what `Strategy.full_state` lists. Chance needs no state: it is
+a function of (seed, step, rank) and of (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
+import shutil
 import signal
 import threading
 import time
@@ -20,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from . import checkpoint, data, devices, distributed, optim, progress, session, strategy
+from . import checkpoint, data, devices, distributed, memory, optim, progress, randomness, session, strategy
+from .checkpoint import DiskFullError
+from .clock import Clock
 from .config import TrainConfig, parse_duration
 
 if TYPE_CHECKING:
@@ -43,6 +47,8 @@ class Task:
     """Says whose checkpoint it is. Default: the class's name."""
     unit: str = "samples"
     """What `count` counts; throughput is logged in it."""
+    backend: str = "torch"
+    """What makes the model trainable (a fine-tuning library, say): checkpoints of one are not another's."""
 
     def model(self) -> nn.Module:
         """The model, on the CPU, with weights drawn from torch's random generator (which is seeded before)."""
@@ -126,6 +132,10 @@ class Result:
     precision: str
     skipped_steps: int
     """Steps not taken because the gradient was not finite."""
+    remaining_steps: int = 0
+    """What is left to do where it is not finished."""
+    remaining_seconds: float | None = None
+    """How long that will take, at this session's pace."""
 
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl, one dictionary a line."""
@@ -148,7 +158,12 @@ class Result:
 
 
 class DivergedError(FloatingPointError):
-    """The loss is not a number any more."""
+    """The gradient is not a number any more."""
+
+
+# Steps left out one after the other before the run is given up. fp16 starts with a loss scale of 2^16, and halves it
+# with each overflow: twenty in a row are nothing unusual.
+GIVE_UP_AFTER = {"fp16": 30, "fp32": 5, "bf16": 5}
 
 
 @distributed.returns_rank0
@@ -161,34 +176,44 @@ def train(config: TrainConfig, task: Task) -> Result:
     Raises:
         ValueError: settings that do not fit each other, the data or the machine.
         CheckpointError: the checkpoint found is another run's or another model's.
-        DivergedError: the loss became nan or infinite.
+        DivergedError: the gradient was nan or infinite several steps in a row.
+        OutOfMemoryError: not even one sample fits.
+        RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
     """
     distributed.init()
     run = _Run(config, task)
     if (before := run.resume()) is not None:
         return before
-    state, plan, how, poll = run.state, run.plan, run.strategy, distributed.Poll()
+    state, how, poll, rank = run.state, run.strategy, run.poll, distributed.rank()
+    chance = randomness.key(config.seed, "step")
 
-    with run.start_log(), _stop_requests() as stop_request:
+    with run.start_log(), run.checkpoints, _stop_requests() as stop_request:
         batches = run.batches()
         while True:
             distributed.alive(state.step)  # so that the launcher can tell a hang, and which rank is behind
-            done = state.step >= plan.max_steps
+            done = state.step >= run.plan.max_steps
+            evaluation_due = run.evaluation_is_due(done)
             # each rank has its own clock and its own signals, so these are decided together
-            stop, no_time, save = poll(stop_request.is_set(), run.out_of_time(), run.save_is_due())
-            last = done or stop or no_time
-            if run.evaluation_is_due(done):
+            stop, no_time, save = poll(stop_request.is_set(), run.out_of_time(evaluation_due), run.save_is_due())
+            if evaluation_due and not (stop or no_time):  # else the next session begins with it
                 run.evaluate()
+            last = done or stop or no_time
             if state.step > run.saved_step and (last or save or _multiple(state.step, config.save_every)):
-                run.save()
+                run.save()  # copies; the writing goes on behind the next steps
             if last:
                 break
 
             step = next(batches)  # this rank's share of one global batch
+            randomness.seed_for(chance, state.step, rank)
+            how.begin_step()
             losses = []
-            for i, batch in enumerate(step.micro_batches):
-                with how.micro_step(sync=i == len(step.micro_batches) - 1):
-                    losses.append(how.backward(batch, step.weights[i], step.terms))  # loss sum / terms of all ranks
+            with run.attempt:
+                for i, batch in enumerate(step.micro_batches):
+                    with how.micro_step(sync=i == len(step.micro_batches) - 1):
+                        losses.append(how.backward(batch, step.weights[i], step.terms))  # loss sum / terms of all ranks
+            if run.attempt.failed:  # out of memory: the same samples again, in smaller micro-batches
+                batches = run.batches()
+                continue
             lr = run.lr_at(state.step)
             optim.set_lr(run.optimizer, lr)
             norm = how.step(run.optimizer, max_norm=config.max_norm)
@@ -199,7 +224,7 @@ def train(config: TrainConfig, task: Task) -> Result:
             run.clock.count(step.samples, step.terms())
             run.log_step(losses, step, lr, norm)  # only here does a loss reach Python, every log_every steps
 
-        return run.finish("finished" if done else "asked to stop" if stop else "time limit")
+        return run.finish("asked to stop" if stop else "time limit")
 
 
 class _Run:
@@ -210,6 +235,7 @@ class _Run:
         self.out, self.main, self.world = Path(config.output_dir), distributed.is_main(), distributed.world_size()
         allowed = parse_duration(config.time_limit) if config.time_limit else float("inf")
         self.deadline = session.Deadline(min(allowed, session.time_left()))
+        self.poll = distributed.Poll()
 
         # How many replicas, in which precision
         self.device = distributed.device()
@@ -222,12 +248,18 @@ class _Run:
         replicas = {"single": 1, "dp": wanted, "ddp": self.world}[kind.name]
 
         # The data, and how each batch of it is split
+        randomness.seed_everything(config.seed)  # a random split is then the same one in each process and session
         train_set, val_set = task.train_data(), task.val_data()
+        if config.micro_batch_size == "auto" and config.gradient_accumulation_steps:
+            raise ValueError(
+                f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
+                f"one follows from the other. Give global_batch_size instead."
+            )
         self.plan = data.BatchPlan.make(
             dataset_size=data.size_of(train_set, "train_data()"),
             num_replicas=replicas,
             global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             epochs=config.epochs,
             max_steps=config.max_steps,
@@ -235,14 +267,16 @@ class _Run:
         if val_set is not None and data.size_of(val_set, "val_data()") == 0:
             raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
         collate = default_collate if type(task).collate is Task.collate else task.collate
-        self.fetch = data.Fetch(train_set, collate)
-        self.val_fetch = None if val_set is None else data.Fetch(val_set, collate)
+        self.fetch = data.Fetch(train_set, collate, seed=config.seed)
+        self.val_fetch = (
+            None if val_set is None else data.Fetch(val_set, collate, seed=config.seed, purpose="evaluation")
+        )
         self.workers = data.workers_for(
             self.fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size()
         )
 
         # The model: the same seed on every rank gives the same weights
-        checkpoint.seed_everything(config.seed)
+        randomness.seed_everything(config.seed)
         self.strategy = kind(
             task.loss, task.metrics, precision=self.precision, device=self.device, num_replicas=replicas
         )
@@ -252,19 +286,22 @@ class _Run:
         model = self.strategy.prepare(_build(task, config))
         self.optimizer = task.optimizer(model, config.replace(lr=self.lr))
         self.ema = optim.EMA(model, config.ema_decay) if config.ema_decay else None
-        checkpoint.seed_everything(
-            config.seed + 1 + distributed.rank()
-        )  # from here on chance differs by rank: dropout masks, say
 
         self.state = TrainState()
-        self.stamp = {"task": task.name or type(task).__name__, "global_batch_size": self.plan.global_batch_size}
-        self.checkpoints = checkpoint.Checkpoints(self.out / "checkpoints", keep_last=config.keep_last)
+        self.stamp = {
+            "task": task.name or type(task).__name__,
+            "backend": task.backend,
+            "global_batch_size": self.plan.global_batch_size,
+            "dataset_size": self.plan.dataset_size,
+        }
+        self.checkpoints = checkpoint.Checkpoints(
+            self.out / "checkpoints", keep_last=config.keep_last, flush_first=[self.out / progress.METRICS]
+        )
         self.start: Path | None = None
-        self.random_states: list[Any] = []
-        unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
+        self.attempt = _Attempt(self)
+        self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
         self.header = [
             f"strategy {self.strategy.name}: {kind_reason}; precision {self.precision}: {precision_reason}",
-            self.plan.sentence(unit),
             f"learning rate {self.lr:g}"
             + (f" ({config.lr:g} scaled {config.lr_scaling})" if self.lr != config.lr else "")
             + f", {config.schedule}, {self.warmup_steps} warm-up steps; "
@@ -287,45 +324,117 @@ class _Run:
 
     def resume(self) -> Result | None:
         """Load the checkpoint to go on from, if there is one; the result, if this run has finished already."""
-        self.start = distributed.from_main(
-            lambda: checkpoint.starting_point(
-                self.checkpoints,
-                resume=self.config.resume,
-                config=self.config.to_dict(),
-                may_change=self.config.MAY_CHANGE,
-                stamp=self.stamp,
-            )
-        )
+        self.start = distributed.from_main(self._starting_point)
+        if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
+            if self.main:
+                print(f"already finished after {result.step} steps: {self.out}. resume='never' trains anew.")
+            return result
+        self.fit_micro_batch()
         if self.start is not None:
-            if (result := _finished(self.out, self.plan.max_steps)) is not None:
-                if self.main:
-                    print(f"already finished after {result.step} steps: {self.out}. resume='never' trains anew.")
-                return result
             saved = checkpoint.load(self.start)
             checkpoint.check_model(saved.tensors["model"], self.strategy.model.state_dict(), f"{self.start}")
             self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
             if self.ema is not None:
                 self.ema.load_state_dict(saved.tensors["ema"])
             self.state = TrainState(**saved.facts["state"])
-            self.random_states = saved.state["random"]
             best = self.start.parent.parent / "best" / "model.safetensors"
             if not best.is_file():
                 self.state.best = None  # without its weights it is worth nothing
             elif self.main and self.start.parent != self.checkpoints.folder:
                 checkpoint.replace_tensors(self.out / "best" / "model.safetensors", checkpoint.read_tensors(best))
             self.header.append(f"going on from {self.start}: step {self.state.step} of {self.plan.max_steps}")
+            changed = checkpoint.changes(saved.facts, self.config.to_dict(), self.config.MAY_CHANGE)
+            if changed:
+                listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changed.items())
+                self.header.append(f"changed since, which is allowed: {listed}")
         return None
+
+    def _starting_point(self) -> Path | None:
+        """On rank 0: which checkpoint to go on from, with the run's folder made ready for it."""
+        config = self.config
+        for left in self.out.glob(".rescue-step-*"):  # by a rank that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        start = checkpoint.starting_point(
+            self.checkpoints,
+            resume=config.resume,
+            config=config.to_dict(),
+            may_change=config.MAY_CHANGE,
+            stamp=self.stamp,
+            model=self.strategy.model.state_dict(),
+        )
+        aside = self.checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
+        if aside is not None:
+            print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
+        return start
+
+    def fit_micro_batch(self) -> None:
+        """Settle on a micro-batch size where it is to be found, or where a larger one was too much before."""
+        auto, folders = self.config.micro_batch_size == "auto", [self.checkpoints.folder]
+        folders += [self.start.parent] if self.start else []
+        known = distributed.from_main(lambda: memory.remembered(folders, self.conditions()))
+        if known is not None and (auto or known[0] < self.plan.micro_batch_size):
+            self.plan = self.plan.with_micro_batch_size(known[0])
+            self.header.append(f"micro_batch_size {self.plan.micro_batch_size}: {known[1]}")
+        elif auto:
+            with memory.as_it_was(self.strategy.model, self.optimizer):
+                size = memory.largest_that_fits(self.plan.micro_batch_sizes, self.fits)
+            if size is None:
+                raise torch.OutOfMemoryError(_NOT_EVEN_ONE)
+            self.plan = self.plan.with_micro_batch_size(size)
+            self.remember_micro_batch("the largest that fits, with a tenth to spare")
+            self.header.append(f"micro_batch_size {size}: the largest that fits, with a tenth to spare")
+
+    def fits(self, micro_batch_size: int) -> bool:
+        """Whether every rank can take a real step with a micro-batch a tenth larger."""
+        size = micro_batch_size + math.ceil(micro_batch_size / 10) if micro_batch_size > 1 else 1
+        size *= self.plan.num_replicas // self.world
+        failed = False
+        try:
+            batch = self.fetch[data.Order(self.plan.dataset_size, self.config.seed, 0)[:size]]
+            self.strategy.try_step(data.move(batch, self.strategy.input_device), self.optimizer)
+        except RuntimeError as error:
+            if not memory.out_of_memory(error):
+                raise
+            failed = True
+        if failed:  # here, where the error no longer holds on to what it was about
+            self.strategy.model.zero_grad(set_to_none=True)
+            memory.release()
+        return not distributed.agree(failed)
+
+    def conditions(self) -> dict[str, Any]:
+        """What a micro-batch size that fits depends on."""
+        config, model = self.config, self.strategy.model
+        return {
+            "devices": [[gpu.name, gpu.memory_bytes] for gpu in self.gpus[: self.plan.num_replicas]] or "cpu",
+            "model": {name: list(tensor.shape) for name, tensor in model.state_dict().items()},
+            "global_batch_size": self.plan.global_batch_size,
+            "num_replicas": self.plan.num_replicas,
+            "strategy": self.strategy.name,
+            "precision": self.precision,
+            "compile": config.compile,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
+
+    def remember_micro_batch(self, why: str) -> None:
+        if self.main or self.attempt.failed:
+            # two ranks that write the same at the same time: one finds its file gone, renamed by the other
+            with contextlib.suppress(FileNotFoundError):
+                memory.remember(self.checkpoints.folder, self.plan.micro_batch_size, why, self.conditions())
 
     def start_log(self) -> progress.Progress:
         """Print how the run will go and open its log."""
         if self.main:
-            print("\n".join(self.header), flush=True)
+            print("\n".join([self.header[0], self.plan.sentence(self.unit), *self.header[1:]]), flush=True)
             document = {**self.config.to_dict(), "stamp": self.stamp}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
             (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
-        self.clock = _Clock(self.state.seconds)
+        nbytes = sum(t.nbytes for t in self.strategy.model.state_dict().values())
+        val_size = 0 if self.val_fetch is None else data.size_of(self.val_fetch.dataset, "val_data()")
+        # guesses, until they are measured: weights with two moments at 50 MB/s, a sample at a training sample's price
+        self.clock = Clock(
+            self.state.seconds, save=4 * nbytes / 50e6, evaluation=val_size / self.plan.global_batch_size
+        )
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
-        self.first_step, self.bad_losses = self.state.step + 1, 0
         self.log = progress.Progress(
             self.out,
             max_steps=self.plan.max_steps,
@@ -339,11 +448,14 @@ class _Run:
             history=self.start.parent.parent if self.start else None,
         )
         record = {"kind": "start", "step": self.state.step, "samples": self.state.samples_seen}
-        self.log.record({**record, "world_size": self.world, "strategy": self.strategy.name})
+        record |= {"world_size": self.world, "strategy": self.strategy.name}
+        self.log.record({**record, "micro_batch_size": self.plan.micro_batch_size})
         return self.log
 
     def batches(self) -> Iterator[data.Step]:
         """This rank's share of each global batch, from the run's position on, on the device."""
+        if self.attempt.failed:
+            memory.release()
         steps = data.Batches(
             data.Sampler(self.plan, seed=self.config.seed, samples_seen=self.state.samples_seen),
             self.fetch,
@@ -351,14 +463,13 @@ class _Run:
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
         )
-        if len(self.random_states) == self.world:  # after the loader, whose workers draw a seed
-            checkpoint.set_random_state(self.random_states[distributed.rank()])
         return data.on_device(steps, self.strategy.input_device)
 
     # Questions of the clock: each rank answers for itself
-    def out_of_time(self) -> bool:
-        """Whether another step, with the evaluation and the save that may follow it, might outlast the deadline."""
-        return self.deadline.reached(self.clock.margin())
+    def out_of_time(self, evaluation_due: bool) -> bool:
+        """Whether the steps until this is asked again, an evaluation if one is due, and a save might outlast it."""
+        left = self.deadline.remaining()
+        return left < math.inf and left <= self.clock.margin(self.poll.interval, evaluation_due)
 
     def save_is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= self.config.save_interval_minutes * 60
@@ -374,8 +485,9 @@ class _Run:
         """Metrics over val_data, each sample once over all ranks; keeps the weights where they are the best so far."""
         state, model, fetch = self.state, self.strategy.model, self.val_fetch
         assert fetch is not None
-        with self.clock.pause("evaluate"), self.averaged_weights():
+        with self.clock.evaluating(), self.averaged_weights():
             self.strategy.sync_buffers()
+            randomness.seed_for(randomness.key(self.config.seed, "metrics"), state.step, distributed.rank())
             batches = data.evaluation_batches(
                 fetch,
                 data.size_of(fetch.dataset, "val_data()"),
@@ -393,64 +505,128 @@ class _Run:
             if _better(self.config, state):
                 state.best = state.metrics[self.config.best_metric]
                 if self.main:
-                    checkpoint.replace_tensors(self.out / "best" / "model.safetensors", model.state_dict())
+                    self.write_weights(self.out / "best" / "model.safetensors")
         record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
         record |= {f"val_{name}": value for name, value in state.metrics.items()}
         self.log.record({**record, "time": self.clock.seconds()})
 
     def save(self) -> None:
-        """Write a checkpoint: every rank gives its part, rank 0 writes."""
-        with self.clock.pause("save"):
-            self.strategy.sync_buffers()
+        """Copy the state for a checkpoint, which rank 0 then writes behind the next steps."""
+        with self.clock.pause():
             self.state.seconds = self.clock.seconds()
-            random_states = distributed.gather(checkpoint.random_state())
+            everything = self.everything()
             if self.main:
-                full = self.strategy.full_state(self.optimizer)
-                tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
-                facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
-                self.checkpoints.save(
-                    self.state.step,
-                    tensors=tensors,
-                    state={**full, "random": random_states},
-                    facts={**facts, "config": self.config.to_dict()},
-                )
+                self.checkpoints.begin(self.state.step, **everything)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
-        self.log.record({"kind": "save", "step": self.state.step, "seconds": self.clock.longest["save"]})
+
+    def everything(self) -> dict[str, Any]:
+        """All that a checkpoint holds, listed once."""
+        full = self.strategy.full_state(self.optimizer)
+        tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
+        facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
+        return {"tensors": tensors, "state": full, "facts": {**facts, "config": self.config.to_dict()}}
+
+    def report_saves(self, saves: list[checkpoint.Saved]) -> None:
+        """Record what became of checkpoints that were being written."""
+        for saved in saves:
+            self.clock.saved(saved.seconds)
+            if saved.note:
+                self.log.note(saved.note)
+            if saved.path is not None:
+                self.log.record({"kind": "save", "step": saved.step, "seconds": saved.seconds})
+
+    def write_weights(self, path: Path) -> bool:
+        """Write the weights as they are now; on a full disk say so, keep what is there and go on."""
+        try:
+            checkpoint.replace_tensors(path, self.strategy.model.state_dict())
+        except DiskFullError as error:
+            self.log.note(f"{path} could not be written: {error.strerror}")
+            return False
+        return True
+
+    def undo_step(self, error: BaseException) -> None:
+        """Halve the micro-batch after it was too much. Nothing of the step counts yet, so it can begin again.
+
+        With several ranks the others are in the middle of a collective by now, which only an end of the processes ends:
+        what is known here, which is all there is, is saved for the next start.
+        """
+        before, step = self.plan.micro_batch_size, self.state.step
+        if before == 1:
+            raise torch.OutOfMemoryError(_NOT_EVEN_ONE) from error
+        self.strategy.undo_step()
+        self.plan = self.plan.with_micro_batch_size(before // 2)
+        after = self.plan.micro_batch_size
+        why = f"{before} was too much in step {step + 1}: out of memory"
+        self.remember_micro_batch(why)
+        text = (
+            f"out of memory with micro_batch_size {before} in step {step + 1}: {after} from here on, with "
+            f"{self.plan.gradient_accumulation_steps} accumulation steps, so that the batch stays the same"
+        )
+        if self.world == 1:
+            self.log.note(text)
+            return
+        self.state.seconds = self.clock.seconds()
+        saved = f"The state before that step is in {self.checkpoints.rescue(step, **self.everything())}"
+        raise distributed.RestartError(
+            f"rank {distributed.rank()} ran {text}. {saved}: run the same again and it goes on from there."
+        ) from error
 
     def log_step(self, losses: list[Tensor], step: data.Step, lr: float, norm: Tensor) -> None:
         """Record the step just taken, if it is one to record. Nothing else waits for the GPU."""
         state, logged = self.state, self.state.step
+        if self.checkpoints.news:
+            self.report_saves(self.checkpoints.collect())
         due = logged in (1, self.plan.max_steps) or logged % self.config.log_every == 0
-        if not due and logged != self.first_step:
+        in_a_row = self.strategy.skipped_in_a_row
+        if not due and (isinstance(in_a_row, Tensor) or in_a_row == 0):
             return
         total = torch.stack([loss.double() for loss in losses]).sum().cpu()
         loss = float(distributed.sum(total)) / step.terms()
-        self.bad_losses = 0 if np.isfinite(loss) else self.bad_losses + 1
-        # fp16 overflows now and then: the scaler then leaves the step out and halves its scale
-        if self.bad_losses > (2 if self.precision == "fp16" else 0):
-            raise DivergedError(
-                f"the loss is {loss} at step {logged} (learning rate {lr:g}, gradient norm {float(norm):g}). "
-                + (
-                    f"The checkpoint of step {self.saved_step} is from before. "
-                    if self.saved_step
-                    else "There is no checkpoint yet. "
-                )
-                + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
-            )
+        if int(in_a_row) >= GIVE_UP_AFTER[self.precision]:
+            self.diverged(int(in_a_row), loss, lr, norm)
         if due:
             record = {"kind": "train", "step": logged, "samples": state.samples_seen}
             record["epoch"] = round(state.samples_seen / self.plan.dataset_size, 4)
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(self.strategy.skipped)}
             self.log.record({**record, **self.clock.throughput(self.task.unit), "time": self.clock.seconds()})
 
+    def diverged(self, in_a_row: int, loss: float, lr: float, norm: Tensor) -> None:
+        """Stop a run whose gradient is not finite any more."""
+        step, first = self.state.step, self.state.step - in_a_row + 1
+        size, batch = self.plan.dataset_size, self.plan.global_batch_size
+        per_epoch = self.plan.steps_per_epoch
+        epoch, start = divmod(first - 1, per_epoch)
+        indices = data.Order(size, self.config.seed, epoch)[start * batch : (start + 1) * batch].tolist()
+        if self.main:
+            self.report_saves(self.checkpoints.wait())
+        good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)
+        record = {"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": indices}
+        self.log.record(record)
+        shown = ", ".join(map(str, indices[:16])) + (
+            f", … ({len(indices)} in all: see metrics.jsonl)" if len(indices) > 16 else ""
+        )
+        raise DivergedError(
+            f"the loss is {loss} at step {step} (learning rate {lr:g}, gradient norm {float(norm):g}); steps {first} "
+            f"to {step} were left out, as their gradients were not finite. Step {first} had the samples {shown}. "
+            + (f"The last checkpoint from before is {good}. " if good else "There is no checkpoint from before. ")
+            + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
+        )
+
     def finish(self, reason: str) -> Result:
-        """Write the weights and result.json; what the run came to, or how far it got."""
+        """Write the weights and result.json: what the run came to, or how far it got and why no further."""
         state = self.state
-        self.strategy.sync_buffers()
         state.seconds = self.clock.seconds()
+        remaining = self.plan.max_steps - state.step
+        finished = remaining <= 0 and not self.evaluation_is_due(done=True)
+        if finished:
+            reason = "finished"
+        if self.main:
+            self.report_saves(saves := self.checkpoints.wait())
+            if not finished and any(saved.path is None for saved in saves):
+                reason += f"; {saves[-1].note}"
         result = Result(
             output_dir=str(self.out),
-            finished=state.step >= self.plan.max_steps,
+            finished=finished,
             reason=reason,
             step=state.step,
             max_steps=self.plan.max_steps,
@@ -462,10 +638,17 @@ class _Run:
             strategy=self.strategy.name,
             precision=self.precision,
             skipped_steps=int(self.strategy.skipped),
+            remaining_steps=remaining,
+            remaining_seconds=self.clock.left(remaining),
         )
         if self.main:
             with self.averaged_weights():
-                checkpoint.replace_tensors(self.out / "model.safetensors", self.strategy.model.state_dict())
+                written = self.write_weights(self.out / "model.safetensors")
+            if finished and not written:
+                raise DiskFullError(
+                    f"trained to the end, but the disk has no room for {self.out / 'model.safetensors'}. Free some "
+                    f"space and run the same again: it goes on from the last checkpoint."
+                )
             checkpoint.write_text(self.out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
         self.log.record({"kind": "stop", "step": state.step, "reason": reason})
         self.log.close(dataclasses.asdict(result))
@@ -477,47 +660,27 @@ class _Run:
         return contextlib.nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
 
 
-class _Clock:
-    """Where the time goes: training time in all, throughput since the last record, and how long things take."""
+class _Attempt:
+    """Around the micro-steps of a step: when one runs out of memory, the step has `failed` and can begin again."""
 
-    def __init__(self, before: float) -> None:
-        self.before, self.began = before, time.monotonic()
-        self.since = self.counted = self.began
-        self.samples = self.terms = 0
-        self.longest: dict[str, float] = {"step": 0.0, "evaluate": 0.0, "save": 0.0}
+    def __init__(self, run: _Run) -> None:
+        self.run, self.failed = run, False
 
-    def seconds(self) -> float:
-        """Of this run, over all sessions."""
-        return self.before + time.monotonic() - self.began
+    def __enter__(self) -> None:
+        self.failed = False
 
-    @contextlib.contextmanager
-    def pause(self, what: str) -> Iterator[None]:
-        """Time spent on something else than steps: it does not count as throughput."""
-        start = time.monotonic()
-        yield
-        took = time.monotonic() - start
-        self.longest[what] = max(self.longest[what], took)
-        self.since += took
-        self.counted += took
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not memory.out_of_memory(error):
+            return False
+        self.failed = True
+        self.run.undo_step(error)
+        return True
 
-    def count(self, samples: int, terms: int) -> None:
-        """One step is taken."""
-        now = time.monotonic()
-        self.longest["step"] = max(self.longest["step"], now - self.counted)
-        self.counted = now
-        self.samples += samples
-        self.terms += terms
 
-    def throughput(self, unit: str) -> dict[str, float]:
-        """Since this was last asked; the GPU has just been waited for, so the time is its time."""
-        now = time.monotonic()
-        rate = (self.samples if unit == "samples" else self.terms) / max(now - self.since, 1e-9)
-        self.since, self.samples, self.terms = now, 0, 0
-        return {f"{unit.replace(' ', '_')}_per_s": rate}
-
-    def margin(self) -> float:
-        """Seconds to keep back before a deadline: half as much again as the longest step, evaluation and save took."""
-        return 1.5 * sum(self.longest.values())
+_NOT_EVEN_ONE = (
+    "out of memory with micro_batch_size 1: not even one sample fits. Try gradient_checkpointing=True, "
+    "precision='fp16', shorter or smaller samples, or a smaller model."
+)
 
 
 def _build(task: Task, config: TrainConfig) -> nn.Module:
@@ -555,7 +718,7 @@ def _better(config: TrainConfig, state: TrainState) -> bool:
             f"Set best_metric to one of them, or add it to Task.metrics."
         )
     value = state.metrics[config.best_metric]
-    if state.best is None or np.isnan(state.best):  # anything is better than nan, and nothing is worse
+    if state.best is None or math.isnan(state.best):  # anything is better than nan, and nothing is worse
         return True
     return value < state.best if config.best_mode == "min" else value > state.best
 

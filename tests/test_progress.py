@@ -188,7 +188,7 @@ class TestResume:
             progress = Progress(sys.argv[1], max_steps=100, main=True, display="lines")
             for step in range(1, 6):
                 progress.record({"kind": "train", "step": step, "loss": 1.0})
-            progress._file.write('{"kind": "train", "st')
+            progress._file.write(b'{"kind": "train", "st')
             progress._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
         """

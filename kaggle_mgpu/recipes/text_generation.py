@@ -69,6 +69,9 @@ class Config(TrainConfig):
     """Tokens of context."""
     dropout: float = 0.0
     """Dropout after attention and MLP. Above 0 the weights depend on the number of GPUs."""
+    random_shift: bool = False
+    """Cut each training block at a random place of its stretch, another one in each epoch: more different contexts
+    from the same text. The cuts depend on how the batch is split."""
     global_batch_size: int | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
@@ -325,19 +328,20 @@ class Corpus:
         """Nats per validation token as bits per byte of validation text."""
         return loss * (self.val_tokens - 1) / max(1, self.val_bytes) / math.log(2)
 
-    def blocks(self, part: str, block_size: int) -> TokenBlocks:
+    def blocks(self, part: str, block_size: int, random_shift: bool = False) -> TokenBlocks:
         """`part`: "train" or "val"."""
-        return TokenBlocks(Path(self.folder) / f"{part}.bin", _dtype(self.n_vocab), block_size)
+        return TokenBlocks(Path(self.folder) / f"{part}.bin", _dtype(self.n_vocab), block_size, random_shift)
 
 
 class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
     """Blocks of a token file: block i predicts tokens i*B+1 ... (i+1)*B from the ones before, so every token
     but the first (a separator) is predicted exactly once. In the last block what is missing is a target of
-    -100: ignored.
+    -100: ignored. With `random_shift` each begins up to B - 1 tokens later, drawn from torch's generator.
     """
 
-    def __init__(self, path: Path, dtype: str, block_size: int) -> None:
+    def __init__(self, path: Path, dtype: str, block_size: int, random_shift: bool = False) -> None:
         self.path, self.dtype, self.block_size = str(path), dtype, block_size
+        self.random_shift = random_shift
         self.n_tokens = Path(path).stat().st_size // np.dtype(dtype).itemsize
         self._tokens: NDArray[Any] | None = None
 
@@ -356,7 +360,11 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets, both (len(indices), block_size) int64."""
-        at = indices.numpy()[:, None] * self.block_size + np.arange(self.block_size + 1)
+        first = indices.numpy() * self.block_size
+        if self.random_shift:
+            first = first + torch.randint(self.block_size, (len(first),)).numpy()
+            first = np.minimum(first, max(0, self.n_tokens - 1 - self.block_size))
+        at = first[:, None] + np.arange(self.block_size + 1)
         tokens = torch.from_numpy(self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64))
         targets = tokens[:, 1:].masked_fill(torch.from_numpy(at[:, 1:] >= self.n_tokens), IGNORED)
         return tokens[:, :-1].contiguous(), targets
@@ -756,7 +764,7 @@ class TextGeneration(Task):
         return GPT(self.corpus.n_vocab, c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout)
 
     def train_data(self) -> TokenBlocks:
-        return self.corpus.blocks("train", self.config.block_size)
+        return self.corpus.blocks("train", self.config.block_size, self.config.random_shift)
 
     def val_data(self) -> TokenBlocks | None:
         return self.corpus.blocks("val", self.config.block_size) if self.config.val_fraction else None
