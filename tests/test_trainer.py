@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import Result, TrainConfig, launch, optim, train
+from kaggle_mgpu import Result, TrainConfig, checkpoint, launch, optim, train
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints, read_tensors
 from kaggle_mgpu.data import Order
 from kaggle_mgpu.recipes import text_generation
@@ -242,10 +242,11 @@ def test_no_prefix_in_any_file(two: Path) -> None:
     files = sorted(two.rglob("*.safetensors"))
     assert len(files) > 50
     assert all("module." not in name for file in files for name in read_tensors(file))
-    states = sorted(two.rglob("optimizer.pt"))
-    for file in states:
-        assert "module." not in str(torch.load(file, weights_only=True)["optimizer"])
-    names = {name for file in states for name in torch.load(file, weights_only=True)["optimizer"]["state"]}
+    names: set[str] = set()
+    for folder in two.rglob("step-*"):
+        state = checkpoint.load(folder).state["optimizer"]
+        assert "module." not in str(state)
+        names |= set(state["state"])
     assert "0.weight" in names
     for file in two.rglob("*.json*"):
         assert "module." not in file.read_text()
@@ -283,7 +284,9 @@ def test_one_process_learns_and_writes_each_step_once(tmp_path: Path) -> None:
     assert steps(run, "save") == saved_steps(run) == [40]
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == vars(run)
     document = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert document.pop("stamp") == {"task": "Regression", "global_batch_size": BATCH}
+    assert document.pop("stamp") == {
+        "task": "Regression", "backend": "torch", "global_batch_size": BATCH, "dataset_size": 500,
+    }  # fmt: skip
     assert TrainConfig.from_dict(document) == settings
     written = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert written == [
