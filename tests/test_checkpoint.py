@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated state": (lambda p: os.truncate(p / FILES[2], 99), "state.json cannot be read"),
     "flipped weights": (lambda p: flip(p / FILES[0], -1), "model.safetensors does not have the checksum"),
     "flipped header": (lambda p: flip(p / FILES[0], 9), "model.safetensors does not have the checksum"),
-    "flipped optimizer": (lambda p: flip(p / FILES[1], 200), "optimizer.safetensors does not have the checksum"),
+    "flipped optimizer": (lambda p: flip(p / FILES[1], 40), "optimizer.safetensors does not have the checksum"),
     # still JSON, still the right format: 640 samples became 641
     "flipped state": (lambda p: edit(p, '"samples_seen": 640', '"samples_seen": 641'), "state.json does not have the"),
     "missing weights": (lambda p: (p / FILES[0]).unlink(), "model.safetensors is missing"),
@@ -201,8 +202,9 @@ def test_nothing_that_could_run_code_is_written_or_read(tmp_path: Path) -> None:
         save(tmp_path, 1, state={"optimizer": Evil(tmp_path / "proof")})
     path = save(tmp_path, 2)
     for file in path.iterdir():
-        with pytest.raises(Exception):  # noqa: B017, PT011 (each kind of file has its own)
-            torch.load(file, weights_only=False)  # none of them is a pickle
+        # torch.save writes a zip of pickles; a bare pickle of any protocol since 2 begins with 0x80
+        assert not zipfile.is_zipfile(file)
+        assert file.read_bytes()[:1] != b"\x80"
     assert not (tmp_path / "proof").exists()
 
 
