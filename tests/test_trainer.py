@@ -291,7 +291,7 @@ def test_one_process_learns_and_writes_each_step_once(tmp_path: Path) -> None:
     written = sorted(str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file())
     assert written == [
         "best/model.safetensors",
-        *(f"checkpoints/step-00000040/{name}" for name in ("model.safetensors", "optimizer.pt", "state.json")),
+        *(f"checkpoints/step-00000040/{name}" for name in ("model.safetensors", "optimizer.safetensors", "state.json")),
         "config.json",
         "metrics.jsonl",
         "model.safetensors",
