@@ -311,7 +311,8 @@ class _Workers:
             return
         if kind == "show":
             self.output.show(self.output.size())
-            session.show(*content)
+            with contextlib.suppress(Exception):  # whatever the front end does, training goes on
+                session.show(*content)
         elif kind == "value":
             try:
                 self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
@@ -361,9 +362,10 @@ class _Workers:
             how = f"by {name} ({likely})"
         else:
             how = f"with exit code {os.WEXITSTATUS(status)}, without an exception"
-        lines = self.log_paths[rank].read_text(errors="replace").splitlines()[-30:]
+        path = self.log_paths[rank]
+        lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
         tail = "\n  ".join(lines) or "(nothing)"
-        return f"rank {rank} of {self.count} ended {how}. Its log {self.log_paths[rank]} ends:\n  {tail}"
+        return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
 
     # Hangs
     def _check_pulse(self, limit: float, from_start: bool) -> None:
@@ -371,7 +373,7 @@ class _Workers:
         silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
         if silent < limit or not (from_start or any(step >= 0 for step, _, _ in pulses)):
             return
-        if any(time.time() - path.stat().st_mtime < limit for path in self.log_paths):
+        if any(path.exists() and time.time() - path.stat().st_mtime < limit for path in self.log_paths):
             return  # a line is a sign of life too
         behind = min(range(self.count), key=lambda rank: pulses[rank][:2])
         level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
@@ -390,20 +392,17 @@ class _Workers:
     def _stack(self, rank: int) -> str:
         """What faulthandler writes into the rank's log when asked to."""
         path = self.log_paths[rank]
-        before = size = path.stat().st_size
-        if rank == 0:
-            self.output.end = before
-        self._signal(signal.SIGQUIT, rank)
-        until = time.monotonic() + 2.0
-        while time.monotonic() < until:
-            time.sleep(0.1)
-            if size == (size := path.stat().st_size) > before:
-                break
-        with open(path, "rb") as log:
-            log.seek(before)
-            return (
-                log.read(20_000).decode(errors="replace").strip() or "(it does not answer: stopped, or in the kernel)"
-            )
+        with contextlib.suppress(OSError), open(path, "rb") as log:
+            before = size = log.seek(0, os.SEEK_END)
+            if rank == 0:
+                self.output.end = before
+            self._signal(signal.SIGQUIT, rank)
+            until = time.monotonic() + 2.0
+            while time.monotonic() < until:
+                time.sleep(0.1)
+                if size == (size := path.stat().st_size) > before:
+                    return log.read(20_000).decode(errors="replace").strip()
+        return "(it does not answer: stopped, or in the kernel)"
 
     # The end
     def _signal(self, number: signal.Signals, rank: int = -1) -> None:

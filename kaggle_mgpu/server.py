@@ -288,6 +288,7 @@ def _work(
     faulthandler.enable(all_threads=True)
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the notebook was started in a background
     multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
     link, lock = Connection(link_fd), threading.Lock()
 

@@ -135,12 +135,12 @@ def main(arguments: list[str] | None = None) -> int:
         victim, delay = choice.randrange(2), choice.uniform(0, 0.25)
         label = f"{number}: {fault}, rank {victim}, step {at}, after {delay:.3f} s"
         thread = threading.Thread(target=_from_outside, args=(fault, delay, choice))
-        if fault in OUTSIDE:
-            thread.start()
         error: BaseException | None = None
         start, shown = time.monotonic(), sys.stdout
         sys.stdout = silent
         try:
+            if fault in OUTSIDE:
+                thread.start()  # an interrupt may come while it starts
             launch(work, fault, victim, at, nproc=2, timeout=3.0)
         except BaseException as raised:
             error = raised
