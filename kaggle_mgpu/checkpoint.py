@@ -10,6 +10,7 @@ over for the one before it. Nothing in it can run code when it is loaded: the op
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -202,6 +203,9 @@ class Checkpoints:
             self._thread = None
 
     def _run(self, step: int, contents: dict[str, Any], facts: dict[str, Any], began: float) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            # on Linux a thread has a priority of its own: where CPUs are few, training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
             path, note = self._write_with_room(step, contents, {"step": step, **facts})
             self._rotate()

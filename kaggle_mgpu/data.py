@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -184,8 +184,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):  # one is made every step: a frozen dataclass takes five times as long
     """One rank's part of one global batch: the indices of each micro-batch, and what the whole batch holds."""
 
     micro_batches: list[np.ndarray]
@@ -296,15 +295,14 @@ class Fetch(Dataset[Any]):
     def __getitem__(self, part: np.ndarray | tuple[int, np.ndarray]) -> Any:
         """The batch of some samples of an epoch: (epoch, indices), or indices for epoch 0."""
         epoch, indices = part if isinstance(part, tuple) else (0, part)
-        first = int(indices[0])
         if self.draws and (self.whole or self.several):
-            randomness.seed_for(self.keys[0], epoch, first)
+            randomness.seed_for(self.keys[0], epoch, int(indices[0]))
         if self.whole is not None:
             return self.whole(torch.from_numpy(np.ascontiguousarray(indices)))
         rows = indices.tolist()
         samples = self.several(rows) if self.several else [self._sample(epoch, row) for row in rows]
         if self.collate is not default_collate:
-            randomness.seed_for(self.keys[1], epoch, first)
+            randomness.seed_for(self.keys[1], epoch, rows[0])
         return self.collate(samples)
 
     def _sample(self, epoch: int, row: int) -> Any:
@@ -349,16 +347,21 @@ class Batches:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.count = count
+        self.count, self.fetch = count, fetch
         self.shares = iter(sampler)
-        self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
+        self.loaded: Iterator[Any] | None = None  # fetched here
+        if workers or pin_memory:
+            self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Step:
         share = next(self.shares)
-        batches = [next(self.loaded) for _ in share.micro_batches]
+        if self.loaded is None:
+            batches = [self.fetch[share.epoch, part] for part in share.micro_batches]
+        else:
+            batches = [next(self.loaded) for _ in share.micro_batches]
         distributed.alive()
         if self.count is None:
             terms: Callable[[], int] = lambda: share.samples  # noqa: E731

@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import datetime
 import functools
+import itertools
 import linecache
 import mmap
 import os
@@ -105,19 +106,24 @@ def launch(
     logs = Path(settings.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts
+    died = 0
     started = time.time()
     with _interrupts() as interrupts:
-        for attempt in range(restarts + 1):
+        for attempt in itertools.count():
             call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, started)
             workers = _Workers(call, count, gpus, logs, settings, attempt)
             try:
                 values = workers.run(interrupts, limit, from_start=timeout is not None)
                 return values[0] if alone else values
             except Exception as error:
-                again = isinstance(error, WorkerDiedError | HangError) or _is_consequence(error)
-                if not again or attempt == restarts or interrupts:
+                # what raises a RestartError has seen to it that the next attempt is another one: these do not count
+                again, which = type(error).__name__ == "RestartError", ""
+                if isinstance(error, WorkerDiedError | HangError) or _is_consequence(error):
+                    died += 1
+                    again, which = died <= restarts, f": restart {died} of {restarts}"
+                if interrupts or not again:
                     raise
-                print(f"{str(error).splitlines()[0]}\nstarting again: restart {attempt + 1} of {restarts}", flush=True)
+                print(f"{str(error).splitlines()[0]}\nstarting again{which}", flush=True)
     raise AssertionError("not reached")
 
 

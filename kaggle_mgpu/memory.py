@@ -41,7 +41,8 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int 
     >>> largest_that_fits([1, 2, 4, 8, 16, 32], lambda size: size <= 11)
     8
     """
-    good, bad, at = -1, len(sizes), 0
+    # From the second on: a normalisation over the batch does not work with one sample, which rarely is the answer.
+    good, bad, at = -1, len(sizes), min(1, len(sizes) - 1)
     while at < bad:  # the first half of the way is found by doubling: too large a try is the dearest
         if not fits(sizes[at]):
             bad = at

@@ -85,8 +85,9 @@ class Strategy:
         self.model = model.to(self.device)
         self.call: nn.Module = _Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
         self.parallel = self.wrap(self.call)
-        self.buffers = list(self.model.buffers())
-        self.buffers_before = [(buffer.detach().clone(), buffer._version) for buffer in self.buffers]
+        saved = self.model.state_dict(keep_vars=True)
+        self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
+        self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
         return self.model
 
     def wrap(self, call: nn.Module) -> nn.Module:
@@ -125,17 +126,13 @@ class Strategy:
 
     def begin_step(self) -> None:
         """Note the buffers as they are, for `undo_step`: running statistics move in each forward pass."""
-        for index, buffer in enumerate(self.buffers):
-            value, version = self.buffers_before[index]
-            if buffer._version != version:  # most are constants
-                value.copy_(buffer)
-                self.buffers_before[index] = value, buffer._version
+        if self.buffers:
+            torch._foreach_copy_(self.buffers_before, self.buffers)
 
     def undo_step(self) -> None:
         """Forget the gradients and statistics of a step that broke off; its weights had not moved yet."""
-        with torch.no_grad():
-            for buffer, (value, _) in zip(self.buffers, self.buffers_before, strict=True):
-                buffer.copy_(value)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.buffers_before)
         for parameter in self.model.parameters():
             parameter.grad = None
 

@@ -24,6 +24,8 @@ from kaggle_mgpu import Task, TrainConfig, launch, train
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
+    MAY_CHANGE = TrainConfig.MAY_CHANGE | {"fails_at"}
+
     global_batch_size: int | None = 24
     gradient_accumulation_steps: int | None = 2
     data_workers: int | Literal["auto"] = 2
@@ -35,9 +37,18 @@ class Config(TrainConfig):
     log_every: int = 1
     save_every: int | None = 3
     keep_last: int = 2
+    output_dir: str = "everything"
     width: int = 16
-    augmented: bool = True
+    augmented: Literal["no", "samples", "all"] = "all"
+    """samples: as a function of the sample; all: also of the batch and the step, so of how it is split."""
+    norm: bool = True
     dropout: float = 0.2
+    fails_at: int = 0
+    """The call of loss in training that breaks off, as if killed."""
+
+
+class Killed(Exception):  # noqa: N818 (it is what happens)
+    """Instead of a real kill, where one process goes on to look at what is left."""
 
 
 class Samples(Dataset[Any]):
@@ -60,29 +71,31 @@ class Samples(Dataset[Any]):
 
 class Everything(Task):
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.calls = config, 0
 
     def model(self) -> nn.Module:
         width = self.config.width
-        return nn.Sequential(
-            nn.Linear(8, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Dropout(self.config.dropout), nn.Linear(width, 1)
-        )
+        norm = nn.BatchNorm1d(width) if self.config.norm else nn.Identity()
+        return nn.Sequential(nn.Linear(8, width), norm, nn.Tanh(), nn.Dropout(self.config.dropout), nn.Linear(width, 1))
 
     def train_data(self) -> Dataset[Any]:
-        return Samples(500, self.config.augmented)
+        return Samples(500, self.config.augmented != "no")
 
     def val_data(self) -> Dataset[Any]:
-        return Samples(50, self.config.augmented)
+        return Samples(50, self.config.augmented != "no")
 
     def collate(self, samples: list[Any]) -> Any:
         batch = default_collate(samples)
-        if self.config.augmented:
+        if self.config.augmented == "all":
             batch["x"] = batch["x"] + 0.01 * random.gauss(0, 1)
         return batch
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         x, y = batch["x"], batch["y"]
-        if self.config.augmented and model.training:
+        self.calls += model.training
+        if model.training and self.calls == self.config.fails_at:
+            raise Killed
+        if self.config.augmented == "all" and model.training:
             x = x + 0.01 * np.random.beta(1, 1)
         return (model(x)[:, 0].float() - y).square().sum()
 

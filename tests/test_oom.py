@@ -1,0 +1,246 @@
+"""Out of memory is not the end: the error is injected here, by the size of a micro-batch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, memory, progress, randomness, train
+from kaggle_mgpu.checkpoint import read_tensors
+from kaggle_mgpu.data import BatchPlan
+from tasks import Regression
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+class Tight(Regression):
+    """A device on which `room` samples fit; on `rank` only, from its `since`-th forward pass in training on."""
+
+    name = "Regression"
+
+    def __init__(self, room: int, *, rank: int | None = None, since: int = 0, norm: bool = False) -> None:
+        super().__init__()
+        self.room, self.rank, self.since, self.calls, self.norm = room, rank, since, 0, norm
+        self.sizes: list[int] = []
+
+    def model(self) -> nn.Module:
+        norm = nn.BatchNorm1d(16) if self.norm else nn.Identity()
+        return nn.Sequential(nn.Linear(8, 16), norm, nn.Tanh(), nn.Linear(16, 1))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)  # the statistics have moved by the time it fails
+        if model.training and self.rank in (None, distributed.rank()):
+            self.calls += 1
+            self.sizes.append(len(batch[0]))
+            if len(batch[0]) > self.room and self.calls > self.since:
+                raise torch.OutOfMemoryError(FULL)
+        return loss
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    plain = TrainConfig(global_batch_size=24, epochs=2, lr=0.01, log_every=1, save_every=4, output_dir=str(folder))
+    return plain.replace(**changes)
+
+
+def weights(folder: Path) -> Tensor:
+    return torch.cat([tensor.flatten() for _, tensor in sorted(read_tensors(folder / "model.safetensors").items())])
+
+
+def trained(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    return [r for r in progress.read(folder) if r["kind"] == kind]
+
+
+# Halved
+def test_the_largest_that_fits_takes_few_tries() -> None:
+    for sizes in ([1, 2, 4, 8, 16, 32, 64], list(range(1, 40)), [1], [1, 3, 5, 15]):
+        for room in range(sizes[-1] + 2):
+            tried: list[int] = []
+
+            def fits(size: int, room: int = room, tried: list[int] = tried) -> bool:
+                tried.append(size)
+                return size <= room
+
+            expected = max((size for size in sizes if size <= room), default=None)
+            assert memory.largest_that_fits(sizes, fits) == expected
+            assert len(tried) == len(set(tried))
+            assert len(tried) <= 2 * len(sizes).bit_length() + 1
+
+
+def test_smaller_micro_batches_keep_the_global_one() -> None:
+    plan = BatchPlan.make(dataset_size=1000, num_replicas=2, global_batch_size=48, micro_batch_size=24)
+    for at_most, expected in ((12, (12, 2)), (11, (8, 3)), (5, (4, 6)), (1, (1, 24)), (99, (24, 1))):
+        other = plan.with_micro_batch_size(at_most)
+        assert (other.micro_batch_size, other.gradient_accumulation_steps) == expected
+        assert other.micro_batch_size * 2 * other.gradient_accumulation_steps == other.global_batch_size == 48
+
+
+@pytest.mark.parametrize("kind", ["single", "dp"])
+def test_a_micro_batch_that_is_too_much_is_halved_and_nothing_is_lost(kind: str, tmp_path: Path, capsys: Any) -> None:
+    nproc = 2 if kind == "dp" else 1
+    task = Tight(6, since=3 * nproc)
+    result = train(config(tmp_path / "tight", strategy=kind, nproc=nproc), task)
+    assert result.finished
+    largest = 24 // nproc
+    assert set(task.sizes[: 3 * nproc]) == {largest}
+    notes = [r["text"] for r in trained(tmp_path / "tight", "note")]
+    halves = [24, 12, 6] if kind == "single" else [12, 6]
+    assert notes == [
+        f"out of memory with micro_batch_size {before} in step 4: {after} from here on, with {24 // nproc // after} "
+        f"accumulation steps, so that the batch stays the same"
+        for before, after in itertools.pairwise(halves)
+    ]
+    train(config(tmp_path / "roomy", strategy=kind, nproc=nproc), Tight(99))
+    ours, theirs = trained(tmp_path / "tight"), trained(tmp_path / "roomy")
+    assert [(r["step"], r["samples"]) for r in ours] == [(r["step"], r["samples"]) for r in theirs]
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-5)
+    relative = (weights(tmp_path / "tight") - weights(tmp_path / "roomy")).norm() / weights(tmp_path / "roomy").norm()
+    assert relative < 1e-6
+
+    # the next session starts with what was learned
+    document = json.loads((tmp_path / "tight" / "checkpoints" / memory.FILE).read_text())
+    assert (document["micro_batch_size"], document["why"]) == (6, "12 was too much in step 4: out of memory")
+    task = Tight(6)
+    train(config(tmp_path / "tight", strategy=kind, nproc=nproc, epochs=3), task)
+    assert set(task.sizes) <= {6, 2, 4, 1}  # the last batch of an epoch is smaller
+    assert "micro_batch_size 6: 12 was too much in step 4: out of memory" in capsys.readouterr().out
+
+
+def test_running_statistics_do_not_move_twice(tmp_path: Path) -> None:
+    """From the step of the error on it is the run that had half the micro-batch all along, from the same weights."""
+    train(config(tmp_path / "tight", max_steps=8), Tight(12, since=4, norm=True))
+    train(config(tmp_path / "other", max_steps=8), Stopping(4))
+    train(config(tmp_path / "other", max_steps=8, micro_batch_size=12), Tight(99, norm=True))
+    assert trained(tmp_path / "other", "start")[1]["step"] == 4
+    one, two = (read_tensors(tmp_path / name / "model.safetensors") for name in ("tight", "other"))
+    assert one.keys() == two.keys() and "1.running_mean" in one
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+class Stopping(Tight):
+    def __init__(self, at: int) -> None:
+        super().__init__(99, norm=True)
+        self.at = at
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+
+def test_not_even_one_sample(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"micro_batch_size 1: not even one sample fits\. Try gradient_ch"):
+        train(config(tmp_path), Tight(0))
+
+
+def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
+    class Broken(Regression):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(config(tmp_path), Broken())
+    assert memory.out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not memory.out_of_memory(RuntimeError("out of cheese"))
+
+
+# With several ranks
+def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path) -> None:
+    folder = tmp_path / "tight"
+    settings = config(folder, strategy="ddp", nproc=2, save_every=None)
+    task = Tight(6, rank=1, since=5)
+    with pytest.raises(distributed.RestartError) as caught:
+        launch(train, settings, task)
+    text = str(caught.value)
+    assert text.startswith("rank 1 ran out of memory with micro_batch_size 12 in step 6: 6 from here on, with 2 acc")
+    assert f"is in {folder / 'checkpoints' / 'step-00000005'}: run the same again and it goes on from there" in text
+    assert [p.name for p in checkpoint.all_in(folder / "checkpoints")] == ["step-00000005"]
+    result = launch(train, settings, Tight(6, rank=1))
+    assert result.finished
+    assert trained(folder, "start")[1]["micro_batch_size"] == 6
+    launch(train, settings.replace(output_dir=str(tmp_path / "roomy")), Tight(99))
+    ours, theirs = trained(folder), trained(tmp_path / "roomy")
+    assert [(r["step"], r["samples"]) for r in ours] == [(r["step"], r["samples"]) for r in theirs]
+    relative = (weights(folder) - weights(tmp_path / "roomy")).norm() / weights(tmp_path / "roomy").norm()
+    assert relative < 1e-6
+
+
+# auto
+@pytest.mark.parametrize(("room", "expected"), [(99, 24), (26, 12), (13, 8), (11, 8), (8, 6), (2, 1), (1, 1)])
+def test_auto_finds_the_largest_with_a_tenth_to_spare(room: int, expected: int, tmp_path: Path) -> None:
+    """24 wants room for 27, 12 for 14, 8 for 9."""
+    task = Tight(room)
+    result = train(config(tmp_path, micro_batch_size="auto", max_steps=2), task)
+    assert result.finished
+    assert trained(tmp_path, "start")[0]["micro_batch_size"] == expected
+    document = json.loads((tmp_path / "checkpoints" / memory.FILE).read_text())
+    assert document["micro_batch_size"] == expected
+
+
+def test_auto_leaves_no_trace(tmp_path: Path) -> None:
+    """The run is, bit for bit, the one that was given that size."""
+    train(config(tmp_path / "auto", micro_batch_size="auto", ema_decay=0.9), Tight(13, norm=True))
+    train(config(tmp_path / "given", micro_batch_size=8, ema_decay=0.9), Tight(99, norm=True))
+    files = ["model.safetensors"]
+    files += [f"checkpoints/step-00000042/{name}.safetensors" for name in ("model", "ema", "optimizer")]
+    for name in files:
+        assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "given" / name).read_bytes(), name
+    assert progress.comparable(progress.read(tmp_path / "auto")) == progress.comparable(
+        progress.read(tmp_path / "given")
+    )
+
+
+def test_weights_optimizer_and_chance_are_afterwards_what_they_were() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    state = torch.get_rng_state()
+    with memory.as_it_was(model, optimizer):
+        model(torch.randn(8, 4)).sum().backward()
+        optimizer.param_groups[0]["lr"] = 7.0
+        optimizer.step()
+        randomness.seed_everything(1)
+        assert not torch.equal(model[0].weight, before["0.weight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert optimizer.state == {}
+    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == groups
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_auto_is_the_least_over_the_ranks_and_is_remembered(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", micro_batch_size="auto", strategy="ddp", nproc=2, max_steps=6)
+    launch(train, settings, Tight(5, rank=1))
+    assert trained(tmp_path / "run", "start")[0]["micro_batch_size"] == 4
+    # the next session knows, and where only the checkpoints are left too; it does not try
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "copy" / "checkpoints")
+    task = Tight(5, since=10**6)
+    results = launch(_sizes, settings.replace(output_dir=str(tmp_path / "copy"), max_steps=8), task, nproc=2)
+    assert results == [[4, 4, 4] * 2] * 2
+    # another plan is another question
+    launch(train, config(tmp_path / "run2", micro_batch_size="auto", max_steps=2), Tight(99))
+    assert trained(tmp_path / "run2", "start")[0]["micro_batch_size"] == 24
+
+
+def _sizes(settings: TrainConfig, task: Tight) -> list[int]:
+    train(settings, task)
+    return task.sizes
+
+
+def test_auto_with_accumulation_given(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the one follows"
+    ):
+        train(config(tmp_path, micro_batch_size="auto", gradient_accumulation_steps=2), Regression())
