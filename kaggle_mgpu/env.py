@@ -17,9 +17,11 @@ changes a variable that the user has set.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -354,21 +356,30 @@ class Server:
     log: BinaryIO
     owner: int
     """The process that started it: a fork of that one must start its own."""
+    mark: str
+    """An environment variable with its value, which all processes below the server have."""
     variables: dict[str, str]
     """Those of this environment that only a start reads."""
     watched: dict[str, tuple[str, int]] | None = None
     """Once it is ready: the files it has imported, as {module: (path, st_mtime_ns)}."""
 
     def stop(self) -> None:
-        """End it, and with it any worker."""
+        """End it, and with it every process below it."""
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
+            # supervisors and workers end with it, by the operating system; children of workers may not, but they
+            # have its mark: forks the environment that it was started with, programs that of the worker
+            for path in Path("/proc").glob("[0-9]*/environ"):
+                with contextlib.suppress(OSError):
+                    if self.mark.encode() in path.read_bytes():
+                        os.kill(int(path.parent.name), signal.SIGKILL)
         self.control.close()
         self.log.close()
 
 
 server: Server | None = None
+SERVER_MARK = "KAGGLE_MGPU_SERVER"
 
 # Read when libraries load, too early for a worker, which is forked from a process that has loaded them. All others
 # (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) are a worker's as they are at its launch.
@@ -393,6 +404,7 @@ def start_server() -> None:
     import socket
     import subprocess
     import tempfile
+    import uuid
 
     global server
     if server is None:
@@ -405,9 +417,10 @@ def start_server() -> None:
     # what this process would find, but nothing of the current folder may shadow a module (-P; last on the path)
     path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
     program = f"from kaggle_mgpu.server import main; main({theirs.fileno()})"
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
-        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path), SERVER_MARK: mark},
         cwd="/",
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -416,7 +429,7 @@ def start_server() -> None:
         start_new_session=True,  # an interrupt meant for the notebook is not for it
     )
     theirs.close()
-    server = Server(process, ours, log, os.getpid(), read_at_start())
+    server = Server(process, ours, log, os.getpid(), f"{SERVER_MARK}={mark}", read_at_start())
 
 
 # --- processors -------------------------------------------------------------------------------------

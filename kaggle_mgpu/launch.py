@@ -247,6 +247,8 @@ class _Workers:
             finally:
                 self._signal(signal.SIGKILL)
                 self._wait_for_the_end(END_SECONDS)
+                if env.server is not None and not env.server_runs():
+                    env.server.stop()  # it was killed: what it had under it ends too
                 server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
                 self._show_output()
         return [self.values[rank] for rank in range(self.count)]

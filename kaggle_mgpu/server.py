@@ -334,8 +334,9 @@ def _work(
 
 def _become(rank: int, request: Request) -> None:
     """Take over the notebook's state at the time of the launch, and what tells this worker from the others."""
+    mark = os.environ[env.SERVER_MARK]
     os.environ.clear()
-    os.environ.update(request.variables, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update({**request.variables, "RANK": str(rank), "LOCAL_RANK": str(rank), env.SERVER_MARK: mark})
     if request.folder is not None:
         os.chdir(request.folder)
     sys.path[:] = request.path

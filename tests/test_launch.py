@@ -293,7 +293,7 @@ def test_children_of_workers_end_with_them() -> None:
     assert soon(lambda: not children())  # not the sleep of a thousand seconds
 
 
-def test_the_server_may_be_killed_at_any_time() -> None:
+def test_the_server_may_be_killed_at_any_time(tmp_path: Path) -> None:
     launch(distributed.rank, nproc=2)
     assert env.server is not None
     env.server.process.kill()
@@ -301,6 +301,9 @@ def test_the_server_may_be_killed_at_any_time() -> None:
     server = env.server.process
 
     def function() -> None:
+        child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        (tmp_path / str(distributed.rank())).write_text(str(child.pid))
+        distributed.barrier()
         if distributed.rank() == 1:
             server_pid = psutil.Process(os.getppid()).ppid()
             os.kill(server_pid, signal.SIGKILL)
@@ -309,6 +312,8 @@ def test_the_server_may_be_killed_at_any_time() -> None:
     with pytest.raises(WorkerDiedError, match="with the server of its launch"):
         launch(function, nproc=2)
     assert server.wait(20) == -signal.SIGKILL
+    sleeping = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert soon(lambda: not any(psutil.pid_exists(pid) for pid in sleeping))
     assert launch(distributed.rank, nproc=2) == [0, 1]
 
 

@@ -30,7 +30,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kaggle_mgpu import launch
+from kaggle_mgpu import env, launch
 from kaggle_mgpu.launch import HangError, WorkerDiedError
 
 INSIDE = ["exception", "kill", "segfault", "exit", "hang"]
@@ -85,6 +85,10 @@ def work(fault: str, victim: int, at: int) -> int:
 def left_behind() -> dict[str, int]:
     """What there is now of everything that a launch must not leave behind."""
     me = psutil.Process()
+    with contextlib.suppress(ChildProcessError):
+        for orphan in me.children():
+            if orphan.status() == psutil.STATUS_ZOMBIE and orphan.ppid() == me.pid and not _is_server(orphan):
+                os.waitpid(orphan.pid, os.WNOHANG)
     return {
         "processes": len(me.children(recursive=True)),
         "file descriptors": me.num_fds(),
@@ -92,6 +96,10 @@ def left_behind() -> dict[str, int]:
         "entries of /dev/shm": len(os.listdir("/dev/shm")),
         "threads": threading.active_count(),
     }
+
+
+def _is_server(process: psutil.Process) -> bool:
+    return env.server is not None and process.pid == env.server.process.pid
 
 
 def _sockets(process: psutil.Process) -> list[Any]:
@@ -119,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(arguments)
     choice = random.Random(given.seed)
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process, and are counted
     here = os.getcwd()
     os.chdir(tempfile.mkdtemp(prefix="launch-faults-"))
     handler = signal.getsignal(signal.SIGINT)

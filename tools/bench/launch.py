@@ -47,20 +47,28 @@ def join(rank, count, port):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
 
+def leave():  # otherwise one may abort as it exits, since the other is gone
+    import torch.distributed as dist
+    dist.barrier()
+    dist.destroy_process_group()
+
 def spawned(rank, folder, port):
     join(rank, 2, port)
     step(folder)
+    leave()
 
 def with_accelerate(folder):
     from accelerate import PartialState
     PartialState(cpu=True)
     step(folder)
+    leave()
 
 if __name__ == "__main__":
     import sys
     import torch.distributed as dist
     dist.init_process_group("gloo")
     step(sys.argv[1])
+    leave()
 """
 
 # contender -> (its cell before the launches, the launch)
@@ -165,7 +173,11 @@ def compare(names: list[str], rounds: int, warmup: int, folder: str) -> None:
             kernels[name].run(CONTENDERS[name][0])
         for number in range(warmup + rounds):
             for name in names:
-                taken = kernels[name].run(TIMED.format(launch=CONTENDERS[name][1]))
+                try:
+                    taken = kernels[name].run(TIMED.format(launch=CONTENDERS[name][1]))
+                except RuntimeError as error:
+                    print(f"{name} failed in round {number}: {str(error).splitlines()[-1]}", flush=True)
+                    continue
                 if number >= warmup:
                     times[name].append(taken)
         ours = statistics.median(times[names[0]])
