@@ -256,6 +256,7 @@ OTHER: dict[str, Any] = {
     "save_every": 4, "save_interval_minutes": 0.5, "keep_last": 2, "best_metric": "f1", "best_mode": "max",
     "resume": "never", "output_dir": "some where", "seed": 0, "tensorboard": True, "labels": ("a", "b c"),
     "sizes": (7,), "betas": (0.8, 0.9), "crops": (1, 2), "extra": {"a": 1},
+    "max_restarts": 2, "hang_timeout_minutes": 2.5, "collective_timeout_minutes": 1.5, "nccl_p2p": "off",
 }  # fmt: skip
 
 
