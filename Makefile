@@ -1,6 +1,6 @@
 # make demo   train a GPT from the template notebook with two processes, end to end
 # make test   everything: lint, types, tests
-# make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 15 GB under build/envs
+# make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # Both make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
 
 PYTHON ?= python3
