@@ -23,7 +23,19 @@ _HOMES = {
     "Result": "trainer",
     "train": "trainer",
 }
-_ROOMS = {"config", "data", "devices", "distributed", "env", "optim", "progress", "recipes", "session", "trainer"}
+_ROOMS = {
+    "checkpoint",
+    "config",
+    "data",
+    "devices",
+    "distributed",
+    "env",
+    "optim",
+    "progress",
+    "recipes",
+    "session",
+    "trainer",
+}
 
 __all__ = ["Result", "Task", "TrainConfig", "devices", "env", "launch", "notebook_parameters", "session", "train"]
 

@@ -5,15 +5,20 @@
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
 Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
-exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line.
+exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line. An error
+that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
+import re
 import sys
+import traceback
+from pathlib import Path
 from types import ModuleType
 
 from . import env
@@ -28,7 +33,9 @@ def recipes() -> list[str]:
 
 def parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The argument parser, and the recipes' modules by name."""
-    top = argparse.ArgumentParser(prog="python -m kaggle_mgpu", description=(__doc__ or "").split("\n\n")[0])
+    top = argparse.ArgumentParser(
+        prog="python -m kaggle_mgpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("gpus", help="the GPUs there are, and the mode that follows")
     modules: dict[str, ModuleType] = {}
@@ -48,28 +55,49 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     env.fix(verbose=False)
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["gpus"]:  # without the second that the recipes' imports take
+    if arguments == ["gpus"]:  # without the second that the recipes' imports take
         from . import devices
 
         print(devices.report())
         return 0
     top, modules = parser()
+    if not arguments:
+        top.print_help(sys.stderr)
+        return 2
     given = top.parse_args(arguments)
     recipe = modules[given.recipe]
+    from .launch import launch
+    from .trainer import train
+
     try:
         base = recipe.Config.load(given.config) if given.config else None
         config = recipe.Config.from_arguments(given, base)
-        from .launch import launch
-        from .trainer import train
-
         result = launch(train, config, recipe.task(config))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if error.__cause__ is not None:
-            print(error.__cause__, file=sys.stderr)
+    except Exception as error:
+        if not _says_all(error):
+            raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0 if result.finished or result.reason in ("time limit", "asked to stop") else 1
 
 
+def _says_all(error: Exception) -> bool:
+    """Whether this package raised the error, here or in a worker, so that its message was written for the user."""
+    from .launch import WorkerTraceback
+
+    if isinstance(error.__cause__, WorkerTraceback):
+        trace = str(error.__cause__)
+    else:
+        trace = "".join(traceback.format_tb(error.__traceback__))
+    raised_in = Path(re.findall(r'^  File "(.+)", line \d+', trace, re.MULTILINE)[-1])
+    return raised_in.is_relative_to(Path(__file__).parent)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # under torchrun: now and then a destructor of gloo aborts the exit, and torchrun calls the whole run failed
+        os._exit(code)
+    sys.exit(code)

@@ -365,7 +365,7 @@ def load(path: Path) -> Checkpoint:
     """Read a checkpoint into host memory.
 
     Raises:
-        CheckpointError: it is damaged; the message says where.
+        CheckpointError: it is damaged, or holds what could run code; the message says where.
     """
     problem = damage(path)
     if problem:
@@ -431,7 +431,6 @@ def starting_point(
     if resume == "never":
         if aside := checkpoints.put_aside():
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
-        (checkpoints.folder.parent / "result.json").unlink(missing_ok=True)
         return None
     if resume == "auto":
         path = checkpoints.newest()

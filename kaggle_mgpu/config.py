@@ -19,10 +19,11 @@ import inspect
 import itertools
 import json
 import re
+import symtable
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -54,7 +55,8 @@ class TrainConfig:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
         "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
-        "save_interval_minutes keep_last resume output_dir tensorboard".split()
+        "save_interval_minutes keep_last resume output_dir tensorboard max_restarts hang_timeout_minutes "
+        "collective_timeout_minutes nccl_p2p".split()
     )
     """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
@@ -72,6 +74,17 @@ class TrainConfig:
     """Compile the model with torch.compile."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
+
+    # The processes
+    max_restarts: int = 0
+    """How often a run whose worker was killed, crashed or hung is started again, from its newest checkpoint."""
+    hang_timeout_minutes: float = 30.0
+    """End a run in which no rank has got on for so long (no step, batch or line), with the stack of each."""
+    collective_timeout_minutes: float = 60.0
+    """How long a rank waits for the others in a collective. Above hang_timeout_minutes, whose error says more."""
+    nccl_p2p: Literal["auto", "on", "off"] = "auto"
+    """Whether NCCL may copy from GPU to GPU. auto: off for T4s, since Kaggle's pair has no peer access and NCCL's
+    attempt can hang where a virtual machine claims it has: it then goes through shared memory, as it would anyway."""
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | None = None
@@ -149,6 +162,7 @@ class TrainConfig:
             "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
             "warmup_steps": 0, "schedule_cycles": 1, "schedule_power": 0.0, "min_lr": 0.0, "eval_every": 1,
             "log_every": 1, "save_every": 1, "keep_last": 1, "save_interval_minutes": 0.0, "seed": 0,
+            "max_restarts": 0, "hang_timeout_minutes": 0.0, "collective_timeout_minutes": 0.0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
@@ -185,8 +199,8 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, as JSON gives them back: lists for tuples."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked like a new one."""
@@ -203,18 +217,16 @@ class TrainConfig:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"config file not found: {path.resolve()}")
-        text = path.read_text(encoding="utf-8")
-        try:
-            if path.suffix == ".json":
-                values = json.loads(text)
-            else:
-                import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
+        kind = "JSON"
+        parse: Callable[[str], Any] = json.loads
+        if path.suffix != ".json":
+            import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
 
-                values = yaml.safe_load(text)
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-        except Exception as error:
-            raise ValueError(f"{path}: not valid YAML: {error}") from None
+            kind, parse = "YAML", yaml.safe_load
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except Exception as error:  # YAML has errors of its own, and passes on ValueErrors of the values it makes
+            raise ValueError(f"{path}: not valid {kind}: {error}") from None
         if not isinstance(values, Mapping):
             raise ValueError(f"{path}: expected a mapping of names to values, got {type(values).__name__}")
         return cls.from_dict(values)
@@ -222,7 +234,7 @@ class TrainConfig:
     def diff(self, other: TrainConfig | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields whose values differ, as {name: (mine, the other's)}; a field one side lacks counts as None there."""
         mine = self.to_dict()
-        theirs = other.to_dict() if isinstance(other, TrainConfig) else dict(other)
+        theirs = other.to_dict() if isinstance(other, TrainConfig) else {n: _plain(v) for n, v in other.items()}
         names = [*mine, *(name for name in theirs if name not in mine)]
         return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
 
@@ -235,7 +247,8 @@ class TrainConfig:
         for field in dataclasses.fields(cls):
             annotation, text = annotations[field.name], help_texts.get(field.name, "")
             options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
-            options["help"] = f"{text} (default: {field.default})".replace("%", "%%")
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            options["help"] = f"{text} (default: {default})".replace("%", "%%")
             if annotation is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
@@ -264,7 +277,8 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     """What a notebook's parameters cell defines, and the cell that papermill puts after it, by IPython's history `In`.
 
     Both begin with "# Parameters", the notebook's own with "# Parameters of this notebook". Only what they assign
-    counts, so the cell can be edited and run again when the notebook is full of other names. Give the result to
+    counts, so the cell can be edited and run again when the notebook is full of other names. What they import, define
+    with def or class, or use inside a comprehension is no parameter. Give the result to
     `Config.from_dict`: a misspelt name is an error there, while papermill only warns of it in its log.
 
     Raises:
@@ -275,11 +289,11 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if cell.startswith("# Parameters of this notebook"):
             names = []  # edited and run again: the newest counts
         if names is not None and cell.startswith("# Parameters"):
-            nodes = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
-            names += [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+            symbols = symtable.symtable(cell, "<parameters>", "exec").get_symbols()
+            names += [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()]
     if names is None:
         raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
-    return {name: namespace[name] for name in names}
+    return {name: namespace[name] for name in names if name in namespace}
 
 
 # Types, from the annotations themselves
@@ -306,6 +320,11 @@ def _describe(annotation: Any) -> str:
 
 def _parse(name: str, annotation: Any, value: Any) -> Any:
     """The value as one of the annotation's types; strings are read as the first type that can."""
+    # "none" on a command line or in papermill means None wherever None is allowed
+    if types.NoneType in _choices(annotation) and (
+        value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    ):
+        return None
     for choice in _choices(annotation):
         origin = typing.get_origin(choice)
         if choice is Any:
@@ -317,11 +336,12 @@ def _parse(name: str, annotation: Any, value: Any) -> Any:
             if isinstance(value, str):
                 value = [part for part in re.split(r"[,\s]+", value.strip("[]() ")) if part]
             if isinstance(value, list | tuple):
-                inner = (typing.get_args(choice) or (Any,))[0]
-                return tuple(_parse(f"{name}[{i}]", inner, item) for i, item in enumerate(value))
-        elif choice is types.NoneType:
-            if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-                return None
+                inner = typing.get_args(choice) or (Any,)
+                if origin is list or inner[-1] is ...:
+                    inner = inner[:1] * len(value)
+                if len(inner) != len(value):
+                    raise ValueError(f"{name}: expected {len(inner)} values, got {len(value)}: {value!r}")
+                return tuple(_parse(f"{name}[{i}]", inner[i], item) for i, item in enumerate(value))
         elif choice is bool:
             if isinstance(value, bool):
                 return value
@@ -343,14 +363,16 @@ def _parse(name: str, annotation: Any, value: Any) -> Any:
                 except ValueError:
                     pass
         elif choice is str:
-            if isinstance(value, str | Path):
-                # "none" on a command line or in papermill means None where None is allowed
-                if types.NoneType in _choices(annotation) and str(value).lower() in ("none", "null"):
-                    return None
+            # papermill and YAML make a number of gpu_ids "0" and of time_limit "3600"
+            if isinstance(value, str | Path | int | float) and not isinstance(value, bool):
                 return str(value)
-        elif isinstance(choice, type) and isinstance(value, choice):
+        elif isinstance(value, origin or choice):
             return value
     raise ValueError(f"{name}: expected {_describe(annotation)}, got {value!r} ({type(value).__name__})")
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _has_point(value: float | str) -> bool:

@@ -155,16 +155,21 @@ class Order:
         self.mask = np.uint64((1 << self.half_bits) - 1)
         state = _mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch)
         self.keys = _mix(state + np.arange(1, self.ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        # a handful of samples among 256 numbers means long walks, each epoch: there a table makes them 15 times as fast
+        self.table: np.ndarray | None = None
+        if self.half_bits == 4:
+            self.table = self._permute(np.arange(256, dtype=np.uint64))
 
     def __getitem__(self, positions: slice) -> np.ndarray:
-        """The samples at positions start:stop, as int64[stop - start]."""
-        start, stop, _ = positions.indices(self.size)
-        values = self._permute(np.arange(start, stop, dtype=np.uint64))
+        """The samples at these positions, as int64[number of positions]."""
+        values = self._permute(np.arange(*positions.indices(self.size)).astype(np.uint64))
         while (outside := values >= self.size).any():
             values[outside] = self._permute(values[outside])
         return values.astype(np.int64)
 
     def _permute(self, values: np.ndarray) -> np.ndarray:
+        if self.table is not None:
+            return self.table[values]
         bits = np.uint64(self.half_bits)
         left, right = values >> bits, values & self.mask
         for key in self.keys:
@@ -357,6 +362,7 @@ class Batches:
             batches = [self.fetch[share.epoch, part] for part in share.micro_batches]
         else:
             batches = [next(self.loaded) for _ in share.micro_batches]
+        distributed.alive()
         if self.count is None:
             terms: Callable[[], int] = lambda: share.samples  # noqa: E731
         else:

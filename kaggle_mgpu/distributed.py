@@ -12,6 +12,7 @@ from __future__ import annotations
 import builtins
 import datetime
 import os
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar, cast, overload
@@ -69,11 +70,17 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def init(store: dist.Store | None = None, *, rank: int | None = None, world_size: int | None = None) -> None:
+def init(
+    store: dist.Store | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    timeout: datetime.timedelta = TIMEOUT,
+) -> None:
     """Join the process group: through `store`, or through the variables that torchrun sets. Twice does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so that a count or a decision never has to
-    wait for the GPU.
+    wait for the GPU. A collective that lasts longer than `timeout` is an error.
     """
     if active() or (store is None and not under_torchrun()):
         return
@@ -82,16 +89,41 @@ def init(store: dist.Store | None = None, *, rank: int | None = None, world_size
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         assert rank is not None and world_size is not None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def shutdown() -> None:
     """Leave the process group."""
     if active():
         dist.destroy_process_group()
+
+
+# Where `alive` writes for the launcher to see: step, signs of life since, and when (time.monotonic_ns)
+_pulse: Any = None
+
+
+def set_pulse(pulse: Any) -> None:
+    """Three int64 that the launcher reads; set by the launcher's worker."""
+    global _pulse
+    _pulse = pulse
+
+
+def alive(step: int | None = None) -> None:
+    """Tell the launcher that this rank gets on, and at which step it is: half a microsecond, no communication.
+
+    `train` and the functions of this room say it; say it in loops of your own, so that a hang is told from hard work
+    and the launcher can name the rank that is behind.
+    """
+    if _pulse is None:
+        return
+    if step is None:
+        _pulse[1] += 1
+    else:
+        _pulse[0], _pulse[1] = step, 0
+    _pulse[2] = time.monotonic_ns()
 
 
 @overload
@@ -110,11 +142,11 @@ def sum_later(value: T) -> Callable[[], T]:
 
     Between the two there is room for work: the count of a step's terms travels while its first forward pass runs.
     """
+    total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
-        return lambda: value
-    if isinstance(value, torch.Tensor):
-        total: Any = value.detach().clone()
-    else:
+        return lambda: total
+    alive()
+    if not isinstance(value, torch.Tensor):
         total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
     work = dist.all_reduce(total, async_op=True)
     done: list[Any] = []
@@ -137,6 +169,7 @@ def broadcast(value: T) -> T:
     """Rank 0's value, on every rank (pickled: for small plain objects)."""
     if not active():
         return value
+    alive()
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
@@ -146,6 +179,7 @@ def gather(value: T) -> list[T]:
     """Every rank's value, on every rank, in the order of ranks (pickled: for small plain objects)."""
     if not active():
         return [value]
+    alive()
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -160,16 +194,26 @@ def from_main(action: Callable[[], T]) -> T:
     """What `action` returns on rank 0, on every rank; what it raises there is raised everywhere, so nobody waits on."""
     if not active():
         return action()
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    value: T | None = None
+    failure: Exception | None = None
     if is_main():
         try:
-            outcome = (action(), None)
+            value = action()
         except Exception as error:
-            outcome = (None, error)
-    value, failure = broadcast(outcome)
-    if failure is not None:
-        raise failure
+            failure = error
+    value, theirs = broadcast((value, _sendable(failure)))
+    if failure is not None or theirs is not None:
+        raise cast(Exception, failure or theirs)  # rank 0 its own, which still knows where it was raised
     return cast(T, value)
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or its text where it cannot be pickled: one of a class from a notebook's cell, say."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class Poll:
@@ -193,6 +237,7 @@ class Poll:
         self.steps += 1
         if self.steps < self.next:
             return [False] * len(flags)
+        alive()
         now = time.monotonic()
         pace = (now - self.since) / self.interval
         answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)

@@ -1,35 +1,50 @@
-"""What must be true before anything else is imported: quiet logs, the allocator, protobuf's missing method.
+"""What must be true before anything else is imported: quiet logs, the allocator, a protobuf that works.
 
 Use it in the first cell of a notebook, before torch, TensorFlow or transformers::
 
     from kaggle_mgpu import env
-    env.fix()
+    env.fix()                 # one line of output where all is well
+    print(env.fix())          # what it found and did, and why
 
-or look at what it would do with ``python -m kaggle_mgpu.env``. Standard library only, imports nothing
-heavy, can be called any number of times, and never changes a variable that the user has set.
+or from a shell, which ends with exit code 1 where something cannot work::
+
+    python -m kaggle_mgpu.env
+    python -m kaggle_mgpu.env --protobuf pin
+
+Standard library only, imports nothing heavy, takes a few milliseconds, can be called any number of times, and never
+changes a variable that the user has set.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.machinery import ModuleSpec, PathFinder
+from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
-Action = Literal["set", "kept", "removed", "patched", "too late"]
+if TYPE_CHECKING:
+    import socket
+    import subprocess
+
+from kaggle_mgpu import import_hooks, protobuf_fix
+
+Action = Literal[
+    "found", "set", "kept", "removed", "shimmed", "filtered", "installed", "refused", "too late", "left", "broken"
+]
+Protobuf = Literal["auto", "shim", "pin", "off"]
 
 NVIDIA_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia")
 CGROUP = Path("/sys/fs/cgroup")
-_PROTOBUF_CLASSES = {
-    "google.protobuf.message_factory": "MessageFactory",
-    "google.protobuf.symbol_database": "SymbolDatabase",
-}
+IMPLEMENTATION = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+
+_set_here: dict[str, str] = {}  # what fix() has set in this process: fix(quiet=False) takes its part back
 
 
 @dataclass(frozen=True)
@@ -47,61 +62,125 @@ class Report:
     """What :func:`fix` found and did, in order."""
 
     items: tuple[Item, ...]
+    _cell: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def changed(self) -> tuple[Item, ...]:
-        """The items that this call changed, or came too late for."""
-        return tuple(item for item in self.items if item.action != "kept")
+        """The items that this call changed, refused or came too late for, and those that cannot work."""
+        return tuple(item for item in self.items if item.action not in ("kept", "found"))
+
+    @property
+    def trouble(self) -> tuple[Item, ...]:
+        """The items that a user should know of."""
+        return tuple(item for item in self.items if item.action in ("refused", "too late", "left", "broken"))
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was asked for could be done, and everything installed can work."""
+        return not self._failed
+
+    @property
+    def _failed(self) -> list[str]:
+        return list(dict.fromkeys(item.name for item in self.items if item.action in ("refused", "broken")))
 
     @property
     def summary(self) -> str:
-        """One line: ``environment ready: 4 set, 1 patched``."""
+        """One line: ``environment ready (protobuf 6.33.6, tensorflow 2.19.0): 4 set, 1 shimmed, 1 filtered``."""
         actions = [item.action for item in self.changed]
         counts = [f"{actions.count(action)} {action}" for action in dict.fromkeys(actions)]
-        return f"environment ready: {', '.join(counts) or 'nothing to change'}"
+        versions = [f"{item.name} {item.value}" for item in self.items if item.action == "found"]
+        what = f" ({', '.join(versions)})" if versions else ""
+        state = "ready" if self.ok else f"ready except for {', '.join(self._failed)}"
+        return f"environment {state}{what}: {', '.join(counts) or 'nothing to change'}"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.items)])
+
+    def _ipython_display_(self) -> None:
+        """A cell that ends with ``env.fix()`` has its one line already; any other that ends with a report shows it."""
+        if self._cell is None or self._cell != _cell():
+            print(self)
 
 
 def _table(items: Sequence[Item]) -> list[str]:
     names = [f"{item.name}={item.value}" if item.value else item.name for item in items]
     width = max(map(len, names), default=0)
-    return [f"  {item.action:8}  {name:{width}}  {item.why}" for item, name in zip(items, names, strict=True)]
+    return [f"  {item.action:9} {name:{width}}  {item.why}" for item, name in zip(items, names, strict=True)]
 
 
-def fix(verbose: bool = True) -> Report:
+def fix(
+    protobuf: Protobuf = "auto",
+    quiet: bool | None = None,
+    verbose: bool = True,
+    start_workers: bool | None = None,
+) -> Report:
     """Prepare this process, and every process started from it, for a quiet and correct import of the rest.
 
     Call it before torch, TensorFlow and transformers are imported. Called later it does what still
     helps (processes started afterwards inherit the variables) and marks the rest "too late".
 
     Args:
-        verbose: print the summary line, and below it what was changed.
+        protobuf: ``"auto"`` installs nothing: TensorFlow up to 2.19 gets the method that newer protobufs lack, and
+            for pairs that cannot work the report names the command that mends them. ``"off"`` leaves protobuf alone;
+            that holds in workers and for later calls with ``"auto"``, until one says ``"shim"``, which is the same as
+            ``"auto"`` otherwise. ``"pin"`` installs protobuf==3.20.3 in a few seconds, unless that would break
+            something installed or protobuf is imported; then the report says so and the shim serves.
+        quiet: hide what TensorFlow writes about nothing at its import. False shows all, here and in workers.
+            Default: as an earlier call, or the process that started this one, decided; at first True.
+        verbose: print the summary line, and below it only what came too late, was refused or cannot work.
+        start_workers: let the processes behind ``launch`` import torch from now on, in the background. Default: in a
+            notebook with more than one GPU.
+
+    Raises:
+        ValueError: ``protobuf`` is none of the four.
     """
-    gpu = nvidia_present()
-    items = [
-        _default(
-            "TF_CPP_MIN_LOG_LEVEL",
-            "2" if gpu else "3",
-            "TensorFlow's C++ log: GPU errors stay visible" if gpu else "TensorFlow's C++ log: no GPU to report on",
-            reader="tensorflow",
-        ),
-        _default("USE_TF", "0", "transformers does not import TensorFlow", reader="transformers"),
-        _default("USE_FLAX", "0", "transformers does not import Flax", reader="transformers"),
-        _default("TOKENIZERS_PARALLELISM", "false", "no warning or deadlock in loader workers"),
-    ]
-    if gpu:
-        items.append(_fix_allocator())
-    if os.environ.get("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION") == "":
-        del os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"]
-        why = "protobuf fails to import with an empty value"
-        items.append(Item("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "", "removed", why))
-    items.append(_fix_protobuf())
-    report = Report(tuple(items))
+    if protobuf not in get_args(Protobuf):
+        raise ValueError(f"protobuf={protobuf!r}: expected 'auto', 'shim', 'pin' or 'off'")
+    off, quiet = _decide(protobuf, quiet)
+    before = import_hooks.installed()
+    pinned = [_pin()] if protobuf == "pin" else []  # first: it may change what is found
+    items = _found()
+    items += _fix_variables(quiet)
+    import_hooks.install(shim=not off, quiet=quiet, stub=os.environ["USE_TF"].upper() not in ("1", "ON", "YES", "TRUE"))
+    items += pinned
+    if off:
+        items.append(Item("protobuf", "", "kept", "left alone, as fix(protobuf='off') asked"))
+    else:
+        items += [*_fix_implementation(), _fix_get_prototype(before), *_impossible()]
+    items += _fix_lines(before, quiet)
+    if start_workers or (start_workers is None and "ipykernel" in sys.modules and os.path.exists("/dev/nvidia1")):
+        if not server_runs():
+            start_server()
+        items.append(Item("worker server", "", "set", "imports torch in the background, for launch"))
+    report = Report(tuple(items), _cell() if verbose else None)
     if verbose:
-        print("\n".join([report.summary, *_table(report.changed)]), flush=True)
+        print("\n".join([report.summary, *_table(report.trouble)]), flush=True)
     return report
+
+
+def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
+    """(leave protobuf alone, be quiet). Two variables carry the answers to workers and to later calls."""
+    if protobuf != "auto":
+        _remember("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
+    if quiet is not None:
+        _remember("KAGGLE_MGPU_QUIET", None if quiet else "0")
+    return os.environ.get("KAGGLE_MGPU_PROTOBUF") == "off", os.environ.get("KAGGLE_MGPU_QUIET") != "0"
+
+
+def _remember(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+def _cell() -> int | None:
+    """The number of the notebook cell that runs; None outside a notebook. IPython is never imported for it."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return getattr(get_ipython() if get_ipython else None, "execution_count", None)
+
+
+# --- variables --------------------------------------------------------------------------------------
 
 
 def nvidia_present() -> bool:
@@ -109,12 +188,32 @@ def nvidia_present() -> bool:
     return any(os.path.exists(path) for path in NVIDIA_PATHS)
 
 
+def _fix_variables(quiet: bool) -> list[Item]:
+    gpu = nvidia_present()
+    level = "TF_CPP_MIN_LOG_LEVEL"
+    items = []
+    if quiet:
+        why = "TensorFlow's C++ log: GPU errors stay visible" if gpu else "TensorFlow's C++ log: no GPU to report on"
+        items.append(_default(level, "2" if gpu else "3", why, reader="tensorflow"))
+    elif level in _set_here and os.environ.get(level) == _set_here.pop(level):
+        del os.environ[level]
+        items.append(Item(level, "", "removed", "an earlier fix() had set it"))
+    items += [
+        _default("USE_TF", "0", "transformers does not import TensorFlow", reader="transformers"),
+        _default("USE_FLAX", "0", "transformers does not import Flax", reader="transformers"),
+        _default("TOKENIZERS_PARALLELISM", "false", "no warning or deadlock in loader workers"),
+    ]
+    if gpu:
+        items.append(_fix_allocator())
+    return items
+
+
 def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:
     """Set one variable unless it is there already; ``reader`` is the package that reads it at its import."""
     present = os.environ.get(name)
     if present is not None:
         return Item(name, present, "kept", "set already")
-    os.environ[name] = value
+    os.environ[name] = _set_here[name] = value
     if reader in sys.modules:
         return Item(name, value, "too late", f"{reader} is already imported: holds in new processes only")
     return Item(name, value, "set", why)
@@ -142,80 +241,195 @@ def _torch_version() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (99, 0)  # not there (yet): what comes will be new
 
 
-# --- protobuf ---------------------------------------------------------------------------------------
-# protobuf 6.30.0 removed MessageFactory.GetPrototype, which TensorFlow <= 2.19 still calls from C++ at
-# import: 1-6 AttributeErrors, which become error outputs in a kernel and end a papermill run.
-# GetMessageClass (protobuf >= 4.22) is the same function under its new name.
+# --- protobuf and TensorFlow ------------------------------------------------------------------------
 
 
-def _fix_protobuf() -> Item:
-    name, tensorflow = "protobuf GetPrototype", "tensorflow" in sys.modules
-    loaded = [module for module in map(sys.modules.get, _PROTOBUF_CLASSES) if module is not None]
-    patched = [_add_get_prototype(module) for module in loaded]
-    hooked = any(type(finder).__name__ == _ProtobufFinder.__name__ for finder in sys.meta_path)
-    if not hooked:
-        sys.meta_path.insert(0, _ProtobufFinder())
-    if any(patched):
-        late = "; what tensorflow printed at its import stays printed" if tensorflow else ""
-        return Item(name, "", "patched", f"this protobuf lacks the method{late}")
-    if loaded:
-        return Item(name, "", "kept", "this protobuf has the method")
-    if hooked:
-        return Item(name, "", "kept", "patched when protobuf loads, by an earlier fix()")
-    return Item(name, "", "patched", "added when protobuf loads, if it lacks the method")
+def _found() -> list[Item]:
+    """The versions there are; and files that a process left which died at TensorFlow's import."""
+    items = []
+    if protobuf := protobuf_fix.installed():
+        items.append(Item("protobuf", protobuf_fix.text(protobuf), "found", "installed"))
+    if tensorflow := _tensorflow_version():
+        items.append(Item("tensorflow", tensorflow, "found", "installed"))
+    for pid, path in import_hooks.left_behind():
+        why = f"process {pid} died as it imported tensorflow: what that wrote is in the file; delete it when read"
+        items.append(Item(path, "", "left", why))
+    return items
 
 
-def _add_get_prototype(module: ModuleType) -> bool:
-    """Give ``module``'s class the method it lacks; False where there is nothing to do."""
-    cls = getattr(module, _PROTOBUF_CLASSES[module.__name__], None)
-    get_class = getattr(sys.modules.get("google.protobuf.message_factory"), "GetMessageClass", None)
-    if cls is None or get_class is None or hasattr(cls, "GetPrototype"):
-        return False
-    cls.GetPrototype = lambda self, descriptor: get_class(descriptor)
-    return True
-
-
-class _ProtobufFinder:
-    """A ``sys.meta_path`` entry that lets the finders after it find, and patches once the module has run.
-
-    It keeps no state: ``importlib.util.find_spec`` may ask any number of times without importing.
-    """
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _PROTOBUF_CLASSES or self not in sys.meta_path:
-            return None
-        # Only the finders *after* this one: two such hooks can then never call each other in a circle.
-        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
-            find = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find(name, path, target) if find else None
-            if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _PatchingLoader(spec.loader)  # type: ignore[assignment]
-                return spec
+def _tensorflow_version() -> str | None:
+    """From the name of its .dist-info folder: the package comes under several names."""
+    package = protobuf_fix.locate("tensorflow/__init__.py")
+    if package is None:
         return None
+    pattern = re.compile(r"(?:tensorflow|tf_nightly)(?:_cpu|_intel|_rocm|_macos|_cpu_aws)?-(\d[^-]*)\.dist-info")
+    try:
+        names = sorted(os.listdir(package.parent.parent))
+    except OSError:
+        return None
+    return next((found[1] for found in map(pattern.fullmatch, names) if found), None)
 
 
-class _PatchingLoader:
-    """The real loader, with one step more after the module has run."""
+def _pin() -> Item:
+    name = f"protobuf=={protobuf_fix.text(protobuf_fix.PINNED)}"
+    try:
+        done = protobuf_fix.pin()
+    except protobuf_fix.RefusedError as error:
+        return Item(name, "", "refused", f"{error}; the shim (protobuf='auto') does without it")
+    return Item(name, "", "kept" if done == "installed already" else "installed", done)
 
-    def __init__(self, real: Any) -> None:
-        self._real = real
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_real":  # copied or unpickled without __init__: no endless recursion
-            raise AttributeError(name)
-        return getattr(self._real, name)
+def _fix_implementation() -> list[Item]:
+    value, version = os.environ.get(IMPLEMENTATION), protobuf_fix.installed()
+    if value is None:
+        return []
+    if value == "":
+        del os.environ[IMPLEMENTATION]
+        return [Item(IMPLEMENTATION, "", "removed", "protobuf fails to import with an empty value")]
+    if value == "python":
+        return [Item(IMPLEMENTATION, value, "kept", "set already; it mends nothing and parses 15-20 times slower")]
+    if version is None or (value == "upb" and version[0] > 3):
+        return [Item(IMPLEMENTATION, value, "kept", "set already")]
+    why = f"protobuf {protobuf_fix.text(version)} cannot be imported with this value: unset it, then restart"
+    return [Item(IMPLEMENTATION, value, "broken", why)]
 
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._real.create_module(spec)
-        return module
 
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._real  # inspect, pickle and reload see the ordinary loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._real
-        self._real.exec_module(module)
-        _add_get_prototype(module)
+def _fix_get_prototype(before: Any) -> Item:
+    name, version = "protobuf GetPrototype", protobuf_fix.installed()
+    loaded = [module for module in map(sys.modules.get, import_hooks.PROTOBUF_CLASSES) if module is not None]
+    if any([import_hooks.add_get_prototype(module) for module in loaded]):
+        if "tensorflow" in sys.modules:
+            why = "tensorflow is already imported: what it printed about the method stays printed; restart"
+            return Item(name, "", "too late", why)
+        return Item(name, "", "shimmed", "this protobuf lacks the method")
+    if loaded or (version and version < (6, 30, 0)):
+        return Item(name, "", "kept", "this protobuf has the method")
+    if before is not None and before.shim:
+        return Item(name, "", "kept", "added when protobuf loads, by an earlier fix()")
+    if version is None and protobuf_fix.locate("google/protobuf") is None:
+        return Item(name, "", "kept", "no protobuf; should one be installed, it is looked at as it loads")
+    return Item(name, "", "shimmed", "added when protobuf loads, if it lacks the method")
+
+
+def _impossible() -> list[Item]:
+    """Packages that cannot load with the protobuf there is; the one command mends them all."""
+    version = protobuf_fix.installed()
+    loaded = getattr(sys.modules.get("google.protobuf"), "__version__", None)
+    items: list[Item] = []
+    if version is None:
+        return items
+    here = protobuf_fix.text(version)
+    if isinstance(loaded, str) and loaded != here:
+        items.append(Item("protobuf", here, "too late", f"{loaded} is imported in this process: restart it"))
+    floors = protobuf_fix.floors(version)
+    mend = protobuf_fix.command(max(floors.values(), default=version))
+    for name, floor in floors.items():
+        if floor > version:
+            why = f"needs protobuf {protobuf_fix.text(floor)}, there is {here}: {mend}, then restart"
+            items.append(Item(name, "", "broken", why))
+    return items
+
+
+def _fix_lines(before: Any, quiet: bool) -> list[Item]:
+    name = "tensorflow's lines at import"
+    if protobuf_fix.locate("tensorflow/__init__.py") is None and "tensorflow" not in sys.modules:
+        return []
+    if not quiet:
+        return [Item(name, "", "kept", "all are shown, as fix(quiet=False) asked")]
+    if before is not None and before.quiet:
+        return [Item(name, "", "kept", "the known ones are dropped, by an earlier fix()")]
+    if "tensorflow" in sys.modules:
+        return [Item(name, "", "too late", "tensorflow is already imported: what it wrote stays")]
+    why = f"known ones dropped, others shown after it; all stay in {import_hooks.folder()} should the process die"
+    return [Item(name, "", "filtered", why)]
+
+
+# --- the worker server ------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """The process that ``launch`` has its workers from, as the one who started it sees it; see server.py."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+    log: BinaryIO
+    owner: int
+    """The process that started it: a fork of that one must start its own."""
+    mark: str
+    """An environment variable with its value, which all processes below the server have."""
+    variables: dict[str, str]
+    """Those of this environment that only a start reads."""
+    watched: dict[str, tuple[str, int]] | None = None
+    """Once it is ready: the files it has imported, as {module: (path, st_mtime_ns)}."""
+
+    def stop(self) -> None:
+        """End it, and with it every process below it."""
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+            # supervisors and workers end with it, by the operating system; children of workers may not, but they
+            # have its mark: forks the environment that it was started with, programs that of the worker
+            for path in Path("/proc").glob("[0-9]*/environ"):
+                with contextlib.suppress(OSError):
+                    if self.mark.encode() in path.read_bytes():
+                        os.kill(int(path.parent.name), signal.SIGKILL)
+        self.control.close()
+        self.log.close()
+
+
+server: Server | None = None
+SERVER_MARK = "KAGGLE_MGPU_SERVER"
+
+# Read when libraries load, too early for a worker, which is forked from a process that has loaded them. All others
+# (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) are a worker's as they are at its launch.
+_READ_AT_START = re.compile(
+    r"(LD|OMP|GOMP|MKL|OPENBLAS|MALLOC|ATEN|PYTORCH)_|PYTHON(?!PATH)|TORCH(?!INDUCTOR_CACHE_DIR|_NCCL)"
+)
+
+
+def read_at_start() -> dict[str, str]:
+    """The variables whose change a running server cannot follow."""
+    return {name: value for name, value in os.environ.items() if _READ_AT_START.match(name)}
+
+
+def server_runs() -> bool:
+    """Whether this process has a server that has not ended."""
+    return server is not None and server.owner == os.getpid() and server.process.poll() is None
+
+
+def start_server() -> None:
+    """Start the server, in place of the one before; takes milliseconds, its imports go on in the background."""
+    import atexit
+    import socket
+    import subprocess
+    import tempfile
+    import uuid
+
+    global server
+    if server is None:
+        atexit.register(lambda: server.stop() if server is not None else None)
+    else:
+        server.stop()
+    server = None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (the server's as long as it lives)
+    # what this process would find, but nothing of the current folder may shadow a module (-P; last on the path)
+    path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
+    program = f"from kaggle_mgpu.server import main; main({theirs.fileno()})"
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path), SERVER_MARK: mark},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=[theirs.fileno()],
+        start_new_session=True,  # an interrupt meant for the notebook is not for it
+    )
+    theirs.close()
+    server = Server(process, ours, log, os.getpid(), f"{SERVER_MARK}={mark}", read_at_start())
 
 
 # --- processors -------------------------------------------------------------------------------------
@@ -271,5 +485,19 @@ def threads_per_worker(nproc: int) -> int:
     return int(own) if own.isdecimal() and int(own) > 0 else max(1, cpu_count() // nproc)
 
 
+# --- command line -----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report of :func:`fix` for a process like this one; 1 where something cannot work, else 0."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m kaggle_mgpu.env", description=(main.__doc__ or "").split(":")[0])
+    parser.add_argument("--protobuf", choices=get_args(Protobuf), default="auto", help="pin installs protobuf==3.20.3")
+    report = fix(parser.parse_args(arguments).protobuf, verbose=False)
+    print(report)
+    return 0 if report.ok else 1
+
+
 if __name__ == "__main__":
-    fix()
+    sys.exit(main())

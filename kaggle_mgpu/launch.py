@@ -3,38 +3,54 @@
     result = launch(train, config, task)      # one worker per GPU; config.nproc says otherwise
     values = launch(lambda: rank(), nproc=2)  # any function: every rank's value, in the order of ranks
 
-Workers are fresh Python processes, never forks of the notebook: what it did before, CUDA included, does not matter.
-Functions and classes defined in cells travel by value (cloudpickle). Rank 0's lines appear in the cell, each rank's in
-logs/rankN.log; a worker's exception is raised here, as itself.
+The workers are forked from a clean server process that has imported torch already (server.py), never from the notebook:
+they are ready in a tenth of a second, and what the notebook did before, CUDA included, does not matter. They find the
+environment variables, sys.path and working folder that the notebook has at the call; functions and classes from cells
+travel by value (cloudpickle). Rank 0's lines appear in the cell, each rank's in logs/rankN.log; a worker's exception is
+raised here, as itself.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import ctypes
+import datetime
+import functools
+import itertools
+import linecache
+import mmap
 import os
+import pickle
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
+import threading
 import time
-import traceback
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from . import devices, distributed, env, session
+from . import devices, env, pickling, server, session
 from .config import TrainConfig
+from .server import END, PULSE, SIGNAL, WorkerError
 
-T = TypeVar("T")
-
-# After one worker failed, the others get this long to report an error of their own: theirs may be the first cause.
 GRACE_SECONDS = 1.0
+"""How long a failed worker may take to end, and the others to report the failure that this one may follow from."""
+END_SECONDS = 10.0
+"""How long workers that have given their value may take to end."""
+CELL_CHARACTERS = 100_000
+"""How much of rank 0's output is shown in the cell; its log has all of it."""
 
 
-class WorkerError(RuntimeError):
-    """A worker ended without an exception that could be raised here: killed, crashed, or not picklable."""
+class WorkerDiedError(WorkerError):
+    """A worker was killed, crashed or left without a value; the message says how, and ends with its last lines."""
+
+
+class HangError(WorkerError):
+    """No rank got on for too long; the message says which is behind, and carries the Python stack of each."""
 
 
 class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as concurrent.futures' is)
@@ -44,32 +60,71 @@ class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as
         return f"\n{self.args[0]}"
 
 
-def launch(function: Callable[..., Any], *args: Any, nproc: int | Literal["auto"] | None = None, **kwargs: Any) -> Any:
+def launch(
+    function: Callable[..., Any],
+    *args: Any,
+    nproc: int | Literal["auto"] | None = None,
+    gpu_ids: str | None = None,
+    timeout: float | None = None,
+    max_restarts: int | None = None,
+    **kwargs: Any,
+) -> Any:
     """Call `function(*args, **kwargs)` on every worker; the list of their values, or for `train` the one result.
+
+    An interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second one ends them at once.
 
     Args:
         nproc: number of processes on this machine. Default: what a TrainConfig among the arguments says, else one for
             each GPU, or one where there is none. With one, and under torchrun, the call is made in this process.
+        gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
+        timeout: seconds without a sign of life of any rank (see distributed.alive) after which it is a hang. Default:
+            the config's hang_timeout_minutes, else 30 minutes; a default counts from the first step on.
+        max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
 
     Raises:
         ValueError: more processes than there are GPUs.
-        WorkerError: a worker died; the message says how, and ends with its last lines.
+        WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
     """
-    config = next((value for value in [*args, *kwargs.values()] if isinstance(value, TrainConfig)), None)
+    from_arguments = (value for value in [*args, *kwargs.values()] if isinstance(value, TrainConfig))
+    config = next(from_arguments, None)
+    settings = config if config is not None else TrainConfig()
     alone = getattr(function, "returns_rank0", False)
-    if distributed.under_torchrun():
-        distributed.init()
-        return function(*args, **kwargs)
-    gpus = devices.select(config.gpu_ids if config else None)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from . import distributed  # not above: it imports torch, which this process may do without
+
+        distributed.init(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
+        value = function(*args, **kwargs)
+        return value if alone else distributed.gather(value)
+    gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
     if count == 1:
-        with _visible_gpus(gpus if config and config.gpu_ids else []):
+        with _visible_gpus(gpus if gpu_ids or settings.gpu_ids else []):
             value = function(*args, **kwargs)
         return value if alone else [value]
-    logs = Path(config.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
-    values = _Workers(count, gpus, logs).run(function, args, kwargs)
-    return values[0] if alone else values
+
+    logs = Path(settings.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
+    limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
+    restarts = settings.max_restarts if max_restarts is None else max_restarts
+    died = 0
+    started = time.time()
+    with _interrupts() as interrupts:
+        for attempt in itertools.count():
+            call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, started)
+            workers = _Workers(call, count, gpus, logs, settings, attempt)
+            try:
+                values = workers.run(interrupts, limit, from_start=timeout is not None)
+                return values[0] if alone else values
+            except Exception as error:
+                # what raises a RestartError has seen to it that the next attempt is another one: these do not count
+                again, which = type(error).__name__ == "RestartError", ""
+                if isinstance(error, WorkerDiedError | HangError) or _is_consequence(error):
+                    died += 1
+                    again, which = died <= restarts, f": restart {died} of {restarts}"
+                if interrupts or not again:
+                    raise
+                print(f"{str(error).splitlines()[0]}\nstarting again{which}", flush=True)
+    raise AssertionError("not reached")
 
 
 def _number_of_processes(nproc: int | str | None, config: TrainConfig | None, gpus: int) -> int:
@@ -90,7 +145,7 @@ def _number_of_processes(nproc: int | str | None, config: TrainConfig | None, gp
 
 
 @contextlib.contextmanager
-def _visible_gpus(gpus: list[devices.GPU]) -> Any:
+def _visible_gpus(gpus: list[devices.GPU]) -> Iterator[None]:
     """Restrict this process to some GPUs; of no effect once it has used CUDA."""
     if not gpus:
         yield
@@ -107,96 +162,153 @@ def _visible_gpus(gpus: list[devices.GPU]) -> Any:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[float]]:
+    """Within it interrupts are collected in a list, instead of raised wherever this process happens to be."""
+    times: list[float] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield times  # then they are the main thread's, or not Python's to handle
+        return
+    signal.signal(signal.SIGINT, lambda *_: times.append(time.monotonic()))
+    try:
+        yield times
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _resumed(call: Any, config: TrainConfig | None, started: float) -> Any:
+    """The call for a restart: a run that began anew, or from a given checkpoint, goes on from what it has saved."""
+    if config is None or config.resume == "auto":
+        return call
+    saved = Path(config.output_dir).glob("checkpoints/*/state.json")
+    if not any(path.stat().st_mtime >= started for path in saved):
+        return call
+    function, args, kwargs = call
+    changed = config.replace(resume="auto")
+    swap = functools.partial(lambda value: changed if value is config else value)
+    return function, tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
+
+
+# --- one set of workers -----------------------------------------------------------------------------
+
+
 class _Workers:
     """N worker processes, from their start to the last value or the first error."""
 
-    def __init__(self, count: int, gpus: list[devices.GPU], logs: Path) -> None:
-        self.count, self.logs = count, logs
-        logs.mkdir(parents=True, exist_ok=True)
-        self.log_paths = [logs / f"rank{rank}.log" for rank in range(count)]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self.links: list[connection.Connection] = []
+    def __init__(
+        self, call: Any, count: int, gpus: list[devices.GPU], logs: Path, config: TrainConfig, attempt: int
+    ) -> None:
+        self.count, self.log_paths = count, [logs / f"rank{rank}.log" for rank in range(count)]
+        self.call = pickling.dumps(call, "the function, with its arguments,")
+        self.request = server.Request(
+            count=count,
+            variables=_variables(count, gpus, config),
+            path=list(sys.path),
+            folder=_folder(),
+            # IPython keeps the source of cells there; files are read where they are
+            sources={name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
+            semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
+            threads=env.threads_per_worker(count),
+            timeout=config.collective_timeout_minutes * 60,
+            can_show=session.can_show(),
+        )
         self.values: dict[int, Any] = {}
         self.failures: dict[int, BaseException] = {}
-        self.output: int | None = None
-        self.variables = {
-            **os.environ,
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "PYTHONUNBUFFERED": "1",
-            # the workers find what this process finds: a checkout, an install, or a notebook's unpacked payload
-            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        }
-        self.variables.setdefault("OMP_NUM_THREADS", str(env.threads_per_worker(count)))
-        # gloo would look this machine's name up otherwise, which fails or stalls where there is no network
-        self.variables.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        if gpus:
-            # all of them for each worker, which takes its own by LOCAL_RANK; numbered as nvidia-smi numbers them
-            self.variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
-            self.variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        self.ended: set[int] = set()
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in self.log_paths:
+            if attempt == 0:
+                path.write_bytes(b"")
+            else:
+                with open(path, "a") as log:
+                    log.write(f"--- restart {attempt} ---\n")
 
-    def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
-        """Start the workers, hand them the call, and see it through."""
-        payload = _pickled((function, args, kwargs), "the function and its arguments")
-        interrupted = False
-        try:
-            for rank in range(self.count):
-                self._start(rank)
-            for link in self.links:
-                with contextlib.suppress(OSError):  # it died at once: noticed below, with its log
-                    link.send((payload, session.can_show()))
-            while len(self.values) + len(self.failures) < self.count:
-                try:
-                    self._wait(None)
+    def run(self, interrupts: list[float], limit: float, from_start: bool) -> list[Any]:
+        """Have the workers make the call and see it through. Nothing of theirs is left when this returns."""
+        with contextlib.ExitStack() as stack:
+            self.output = stack.enter_context(_Output(self.log_paths[0]))
+            self._start(stack, interrupts)
+            told = False
+            try:
+                while len(self.values) < self.count:
+                    self._next(0.1)
                     if self.failures:
-                        self._others_may_speak()
+                        self._hear_them_out()
                         raise self._first_failure()
-                except KeyboardInterrupt:
-                    if interrupted:
-                        raise
-                    # in a session of their own, the workers have not heard of it: `train` saves and returns
-                    interrupted = True
-                    self._signal(signal.SIGINT)
-            return [self.values[rank] for rank in range(self.count)]
-        finally:
-            self._end()
-
-    def _start(self, rank: int) -> None:
-        ours, theirs = connection.Pipe()
-        log = open(self.log_paths[rank], "wb")  # noqa: SIM115 (the worker's from here on)
-        stdout: Any = log
-        if rank == 0:
-            # not an inherited stdout: a kernel's would show each line twice, and torn between ranks
-            self.output, stdout = os.pipe()
-            self.log0 = open(self.log_paths[0], "wb")  # noqa: SIM115 (closed in _end)
-        variables = {**self.variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, "-c", "from kaggle_mgpu.launch import _worker; _worker()", str(theirs.fileno())]
-        process = subprocess.Popen(
-            command,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        log.close()
-        if rank == 0:
-            os.close(stdout)
-        self.processes.append(process)
-        self.links.append(ours)
-
-    def _wait(self, timeout: float | None) -> None:
-        """Deal with whatever comes next from any worker."""
-        waiting: list[Any] = [link for link in self.links if not link.closed]
-        if self.output is not None:
-            waiting.append(self.output)
-        for ready in connection.wait(waiting, timeout):
-            if ready == self.output:
+                    if len(interrupts) > 1:
+                        raise KeyboardInterrupt
+                    if interrupts and not told:
+                        # in sessions of their own, the workers have not heard of it: `train` saves and returns
+                        told = True
+                        self._signal(signal.SIGINT)
+                    self._check_pulse(limit, from_start)
+                self._wait_for_the_end(END_SECONDS)
+            finally:
+                self._signal(signal.SIGKILL)
+                self._wait_for_the_end(END_SECONDS)
+                if env.server is not None and not env.server_runs():
+                    env.server.stop()  # it was killed: what it had under it ends too
+                server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
                 self._show_output()
+        return [self.values[rank] for rank in range(self.count)]
+
+    def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
+        self.links: list[connection.Connection] = []
+        with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
+            call, request = _memory(self.call), _memory(pickle.dumps(self.request))
+            pulse = _memory(PULSE.pack(-1, 0, 0) * self.count)
+            self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
+            given: list[Any] = [request, call, pulse]
+            for path in self.log_paths:
+                ours, link = connection.Pipe()
+                self.links.append(stack.enter_context(ours))
+                given += [link, open(path, "ab")]  # noqa: SIM115
+            for item in given:
+                theirs.enter_context(item)
+            for _ in range(3):
+                control = server.ready(interrupts).control
+                self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                stack.enter_context(self.channel)
+                with channel, contextlib.suppress(OSError):
+                    socket.send_fds(control, [b"launch"], [item.fileno() for item in [channel, *given]])
+                while not connection.wait([self.channel], 0.1):
+                    if interrupts:
+                        raise KeyboardInterrupt
+                if self.channel.recv(END.size):
+                    self.started = time.monotonic_ns()
+                    return
+                env.start_server()  # it was killed just now
+        raise WorkerError("the worker server was killed three times before it had started a worker")
+
+    def _next(self, timeout: float) -> None:
+        """Deal with whatever comes next from any worker."""
+        waiting: list[Any] = [self.channel, *(link for link in self.links if not link.closed)]
+        for ready in connection.wait(waiting, timeout):
+            if ready is self.channel:
+                self._hear_of_an_end()
             else:
                 self._receive(self.links.index(ready))  # type: ignore[arg-type]
+        self._show_output()
+
+    def _show_output(self) -> None:
+        """What rank 0 has written; but not the traceback of its error, which it announces before it writes it."""
+        size = self.output.size()
+        while not self.links[0].closed and self.links[0].poll():
+            self._receive(0)
+        self.output.show(size)
+
+    def _hear_of_an_end(self) -> None:
+        try:
+            message = self.channel.recv(END.size)
+        except ConnectionError:
+            message = b""
+        for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
+            while not self.links[rank].closed and self.links[rank].poll():  # its last words may not be read yet
+                self._receive(rank)
+            if rank not in self.values and rank not in self.failures and rank not in self.ended:
+                self.failures[rank] = WorkerDiedError(self._death(rank, status))
+            self.ended.add(rank)
 
     def _receive(self, rank: int) -> None:
         link = self.links[rank]
@@ -204,173 +316,194 @@ class _Workers:
             kind, *content = link.recv()
         except (EOFError, OSError):
             link.close()
-            if rank not in self.values and rank not in self.failures:
-                self.failures[rank] = self._death(rank)
             return
-        if kind == "port":
-            for other in self.links[1:]:
-                with contextlib.suppress(OSError):
-                    other.send(content[0])
-        elif kind == "show":
-            session.show(*content)
+        if kind == "show":
+            self.output.show(self.output.size())
+            with contextlib.suppress(Exception):  # whatever the front end does, training goes on
+                session.show(*content)
         elif kind == "value":
-            self.values[rank] = _unpickled(content[0])
+            try:
+                self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
+            except Exception as error:
+                what = f"rank {rank}'s return value cannot be read here: {type(error).__name__}: {error}"
+                self.failures[rank] = TypeError(f"{what}. Return plain values, tensors or a path.")
         elif kind == "error":
-            self.failures[rank] = _error(rank, *content)
+            self.failures[rank] = self._error(rank, *content)
 
-    def _show_output(self) -> None:
-        assert self.output is not None
-        chunk = os.read(self.output, 1 << 16)
-        if not chunk:
-            os.close(self.output)
-            self.output = None
-            return
-        self.log0.write(chunk)
-        self.log0.flush()
-        sys.stdout.write(chunk.decode(errors="replace"))
-        sys.stdout.flush()
+    def _error(self, rank: int, pickled: bytes | None, line: str, trace: str, log_size: int) -> BaseException:
+        if rank == 0:
+            self.output.end = log_size  # the traceback that follows is shown with the exception
+        error: BaseException = WorkerError(f"rank {rank}: {line}")
+        with contextlib.suppress(Exception):  # its class may not unpickle here
+            error = error if pickled is None else pickle.loads(pickled)
+        if isinstance(error, SystemExit):  # would end this process, silently
+            error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
+        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}")
+        return error
 
-    def _others_may_speak(self) -> None:
+    def _hear_them_out(self) -> None:
+        """The failed write their tracebacks; and what came first may follow from another's failure, still to come."""
         until = time.monotonic() + GRACE_SECONDS
-        while (left := until - time.monotonic()) > 0 and len(self.values) + len(self.failures) < self.count:
-            self._wait(left)
+        while (left := until - time.monotonic()) > 0:
+            known = not all(_is_consequence(error) for error in self.failures.values())
+            complete = len(self.values) + len(self.failures) == self.count
+            if (known or complete) and self.ended.issuperset(self.failures):
+                return
+            self._next(min(left, 0.1))
 
     def _first_failure(self) -> BaseException:
         """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""
         ranked = sorted(self.failures.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
         return ranked[0][1]
 
-    def _death(self, rank: int) -> WorkerError:
-        code = self.processes[rank].wait(10)
-        while self.output is not None and rank == 0:
-            self._show_output()
-        if code < 0:
-            name = signal.Signals(-code).name
+    def _death(self, rank: int, status: int | None) -> str:
+        if status is None:
+            how = "with the server of its launch, which was killed"
+        elif os.WIFSIGNALED(status):
+            name = signal.Signals(os.WTERMSIG(status)).name
             likely = {
                 "SIGKILL": "killed, most often for want of memory: lower micro_batch_size or data_workers",
                 "SIGSEGV": "a crash in native code",
+                "SIGABRT": "given up by native code",
                 "SIGBUS": "most often /dev/shm is full: lower data_workers",
             }.get(name, "ended by a signal")
             how = f"by {name} ({likely})"
         else:
-            how = f"with exit code {code}, without an exception"
-        lines = self.log_paths[rank].read_text(errors="replace").splitlines()[-15:]
+            how = f"with exit code {os.WEXITSTATUS(status)}, without an exception"
+        path = self.log_paths[rank]
+        lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
         tail = "\n  ".join(lines) or "(nothing)"
-        return WorkerError(f"rank {rank} of {self.count} ended {how}. Its log {self.log_paths[rank]} ends:\n  {tail}")
+        return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
 
-    def _signal(self, number: signal.Signals) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
+    # Hangs
+    def _check_pulse(self, limit: float, from_start: bool) -> None:
+        pulses = [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
+        silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
+        if silent < limit or not (from_start or any(step >= 0 for step, _, _ in pulses)):
+            return
+        if any(path.exists() and time.time() - path.stat().st_mtime < limit for path in self.log_paths):
+            return  # a line is a sign of life too
+        behind = min(range(self.count), key=lambda rank: pulses[rank][:2])
+        level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
+        where = [
+            f"rank {rank}: " + (f"step {step}, {beats} signs of life since" if step >= 0 else f"{beats} signs of life")
+            for rank, (step, beats, _) in enumerate(pulses)
+        ]
+        stacks = [f"Stack of rank {rank}:\n{self._stack(rank)}" for rank in range(self.count)]
+        raise HangError(
+            f"no rank has got on for {silent:.0f} s (timeout {limit:g} s); "
+            + ("all are equally far" if level else f"rank {behind} is behind")
+            + f" ({'; '.join(where)}).\n"
+            + "\n".join(stacks)
+        )
 
-    def _end(self) -> None:
-        """Leave nothing behind: finished workers are waited for, the others killed."""
-        deadline = time.monotonic() + (10 if len(self.values) == self.count else 0)
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for link in self.links:
-            link.close()
-        if self.output is not None:
-            with contextlib.suppress(OSError):
-                while self.output is not None and connection.wait([self.output], 0):
-                    self._show_output()
-            if self.output is not None:
-                os.close(self.output)
-        if hasattr(self, "log0"):
-            self.log0.close()
+    def _stack(self, rank: int) -> str:
+        """What faulthandler writes into the rank's log when asked to."""
+        path = self.log_paths[rank]
+        with contextlib.suppress(OSError), open(path, "rb") as log:
+            before = size = log.seek(0, os.SEEK_END)
+            if rank == 0:
+                self.output.end = before
+            self._signal(signal.SIGQUIT, rank)
+            until = time.monotonic() + 2.0
+            while time.monotonic() < until:
+                time.sleep(0.1)
+                if size == (size := path.stat().st_size) > before:
+                    return log.read(20_000).decode(errors="replace").strip()
+        return "(it does not answer: stopped, or in the kernel)"
+
+    # The end
+    def _signal(self, number: signal.Signals, rank: int = -1) -> None:
+        with contextlib.suppress(OSError):
+            self.channel.send(SIGNAL.pack(number, rank))
+
+    def _wait_for_the_end(self, seconds: float) -> None:
+        """Until the supervisor has gone, and with it everything it watches over; at most so long."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            while (left := until - time.monotonic()) > 0:
+                if connection.wait([self.channel], left) and not self.channel.recv(END.size):
+                    return
+
+
+class _Output:
+    """Rank 0's log as it grows, shown in the cell: the worker never waits for the notebook, and nothing comes twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+        self.file.seek(0, os.SEEK_END)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.shown, self.end = 0, sys.maxsize
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.shown >= CELL_CHARACTERS:
+            size = min(self.end, self.size())
+            self.file.seek(max(self.file.tell(), size - 2000))
+            lines = self.file.read(max(0, size - self.file.tell())).decode(errors="replace").splitlines()[1:]
+            print("\n".join(["…", *lines[-20:]]), flush=True)
+        self.file.close()
+
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def show(self, size: int) -> None:
+        """Show what is new in the first `size` bytes, as long as the cell has room."""
+        if self.shown >= CELL_CHARACTERS:
+            return
+        room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())
+        text = self.decoder.decode(self.file.read(max(0, room)))
+        if not text:
+            return
+        self.shown += len(text)
+        sys.stdout.write(text)
+        if self.shown >= CELL_CHARACTERS:
+            print(
+                f"\n… more than {CELL_CHARACTERS} characters: {self.path} has it all, the last lines follow at the end"
+            )
+        sys.stdout.flush()
+
+
+def _variables(count: int, gpus: list[devices.GPU], config: TrainConfig) -> dict[str, str]:
+    """This process's environment variables, with what the workers need beside."""
+    variables = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONUNBUFFERED": "1"}
+    # what workers start as programs finds what they find
+    variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    defaults = {
+        "OMP_NUM_THREADS": str(env.threads_per_worker(count)),
+        # all workers are on this machine. Otherwise gloo looks its name up, and NCCL takes the first network card:
+        # both fail or stall in a session without internet
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    if config.nccl_p2p == "off" or (config.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
+        defaults["NCCL_P2P_DISABLE"] = "1"
+    if gpus:
+        # all of them for each worker, which takes its own by LOCAL_RANK; numbered as nvidia-smi numbers them
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    return {**defaults, **variables}
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # deleted in the meantime
+        return None
+
+
+def _memory(content: bytes) -> Any:
+    """A nameless file in memory, which can be handed to other processes."""
+    file = os.fdopen(os.memfd_create("kaggle_mgpu"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
 
 
 def _is_consequence(error: BaseException) -> bool:
-    text = f"{type(error).__name__} {error}"
-    return any(word in text for word in ("DistBackendError", "Connection closed by peer", "Connection reset", "[Gloo]"))
-
-
-def _error(rank: int, pickled: bytes | None, kind: str, message: str, trace: str) -> BaseException:
-    error: BaseException
-    try:
-        error = _unpickled(pickled) if pickled is not None else WorkerError(f"{kind}: {message}")
-    except Exception:  # its class does not unpickle here
-        error = WorkerError(f"{kind}: {message}")
-    error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}")
-    return error
-
-
-def _pickled(value: Any, what: str) -> bytes:
-    import cloudpickle
-
-    try:
-        return bytes(cloudpickle.dumps(value))
-    except Exception as error:
-        raise TypeError(f"{what} cannot be sent to another process: {type(error).__name__}: {error}") from error
-
-
-def _unpickled(data: bytes) -> Any:
-    import pickle
-
-    return pickle.loads(data)  # from our own worker, over a pipe nobody else has
-
-
-def _worker() -> None:
-    """What a worker process runs: receive the call, join the group, make the call, send its value or its error."""
-    # die with the notebook, however that dies (prctl's PR_SET_PDEATHSIG is 1)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    env.fix(verbose=False)  # variables are inherited, the protobuf finder is not
-    link = connection.Connection(int(sys.argv[1]))
-    sys.argv = [""]
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    try:
-        payload, can_show = link.recv()
-        if can_show:
-            session.set_channel(lambda *shown: link.send(("show", *shown)))
-        import torch.distributed as dist
-
-        if rank == 0:
-            store = dist.TCPStore("127.0.0.1", 0, world_size, is_master=True, wait_for_workers=False)
-            link.send(("port", store.port))
-        else:
-            store = dist.TCPStore("127.0.0.1", link.recv(), world_size, is_master=False)
-        distributed.init(store, rank=rank, world_size=world_size)
-        function, args, kwargs = _unpickled(payload)
-        value = function(*args, **kwargs)
-        if getattr(function, "returns_rank0", False) and rank != 0:
-            value = None
-        answer: tuple[Any, ...] = ("value", _pickled(_on_cpu(value), f"rank {rank}'s return value"))
-        distributed.barrier()  # nobody leaves while another still talks to it
-    except BaseException as error:
-        try:
-            pickled = _pickled(error, "the error")
-        except TypeError:
-            pickled = None
-        answer = ("error", pickled, type(error).__name__, str(error), traceback.format_exc())
-        traceback.print_exc(file=_LogOnly())
-    with contextlib.suppress(OSError):  # the notebook is gone: so is anybody who would listen
-        link.send(answer)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # not sys.exit: destructors of a broken process group may hang, and there is nothing left to do
-    os._exit(0)
-
-
-class _LogOnly:
-    """Where a worker's traceback goes: rank 0's output is the cell's, which shows the error itself."""
-
-    def write(self, text: str) -> int:
-        return len(text) if os.environ["RANK"] == "0" else sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def _on_cpu(value: Any) -> Any:
-    """The value with its tensors on the CPU: a GPU's memory does not outlive the worker."""
-    if hasattr(value, "cpu") and hasattr(value, "device"):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_on_cpu(item) for item in value))
-    return type(value)(_on_cpu(item) for item in value) if type(value) in (list, tuple) else value
+    """Whether this is what a rank sees of another's end: a collective that failed."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    words = ("Connection closed by peer", "Connection reset", "[Gloo]", "gloo/transport", "NCCL")
+    return "DistError" in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

@@ -26,10 +26,10 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kaggle_mgpu import session
+from kaggle_mgpu import import_hooks, session
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,9 +212,7 @@ def _numbers(record: dict[str, Any]) -> dict[str, float]:
 
 
 def _summary_writer(folder: Path, resumed_step: int) -> SummaryWriter:
-    # TensorBoard imports TensorFlow where there is one (7.5 s, 750 MB, noise), unless this module exists.
-    if "tensorflow" not in sys.modules:
-        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+    import_hooks.install(stub=True)  # or TensorBoard imports TensorFlow where there is one: 7.5 s, 750 MB, noise
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -44,13 +44,13 @@ class _Call(nn.Module):
         return self._call(batch, what)
 
     def _call(self, batch: Any, what: str) -> Any:
-        if what == "loss":
+        if what in ("loss", "losses"):
             loss = self.loss(self.model, batch)
-            if loss.ndim != 0:
-                raise ValueError(
-                    f"Task.loss must return a scalar, the sum over the batch's terms; got shape {tuple(loss.shape)}"
-                )
-            return loss
+            if not isinstance(loss, Tensor) or loss.ndim != 0:
+                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                raise ValueError(f"Task.loss must return a scalar tensor, the sum over the batch's terms; got {got}")
+            # "losses", one row for each replica: gathering scalars makes DataParallel warn
+            return loss if what == "loss" else loss.unsqueeze(0)
         rows = {}
         for name, (total, count) in self.metrics(self.model, batch).items():
             # float64 and one row per replica: what is added up later must not depend on how it was split
@@ -111,6 +111,7 @@ class Strategy:
         DistributedDataParallel divides by the world size when it adds gradients up, hence the factor.
         """
         loss = self.forward(batch)
+        distributed.alive()  # the ranks wait for each other in backward: the one behind has not come this far
         # the terms are asked for after the forward pass: on their way, they had that long to arrive
         if not (number := terms()):
             raise ValueError(
@@ -190,6 +191,7 @@ class Strategy:
         """Sums and counts of the task's metrics over this rank's batches, on the CPU in float64."""
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in batches:
+            distributed.alive()
             for name, (total, count) in self.call_for_metrics(batch).items():
                 before = totals.get(name, (0.0, 0))
                 totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
@@ -287,7 +289,7 @@ class Replicated(Strategy):
         return torch.device("cpu")  # scattered from there straight to each GPU
 
     def forward(self, batch: Any) -> Tensor:
-        return self.parallel(batch).sum()
+        return self.parallel(batch, "losses").sum()
 
     def forward_alone(self, batch: Any) -> Tensor:
         return self.forward(batch)
@@ -310,7 +312,7 @@ class CPUReplicas(nn.Module):
         parts = _scatter(batch, self.num_replicas)
         if len(parts) == 1:
             return _gather([self.module(parts[0], what)])
-        replicas = [_replica(self.module) for _ in parts]
+        replicas = [_replica(self.module, index) for index in range(len(parts))]
         outputs: list[Any] = [None] * len(parts)
         grad = torch.is_grad_enabled()
 
@@ -334,16 +336,20 @@ class CPUReplicas(nn.Module):
 def _scatter(value: Any, parts: int) -> list[Any]:
     if isinstance(value, Tensor):
         return list(value.chunk(parts))
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         columns = {key: _scatter(item, parts) for key, item in value.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
-    if isinstance(value, list | tuple):
-        return [type(value)(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
+    if isinstance(value, list | tuple) and value:
+        make = getattr(value, "_make", type(value))  # a namedtuple wants its fields one by one
+        return [make(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
     return [value] * parts
 
 
-def _replica(module: nn.Module) -> nn.Module:
-    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it."""
+def _replica(module: nn.Module, index: int) -> nn.Module:
+    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it.
+
+    As on GPUs, what the first replica writes into its buffers stays, and what the others write is lost.
+    """
     copies: dict[nn.Module, nn.Module] = {}
     views: dict[Tensor, Tensor] = {}
     for original in module.modules():
@@ -351,6 +357,8 @@ def _replica(module: nn.Module) -> nn.Module:
     for original, copy in copies.items():
         for name, child in original._modules.items():
             copy._modules[name] = None if child is None else copies[child]
+        if index > 0:
+            copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
             if parameter is not None:
                 views.setdefault(parameter, parameter.view_as(parameter))
@@ -360,7 +368,7 @@ def _replica(module: nn.Module) -> nn.Module:
 
 def _gather(outputs: list[Any]) -> Any:
     if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs) if outputs[0].ndim == 0 else torch.cat(outputs)
+        return torch.cat(outputs)
     return {
         name: tuple(torch.cat(pair) for pair in zip(*(o[name] for o in outputs), strict=True)) for name in outputs[0]
     }
@@ -422,11 +430,16 @@ def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimize
     if differ := sorted({name for group in mine for name in group} ^ {name for group in theirs for name in group}):
         raise ValueError(f"the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}")
     if mine != theirs:
-        raise ValueError("the checkpoint's optimizer puts the parameters into other groups than this one")
+        raise ValueError(
+            f"the checkpoint's optimizer has the parameters in other groups, or another order, than this one: groups "
+            f"of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now"
+        )
     number = {name: index for index, name in enumerate(name for group in mine for name in group)}
     groups = []
-    for group in state["param_groups"]:
-        groups.append({**group, "params": [number[name] for name in group["params"]]})
+    for now, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        # which kernel computes the step is this machine's choice, not the checkpoint's
+        kernel = {key: now[key] for key in ("fused", "foreach", "capturable") if key in now}
+        groups.append({**then, **kernel, "params": [number[name] for name in then["params"]]})
     optimizer.load_state_dict(
         {"state": {number[name]: values for name, values in state["state"].items()}, "param_groups": groups}
     )

@@ -190,6 +190,7 @@ def train(config: TrainConfig, task: Task) -> Result:
     with run.start_log(), run.checkpoints, _stop_requests() as stop_request:
         batches = run.batches()
         while True:
+            distributed.alive(state.step)  # so that the launcher can tell a hang, and which rank is behind
             done = state.step >= run.plan.max_steps
             evaluation_due = run.evaluation_is_due(done)
             # each rank has its own clock and its own signals, so these are decided together
@@ -584,7 +585,10 @@ class _Run:
             return
         total = torch.stack([loss.double() for loss in losses]).sum().cpu()
         loss = float(distributed.sum(total)) / step.terms()
-        if int(in_a_row) >= GIVE_UP_AFTER[self.precision]:
+        # in full precision the first step has no excuse: what is not finite then will not be later
+        patience = 1 if logged == 1 and self.precision != "fp16" else GIVE_UP_AFTER[self.precision]
+        gradient_alone_is_finite = not math.isfinite(loss) and int(in_a_row) == 0 and self.precision != "fp16"
+        if int(in_a_row) >= patience or gradient_alone_is_finite:
             self.diverged(int(in_a_row), loss, lr, norm)
         if due:
             record = {"kind": "train", "step": logged, "samples": state.samples_seen}
@@ -594,7 +598,7 @@ class _Run:
 
     def diverged(self, in_a_row: int, loss: float, lr: float, norm: Tensor) -> None:
         """Stop a run whose gradient is not finite any more."""
-        step, first = self.state.step, self.state.step - in_a_row + 1
+        step, first = self.state.step, self.state.step - max(in_a_row, 1) + 1
         size, batch = self.plan.dataset_size, self.plan.global_batch_size
         per_epoch = self.plan.steps_per_epoch
         epoch, start = divmod(first - 1, per_epoch)
@@ -607,9 +611,11 @@ class _Run:
         shown = ", ".join(map(str, indices[:16])) + (
             f", … ({len(indices)} in all: see metrics.jsonl)" if len(indices) > 16 else ""
         )
+        which = f"step {step} was" if first == step else f"steps {first} to {step} were"
+        left_out = f"; {which} left out, for want of a finite gradient" if in_a_row else ""
         raise DivergedError(
-            f"the loss is {loss} at step {step} (learning rate {lr:g}, gradient norm {float(norm):g}); steps {first} "
-            f"to {step} were left out, as their gradients were not finite. Step {first} had the samples {shown}. "
+            f"the loss is {loss} at step {step} (learning rate {lr:g}, gradient norm {float(norm):g}){left_out}. "
+            f"Step {first} had the samples {shown}. "
             + (f"The last checkpoint from before is {good}. " if good else "There is no checkpoint from before. ")
             + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
         )

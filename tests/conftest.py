@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 # two workers with two threads each on two cores crawl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# the scripts that tests run find the package, which is not installed
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 # a developer's own settings must not decide what the tests see
-for name in ("KAGGLE_MGPU_DISPLAY", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN", "KAGGLE_MGPU_KAGGLE_ROOT"):
+KAGGLE = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN")
+OURS = ("KAGGLE_MGPU_DISPLAY", "KAGGLE_MGPU_KAGGLE_ROOT", "KAGGLE_MGPU_PROTOBUF", "KAGGLE_MGPU_QUIET")
+for name in (*KAGGLE, *OURS):
     os.environ.pop(name, None)
 
 

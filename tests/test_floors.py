@@ -13,7 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "kaggle_mgpu"
 
 # room -> the rooms it may import
 FLOORS: dict[str, set[str]] = {
-    "env": set(),
+    # below the first floor: env's two halves, each one sitting to read
+    "import_hooks": set(),
+    "protobuf_fix": set(),
+    "env": {"import_hooks", "protobuf_fix"},
     "session": set(),
     "config": set(),
     "files": set(),
@@ -22,12 +25,14 @@ FLOORS: dict[str, set[str]] = {
     "devices": {"env", "session"},
     "distributed": {"session"},
     "optim": set(),
-    "launch": {"devices", "distributed", "session", "config", "env"},
+    "pickling": set(),
+    "server": {"env", "session", "pickling", "distributed"},
+    "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
     "data": {"distributed", "randomness"},
     "strategy": {"distributed", "devices"},
     "checkpoint": {"distributed", "session", "files", "randomness"},
     "memory": {"files", "randomness"},
-    "progress": {"devices", "distributed", "session", "config"},
+    "progress": {"devices", "distributed", "session", "config", "import_hooks"},
     "trainer": {
         "env",
         "session",
@@ -46,7 +51,7 @@ FLOORS: dict[str, set[str]] = {
     "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"env", "session", "devices"}
+STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch"}
 FREE = {"__init__", "__main__"}
 
 

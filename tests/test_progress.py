@@ -479,7 +479,6 @@ class TestBar:
         assert "20/20" in err
         assert "loss 0.09524" in err
         assert progress.said == [
-            "cpu",
             "eval  step 10/20  val_loss 1.5",
             "last words",
             "finished: step 20/20  in 0:01  1 process",

@@ -411,7 +411,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
         train(settings, Poisoned(at=12, times=99))
     text = str(caught.value)
     assert text.startswith("the loss is nan at step 16 (learning rate ")
-    assert "steps 12 to 16 were left out, as their gradients were not finite. Step 12 had the samples " in text
+    assert "steps 12 to 16 were left out, for want of a finite gradient. Step 12 had the samples " in text
     assert f"The last checkpoint from before is {tmp_path / 'checkpoints' / 'step-00000010'}. " in text
     note = next(r for r in progress.read(tmp_path) if r["kind"] == "note")
     seen: list[int] = []

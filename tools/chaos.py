@@ -35,6 +35,8 @@ from typing import Any
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
+
 from kaggle_mgpu import checkpoint, progress
 
 ROOT = Path(__file__).parents[1]

@@ -16,6 +16,7 @@ import contextlib
 import io
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,9 +28,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
+
 from kaggle_mgpu import Task, TrainConfig, distributed, launch, optim, train
 
 SAMPLES, LR, LOG_EVERY = 4096, 1e-3, 50
+# a contender that starts a new run for each block is timed from here on: the first steps allocate
+WARM_UP = 10
 
 
 class Block(nn.Module):
@@ -120,6 +125,11 @@ def seconds_per_step(run: Callable[[], None], steps: int) -> float:
     return (time.perf_counter() - began) / steps
 
 
+def pace(times: list[float]) -> float:
+    """Seconds per step from the moments at which each step's loss was asked for."""
+    return (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
+
+
 def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
     class Timed(type(task)):  # type: ignore[misc]
         """Notes when each step's loss is asked for: the time between two is a whole step of the loop."""
@@ -135,7 +145,7 @@ def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
         # all ranks must have the same folder
         with tempfile.TemporaryDirectory() as own, contextlib.redirect_stdout(io.StringIO()):
             config = TrainConfig(
-                max_steps=steps + 1,
+                max_steps=steps + WARM_UP,
                 global_batch_size=batch * distributed.world_size(),
                 lr=LR,
                 log_every=LOG_EVERY,
@@ -143,7 +153,7 @@ def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
                 output_dir=distributed.broadcast(own),
             )
             train(config, Timed())
-        return (times[-1] - times[0]) / (len(times) - 1)
+        return pace(times)
 
     return measure
 
@@ -251,7 +261,7 @@ def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
         times.clear()
         with tempfile.TemporaryDirectory() as folder:
             trainer = library.Trainer(
-                max_steps=steps,
+                max_steps=steps + WARM_UP,
                 accelerator="cpu",
                 devices=1,
                 gradient_clip_val=1.0,
@@ -262,7 +272,7 @@ def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
                 default_root_dir=folder,
             )
             trainer.fit(Module(), DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True))
-        return (times[-1] - times[0]) / (len(times) - 1)
+        return pace(times)
 
     return measure
 
@@ -290,7 +300,7 @@ def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
                 output_dir=distributed.broadcast(folder),
-                max_steps=steps,
+                max_steps=steps + WARM_UP,
                 per_device_train_batch_size=batch,
                 learning_rate=LR,
                 lr_scheduler_type="cosine",
@@ -304,7 +314,7 @@ def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
                 remove_unused_columns=False,
             )
             Trainer(Wrapped(), arguments, train_dataset=task.train_data(), data_collator=collate).train()
-        return (times[-1] - times[0]) / (len(times) - 1)
+        return pace(times)
 
     return measure
 
@@ -350,13 +360,13 @@ def report(results: dict[str, dict[str, float]], processes: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=None, help="steps per block; default 400 (MLP) and 100 (GPT)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=None, help="steps per block; default 200 (MLP) and 50 (GPT)")
     parser.add_argument("--nproc", default="1,2")
     parser.add_argument("--peers", default=",".join(name for name in CONTENDERS if name != "kit"))
     given = parser.parse_args()
     names = ["kit", *given.peers.split(",")]
-    steps = {"MLP": given.steps or 400, "GPT": given.steps or 100}
+    steps = {"MLP": given.steps or 200, "GPT": given.steps or 50}
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("logs").mkdir()
         for nproc in map(int, given.nproc.split(",")):

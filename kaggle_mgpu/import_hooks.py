@@ -1,0 +1,231 @@
+"""What happens while three other packages are imported: protobuf, TensorFlow and TensorBoard.
+
+    install(shim=True, quiet=True, stub=True)   # what env.fix() does; another call changes what is given
+
+One entry in `sys.meta_path` waits for four names and lets the ordinary finders find them:
+
+- `google.protobuf.message_factory` and `.symbol_database` get back the method `GetPrototype` once they have run, if
+  they lack it. protobuf 6.30.0 removed it; TensorFlow up to 2.19 calls it from C++ at import, and what fails there
+  becomes 1-6 error outputs in a kernel, which end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same
+  function under its new name.
+- `tensorflow` runs with file descriptor 2 in a temporary file. Its known lines about nothing are dropped, every other
+  line is written where it would have gone, and the file stays behind if the process dies.
+- `tensorboard.compat.notf` exists, empty, as long as TensorFlow is not imported. TensorBoard then writes its files by
+  itself; without that module it imports TensorFlow, where there is one, for seconds and hundreds of megabytes.
+
+Standard library only. Nothing is imported that would not have been, and no module is ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+PROTOBUF_CLASSES = {
+    "google.protobuf.message_factory": "MessageFactory",
+    "google.protobuf.symbol_database": "SymbolDatabase",
+}
+NOTF = "tensorboard.compat.notf"
+SAVED_PREFIX = "kaggle_mgpu-tensorflow-"
+
+# From C++, where no variable reaches them (TensorFlow 2.17-2.21). Narrow on purpose: what is not known is shown.
+_REGISTRATION = re.compile(
+    rb"Unable to register cu(FFT|DNN|BLAS) factory: Attempting to register factory for plugin "
+    rb"|computation placer already registered\. Please check linkage"
+    rb"|^WARNING: All log messages before absl::InitializeLog\(\) is called are written to STDERR"
+)
+# What TF_CPP_MIN_LOG_LEVEL=1 hides up to 2.20; 2.21 writes these three whatever it says.
+_INFORMATION = re.compile(
+    rb"^I0000 \S+ +\d+ (port|cpu_feature_guard|cudart_stub)\.cc:\d+\] |^To enable the following inst"
+)
+
+
+class Finder:
+    """The entry in `sys.meta_path`. Only its three switches are state: asking for a spec, which does not import, may
+    happen any number of times."""
+
+    def __init__(self, shim: bool = False, quiet: bool = False, stub: bool = False) -> None:
+        self.shim, self.quiet, self.stub = shim, quiet, stub
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == NOTF and self.stub and "tensorflow" not in sys.modules:
+            return ModuleSpec(name, _EmptyModule())  # type: ignore[arg-type]
+        if self.shim and name in PROTOBUF_CLASSES:
+            return self._wrapped(name, path, target, _then_patch)
+        if self.quiet and name == "tensorflow":
+            return self._wrapped(name, path, target, _filtered)
+        return None
+
+    def _wrapped(self, name: str, path: Any, target: Any, run: _Run) -> ModuleSpec | None:
+        # Only the finders *after* this one: two such hooks can then never call each other in a circle.
+        position = sys.meta_path.index(self) + 1 if self in sys.meta_path else len(sys.meta_path)
+        for finder in sys.meta_path[position:]:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, path, target) if find else None
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader, run)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+def installed() -> Any | None:
+    """The entry that is there, be it from an earlier copy of this module; None if there is none."""
+    return next(filter(_is_ours, sys.meta_path), None)
+
+
+def _is_ours(finder: Any) -> bool:
+    return (type(finder).__module__, type(finder).__name__) == (__name__, Finder.__name__)
+
+
+def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | None = None) -> None:
+    """Put the entry first, once, and switch its parts on or off; None leaves a part as it is (at first: off).
+
+    shim   add GetPrototype where it is missing
+    quiet  drop TensorFlow's known lines at its import
+    stub   let TensorBoard do without TensorFlow
+    """
+    old = installed()
+    given = {"shim": shim, "quiet": quiet, "stub": stub}
+    new = Finder(**{key: bool(getattr(old, key, False) if on is None else on) for key, on in given.items()})
+    sys.meta_path[:] = [new, *(finder for finder in sys.meta_path if not _is_ours(finder))]
+
+
+def add_get_prototype(module: ModuleType) -> bool:
+    """Give the class of one of the two protobuf modules the method it lacks; False where there is nothing to do."""
+    cls = getattr(module, PROTOBUF_CLASSES[module.__name__], None)
+    get_class = getattr(sys.modules.get("google.protobuf.message_factory"), "GetMessageClass", None)
+    if cls is None or get_class is None or hasattr(cls, "GetPrototype"):
+        return False
+    cls.GetPrototype = lambda self, descriptor: get_class(descriptor)
+    return True
+
+
+_Run = Callable[[Callable[[], None], ModuleType], None]
+
+
+def _then_patch(run_module: Callable[[], None], module: ModuleType) -> None:
+    run_module()
+    add_get_prototype(module)
+
+
+def _filtered(run_module: Callable[[], None], module: ModuleType) -> None:
+    with filtered_stderr():
+        run_module()
+
+
+class _Loader:
+    """The real loader, with something around the running of the module."""
+
+    def __init__(self, real: Any, run: _Run) -> None:
+        self._real, self._run = real, run
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_real":  # copied or unpickled without __init__: no endless recursion
+            raise AttributeError(name)
+        return getattr(self._real, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._real.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._real  # inspect, pickle and reload see the ordinary loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._real
+        self._run(lambda: self._real.exec_module(module), module)
+
+
+class _EmptyModule:
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+# --- file descriptor 2 ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def filtered_stderr() -> Any:
+    """Without the known lines among those that reach file descriptor 2 meanwhile; the others come at the end.
+
+    They wait in a file, not in a pipe: a full pipe would stop the import, and a file outlives a crash. Where no file
+    can be made, all lines pass at once.
+    """
+    import tempfile  # the import it is needed for takes seconds: this one need not burden env.fix()
+
+    _flush()
+    try:
+        saved = os.dup(2)
+    except OSError:  # nothing is open there: nothing to filter
+        yield
+        return
+    try:
+        file, path = tempfile.mkstemp(prefix=f"{SAVED_PREFIX}{os.getpid()}-", suffix=".stderr", dir=folder())
+    except OSError:
+        os.close(saved)
+        yield
+        return
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        _flush()
+        os.dup2(saved, 2)
+        os.close(saved)
+        _replay(file)
+        os.close(file)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def folder() -> str:
+    """Where the lines of an import under way wait."""
+    return os.environ.get("TMPDIR") or "/tmp"
+
+
+def left_behind() -> list[tuple[int, str]]:
+    """(process id, file) of this user's processes that died while they imported TensorFlow."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder()) as entries:
+        for entry in entries:
+            pid = re.match(rf"{SAVED_PREFIX}(\d+)-", entry.name)
+            if pid and entry.stat(follow_symlinks=False).st_uid == os.getuid() and not _alive(int(pid[1])):
+                found.append((int(pid[1]), entry.path))
+    return sorted(found)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _flush() -> None:
+    with contextlib.suppress(Exception):  # closed, detached, or somebody's own object
+        sys.stderr.flush()
+
+
+def _replay(file: int) -> None:
+    """Write to file descriptor 2 what is in the file, less the known lines."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    known = [_REGISTRATION]
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") not in ("", "0"):
+        known.append(_INFORMATION)
+    lines = os.pread(file, size, 0).splitlines(keepends=True)
+    rest = b"".join(line for line in lines if not any(pattern.search(line) for pattern in known))
+    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind it must not fail the import
+        while rest:
+            rest = rest[os.write(2, rest) :]

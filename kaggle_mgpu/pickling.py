@@ -1,0 +1,105 @@
+"""What travels between a notebook and its workers: functions and classes of cells, tensors, values, exceptions.
+
+data = pickling.dumps(value, "the value")  # a TypeError names the part that cannot travel
+value = pickle.loads(data)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import sys
+from typing import Any
+
+
+def dumps(value: Any, what: str) -> bytes:
+    """Pickle: functions and classes of a notebook's cells by value, tensors on the CPU.
+
+    Raises:
+        TypeError: it cannot be pickled; the message names the part that cannot.
+    """
+    try:
+        return _pickled(value)
+    except Exception as error:
+        name, part = _culprit(value, "value", 8)
+        raise TypeError(
+            f"{what} cannot be sent to another process: {name} is a {type(part).__module__}.{type(part).__qualname__} "
+            f"({type(error).__name__}: {error}). Pass what it is made from, a path for example, and make it there."
+        ) from error
+
+
+def _pickled(value: Any) -> bytes:
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, item: Any) -> Any:
+            torch = sys.modules.get("torch")
+            if torch is not None and isinstance(item, torch.Tensor) and (there := _travelling(item)) is not item:
+                return there.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return super().reducer_override(item)
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def _travelling(tensor: Any) -> Any:
+    """The tensor without what must not travel: its GPU, its graph, the rest of a storage that it is a part of."""
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    part = plain and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() > tensor.nbytes
+    if tensor.device.type in ("cpu", "meta") and tensor.grad_fn is None and not part:
+        return tensor
+    moved = tensor.detach().clone() if part else tensor.detach().cpu()
+    return torch.nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else moved
+
+
+def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
+    """The smallest part that cannot be pickled, and how to reach it."""
+    parts: dict[str, Any] = {}
+    if isinstance(value, dict):
+        parts = {f"{name}[{key!r}]": item for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        parts = {f"{name}[{index}]": item for index, item in enumerate(value)}
+    elif (code := getattr(value, "__code__", None)) is not None:
+        cells = zip(code.co_freevars, value.__closure__ or (), strict=False)
+        parts = {f"{variable} (in {value.__qualname__})": cell.cell_contents for variable, cell in cells}
+        used = [variable for variable in code.co_names if variable in value.__globals__]
+        parts |= {f"{variable} (in {value.__qualname__})": value.__globals__[variable] for variable in used}
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        parts = {f"{name}.{key}": item for key, item in vars(value).items()}
+    for where, part in parts.items():
+        try:
+            _pickled(part)
+        except Exception:
+            return _culprit(part, where, depth - 1) if depth else (where, part)
+    return name, value
+
+
+class _Rebuilt:
+    """An exception whose own way to pickle fails, most often for want of arguments to __init__."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.parts = (type(error), error.args, dict(error.__dict__))
+
+    def __reduce__(self) -> Any:
+        return _rebuild, self.parts
+
+
+def _rebuild(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
+
+def dumps_error(error: BaseException) -> bytes | None:
+    """Pickle an exception so that it is read as itself; None where that cannot be."""
+    for form in (error, _Rebuilt(error)):
+        with contextlib.suppress(Exception):
+            data = _pickled(form)
+            copy = pickle.loads(data)
+            if type(copy).__qualname__ == type(error).__qualname__ and str(copy) == str(error):
+                return data
+    return None

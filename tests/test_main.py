@@ -1,0 +1,160 @@
+"""The command line, as a shell sees it: what it prints where, and its exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kaggle_mgpu import __main__ as command_line
+from kaggle_mgpu.recipes.text_generation import Config
+
+TINY = [
+    "--tokenizer", "byte", "--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--block-size", "16",
+    "--global-batch-size", "4", "--warmup-steps", "0", "--log-every", "1", "--eval-every", "end",
+]  # fmt: skip
+
+
+def kaggle_mgpu(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "kaggle_mgpu", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def train(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    where = ["--data-path", folder / "text.txt", "--output-dir", folder / "run"]
+    return kaggle_mgpu("train", "text_generation", *TINY, *where, *arguments)
+
+
+def test_gpus(tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i, Tesla T4, 15360, 7.5; done\n")
+    smi.chmod(0o755)
+    run = kaggle_mgpu("gpus", env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "Tesla T4" in run.stdout
+    assert "2 GPUs: one process each, DistributedDataParallel" in run.stdout
+
+
+def test_gpus_takes_nothing_else() -> None:
+    run = kaggle_mgpu("gpus", "--nonsense")
+    assert run.returncode == 2
+    assert "unrecognized arguments: --nonsense" in run.stderr
+
+
+def test_no_command_shows_what_there_is() -> None:
+    run = kaggle_mgpu()
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp" in run.stderr
+    assert "the GPUs there are, and the mode that follows" in run.stderr
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    run = kaggle_mgpu("train", "text_generatoin")
+    assert run.returncode == 2
+    assert "'text_generatoin'" in run.stderr
+    assert "'text_generation'" in run.stderr
+
+
+def test_help_lists_every_field_with_its_meaning_and_default() -> None:
+    run = kaggle_mgpu("train", "text_generation", "--help", env={"COLUMNS": "500"})
+    assert (run.returncode, run.stderr) == (0, "")
+    # an entry a flag: its name, what values it takes, its docstring
+    entries = {entry.split()[0].strip(","): entry for entry in run.stdout.split("options:\n")[1].split("\n  -")}
+    for field in dataclasses.fields(Config):
+        entry = entries["-" + field.name.replace("_", "-")]
+        meaning, default = entry.strip().removesuffix(")").split(" (default: ")
+        assert default == str(field.default)
+        assert len(meaning.split()) > 2, f"{field.name}: no docstring"
+    assert entries["-config"].split()[:4] == ["-config", "FILE", "YAML", "or"]
+
+
+def test_the_recipes_are_found() -> None:
+    names = [path.stem for path in Path(command_line.__file__).with_name("recipes").glob("[!_]*.py")]
+    assert command_line.recipes() == sorted(names)
+    _, modules = command_line.parser()
+    assert sorted(modules) == sorted(names)
+
+
+def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("lr: 1e-2\nmax_steps: 3\nschedule: linear\n")
+    run = train(tmp_path, "--config", tmp_path / "settings.yaml", "--max-steps", 5, "--nproc", 2)
+    assert run.returncode == 0, run.stderr
+    assert "global batch 4 = 2 per process x 2 processes x 1 accumulation step" in run.stdout
+    assert "finished: step 5/5" in run.stdout
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [settings[name] for name in ("lr", "max_steps", "schedule", "n_layer")] == [0.01, 5, "linear", 1]
+    document = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (document["finished"], document["step"], document["world_size"]) == (True, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "fast"], "ValueError: Config.lr: expected float, got 'fast' (str)"),
+        (["--config", "{}/none.yaml"], "FileNotFoundError: config file not found: {}/none.yaml"),
+        (["--config", "{}/typo.json"], "TypeError: Config has no parameter 'max_step'. Did you mean 'max_steps'?"),
+        (["--data-path", "{}/none.txt"], "FileNotFoundError: data_path: no such file or folder: {}/none.txt"),
+        (
+            ["--micro-batch-size", "9", "--nproc", "2"],  # raised in the workers
+            "ValueError: micro_batch_size 9 is larger than global_batch_size 4. Expected at most 2 for 2 replicas; "
+            "lower it, or raise global_batch_size.",
+        ),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "typo.json").write_text('{"max_step": 3}')
+    run = train(tmp_path, *(argument.format(tmp_path) for argument in arguments))
+    assert run.returncode == 1
+    assert run.stderr.startswith(message.format(tmp_path))
+    assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize(
+    ("body", "message", "lines"),
+    [
+        ("torch.zeros(2) @ torch.zeros(3)", "RuntimeError: inconsistent tensor size", 10),
+        ("logits(model, batch).sum() * float('nan')", "DivergedError: the loss is nan at step 1", 1),
+    ],
+)
+def test_an_error_that_is_not_ours_keeps_its_traceback(
+    tmp_path: Path, body: str, message: str, lines: int, nproc: int
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        f"import torch\ndef logits(model, batch):\n    return next(model.parameters())\n"
+        f"def loss(self, model, batch):\n    return {body}\n"
+    )
+    program = (
+        "import sys\n"
+        "import broken\n"
+        "from kaggle_mgpu.__main__ import main\n"
+        "from kaggle_mgpu.recipes import text_generation\n"
+        "class Broken(text_generation.TextGeneration):\n"
+        "    loss = broken.loss\n"
+        "text_generation.task = Broken\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    where = ["--data-path", tmp_path / "text.txt", "--output-dir", tmp_path / "run"]
+    command = [sys.executable, "-c", program, "train", "text_generation", *TINY, *where, "--nproc", str(nproc)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(message)
+    if lines == 1:
+        assert len(run.stderr.splitlines()) == 1
+    else:
+        assert "broken.py" in run.stderr
+        assert f"return {body}" in run.stderr
+
+
+def test_an_unknown_flag(tmp_path: Path) -> None:
+    run = train(tmp_path, "--epochz", "3")
+    assert run.returncode == 2
+    assert "unrecognized arguments: --epochz 3" in run.stderr
+    assert not (tmp_path / "run").exists()

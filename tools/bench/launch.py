@@ -1,0 +1,236 @@
+"""From calling a launcher in a notebook to the first training step of its workers, beside the launchers there are.
+
+    python tools/bench/launch.py
+    python tools/bench/launch.py --rounds 9 --peers torchrun,spawn
+
+Each contender has a real Jupyter kernel of its own, where two workers (gloo, CPU) take one DistributedDataParallel step
+of a small model with AdamW. A round is one launch of each contender in turn; the time is from the call to the end of
+the step on the slower rank. The first rounds are warm-up, the figure is the median of the others; times are those of a
+noisy machine: read the ratios. Then fresh kernels of this project's launcher: the first launch against the second, with
+the server started a cell before the call and by the call itself. The peers are those of `pip install -e '.[bench]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+ROOT = Path(__file__).parents[2]
+
+# What every worker does once it is in a process group; in a module, since spawn cannot take functions from cells.
+STEP = """
+import os, time
+
+def step(folder):
+    import torch
+    import torch.distributed as dist
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(32, 64)).sum().backward()
+    optimizer.step()
+    now = time.monotonic()
+    with open(f"{folder}/{dist.get_rank()}", "w") as file:
+        file.write(repr(now))
+
+def join(rank, count, port):
+    import torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+
+def leave():  # otherwise one may abort as it exits, since the other is gone
+    import torch.distributed as dist
+    dist.barrier()
+    dist.destroy_process_group()
+
+def spawned(rank, folder, port):
+    join(rank, 2, port)
+    step(folder)
+    leave()
+
+def with_accelerate(folder):
+    from accelerate import PartialState
+    PartialState(cpu=True)
+    step(folder)
+    leave()
+
+if __name__ == "__main__":
+    import sys
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    step(sys.argv[1])
+    leave()
+"""
+
+# contender -> (its cell before the launches, the launch)
+CONTENDERS = {
+    "kaggle_mgpu": (
+        "from kaggle_mgpu import env, launch\nenv.fix(verbose=False, start_workers=True)",
+        "launch(step, folder, nproc=2)",
+    ),
+    "lightning": (
+        "from lightning.fabric import Fabric",
+        "Fabric(accelerator='cpu', devices=2, strategy='ddp_notebook').launch(lambda fabric: step(folder))",
+    ),
+    "accelerate": (
+        "os.environ['ACCELERATE_USE_CPU'] = '1'\nfrom accelerate import notebook_launcher",
+        "notebook_launcher(launch_step.with_accelerate, (folder,), num_processes=2, use_port=str(free_port()))",
+    ),
+    "spawn": (
+        "import torch.multiprocessing",
+        "torch.multiprocessing.spawn(launch_step.spawned, (folder, free_port()), nprocs=2)",
+    ),
+    "torchrun": (
+        "import subprocess, sys",
+        "subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',"
+        " launch_step.__file__, folder], check=True, capture_output=True)",
+    ),
+    "torchrunx": (
+        "import torchrunx",
+        "torchrunx.Launcher(hostnames=['localhost'], workers_per_host=2, backend='gloo').run(step, folder)",
+    ),
+}
+
+PRELUDE = """
+import os, socket, tempfile, time
+import launch_step
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+def step(folder):  # a cell's own function; spawn and torchrun cannot have it
+    return launch_step.step(folder)
+"""
+
+TIMED = """
+folder = tempfile.mkdtemp()
+start = time.monotonic()
+{launch}
+print("RESULT", max(float(open(f"{{folder}}/{{rank}}").read()) for rank in range(2)) - start)
+"""
+
+MEMORY = 'print("RESULT", int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)'
+
+
+class Kernel:
+    """A Jupyter kernel that runs cells."""
+
+    def __init__(self, folder: str) -> None:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.kernel_spec.argv = command  # type: ignore[union-attr]
+        path = os.pathsep.join([str(ROOT), folder])
+        self.manager.start_kernel(cwd=folder, env={**os.environ, "PYTHONPATH": path})
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(120)
+
+    def run(self, code: str) -> float:
+        """The number that the cell prints after "RESULT", or nan."""
+        said: list[str] = []
+
+        def hear(message: Any) -> None:
+            content = message["content"]
+            said.append(content.get("text", "") + "\n".join(content.get("traceback", [])))
+
+        reply = self.client.execute_interactive(textwrap.dedent(code), timeout=300, output_hook=hear)
+        text = "".join(said)
+        if reply["content"]["status"] != "ok":
+            raise RuntimeError(text)
+        return float(text.rpartition("RESULT ")[2].split()[0]) if "RESULT" in text else float("nan")
+
+    def close(self) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+
+@contextlib.contextmanager
+def kernel(folder: str) -> Iterator[Kernel]:
+    opened = Kernel(folder)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def compare(names: list[str], rounds: int, warmup: int, folder: str) -> None:
+    """Launches of all contenders in turn, each in its own kernel."""
+    with contextlib.ExitStack() as stack:
+        kernels = {name: stack.enter_context(kernel(folder)) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        memory: dict[str, float] = {}
+        for name in names:
+            kernels[name].run(PRELUDE)
+            memory[name] = kernels[name].run(MEMORY)
+            kernels[name].run(CONTENDERS[name][0])
+        for number in range(warmup + rounds):
+            for name in names:
+                try:
+                    taken = kernels[name].run(TIMED.format(launch=CONTENDERS[name][1]))
+                except RuntimeError as error:
+                    print(f"{name} failed in round {number}: {str(error).splitlines()[-1]}", flush=True)
+                    continue
+                if number >= warmup:
+                    times[name].append(taken)
+        ours = statistics.median(times[names[0]])
+        print(f"call to first training step, median of {rounds} after {warmup}; the notebook's own memory")
+        for name in names:
+            grown = kernels[name].run(MEMORY) - memory[name]
+            middle, spread = statistics.median(times[name]), f"{min(times[name]):.3f}-{max(times[name]):.3f}"
+            print(f"{name:12} {middle:7.3f} s  ({spread})  {middle / ours:6.1f} x  {grown:+7.1f} MB", flush=True)
+
+
+def first_and_second(rounds: int, folder: str) -> None:
+    """Fresh kernels: the first launch beside the second."""
+    prelude = CONTENDERS["kaggle_mgpu"][0]
+    timed = TIMED.format(launch=CONTENDERS["kaggle_mgpu"][1])
+    # the user's own cells go on until the server is ready, however busy the machine
+    ready = "from multiprocessing import connection\nconnection.wait([env.server.control], 120)"
+    times: dict[str, list[float]] = {"first": [], "second": [], "first, server started by it": []}
+    for _ in range(rounds):
+        with kernel(folder) as fresh:
+            fresh.run(PRELUDE)
+            fresh.run(prelude)
+            fresh.run(ready)
+            times["first"].append(fresh.run(timed))
+            times["second"].append(fresh.run(timed))
+        with kernel(folder) as fresh:
+            fresh.run(PRELUDE)
+            fresh.run("from kaggle_mgpu import launch")
+            times["first, server started by it"].append(fresh.run(timed))
+    second = statistics.median(times["second"])
+    print(f"launches of a fresh kernel, median of {rounds}")
+    for name, taken in times.items():
+        print(f"{name:28} {statistics.median(taken):7.3f} s  {statistics.median(taken) / second:5.2f} x", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--warmup", type=int, default=2)
+    options.add_argument("--peers", default=",".join(name for name in CONTENDERS if name != "kaggle_mgpu"))
+    given = options.parse_args()
+    modules = {"spawn": "torch", "torchrun": "torch"}
+    names = ["kaggle_mgpu"]
+    for name in filter(None, given.peers.split(",")):
+        if importlib.util.find_spec(modules.get(name, name)) is None:
+            print(f"{name} is not installed")
+        else:
+            names.append(name)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "launch_step.py").write_text(STEP)
+        compare(names, given.rounds, given.warmup, folder)
+        first_and_second(given.rounds, folder)
+
+
+if __name__ == "__main__":
+    main()

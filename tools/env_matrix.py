@@ -1,0 +1,357 @@
+"""The environment fix on the environments that need it: TensorFlow x protobuf x notebook stack, each a real first cell.
+
+    python tools/env_matrix.py                                        # all of it; `make test-env` does the same
+    python tools/env_matrix.py --tensorflow 2.19.0 --protobuf 6.33.6 --stack kaggle
+
+Environments are made once under build/envs (about 2 GB for each TensorFlow, needs a package registry); every run works
+on a fresh copy of hard links, in which only protobuf is swapped. Notebooks run under papermill in each copy: a plain
+one, which must fail or make noise where `expected` says so (or nothing would be proven), one that calls `env.fix()`
+first, one where TensorFlow writes a line that is not known, and one with a real error. Another Python is chosen by
+running this with it. The table goes to build/envs/table.md. Exit code 1 if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "build" / "envs"
+TENSORFLOWS = ("2.18.0", "2.19.0", "2.20.0")
+PROTOBUFS = ("3.20.3", "4.25.8", "5.29.5", "6.33.6", "7.36.2")  # 2.20.0 with 5.29.5 is Kaggle's own pair
+STACKS = {
+    "kaggle": ("ipykernel==6.17.1", "ipython==7.34.0", "nbclient==0.5.13", "papermill==2.7.0", "setuptools<80"),
+    "newest": ("ipykernel", "ipython", "nbclient", "papermill"),
+}
+BESIDE = ("wandb", "setuptools<80")  # with generated code of their own; wandb brings googleapis and opentelemetry
+REGISTRATION = re.compile(r"Unable to register cu\w+ factory|computation placer already|absl::InitializeLog")
+GET_PROTOTYPE = "'MessageFactory' object has no attribute 'GetPrototype'"
+MODULES = (
+    "google.protobuf google.rpc.status_pb2 opentelemetry.proto.trace.v1.trace_pb2 wandb onnx tensorboard "
+    "tensorboard.compat.proto.graph_pb2 tensorboard.plugins.hparams.summary_v2 tensorboard.main_lib "
+    "tensorflow tensorflow.core.framework.graph_pb2 tensorflow.python.framework.ops keras"
+).split()
+
+PLAIN = "import tensorflow as tf"
+FIX = """
+import time
+begin = time.perf_counter()
+from kaggle_mgpu import env
+imported = time.perf_counter()
+env.fix()
+print("fix() took", round(1000 * (time.perf_counter() - imported), 1), "ms, its import", round(imported - begin, 3))
+"""
+WORK = """
+assert float(tf.reduce_sum(tf.matmul(tf.ones((3, 4)), tf.ones((4, 5))))) == 60.0
+with tf.GradientTape() as tape:
+    weight = tf.Variable(3.0)
+    tape.watch(weight)
+    loss = weight**2
+assert float(tape.gradient(loss, weight)) == 6.0
+from google.protobuf import json_format, struct_pb2
+message = json_format.ParseDict({"a": [1, 2, {"b": "text"}]}, struct_pb2.Struct())
+assert struct_pb2.Struct.FromString(message.SerializeToString()) == message
+example = tf.train.Example(features=tf.train.Features(feature={"x": tf.train.Feature(int64_list={"value": [1, 2]})}))
+parsed = tf.io.parse_single_example(example.SerializeToString(), {"x": tf.io.FixedLenFeature([2], tf.int64)})
+assert parsed["x"].numpy().tolist() == [1, 2]
+graph = tf.function(lambda x: x + 1).get_concrete_function(tf.TensorSpec([], tf.float32)).graph.as_graph_def()
+assert type(graph).FromString(graph.SerializeToString()) == graph
+print("computed with", tf.__version__)
+"""
+# TensorFlow itself writes a line that nobody knows: a warning about a value it does not understand.
+UNKNOWN = "import os; os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '1', 'TF_ENABLE_ONEDNN_OPTS': 'maybe'}\n"
+UNKNOWN_LINE = "TF_ENABLE_ONEDNN_OPTS is not set to either"
+REAL_ERROR = "import sys; sys.modules['h5py'] = sys.modules['astunparse'] = None  # TensorFlow's own import fails\n"
+IMPORTER = """
+import importlib, sys
+if sys.argv[1] == "fixed":
+    from kaggle_mgpu import env
+    env.fix(verbose=False)
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module(name)
+    except BaseException:
+        continue
+    print("\\nok", name, flush=True)
+"""
+
+
+# Environments
+def _call(command: Sequence[Any], **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", check=False, **more)
+
+
+def pip(environment: Path, *arguments: str, timeout: float | None = None) -> None:
+    """Run pip in an environment.
+
+    Raises:
+        RuntimeError: it failed; the text ends with its last lines.
+        TimeoutExpired: it took longer than `timeout` seconds.
+    """
+    command = [environment / "bin/python", "-m", "pip", "--disable-pip-version-check", *arguments]
+    done = _call(command, timeout=timeout)
+    if done.returncode != 0:
+        raise RuntimeError(f"pip {' '.join(arguments)} failed in {environment}:\n{done.stderr[-2000:]}")
+
+
+def cached(name: str, start: Path | None, *installs: Sequence[str], timeout: float | None = None) -> Path:
+    """An environment under build/envs, made if it is not there: a venv, or a copy of `start`, with these installs."""
+    target = CACHE / name
+    if not (target / "complete").is_file():
+        shutil.rmtree(target, ignore_errors=True)
+        if start is None:
+            CACHE.mkdir(parents=True, exist_ok=True)
+            subprocess.run([sys.executable, "-m", "venv", str(target)], check=True)
+        else:
+            copy(start, target)
+        for arguments in installs:
+            pip(target, "install", "--quiet", *arguments, timeout=timeout)
+        (target / "complete").touch()
+    return target
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy made of hard links, in a second: pip replaces files, it does not write into them."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, symlinks=True, copy_function=os.link, ignore=shutil.ignore_patterns("complete"))
+    return target
+
+
+def environment(tensorflow: str, stack: str) -> Path:
+    name = f"py{sys.version_info.major}{sys.version_info.minor}-tf-{tensorflow}"
+    base = cached(name, None, (f"tensorflow=={tensorflow}", *BESIDE), ("--no-deps", "onnx"))
+    return cached(f"{name}-{stack}", base, STACKS[stack])
+
+
+def with_protobuf(source: Path, protobuf: str, target: Path) -> Path:
+    """A fresh copy with another protobuf; not even pip's opinion is asked, as little as `pip install onnx` asks it."""
+    pip(copy(source, target), "install", "--quiet", "--no-deps", f"protobuf=={protobuf}")
+    return target
+
+
+# Notebooks
+@dataclass
+class Outcome:
+    """What a notebook's run under papermill left."""
+
+    rc: int
+    error: str  # name and value of the first output of type error, "" if there is none
+    text: str  # everything that it, papermill and the kernel wrote
+
+
+def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **variables: str) -> Outcome:
+    """Run a notebook of these cells in an environment, with nothing but the checkout on PYTHONPATH."""
+    folder = folder or environment / "run"
+    folder.mkdir(exist_ok=True)
+    code: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    notebook = {
+        "cells": [{**code, "id": f"cell-{i}", "source": cell} for i, cell in enumerate(cells)],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    (folder / "in.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    (folder / "out.ipynb").unlink(missing_ok=True)
+    command = [environment / "bin/python", "-m", "papermill", "--no-progress-bar", "in.ipynb", "out.ipynb"]
+    done = _call(command, cwd=folder, env=clean(folder, **variables))
+    executed = json.loads((folder / "out.ipynb").read_text(encoding="utf-8")) if done.returncode >= 0 else {"cells": []}
+    outputs = [output for cell in executed["cells"] for output in cell.get("outputs", [])]
+    errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    return Outcome(done.returncode, (errors or [""])[0], done.stdout + done.stderr + json.dumps(outputs))
+
+
+def clean(home: Path, **variables: str) -> dict[str, str]:
+    """An environment without anything of the developer's own."""
+    fixed = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    given = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
+    return {**given, **fixed, **variables}
+
+
+def _python(environment: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return _call([environment / "bin/python", "-c", code, *arguments], env=clean(environment))
+
+
+def importable(environment: Path, how: str) -> tuple[set[str], str]:
+    """Which of MODULES a process imports that is "fixed", as a worker is, or "plain"; and what it wrote to stderr."""
+    done = _python(environment, IMPORTER, how, *MODULES)
+    return {line[3:] for line in done.stdout.splitlines() if line.startswith("ok ")}, done.stderr
+
+
+# One cell of the matrix
+def expected(tensorflow: str, protobuf: str) -> str:
+    """What the plain notebook does: "fails: GetPrototype", "cannot import", "noise" or "information"."""
+    old, version = tensorflow < "2.20", tuple(map(int, protobuf.split(".")))
+    if not old:
+        return "cannot import" if version < (5, 28, 3) else "information"
+    return "fails: GetPrototype" if version >= (6, 30) else "noise"
+
+
+@dataclass
+class Row:
+    tensorflow: str
+    protobuf: str
+    stack: str
+    plain: str
+    fixed: str = ""
+    lost: str = ""
+    milliseconds: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def check(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.problems.append(what)
+
+
+def check_pair(tensorflow: str, protobuf: str, stack: str) -> Row:
+    """Everything that is asserted of one environment."""
+    here = with_protobuf(environment(tensorflow, stack), protobuf, CACHE / "work")
+    kind = expected(tensorflow, protobuf)
+    row = Row(tensorflow, protobuf, stack, kind)
+
+    plain = run_notebook(here, PLAIN)
+    noise = bool(REGISTRATION.search(plain.text))
+    if kind == "fails: GetPrototype":
+        row.check(plain.rc != 0 and GET_PROTOTYPE in plain.error, f"plain did not fail: {plain.rc} {plain.error}")
+        row.check(noise, "plain made no noise")
+        row.plain = "**fails**: `GetPrototype`; noise"
+    elif kind == "noise":
+        row.check(plain.rc == 0 and noise, f"plain made no noise: {plain.rc} {plain.error}")
+        row.plain = "works; noise"
+    elif kind == "information":
+        row.check(plain.rc == 0 and not noise and "oneDNN" in plain.text, f"plain: {plain.rc} {plain.error}")
+        row.plain = "works; lines of information"
+    else:
+        row.check(plain.rc != 0 and "ImportError" in plain.error, f"plain did not fail: {plain.rc} {plain.error}")
+        row.plain = "**fails**: cannot import"
+
+    if kind == "cannot import":
+        told = run_notebook(here, FIX, PLAIN)
+        row.check(told.rc != 0 and "ImportError" in told.error, f"the real error is not shown: {told.rc} {told.error}")
+        named = r"tensorflow +needs protobuf [\d.]+, there is [\d.]+: (pip install .+?), then restart"
+        found = re.search(named, told.text)
+        row.check(found is not None, f"no command is named: {told.text[-1500:]}")
+        shell = _call([here / "bin/python", "-m", "kaggle_mgpu.env"], env=clean(here))
+        row.check(shell.returncode == 1, f"python -m kaggle_mgpu.env ended with {shell.returncode}")
+        row.fixed = "the first line names the command that mends it"
+        if found:
+            command = found[1].replace('\\"', '"')
+            # bin/pip of a copied venv names the interpreter of the original: python -m pip is the same command
+            _call(["bash", "-c", f'"{here}/bin/python" -m {command}'], env=clean(here))
+    # On the newest stack in one go with the line that is not known: half an hour is long enough.
+    whole = stack == "kaggle"
+    fixed = run_notebook(here, FIX if whole else UNKNOWN + FIX, PLAIN, WORK)
+    row.check(fixed.rc == 0 and not fixed.error, f"fixed: {fixed.rc} {fixed.error or fixed.text[-3000:]}")
+    row.check(f"computed with {tensorflow}" in fixed.text, "the last line of the work is missing")
+    row.check(not REGISTRATION.search(fixed.text) and GET_PROTOTYPE not in fixed.text, f"noise is left: {fixed.text}")
+    took = re.search(r"fix\(\) took ([\d.]+) ms", fixed.text)
+    row.milliseconds = float(took[1]) if took else 0.0
+    row.fixed = row.fixed or "works, silent"
+    unknown = run_notebook(here, UNKNOWN + FIX, PLAIN) if whole else fixed
+    row.check(unknown.rc == 0 and not unknown.error, f"unknown line: {unknown.rc} {unknown.error}")
+    row.check(UNKNOWN_LINE in unknown.text, "an unknown C++ line is not shown")
+    row.check(not REGISTRATION.search(unknown.text), "noise beside the unknown line")
+    if not whole:
+        return row
+
+    error = run_notebook(here, FIX, REAL_ERROR + PLAIN)
+    shown = error.rc != 0 and "Error: import of" in error.error
+    row.check(shown, f"a real error is not shown: {error.rc} {error.error}")
+    loud = _python(here, "from kaggle_mgpu import env; env.fix(quiet=False); import tensorflow")
+    row.check(loud.returncode == 0 and bool(REGISTRATION.search(loud.stderr)) == (tensorflow < "2.20"), "quiet=False")
+    (before, _), (after, stderr) = importable(here, "plain"), importable(here, "fixed")
+    row.check(not REGISTRATION.search(stderr) and GET_PROTOTYPE not in stderr, f"noise in a worker: {stderr[-1500:]}")
+    row.check(before <= after, f"no longer importable: {sorted(before - after)}")
+    row.check("tensorflow" in before, "tensorflow is not among what can be imported")
+    row.lost = ", ".join(sorted(before - after)) or f"none of {len(before)}"
+    return row
+
+
+def check_pin() -> list[str]:
+    """protobuf="pin": refused with the list, made where nothing needs more, taken back where it breaks something."""
+    problems = []
+
+    def pin(here: Path) -> tuple[str, str]:
+        done = _call([here / "bin/python", "-m", "kaggle_mgpu.env", "--protobuf", "pin"], env=clean(here))
+        version = _python(here, "import google.protobuf as p; print(p.__version__)").stdout.strip()
+        return f"{done.returncode}\n{done.stdout}{done.stderr}", version
+
+    here = with_protobuf(environment("2.19.0", "kaggle"), "6.33.6", CACHE / "work")
+    said, version = pin(here)
+    if not (said.startswith("1\n") and re.search("would break .*onnx.*wandb", said) and version == "6.33.6"):
+        problems.append(f"not refused: {version} {said}")
+    pip(here, "uninstall", "--quiet", "--yes", "onnx", "wandb")
+    said, version = pin(here)
+    if not (said.startswith("0\n") and "verified in a fresh interpreter" in said and version == "3.20.3"):
+        problems.append(f"not pinned: {version} {said}")
+    work = run_notebook(here, FIX, PLAIN, WORK)
+    if work.rc != 0 or "computed with" not in work.text:
+        problems.append(f"pinned, it does not compute: {work.error}")
+    here = with_protobuf(environment("2.20.0", "kaggle"), "5.29.5", CACHE / "work")
+    said, version = pin(here)
+    if not (said.startswith("1\n") and "tensorflow (needs 5.28.3)" in said and version == "5.29.5"):
+        problems.append(f"Kaggle's own pair: not refused: {version} {said}")
+    return problems
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The matrix as a Markdown table: a line for each pair of versions, whatever the number of stacks."""
+    text = "| TensorFlow | protobuf | without `env.fix()` | with it | imports lost |\n|---|---|---|---|---|\n"
+    for tensorflow, protobuf in dict.fromkeys((row.tensorflow, row.protobuf) for row in rows):
+        same = [row for row in rows if (row.tensorflow, row.protobuf) == (tensorflow, protobuf)]
+        failed = "; ".join(f"{row.stack}: {problem}" for row in same for problem in row.problems)
+        columns = [
+            " / ".join(dict.fromkeys(values)) for values in zip(*((r.plain, r.fixed) for r in same), strict=True)
+        ]
+        lost = "".join(row.lost for row in same)
+        text += f"| {tensorflow} | {protobuf} | {columns[0]} | {columns[1] if not failed else 'FAILED'} | {lost} |\n"
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Prove env.fix() on real environments.")
+    parser.add_argument("--tensorflow", action="append", help=f"default: {' '.join(TENSORFLOWS)}")
+    parser.add_argument("--protobuf", action="append", help=f"default: {' '.join(PROTOBUFS)}")
+    parser.add_argument("--stack", action="append", choices=sorted(STACKS), help="default: both")
+    parser.add_argument("--pin", action="store_true", help="check protobuf='pin' even if the matrix is not whole")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run found to be right")
+    arguments = parser.parse_args(argv)
+    record = CACHE / "rows.json"
+    rows: list[Row] = []
+    if arguments.resume and record.is_file():
+        rows = [Row(**row) for row in json.loads(record.read_text(encoding="utf-8")) if not row["problems"]]
+    done = {(row.tensorflow, row.protobuf, row.stack) for row in rows}
+    for tensorflow in arguments.tensorflow or TENSORFLOWS:
+        for protobuf in arguments.protobuf or PROTOBUFS:
+            for stack in arguments.stack or STACKS:
+                if (tensorflow, protobuf, stack) in done:
+                    continue
+                began = time.monotonic()
+                row = check_pair(tensorflow, protobuf, stack)
+                rows.append(row)
+                record.write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
+                state = "ok" if not row.problems else "FAILED: " + "; ".join(row.problems)
+                took = f"{time.monotonic() - began:.0f} s, fix() {row.milliseconds} ms"
+                print(f"{tensorflow} x {protobuf} x {stack}: {row.plain} -> {row.fixed} ({took}) {state}", flush=True)
+    problems = []
+    if arguments.pin or not (arguments.tensorflow or arguments.protobuf):
+        problems = check_pin()
+        print("\n".join([f"pin FAILED: {problem}" for problem in problems] or ["pin: ok"]))
+    rows.sort(key=lambda row: [*map(int, row.tensorflow.split(".")), *map(int, row.protobuf.split("."))])
+    (CACHE / "table.md").write_text(table(rows), encoding="utf-8")
+    print(table(rows))
+    shutil.rmtree(CACHE / "work", ignore_errors=True)
+    return 1 if problems or any(row.problems for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Launch again and again with a fault at a random point of each, and look for what is left behind.
+
+    python tools/launch_faults.py --count 200 --seed 0
+
+Each launch runs two workers that train a little, with a process of their own beside them; the fault is an exception,
+SIGKILL, SIGSEGV, os._exit or a hang at a random step of a random rank, or comes from outside at a random moment, which
+may be before the workers are there: SIGKILL for any process of the launch, one interrupt, or two. After each launch the
+outcome must be the right one, and there must be no process, file descriptor, listening port, or entry of /dev/shm more
+than before. The exit code is 1 where one was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import gc
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from kaggle_mgpu import env, launch
+from kaggle_mgpu.launch import HangError, WorkerDiedError
+
+INSIDE = ["exception", "kill", "segfault", "exit", "hang"]
+OUTSIDE = ["kill from outside", "interrupt", "two interrupts"]
+STEPS = 20
+EXPECTED: dict[str, tuple[type, ...]] = {
+    "none": (),
+    "exception": (ZeroDivisionError,),
+    "kill": (WorkerDiedError,),
+    "segfault": (WorkerDiedError,),
+    "exit": (WorkerDiedError,),
+    "hang": (HangError,),
+    # these may come when all is over, or before a worker has begun
+    "kill from outside": (WorkerDiedError, type(None)),
+    "interrupt": (KeyboardInterrupt, type(None)),
+    "two interrupts": (KeyboardInterrupt, type(None)),
+}
+
+
+def work(fault: str, victim: int, at: int) -> int:
+    """What a worker does: a few steps, with a loader process and a semaphore that a killed rank leaves to others."""
+    import multiprocessing
+
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from kaggle_mgpu import distributed
+
+    multiprocessing.get_context("spawn").Semaphore()  # named, and registered with a resource tracker
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = DataLoader(TensorDataset(torch.randn(STEPS, 8)), num_workers=at % 2)
+    for step, (batch,) in enumerate(data):
+        distributed.alive(step)
+        if step == at and distributed.rank() == victim:
+            if fault == "exception":
+                raise ZeroDivisionError(f"at step {step}")
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "segfault":
+                ctypes.string_at(0)
+            if fault == "exit":
+                os._exit(3)
+            if fault == "hang":
+                time.sleep(1000)
+        print("step", step)
+        model(batch).sum().backward()
+        optimizer.step()
+    return distributed.rank()
+
+
+def left_behind() -> dict[str, int]:
+    """What there is now of everything that a launch must not leave behind."""
+    me = psutil.Process()
+    with contextlib.suppress(ChildProcessError):
+        for orphan in me.children():
+            if orphan.status() == psutil.STATUS_ZOMBIE and orphan.ppid() == me.pid and not _is_server(orphan):
+                os.waitpid(orphan.pid, os.WNOHANG)
+    return {
+        "processes": len(me.children(recursive=True)),
+        "file descriptors": me.num_fds(),
+        "listening ports": sum(c.status == "LISTEN" for p in [me, *me.children(recursive=True)] for c in _sockets(p)),
+        "entries of /dev/shm": len(os.listdir("/dev/shm")),
+        "threads": threading.active_count(),
+    }
+
+
+def _is_server(process: psutil.Process) -> bool:
+    return env.server is not None and process.pid == env.server.process.pid
+
+
+def _sockets(process: psutil.Process) -> list[Any]:
+    try:
+        return list(process.net_connections())
+    except psutil.Error:
+        return []
+
+
+def _from_outside(fault: str, delay: float, choice: random.Random) -> None:
+    time.sleep(delay)
+    if fault == "kill from outside":
+        if others := psutil.Process().children(recursive=True):  # the server among them
+            choice.choice(others).kill()
+        return
+    for _ in range(1 + (fault == "two interrupts")):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the launches; print the report."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument("--count", type=int, default=200)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args(arguments)
+    choice = random.Random(given.seed)
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process, and are counted
+    here = os.getcwd()
+    os.chdir(tempfile.mkdtemp(prefix="launch-faults-"))
+    handler = signal.getsignal(signal.SIGINT)
+    silent = open(os.devnull, "w")  # noqa: SIM115 (as long as this process)
+    with contextlib.redirect_stdout(silent):
+        launch(work, "none", 0, 0, nproc=2)
+    time.sleep(0.5)
+    before, memory = left_behind(), psutil.Process().memory_info().rss
+    outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
+    slowest: dict[str, float] = {}
+    wrong: list[str] = []
+    for number in range(given.count):
+        fault, at = choice.choice(INSIDE + OUTSIDE), choice.randrange(STEPS)
+        victim, delay = choice.randrange(2), choice.uniform(0, 0.25)
+        label = f"{number}: {fault}, rank {victim}, step {at}, after {delay:.3f} s"
+        thread = threading.Thread(target=_from_outside, args=(fault, delay, choice))
+        error: BaseException | None = None
+        start, shown = time.monotonic(), sys.stdout
+        sys.stdout = silent
+        try:
+            if fault in OUTSIDE:
+                thread.start()  # an interrupt may come while it starts
+            launch(work, fault, victim, at, nproc=2, timeout=3.0)
+        except BaseException as raised:
+            error = raised
+        finally:
+            sys.stdout = shown
+        took = time.monotonic() - start
+        for _ in range(3):  # an interrupt may come when the launch is over
+            with contextlib.suppress(KeyboardInterrupt):
+                if thread.ident is not None:
+                    thread.join()
+                time.sleep(0.02)
+        outcomes[fault, type(error).__name__] += 1
+        slowest[fault] = max(slowest.get(fault, 0.0), took)
+        if not isinstance(error, EXPECTED[fault]):
+            wrong.append(f"{label}: {type(error).__name__}: {error}")
+        del error
+        gc.collect()
+        if signal.getsignal(signal.SIGINT) is not handler:
+            wrong.append(f"{label}: another SIGINT handler")
+        deadline = time.monotonic() + 2.0  # a process that has ended takes a moment to be gone
+        while any(left_behind()[what] > before[what] for what in before) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if any((now := left_behind())[what] > before[what] for what in before):
+            wrong.append(f"{label}: left behind: {now} (before: {before})")
+            before = now
+    for (fault, name), count in sorted(outcomes.items()):
+        print(f"{count:4}  {fault:18} -> {name:18} slowest {slowest[fault]:.2f} s")
+    grown = (psutil.Process().memory_info().rss - memory) / 2**20
+    print(f"{given.count} launches; this process grew by {grown:.1f} MB; now {left_behind()}; wrong: {len(wrong)}")
+    print("\n".join(wrong))
+    os.chdir(here)
+    silent.close()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
