@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import distributed
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_NOTHING = contextlib.nullcontext()
 
 
 class _Call(nn.Module):
@@ -79,6 +80,7 @@ class Strategy:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
+        self.start: tuple[float, Tensor] | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and wrap it for training; returns the plain one."""
@@ -100,7 +102,7 @@ class Strategy:
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
         """Around one forward and backward pass; gradients are exchanged in the one with `sync`, the step's last."""
-        return contextlib.nullcontext()
+        return _NOTHING
 
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
         """Add this micro-batch's part of the gradient. Returns the sum of its loss, detached.
@@ -116,12 +118,16 @@ class Strategy:
                 "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
                 "term (all of it masked, say) out of the training data."
             )
-        start = torch.full_like(loss, weight * self.world_size / number)
-        loss.backward(self.scaler.scale(start))
+        factor = weight * self.world_size / number
+        if self.start is None or self.start[0] != factor or self.start[1].dtype != loss.dtype:  # seldom
+            self.start = factor, torch.full_like(loss, factor)
+        loss.backward(self.scaler.scale(self.start[1]))
         return loss.detach() if weight == 1 else loss.detach() * weight
 
     def forward(self, batch: Any) -> Tensor:
         """Sum of the loss over the batch's terms, ready for backward."""
+        if self.parallel is self.call:
+            return self.call.forward(batch)  # what it wraps has the hooks, if there are any
         return self.parallel(batch)
 
     def begin_step(self) -> None:
@@ -241,7 +247,7 @@ class Distributed(Strategy):
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
-        return contextlib.nullcontext() if sync else self.parallel.no_sync()
+        return _NOTHING if sync else self.parallel.no_sync()
 
     def sync_buffers(self) -> None:
         for buffer in self.model.buffers():

@@ -234,7 +234,8 @@ class _Run:
         self.config, self.task = config, task
         self.out, self.main, self.world = Path(config.output_dir), distributed.is_main(), distributed.world_size()
         allowed = parse_duration(config.time_limit) if config.time_limit else float("inf")
-        self.deadline = session.Deadline(min(allowed, session.time_left()))
+        self.time_limit = min(allowed, session.time_left())
+        self.deadline = session.Deadline(self.time_limit)
         self.poll = distributed.Poll()
 
         # How many replicas, in which precision
@@ -264,6 +265,8 @@ class _Run:
             epochs=config.epochs,
             max_steps=config.max_steps,
         )
+        when = {"epoch": self.plan.steps_per_epoch, "end": None}
+        self.eval_every = when[config.eval_every] if isinstance(config.eval_every, str) else config.eval_every
         if val_set is not None and data.size_of(val_set, "val_data()") == 0:
             raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
         collate = default_collate if type(task).collate is Task.collate else task.collate
@@ -468,18 +471,18 @@ class _Run:
     # Questions of the clock: each rank answers for itself
     def out_of_time(self, evaluation_due: bool) -> bool:
         """Whether the steps until this is asked again, an evaluation if one is due, and a save might outlast it."""
-        left = self.deadline.remaining()
-        return left < math.inf and left <= self.clock.margin(self.poll.interval, evaluation_due)
+        if self.time_limit == math.inf:
+            return False
+        return self.deadline.remaining() <= self.clock.margin(self.poll.interval, evaluation_due)
 
     def save_is_due(self) -> bool:
         return time.monotonic() - self.saved_at >= self.config.save_interval_minutes * 60
 
     def evaluation_is_due(self, done: bool) -> bool:
-        step, every = self.state.step, self.config.eval_every
-        if self.val_fetch is None or step == 0 or self.state.evaluated == step:
+        step = self.state.step
+        if not done and (self.eval_every is None or step % self.eval_every):
             return False
-        every = self.plan.steps_per_epoch if every == "epoch" else every
-        return done or (every != "end" and step % int(every) == 0)
+        return self.val_fetch is not None and step > 0 and self.state.evaluated != step
 
     def evaluate(self) -> None:
         """Metrics over val_data, each sample once over all ranks; keeps the weights where they are the best so far."""
