@@ -160,28 +160,33 @@ class Strategy:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if max_norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        # a fused Adam divides by grad_scale as it reads the gradient: clipping then needs no pass of its own
+        by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
+        if max_norm is not None and not by_itself:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        infinite: Tensor | bool
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
             infinite = ~norm.isfinite()
-            self.skipped += infinite
-            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
-        elif self.device.type == "cuda" and _skips_by_itself(optimizer):
-            infinite = (~norm.isfinite()).float()
-            optimizer.found_inf = infinite  # type: ignore[attr-defined]
+        elif self.device.type == "cuda" and by_itself:
+            infinite = ~norm.isfinite()
+            optimizer.found_inf = infinite.float()  # type: ignore[attr-defined]
+            if max_norm is not None:
+                optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
             optimizer.step()
-            self.skipped += infinite
-            self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
-        elif math.isfinite(norm.item()):
-            optimizer.step()
-            self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
+            value = norm.item()
+            infinite = not math.isfinite(value)
+            if max_norm is not None and by_itself:
+                too_long = value + 1e-6 > max_norm  # as clip_grad_norm_ has it, which divides by norm + 1e-6
+                optimizer.grad_scale = norm.new_tensor((value + 1e-6) / max_norm) if too_long else None  # type: ignore[attr-defined]
+            if not infinite:
+                optimizer.step()
+        if infinite is not False:
+            self.skipped += infinite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
         for parameter in parameters:  # what optimizer.zero_grad does, in a tenth of its time
             parameter.grad = None
         return norm
@@ -398,7 +403,7 @@ def choose(
     return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
 
 
-def _skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+def _clips_and_skips(optimizer: torch.optim.Optimizer) -> bool:
     # SGD's fused kernel too takes found_inf, but a skipped first step leaves its momentum uninitialised (torch 2.13)
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
 

@@ -342,9 +342,11 @@ def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dic
             with contextlib.suppress(ImportError):
                 measures[name] = CONTENDERS[name](task, steps[label], task.batch)
         times: dict[str, list[float]] = {name: [] for name in measures}
+        names_in_turn = list(measures)
         for turn in range(rounds + 1):  # the first round warms up
-            for name, measure in measures.items():
-                took = measure()
+            names_in_turn.append(names_in_turn.pop(0))  # who comes first pays for what the last one left in memory
+            for name in names_in_turn:
+                took = measures[name]()
                 if turn:
                     times[name].append(took)
         results[label] = {name: statistics.median(values) for name, values in times.items()}
