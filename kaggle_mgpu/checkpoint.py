@@ -350,6 +350,14 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"state.json cannot be read: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         raise CheckpointError("state.json is not a checkpoint's")
+    step, listed = facts.get("step"), facts["files"]
+    plain = all(
+        isinstance(about, dict) and {"bytes", "crc32"} <= about.keys() and name == Path(name).name and name[0] != "."
+        for name, about in listed.items()
+    )
+    blocks = all(isinstance(facts.get(key, {}), dict) for key in ("config", "stamp", "state"))
+    if not (isinstance(step, int) and step >= 0 and plain and blocks and "model.safetensors" in listed):
+        raise CheckpointError("state.json does not say what a checkpoint's does")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"it has format {facts.get('format')!r}; this version reads format {FORMAT}")
     if facts.pop("crc32", None) != _crc32_of(facts):
@@ -464,16 +472,17 @@ def _among_inputs(
             if differ:
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
                 continue
+            if (broken := damage(path)) is not None:  # before any other file of it is opened
+                print(f"checkpoint {path} cannot be used: {broken}.", flush=True)
+                continue
             if model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):
                 others.append((facts["step"], f"{path} is from another model: {problem}"))
                 continue
             found.append((facts["step"], path))
-        except (CheckpointError, OSError, ValueError) as error:
+        except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
-    for _, path in sorted(found, reverse=True):
-        if (broken := damage(path)) is None:
-            return path
-        print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
+    if found:
+        return max(found)[1]
     if others:
         print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
     return None

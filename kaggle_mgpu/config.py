@@ -55,8 +55,8 @@ class TrainConfig:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
         "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
-        "save_interval_minutes keep_last resume output_dir tensorboard max_restarts hang_timeout_minutes "
-        "collective_timeout_minutes nccl_p2p".split()
+        "save_interval_minutes keep_last resume output_dir tensorboard find_unused_parameters max_restarts "
+        "hang_timeout_minutes collective_timeout_minutes nccl_p2p".split()
     )
     """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
@@ -123,6 +123,8 @@ class TrainConfig:
     """Exponent of polynomial."""
     min_lr: float = 0.0
     """Where the schedule ends."""
+    find_unused_parameters: bool = False
+    """Under ddp, allow for parameters that a step does not use (conditional branches); costs time in each step."""
     max_norm: float | None = 1.0
     """Clip the norm of the whole gradient to this. None: do not clip."""
     ema_decay: float | None = None

@@ -252,9 +252,10 @@ class Step:
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
     """len(dataset), or a TypeError that says what is needed."""
-    if not isinstance(dataset, Sized):
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        lacks = "is a loader" if isinstance(dataset, DataLoader) else "has no length or no __getitem__"
         raise TypeError(
-            f"{what} has no length: expected a map-style dataset (__len__ and __getitem__), got "
+            f"{what} {lacks}: expected a map-style dataset (__len__ and __getitem__), got "
             f"{type(dataset).__name__}. Exact resume needs samples that can be asked for by number."
         )
     return len(dataset)
@@ -420,16 +421,15 @@ def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
     copying = torch.cuda.Stream(device)
 
     def start_copy(step: Step) -> Step:
+        # The memory that this may be given was a batch's before: wait until the steps queued so far have read theirs.
+        # The step that is about to be queued is not among them, so the copy and it overlap.
+        copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             return Step([move(batch, device) for batch in step.micro_batches], step.weights, step.samples, step.terms)
 
     coming = start_copy(next(steps))
     while True:
-        computing = torch.cuda.current_stream(device)
-        computing.wait_stream(copying)
-        for tensor in _tensors(coming.micro_batches):
-            # so that the allocator does not hand the memory out again while the step still reads it
-            tensor.record_stream(computing)
+        torch.cuda.current_stream(device).wait_stream(copying)
         step, coming = coming, start_copy(next(steps))
         yield step
 

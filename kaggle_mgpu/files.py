@@ -230,7 +230,10 @@ def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a .safetensors file, from its header alone."""
     with path.open("rb") as file:
-        entries = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is no safetensors file: its header would be {length} bytes long")
+        entries = json.loads(file.read(length))
     aliases = json.loads(entries.pop("__metadata__", {}).get("aliases", "{}"))
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return {**found, **{name: found[first] for name, first in aliases.items()}}

@@ -180,7 +180,7 @@ def comparable(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _rewind(source: str | os.PathLike[str], target: Path, step: int) -> list[dict[str, Any]]:
     """Write to `target` the records of `source` up to `step`, all or nothing, and return them."""
-    kept = [record for record in read(source) if record.get("step", 0) <= step] if step > 0 else []
+    kept = [r for r in read(source) if isinstance(r.get("step", 0), int) and r.get("step", 0) <= step] if step else []
     temporary = target.with_name(f".writing-{target.name}")
     with open(temporary, "w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)

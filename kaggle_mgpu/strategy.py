@@ -54,7 +54,8 @@ class _Call(nn.Module):
         rows = {}
         for name, (total, count) in self.metrics(self.model, batch).items():
             # float64 and one row per replica: what is added up later must not depend on how it was split
-            total = torch.as_tensor(total).detach().double()
+            # a plain number too must be on the replica's GPU, or it could not be gathered
+            total = torch.as_tensor(total, device=self.device_type).detach().double()
             rows[name] = (total.unsqueeze(0), torch.as_tensor(count, device=total.device).unsqueeze(0))
         return rows
 
@@ -67,20 +68,28 @@ class Strategy:
         metrics: `(model, batch) -> {name: (sum, count)}`.
         precision: fp32, fp16 (autocast with loss scaling) or bf16 (autocast).
         num_replicas: copies of the model in this process.
+        find_unused_parameters: under ddp, allow for parameters that a step does not use.
     """
 
     name = "single"
 
     def __init__(
-        self, loss: Callable[..., Tensor], metrics: Any, *, precision: str, device: torch.device, num_replicas: int = 1
+        self,
+        loss: Callable[..., Tensor],
+        metrics: Any,
+        *,
+        precision: str,
+        device: torch.device,
+        num_replicas: int = 1,
+        find_unused_parameters: bool = False,
     ) -> None:
+        self.find_unused_parameters = find_unused_parameters
         self.loss, self.metrics, self.precision, self.device = loss, metrics, precision, device
         self.num_replicas = num_replicas
         self.world_size = distributed.world_size()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
-        self.start: tuple[float, Tensor] | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and wrap it for training; returns the plain one."""
@@ -118,10 +127,9 @@ class Strategy:
                 "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
                 "term (all of it masked, say) out of the training data."
             )
-        factor = weight * self.world_size / number
-        if self.start is None or self.start[0] != factor or self.start[1].dtype != loss.dtype:  # seldom
-            self.start = factor, torch.full_like(loss, factor)
-        loss.backward(self.scaler.scale(self.start[1]))
+        # a new tensor each time: autograd may hand it on as a parameter's gradient, which is then written to
+        start = torch.full_like(loss, weight * self.world_size / number)
+        loss.backward(self.scaler.scale(start))
         return loss.detach() if weight == 1 else loss.detach() * weight
 
     def forward(self, batch: Any) -> Tensor:
@@ -174,14 +182,16 @@ class Strategy:
             infinite = ~norm.isfinite()
             optimizer.found_inf = infinite.float()  # type: ignore[attr-defined]
             if max_norm is not None:
-                optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+                optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
             optimizer.step()
         else:
             value = norm.item()
             infinite = not math.isfinite(value)
             if max_norm is not None and by_itself:
-                too_long = value + 1e-6 > max_norm  # as clip_grad_norm_ has it, which divides by norm + 1e-6
-                optimizer.grad_scale = norm.new_tensor((value + 1e-6) / max_norm) if too_long else None  # type: ignore[attr-defined]
+                # norm + 1e-6 as clip_grad_norm_ has it; float32 whatever the weights are, as the kernel has it
+                scale = (value + 1e-6) / max_norm
+                clip = torch.tensor(scale, dtype=torch.float32, device=norm.device) if scale > 1 else None
+                optimizer.grad_scale = clip  # type: ignore[attr-defined]
             if not infinite:
                 optimizer.step()
         if infinite is not False:
@@ -231,6 +241,7 @@ class Distributed(Strategy):
     """One process per GPU, gradients averaged by DistributedDataParallel while backward still runs."""
 
     name = "ddp"
+    checked = False
 
     def wrap(self, call: nn.Module) -> nn.Module:
         on_gpu = self.device.type == "cuda"
@@ -241,8 +252,9 @@ class Distributed(Strategy):
         wrapped = nn.parallel.DistributedDataParallel(
             call,
             device_ids=[self.device.index] if on_gpu else None,
-            # gradients live in the buckets that are sent: no copy, and one gradient's worth of memory less
+            # gradients are views of the buckets that are sent: one gradient's worth of memory less
             gradient_as_bucket_view=True,
+            find_unused_parameters=self.find_unused_parameters,
             **{per_forward: False},  # type: ignore[arg-type]
         )
         if not on_gpu and self.world_size > 2:
@@ -253,6 +265,20 @@ class Distributed(Strategy):
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
         return _NOTHING if sync else self.parallel.no_sync()
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
+        if not (self.checked or self.find_unused_parameters):
+            # torch would say so in the second step, by number, and advise an option of its own
+            unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+            if unused:
+                more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+                raise ValueError(
+                    f"no gradient reached {', '.join(unused[:3])}{more}: the loss does not use them, and ddp waits for "
+                    f"every parameter. Take them out of the model, freeze them with requires_grad_(False), or set "
+                    f"find_unused_parameters=True, which costs time in each step."
+                )
+            self.checked = True
+        return super().step(optimizer, max_norm=max_norm)
 
     def sync_buffers(self) -> None:
         for buffer in self.model.buffers():

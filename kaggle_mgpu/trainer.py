@@ -14,15 +14,19 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 import signal
 import threading
 import time
+import types
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
@@ -180,6 +184,9 @@ def train(config: TrainConfig, task: Task) -> Result:
         OutOfMemoryError: not even one sample fits.
         RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
     """
+    if not isinstance(config, TrainConfig) or not isinstance(task, Task):
+        got = f"{_kind(config)} and {_kind(task)}"
+        raise TypeError(f"train expects a TrainConfig and a Task (an instance, not the class), got {got}")
     distributed.init()
     run = _Run(config, task)
     if (before := run.resume()) is not None:
@@ -281,7 +288,12 @@ class _Run:
         # The model: the same seed on every rank gives the same weights
         randomness.seed_everything(config.seed)
         self.strategy = kind(
-            task.loss, task.metrics, precision=self.precision, device=self.device, num_replicas=replicas
+            task.loss,
+            task.metrics,
+            precision=self.precision,
+            device=self.device,
+            num_replicas=replicas,
+            find_unused_parameters=config.find_unused_parameters,
         )
         self.lr = self.plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
         self.warmup_steps = optim.resolve_warmup(config.warmup_steps, self.plan.max_steps)
@@ -329,9 +341,12 @@ class _Run:
         """Load the checkpoint to go on from, if there is one; the result, if this run has finished already."""
         self.start = distributed.from_main(self._starting_point)
         if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
+            weights = checkpoint.read_tensors(self.out / "model.safetensors")
+            checkpoint.check_model(weights, self.strategy.model.state_dict(), str(self.out))
             if self.main:
-                print(f"already finished after {result.step} steps: {self.out}. resume='never' trains anew.")
-            return result
+                changed = "; the task's code has CHANGED since" if _code_then(self.out) != _code(self.task) else ""
+                print(f"already finished after {result.step} steps: {self.out}{changed}. resume='never' trains anew.")
+            return dataclasses.replace(result, output_dir=str(self.out))
         self.fit_micro_batch()
         if self.start is not None:
             saved = checkpoint.load(self.start)
@@ -343,12 +358,19 @@ class _Run:
             best = self.start.parent.parent / "best" / "model.safetensors"
             if not best.is_file():
                 self.state.best = None  # without its weights it is worth nothing
-            elif self.main and self.start.parent != self.checkpoints.folder:
-                checkpoint.replace_tensors(self.out / "best" / "model.safetensors", checkpoint.read_tensors(best))
+            elif self.start.parent != self.checkpoints.folder:
+                try:
+                    weights = checkpoint.read_tensors(best)
+                    checkpoint.check_model(weights, self.strategy.model.state_dict(), str(best))
+                    if self.main:
+                        checkpoint.replace_tensors(self.out / "best" / "model.safetensors", weights)
+                except Exception as error:  # somebody else's file may hold anything
+                    self.header.append(f"{best} cannot be used, the best is found anew: {error}")
+                    self.state.best = None
             self.header.append(f"going on from {self.start}: step {self.state.step} of {self.plan.max_steps}")
-            changed = checkpoint.changes(saved.facts, self.config.to_dict(), self.config.MAY_CHANGE)
-            if changed:
-                listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changed.items())
+            may = checkpoint.changes(saved.facts, self.config.to_dict(), self.config.MAY_CHANGE)
+            if may:
+                listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in may.items())
                 self.header.append(f"changed since, which is allowed: {listed}")
         return None
 
@@ -424,11 +446,33 @@ class _Run:
             with contextlib.suppress(FileNotFoundError):
                 memory.remember(self.checkpoints.folder, self.plan.micro_batch_size, why, self.conditions())
 
+    def looks_like_a_mean(self) -> bool:
+        """Whether the loss of two samples is the mean of theirs and not the sum: the usual slip, which Adam hides."""
+        how = self.strategy
+        if min(self.plan.dataset_size, self.plan.micro_batch_size) < 2 or type(self.task).count is not Task.count:
+            return False
+        how.model.eval()
+        try:
+            with torch.no_grad(), randomness.undisturbed():
+                batches = (self.fetch[np.array(rows)] for rows in ([0, 1], [0], [1]))
+                both, one, other = (float(how.call(data.move(batch, self.device))) for batch in batches)
+        except Exception:  # a model that cannot take a single sample, say: then it is not told
+            return False
+        finally:
+            how.model.train()
+        total = one + other
+        return math.isclose(both, total / 2, rel_tol=1e-3) and not math.isclose(both, total, rel_tol=1e-2)
+
     def start_log(self) -> progress.Progress:
         """Print how the run will go and open its log."""
+        if self.main and self.state.step == 0 and self.looks_like_a_mean():
+            self.header.append(
+                "WARNING: Task.loss looks like a mean over the batch. It should be the SUM over its samples (reduction="
+                "'sum'): as it is, the gradient is too small and depends on how the batch is split."
+            )
         if self.main:
             print("\n".join([self.header[0], self.plan.sentence(self.unit), *self.header[1:]]), flush=True)
-            document = {**self.config.to_dict(), "stamp": self.stamp}
+            document = {**self.config.to_dict(), "stamp": self.stamp, "code": _code(self.task)}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
             (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
         nbytes = sum(t.nbytes for t in self.strategy.model.state_dict().values())
@@ -750,7 +794,11 @@ def _stop_requests() -> Iterator[threading.Event]:
         return
     before: dict[int, Any] = {}
 
+    process = os.getpid()
+
     def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() != process:
+            return  # a loader process, forked with this handler in place: its parent has heard too
         request.set()
         signal.signal(number, before[number])
         with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
@@ -763,6 +811,38 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _code(task: Task) -> int:
+    """A checksum of the task's methods, by which a run notices that they were edited: no more than a hint."""
+    parts: list[Any] = []
+
+    def add(code: types.CodeType) -> None:
+        parts.append((code.co_code, code.co_names, code.co_varnames))
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):  # a function within the function
+                add(constant)
+            else:  # a set's order changes from process to process
+                parts.append(sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant))
+
+    for kind in type(task).__mro__[: type(task).__mro__.index(Task)]:
+        for name, member in sorted(vars(kind).items()):
+            if isinstance(member, types.FunctionType):
+                parts.append(name)
+                add(member.__code__)
+    return zlib.crc32(repr(parts).encode())
+
+
+def _code_then(out: Path) -> int | None:
+    try:
+        code: int | None = json.loads((out / "config.json").read_text(encoding="utf-8")).get("code")
+        return code
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _multiple(step: int, every: int | None) -> bool:
