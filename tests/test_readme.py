@@ -44,6 +44,11 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "@@" not in README
+    assert "TODO" not in README
+
+
 def test_every_notebook_is_in_the_table() -> None:
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{notebook.name})" in README
