@@ -224,6 +224,7 @@ def test_poll_answers_alike_on_all_ranks_and_in_time() -> None:
 
 
 SCRIPT = """
+import os, sys
 from kaggle_mgpu import distributed
 assert distributed.under_torchrun() and not distributed.active()
 distributed.init()
@@ -235,6 +236,8 @@ if distributed.is_main():
     print("\\n".join(lines))
 distributed.shutdown()
 assert not distributed.active()
+sys.stdout.flush()
+os._exit(0)  # torch's threads now and then abort a process that has ended well
 """
 
 
