@@ -356,7 +356,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         for name, about in listed.items()
     )
     blocks = all(isinstance(facts.get(key, {}), dict) for key in ("config", "stamp", "state"))
-    if not (isinstance(step, int) and step >= 0 and plain and blocks and "model.safetensors" in listed):
+    if not (isinstance(step, int) and step >= 0 and plain and blocks):
         raise CheckpointError("state.json does not say what a checkpoint's does")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"it has format {facts.get('format')!r}; this version reads format {FORMAT}")
@@ -472,7 +472,10 @@ def _among_inputs(
             if differ:
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
                 continue
-            if (broken := damage(path)) is not None:  # before any other file of it is opened
+            broken = damage(path)  # before any other file of it is opened
+            if broken is None and "model.safetensors" not in facts["files"]:
+                broken = "it holds no model.safetensors"
+            if broken is not None:
                 print(f"checkpoint {path} cannot be used: {broken}.", flush=True)
                 continue
             if model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):

@@ -127,7 +127,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(
     tmp_path: Path, body: str, message: str, lines: int, nproc: int
 ) -> None:
     (tmp_path / "broken.py").write_text(
-        f"import torch\ndef logits(model, batch):\n    return next(model.parameters())\n"
+        f"import torch\ndef logits(model, batch):\n    return sum(p.sum() for p in model.parameters())\n"
         f"def loss(self, model, batch):\n    return {body}\n"
     )
     program = (

@@ -284,6 +284,7 @@ def test_one_process_learns_and_writes_each_step_once(tmp_path: Path) -> None:
     assert steps(run, "save") == saved_steps(run) == [40]
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == vars(run)
     document = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert isinstance(document.pop("code"), int)
     assert document.pop("stamp") == {
         "task": "Regression", "backend": "torch", "global_batch_size": BATCH, "dataset_size": 500,
     }  # fmt: skip
