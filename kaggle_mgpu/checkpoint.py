@@ -27,11 +27,10 @@ from torch import Tensor
 
 from . import files, session
 from .files import DiskFullError, read_tensors, replace_tensors, write_tensors, write_text
-from .randomness import seed_everything
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Checkpoints", "DiskFullError", "Saved", "all_in", "changes", "check_model",
-    "damage", "load", "read_facts", "read_tensors", "replace_tensors", "seed_everything", "starting_point", "step_of",
+    "damage", "load", "read_facts", "read_tensors", "replace_tensors", "starting_point", "step_of",
     "write_tensors", "write_text",
 ]  # fmt: skip
 
@@ -463,29 +462,31 @@ def _among_inputs(
     model: Mapping[str, Tensor] | None,
 ) -> Path | None:
     """The newest of this run's; where there are only others', the newest of those is named with what is different."""
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[int, Path, dict[str, Any]]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
         try:
             facts = read_facts(path)
-            differ = _differences(facts, config, may_change, stamp)
-            if differ:
+            if differ := _differences(facts, config, may_change, stamp):
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
-                continue
-            broken = damage(path)  # before any other file of it is opened
-            if broken is None and "model.safetensors" not in facts["files"]:
-                broken = "it holds no model.safetensors"
-            if broken is not None:
-                print(f"checkpoint {path} cannot be used: {broken}.", flush=True)
-                continue
-            if model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):
-                others.append((facts["step"], f"{path} is from another model: {problem}"))
-                continue
-            found.append((facts["step"], path))
+            else:
+                found.append((facts["step"], path, facts["files"]))
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
-    if found:
-        return max(found)[1]
+    # newest first, and no further than the first that serves: a checksum reads the whole of it
+    for step, path, listed in sorted(found, key=lambda one: one[:2], reverse=True):
+        try:
+            broken = damage(path)  # before any other file of it is opened
+            if broken is None and "model.safetensors" not in listed:
+                broken = "it holds no model.safetensors"
+            if broken is not None:
+                print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
+            elif model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):
+                others.append((step, f"{path} is from another model: {problem}"))
+            else:
+                return path
+        except Exception as error:
+            print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
     if others:
         print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
     return None

@@ -30,7 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
     "data": {"distributed", "randomness"},
     "strategy": {"distributed", "devices"},
-    "checkpoint": {"distributed", "session", "files", "randomness"},
+    "checkpoint": {"distributed", "session", "files"},
     "memory": {"files", "randomness"},
     "progress": {"devices", "distributed", "session", "config", "import_hooks"},
     "trainer": {
