@@ -22,8 +22,10 @@ _HOMES = {
     "Task": "task",
     "Result": "task",
     "train": "trainer",
+    "compare_strategies": "compare",
 }
 _ROOMS = {
+    "check",
     "checkpoint",
     "config",
     "data",
@@ -38,12 +40,17 @@ _ROOMS = {
     "trainer",
 }
 
-__all__ = ["Result", "Task", "TrainConfig", "devices", "env", "launch", "notebook_parameters", "session", "train"]
+__all__ = [
+    "Result", "Task", "TrainConfig", "check", "compare_strategies", "devices", "env", "launch", "notebook_parameters",
+    "plan", "session", "train",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from . import devices, env, session
+    from . import check, devices, env, session
+    from .compare import compare_strategies
     from .config import TrainConfig, notebook_parameters
     from .launch import launch
+    from .plan import plan
     from .task import Result, Task
     from .trainer import train
 
@@ -57,11 +64,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS, "launch"})
+    return sorted({*globals(), *_HOMES, *_ROOMS, "launch", "plan"})
 
 
 class _Package(ModuleType):
-    """`launch` is a module and the function in it. Importing the module would bind it here: the function wins."""
+    """`launch` and `plan` are modules and the functions in them. Importing the module binds it here: they win."""
 
     @property
     def launch(self) -> Any:
@@ -69,6 +76,14 @@ class _Package(ModuleType):
 
     @launch.setter
     def launch(self, module: ModuleType) -> None:
+        pass
+
+    @property
+    def plan(self) -> Any:
+        return getattr(import_module(".plan", __name__), "plan")  # noqa: B009
+
+    @plan.setter
+    def plan(self, module: ModuleType) -> None:
         pass
 
 

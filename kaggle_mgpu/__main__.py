@@ -1,12 +1,14 @@
-"""The command line: look at the machine, train.
+"""The command line: look at the machine, plan, train.
 
     python -m kaggle_mgpu gpus
+    python -m kaggle_mgpu check
+    python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
 Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
-exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line. An error
-that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+exit code is 0 for a run that finished or stopped in good order, 1 for an error or a failed check, 2 for a wrong command
+line. An error that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
@@ -31,23 +33,37 @@ def recipes() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
+LIGHT = ("gpus", "check")
+"""Commands that do without the second that the recipes' imports take."""
+
+
+def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The argument parser, and the recipes' modules by name."""
     top = argparse.ArgumentParser(
         prog="python -m kaggle_mgpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("gpus", help="the GPUs there are, and the mode that follows")
+    of_check = commands.add_parser("check", help="ten seconds that say whether this machine trains right")
+    of_check.add_argument("--output-dir", metavar="DIR", help="where runs will be kept (default: the working folder)")
     modules: dict[str, ModuleType] = {}
-    names = commands.add_parser("train", help="train a recipe").add_subparsers(
-        dest="recipe", required=True, metavar="RECIPE"
-    )
+    if not with_recipes:
+        return top, modules
+    of_plan = commands.add_parser("plan", help="what a recipe will take: batch, memory, time, sessions, speed-up")
+    of_train = commands.add_parser("train", help="train a recipe")
+    groups = [each.add_subparsers(dest="recipe", required=True, metavar="RECIPE") for each in (of_plan, of_train)]
     for name in recipes():
         modules[name] = importlib.import_module(f".recipes.{name}", __package__)
         summary = (modules[name].__doc__ or name).split("\n\n")[0]
-        of_recipe = names.add_parser(name, help=summary, description=summary)
-        of_recipe.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
-        modules[name].Config.add_arguments(of_recipe)
+        for group in groups:
+            of_recipe = group.add_parser(name, help=summary, description=summary)
+            of_recipe.add_argument(
+                "--config", metavar="FILE", help="YAML or JSON file with settings; flags override it"
+            )
+            modules[name].Config.add_arguments(of_recipe)
+            if group is groups[0]:
+                on = "GPUs to estimate for, such as T4x2, P100, L4x4, A100, H100 (default: measured on what is here)"
+                of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
     return top, modules
 
 
@@ -55,16 +71,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     env.fix(verbose=False)
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments == ["gpus"]:  # without the second that the recipes' imports take
-        from . import devices
-
-        print(devices.report())
-        return 0
-    top, modules = parser()
+    top, modules = parser(with_recipes=arguments[:1] not in [[name] for name in LIGHT])
     if not arguments:
         top.print_help(sys.stderr)
         return 2
     given = top.parse_args(arguments)
+    if given.command == "gpus":
+        from . import devices
+
+        print(devices.report())
+        return 0
+    if given.command == "check":
+        from . import check
+
+        report = check.run(given.output_dir)
+        print(report)
+        return 0 if report.ok else 1
     recipe = modules[given.recipe]
     from .launch import launch
     from .trainer import train
@@ -72,6 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base = recipe.Config.load(given.config) if given.config else None
         config = recipe.Config.from_arguments(given, base)
+        if given.command == "plan":
+            from .plan import plan
+
+            print(plan(config, recipe.task(config), on=given.plan_on))
+            return 0
         # a recipe that does more than train (stages, inference) says so itself
         run = getattr(recipe, "run", None)
         result = run(config) if run else launch(train, config, recipe.task(config))

@@ -67,6 +67,7 @@ def launch(
     gpu_ids: str | None = None,
     timeout: float | None = None,
     max_restarts: int | None = None,
+    in_worker: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Call `function(*args, **kwargs)` on every worker; the list of their values, or for `train` the one result.
@@ -80,6 +81,7 @@ def launch(
         timeout: seconds without a sign of life of any rank (see distributed.alive) after which it is a hang. Default:
             the config's hang_timeout_minutes, else 30 minutes; a default counts from the first step on.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
+        in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
 
     Raises:
         ValueError: more processes than there are GPUs.
@@ -98,7 +100,7 @@ def launch(
         return value if alone else distributed.gather(value)
     gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
-    if count == 1:
+    if count == 1 and not in_worker:
         with _visible_gpus(gpus if gpu_ids or settings.gpu_ids else []):
             value = function(*args, **kwargs)
         return value if alone else [value]

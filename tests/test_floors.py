@@ -49,6 +49,10 @@ FLOORS: dict[str, set[str]] = {
         "memory",
         "randomness",
     },
+    # its workers do what a run does, one thing at a time
+    "check": {"env", "session", "devices", "launch", "distributed", "strategy", "checkpoint"},
+    "compare": {"run", "task", "config", "data", "distributed", "optim", "memory", "devices", "launch"},
+    "plan": {"compare", "check", "run", "task", "config", "data", "distributed", "devices", "launch", "session"},
     "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
     "recipes": {
         "session",
@@ -67,7 +71,7 @@ FLOORS: dict[str, set[str]] = {
     },
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch"}
+STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch", "check"}
 FREE = {"__init__", "__main__"}
 
 
@@ -127,6 +131,9 @@ def test_every_name_the_package_hands_on_is_there() -> None:
     from kaggle_mgpu.launch import launch  # importing the room must not hide the function of the same name
 
     assert {name: getattr(kaggle_mgpu, name) for name in kaggle_mgpu.__all__}
+    from kaggle_mgpu.plan import plan
+
     assert kaggle_mgpu.launch is launch
+    assert kaggle_mgpu.plan is plan
     with pytest.raises(AttributeError, match="has no attribute 'lunch'"):
         _ = kaggle_mgpu.lunch

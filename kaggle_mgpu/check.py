@@ -1,0 +1,510 @@
+"""Ten seconds that say whether this machine trains right, before a GPU hour is spent on it.
+
+    python -m kaggle_mgpu check                      # exit code 1 where a line failed
+    from kaggle_mgpu import check; check.run()       # the same in a notebook's cell; shows its lines
+
+Each line is passed, failed or skipped, with what was found and what to do. What needs torch or a GPU is done in workers
+that the kit's own `launch` starts, so this process neither imports torch nor creates a CUDA context: whatever is run
+after the check starts as if there had been none. With fewer than two GPUs the workers are two processes on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import devices, env, session
+
+Status = Literal["passed", "failed", "skipped"]
+
+TIMEOUT = 60.0
+"""Seconds without a sign of life after which the workers hang. NCCL's first collective takes a few."""
+SHARED_MEMORY = 256 << 20
+"""Bytes that /dev/shm should have free: four loader processes, each two batches of up to 20 MB ahead, and NCCL's
+buffers between GPUs without peer access. Docker's default of 64 MB is what people meet."""
+DISK = 2 << 30
+"""Bytes that should be free where runs are kept: five sets of weights and moments of a model of 30 M parameters."""
+MEMORY_FREE = 0.5
+"""Share of a GPU's memory that should be free."""
+TOLERANCE = 1e-4
+"""Relative difference of two float32 gradients that add the same terms in another order: 1e-6 is usual, a gradient of
+the wrong scale is off by 0.01 at least with the uneven counts here."""
+ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
+"""Bytes that are added up to measure the bandwidth, by kind of device."""
+STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
+"""What the workers do, in this order."""
+
+_ADVICE = {
+    "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
+    "was short",
+    "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
+    "all-reduce": "set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1); NCCL_DEBUG=INFO in the environment shows "
+    "where NCCL stops",
+    "gradients": "do not train with the strategy named here: what comes out would be another model. Use "
+    "strategy='single' until the cause is known",
+    "checkpoint": "free some space, or choose an output_dir that can be written to",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing looked at: what was found, and what to do where it did not pass."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`run` found; print it, or let it end a notebook's cell."""
+
+    lines: tuple[Line, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no line failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.status == "failed")
+
+    def __str__(self) -> str:
+        width = max(len(line.name) for line in self.lines)
+        text = []
+        for line in self.lines:
+            text.append(f"{line.status:8} {line.name:{width}}  {line.found}")
+            if line.advice:
+                text.append(f"{'':8} {'':{width}}  -> {line.advice}")
+        verdict = "this machine trains right" if self.ok else f"{len(self.failed)} failed"
+        return "\n".join([*text, f"{verdict} ({self.seconds:.1f} s)"])
+
+    def _ipython_display_(self) -> None:
+        print(self)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `folder`/result.json, by which a notebook's run is judged: `finished` is whether all is well."""
+        path = Path(folder) / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "; ".join(f"{line.name}: {line.found}" for line in self.failed) or "finished"
+        document = {
+            "finished": self.ok,
+            "reason": reason,
+            "seconds": self.seconds,
+            "lines": list(map(asdict, self.lines)),
+        }
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        return path
+
+
+def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "/dev/shm") -> Report:
+    """Look at this machine.
+
+    Args:
+        output_dir: where runs will be kept; checked for space and by saving a checkpoint there. Default: Kaggle's
+            working folder, or the current one.
+        shared_memory: the file system that processes share memory through.
+    """
+    started = time.monotonic()
+    report = env.fix(verbose=False, start_workers=False)
+    if not env.server_runs():
+        env.start_server()  # imports torch while this process looks at the rest
+    folder = Path(output_dir) if output_dir is not None else session.working()
+    gpus = devices.gpus()
+    lines = [_gpus(gpus), *_memory(gpus), _protobuf(report), _shared_memory(shared_memory), _disk(folder)]
+    lines += _workers(gpus, folder)
+    return Report(tuple(lines), time.monotonic() - started)
+
+
+# --- without a worker -------------------------------------------------------------------------------
+
+
+def _gpus(gpus: list[devices.GPU]) -> Line:
+    found = devices.report()
+    if not gpus:
+        where = "Settings > Accelerator > GPU T4 x2" if session.on_kaggle() else "an NVIDIA GPU and its driver"
+        return Line("GPUs", "skipped", f"none ({found.reason}): the rest is tried on the CPU", f"to use one: {where}")
+    names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus)
+    one = "choose 'GPU T4 x2' in Settings > Accelerator to use two" if len(gpus) == 1 and session.on_kaggle() else ""
+    return Line("GPUs", "passed", f"{names}; {found.mode.partition(': choose')[0]}", one)
+
+
+def _memory(gpus: list[devices.GPU]) -> list[Line]:
+    if not gpus:
+        return []
+    told = {sample["index"]: (sample["memory_used"], sample["memory_total"]) for sample in devices.sample()}
+    free = {i: (total - used, total) for i, (used, total) in told.items() if used is not None and total is not None}
+    if not free:
+        return [Line("GPU memory", "skipped", "nvidia-smi does not tell")]
+    found = ", ".join(
+        f"GPU {i}: {left / 2**30:.1f} of {total / 2**30:.1f} GiB free" for i, (left, total) in free.items()
+    )
+    if any(left < MEMORY_FREE * total for left, total in free.values()):
+        advice = "another process or notebook holds it: shut it down, or restart this session"
+        return [Line("GPU memory", "failed", found, advice)]
+    return [Line("GPU memory", "passed", found)]
+
+
+def _protobuf(report: env.Report) -> Line:
+    trouble = [item for item in report.items if item.action in ("refused", "broken", "too late")]
+    versions = ", ".join(f"{item.name} {item.value}" for item in report.items if item.action == "found")
+    if trouble:
+        found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in trouble)
+        advice = "run what the line names; import nothing before env.fix() has run, and restart the session"
+        return Line("protobuf", "failed", found, advice)
+    shimmed = [item.name for item in report.items if item.action == "shimmed"]
+    done = f"; mended by env.fix(): {', '.join(shimmed)}" if shimmed else ""
+    return Line("protobuf", "passed", (versions or "not installed, not needed") + done)
+
+
+def _shared_memory(path: str) -> Line:
+    """Real pages are asked for: what a container allows need not be what its file system shows."""
+    name = "shared memory"
+    advice = (
+        "set data_workers=0: loader processes hand their batches over through it and die with SIGBUS where it is full. "
+        "In a container of your own: docker run --shm-size=1g"
+    )
+    try:
+        total = os.statvfs(path).f_frsize * os.statvfs(path).f_blocks
+        file = tempfile.TemporaryFile(dir=path, prefix="kaggle_mgpu-")  # noqa: SIM115
+    except OSError as error:
+        return Line(name, "failed", f"{path}: {error.strerror}", advice)
+    with file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, SHARED_MEMORY)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return Line(name, "skipped", f"{path}: {error.strerror}")
+            found = f"{path} has {total >> 20:,} MiB in all and no {SHARED_MEMORY >> 20} MiB free"
+            return Line(name, "failed", found, advice)
+    return Line(name, "passed", f"{path}: {total >> 20:,} MiB, {SHARED_MEMORY >> 20} MiB of it asked for and given")
+
+
+def _disk(folder: Path) -> Line:
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    found = f"{free / 2**30:,.1f} GiB free in {there}"
+    if free < DISK:
+        advice = (
+            f"a run keeps several checkpoints: free some space (expected {DISK / 2**30:.0f} GiB), or lower keep_last"
+        )
+        return Line("disk", "failed", found, advice)
+    return Line("disk", "passed", found)
+
+
+# --- with workers -----------------------------------------------------------------------------------
+
+
+def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
+    """The lines of what the workers did, as far as they came."""
+    if len(gpus) > 1:
+        done, error = _launch(folder, len(gpus))
+    else:
+        with _no_gpus():
+            done, error = _launch(folder, 2)
+        if gpus and error is None:
+            alone, error = _launch(folder, 1)
+            for name in ("devices", "on_gpu") if "workers" in alone else ():
+                done["workers"][name] += alone["workers"][name]
+            done["gradients"] = alone.get("gradients", {}) | done["gradients"]
+            done["precision"] = alone.get("precision")
+            if error is not None:
+                done = {stage: done[stage] for stage in STAGES[: STAGES.index("precision")]}
+    judges: dict[str, Callable[[Any], list[Line]]] = {
+        "workers": lambda found: [_judge_workers(found, gpus)],
+        "precision": _judge_precision,
+        "all-reduce": _judge_all_reduce,
+        "gradients": _judge_gradients,
+        "checkpoint": _judge_checkpoint,
+    }
+    lines: list[Line] = []
+    broken = ""
+    for stage in STAGES:
+        if stage in done:
+            lines += judges[stage](done[stage])
+        elif not broken:
+            broken = stage
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[stage]))
+        else:
+            lines.append(Line(stage, "skipped", f"the workers did not come so far: see {broken}"))
+    return lines
+
+
+@contextlib.contextmanager
+def _no_gpus() -> Iterator[None]:
+    """Workers started inside see no GPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]:
+    """What each stage found, and the error that ended the workers. Through files, so that a death loses nothing."""
+    from .launch import launch
+
+    with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-check-") as notes:
+        error = None
+        try:
+            launch(_in_worker, notes, str(folder), nproc=count, timeout=TIMEOUT, in_worker=True)
+        except Exception as problem:
+            error = problem
+        return {path.stem: json.loads(path.read_text()) for path in Path(notes).glob("*.json")}, error
+
+
+def _judge_workers(found: dict[str, Any], gpus: list[devices.GPU]) -> Line:
+    where = ", ".join(dict.fromkeys(found["devices"]))
+    if gpus and not any(found["on_gpu"]):
+        advice = (
+            "install a torch that is built for this driver's CUDA; on Kaggle restart the session, whose image has one"
+        )
+        return Line("workers", "failed", f"torch {found['torch']} sees none of the {len(gpus)} GPUs", advice)
+    return Line("workers", "passed", f"{found['count']} launched, on {where}; torch {found['torch']}")
+
+
+def _judge_precision(found: dict[str, Any]) -> list[Line]:
+    wrong = [name for name, difference in found["differences"].items() if not difference < 0.02]
+    status: Status = "failed" if wrong else "passed"
+    text = f"{found['precision']}: {found['reason']}"
+    if wrong:
+        text += "; a product of two matrices is wrong in " + ", ".join(wrong)
+    return [Line("precision", status, text, _ADVICE["precision"] if wrong else "")]
+
+
+def _judge_all_reduce(found: dict[str, Any]) -> list[Line]:
+    text = f"{found['backend']}, {found['ranks']} ranks: {found['gigabytes_per_s']:.2f} GB/s"
+    if found["right"]:
+        lines = [Line("all-reduce", "passed", text)]
+    else:
+        lines = [Line("all-reduce", "failed", f"{text}; the sum is wrong", _ADVICE["all-reduce"])]
+    peers = found["peers"]
+    if peers is None:
+        return [*lines, Line("peer access", "skipped", "fewer than two GPUs")]
+    how = "yes, from each GPU to each other" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
+    return [*lines, Line("peer access", "passed", how)]
+
+
+def _judge_gradients(found: dict[str, float]) -> list[Line]:
+    wrong = {name: difference for name, difference in found.items() if not difference < TOLERANCE}
+    if wrong:
+        text = ", ".join(f"{name} differs by {difference:.2g}" for name, difference in wrong.items())
+        expected = f"; expected less than {TOLERANCE:g} of its length"
+        return [
+            Line(
+                "gradients",
+                "failed",
+                f"against one device with the whole batch: {text}{expected}",
+                _ADVICE["gradients"],
+            )
+        ]
+    text = ", ".join(f"{name} {difference:.1g}" for name, difference in found.items())
+    return [Line("gradients", "passed", f"relative difference to one device's: {text}")]
+
+
+def _judge_checkpoint(found: dict[str, str]) -> list[Line]:
+    if found["error"]:
+        return [Line("checkpoint", "failed", found["error"], _ADVICE["checkpoint"])]
+    return [Line("checkpoint", "passed", found["found"])]
+
+
+# --- in a worker ------------------------------------------------------------------------------------
+
+
+def _in_worker(notes: str, folder: str) -> None:
+    """Every stage on every rank; rank 0 notes what each one found."""
+    from . import distributed
+
+    stages: dict[str, Callable[[], Any]] = {
+        "workers": _about,
+        "precision": _precision,
+        "all-reduce": all_reduce_bandwidth,
+        "gradients": _gradients,
+        "checkpoint": lambda: _checkpoint(folder) if distributed.is_main() else None,
+    }
+    for name in STAGES:
+        distributed.alive()
+        found = stages[name]()
+        distributed.barrier()
+        if distributed.is_main():
+            (Path(notes) / f"{name}.json").write_text(json.dumps(found))
+
+
+def _about() -> dict[str, Any]:
+    import torch
+
+    from . import distributed
+
+    device = distributed.device()
+    on_gpu = device.type == "cuda"
+    names = distributed.gather(torch.cuda.get_device_name(device) if on_gpu else "the CPU")
+    count = distributed.world_size()
+    return {"count": count, "devices": names, "on_gpu": distributed.gather(on_gpu), "torch": torch.__version__}
+
+
+def _precision() -> dict[str, Any]:
+    """A matrix product in each precision the device is good for, against float64: relative differences."""
+    import torch
+
+    from . import distributed
+
+    device = distributed.device()
+    gpus = devices.gpus() if device.type == "cuda" else []
+    chosen, reason = devices.precision("auto", gpus)
+    kinds = {"fp32": torch.float32} | ({"fp16": torch.float16, "bf16": torch.bfloat16} if gpus else {})
+    if chosen == "fp16":
+        del kinds["bf16"]  # emulated: nobody uses it
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    differences = {}
+    for name, kind in kinds.items():
+        product = (a.to(device, kind) @ b.to(device, kind)).cpu().double()
+        difference = float((product - a @ b).norm() / (a @ b).norm())
+        differences[name] = max(distributed.gather(difference if difference == difference else float("inf")))
+    return {"precision": chosen, "reason": reason, "differences": differences}
+
+
+def all_reduce_bandwidth() -> dict[str, Any]:
+    """Bytes per second that an all-reduce moves between the ranks of this world, measured on all of them.
+
+    `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
+    for a ring is what each link carries, whatever the number of ranks n.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from . import distributed
+
+    world, device = distributed.world_size(), distributed.device()
+    nbytes = ALL_REDUCE[device.type]
+    peers = None
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+        mine = all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+        peers = not distributed.agree(not mine)
+    if world == 1:
+        return {"backend": "none", "ranks": 1, "gigabytes_per_s": 0.0, "right": True, "peers": None}
+    numbers = torch.empty(nbytes // 4, device=device)
+    right, best = True, float("inf")
+    for _ in range(5):  # the first sets up the connections
+        numbers.fill_(distributed.rank() + 1.0)
+        distributed.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+        right = right and bool((numbers == world * (world + 1) / 2).all())
+        distributed.alive()
+    rate = min(distributed.gather(nbytes * 2 * (world - 1) / world / best / 1e9))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    wrong = distributed.agree(not right)
+    return {"backend": backend, "ranks": world, "gigabytes_per_s": rate, "right": not wrong, "peers": peers}
+
+
+def _gradients() -> dict[str, float]:
+    """How far each strategy's gradient is from one device's with the whole batch, relative to its length.
+
+    Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
+    wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
+    """
+    import torch
+
+    from . import distributed, strategy
+
+    world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(7)
+    replicas = max(2, torch.cuda.device_count() if device.type == "cuda" else world)
+    samples = 8 * replicas
+    counts = torch.randint(1, 10, (samples,), generator=generator)
+    batch = {"x": torch.randn(samples, 9, 16, generator=generator), "count": counts}
+    terms = int(counts.sum())
+
+    def gradient(kind: type[strategy.Strategy], parts: list[Any], on: torch.device, replicas: int = 1) -> torch.Tensor:
+        how = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
+        if kind is not strategy.Distributed:
+            how.world_size = 1  # the other ranks have no part in it
+        torch.manual_seed(3)
+        model = how.prepare(torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)))
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        for i, part in enumerate(parts):
+            with how.micro_step(sync=i == len(parts) - 1):
+                how.backward({name: tensor.to(how.input_device) for name, tensor in part.items()}, 1.0, lambda: terms)
+        how.step(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=None)
+        return (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()).cpu().double()
+
+    def part(start: int, stop: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+    # all ranks start alike, and nobody is in a collective while rank 0 computes alone
+    found = {}
+    reference = gradient(strategy.Strategy, [batch], cpu)
+    own = gradient(strategy.Strategy, [batch], device) if device.type == "cuda" else reference
+    if device.type == "cuda":
+        found["GPU against CPU"] = _difference(own, reference)
+    if rank == 0 and (world > 1 or device.type == "cpu"):
+        count = torch.cuda.device_count() if device.type == "cuda" else replicas
+        found["dp"] = _difference(gradient(strategy.Replicated, [part(0, 5), part(5, samples)], device, count), own)
+    distributed.barrier()
+    if world > 1:
+        first, last = samples * rank // world, samples * (rank + 1) // world
+        parts = [part(first, first + 3), part(first + 3, last)]
+        found["ddp"] = _difference(gradient(strategy.Distributed, parts, device), own)
+    everybody = distributed.gather(found)
+    return {name: max(theirs.get(name, 0.0) for theirs in everybody) for name in everybody[0]}
+
+
+def _loss(model: Any, batch: Any) -> Any:
+    import torch
+
+    x, count = batch["x"], batch["count"]
+    real = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    return (model(x).square().sum(-1) * real).sum()
+
+
+def _difference(gradient: Any, reference: Any) -> float:
+    difference = float((gradient - reference).norm() / reference.norm())
+    return difference if difference == difference else float("inf")
+
+
+def _checkpoint(folder: str) -> dict[str, str]:
+    """A megabyte, saved as a run saves it and loaded again."""
+    import torch
+
+    from . import checkpoint
+
+    began = time.monotonic()
+    numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+    made = not Path(folder).exists()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".kaggle_mgpu-check-") as place:
+            saved = checkpoint.Checkpoints(Path(place)).save(1, tensors={"model": {"w": numbers}}, state={}, facts={})
+            if (damage := checkpoint.damage(saved)) is not None:
+                return {"error": f"{saved} is damaged: {damage}", "found": ""}
+            if not torch.equal(checkpoint.load(saved).tensors["model"]["w"], numbers):
+                return {"error": f"what was loaded from {saved} is not what was saved", "found": ""}
+        if made:
+            Path(folder).rmdir()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "found": ""}
+    return {"error": "", "found": f"1 MiB saved and loaded in {time.monotonic() - began:.2f} s in {folder}"}
