@@ -94,8 +94,12 @@ class Report:
     def _ipython_display_(self) -> None:
         print(self)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `folder`/result.json, by which a notebook's run is judged: `finished` is whether all is well."""
+    def save(self, folder: str | os.PathLike[str], **more: Any) -> Path:
+        """Write `folder`/result.json, by which a notebook's run is judged: `finished` is whether all is well.
+
+        Args:
+            more: what else to write there, plain values.
+        """
         path = Path(folder) / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         reason = "; ".join(f"{line.name}: {line.found}" for line in self.failed) or "finished"
@@ -104,6 +108,7 @@ class Report:
             "reason": reason,
             "seconds": self.seconds,
             "lines": list(map(asdict, self.lines)),
+            **more,
         }
         path.write_text(json.dumps(document, indent=1), encoding="utf-8")
         return path

@@ -1,0 +1,79 @@
+# %% [markdown]
+# # Does this machine train right?
+#
+# Ten seconds that say whether the GPUs of this session compute, talk to each other and give the same gradient together
+# as one of them alone; then what a second GPU buys, measured with a small GPT.
+# On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
+
+# %% [markdown]
+# The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
+
+# %% tags=["payload"]
+# tools/notebooks.py build puts the package here. Run from a checkout, this source needs nothing in this cell.
+
+# %%
+from kaggle_mgpu import env
+
+env.fix()  # before anything else is imported
+
+from kaggle_mgpu import check, compare_strategies, devices, notebook_parameters, plan
+
+print(devices.report())
+
+# %% [markdown]
+# ## Parameters
+
+# %% tags=["parameters"]
+# Parameters of this notebook
+output_dir = "check_gpus"  # checked for space; result.json is written there
+compare = "auto"  # measure single, dp and ddp: True, False, or auto, where there is a GPU
+steps = 20  # of each strategy
+plan_on = None  # plan for "T4x2", "P100", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
+n_layer = 8  # the GPT that is measured
+n_head = 8
+n_embd = 256
+block_size = 512
+global_batch_size = 64
+max_steps = 2000  # of the run that is planned
+
+# %%
+# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+parameters = notebook_parameters(globals())
+steps, plan_on, compare = (parameters.pop(name) for name in ("steps", "plan_on", "compare"))
+gpus = devices.gpus()
+
+# %% [markdown]
+# ## The check
+#
+# Each line passed, failed or was skipped, and says what to do. This notebook's own process stays clean of CUDA.
+
+# %%
+report = check.run(output_dir)
+report
+
+# %% [markdown]
+# ## What a run takes
+#
+# Before a GPU hour is spent: batch, memory, time, sessions, quota, and what a second GPU is expected to buy.
+
+# %%
+from kaggle_mgpu.recipes.text_generation import Config, TextGeneration
+
+config = Config.from_dict(parameters)
+task = TextGeneration(config)
+print(plan(config, task, on=plan_on or (None if gpus else "T4x2")))
+
+# %% [markdown]
+# ## What a second GPU buys
+#
+# The same steps on the same global batch, one GPU (single), one process for all (dp), one process each (ddp).
+
+# %%
+rows = []
+if compare is True or (compare == "auto" and gpus):
+    rows = compare_strategies(config, task, steps=steps)
+else:
+    print("Not measured: there is no GPU. Set compare = True to try it on the CPU.")
+
+# %%
+print(report.save(output_dir, metrics={row.strategy: row.samples_per_s for row in rows}))
