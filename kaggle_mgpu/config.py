@@ -56,7 +56,7 @@ class TrainConfig:
         "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
         "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
         "save_interval_minutes keep_last resume output_dir tensorboard find_unused_parameters max_restarts "
-        "hang_timeout_minutes collective_timeout_minutes nccl_p2p".split()
+        "hang_timeout_minutes collective_timeout_minutes nccl_p2p bucket_mb".split()
     )
     """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
@@ -85,6 +85,10 @@ class TrainConfig:
     nccl_p2p: Literal["auto", "on", "off"] = "auto"
     """Whether NCCL may copy from GPU to GPU. auto: off for T4s, since Kaggle's pair has no peer access and NCCL's
     attempt can hang where a virtual machine claims it has: it then goes through shared memory, as it would anyway."""
+    gradient_compression: Literal["none", "fp16"] = "none"
+    """Under ddp, send gradients as fp16: half the bytes, rounded to three digits. `plan` says whether it would pay."""
+    bucket_mb: int = 25
+    """Under ddp, MiB of gradients sent at a time, while backward computes the next. The last one is waited for."""
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | None = None
@@ -164,7 +168,7 @@ class TrainConfig:
             "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
             "warmup_steps": 0, "schedule_cycles": 1, "schedule_power": 0.0, "min_lr": 0.0, "eval_every": 1,
             "log_every": 1, "save_every": 1, "keep_last": 1, "save_interval_minutes": 0.0, "seed": 0,
-            "max_restarts": 0, "hang_timeout_minutes": 0.0, "collective_timeout_minutes": 0.0,
+            "bucket_mb": 1, "max_restarts": 0, "hang_timeout_minutes": 0.0, "collective_timeout_minutes": 0.0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -5,12 +5,13 @@
     python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
 
 The model of an estimate, all of it: a micro-step takes max(operations / peak, bytes / memory bandwidth) / REACHED
-seconds, with the published peak of the precision. Operations are counted (torch's FlopCounterMode) over a real forward
-and backward pass of a few samples, and so is what is kept for backward; bytes are four times that (written and read
-in forward, read in backward, their gradients written) and three times the weights. The optimizer reads and writes
-weights, gradients and its own state once more. An all-reduce of B bytes over n GPUs takes 2 (n - 1) / n B / link
-seconds (a ring, as nccl-tests counts); what is sent while the last backward pass runs, two thirds of a micro-step, is
-free; the last bucket always costs its time. Data loading is left out. What is not known is said to be unknown.
+seconds, with the published peak of the precision, and at least LAUNCH for each operator. Operations are counted
+(torch's FlopCounterMode) over a real forward and backward pass of a few samples, and so is what is kept for backward;
+bytes are four times that (written and read in forward, read in backward, their gradients written) and three times the
+weights. The optimizer reads and writes weights, gradients and its own state once more. An all-reduce of B bytes over n
+GPUs takes 2 (n - 1) / n B / link seconds (a ring, as nccl-tests counts); what is sent while the last backward pass
+runs, two thirds of a micro-step, is free; the last bucket always costs its time. Data loading is left out. What is not
+known is said to be unknown.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from .launch import launch
 from .task import Task
 
 REACHED = 1 / 3
-"""Share of a GPU's published figures that training is taken to reach; an assumption. Small models reach less."""
+"""Share of a GPU's published figures that training is taken to reach; an assumption."""
+LAUNCH = 10e-6
+"""Seconds that Python and CUDA take to launch one operator on a core of 2 GHz; an assumption. It is what small models
+wait for: operators are counted as they reach torch's dispatcher, forward and backward."""
 WEEKLY_HOURS = 30.0
 """Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
 BUCKET = 25 << 20
@@ -125,6 +129,8 @@ class Facts:
     optimizer_bytes: int
     operations: float
     """Of forward and backward, per sample."""
+    operators: int
+    """Launched in forward and backward, whatever the number of samples."""
     fixed_bytes: float
     """Kept for backward, whatever the number of samples: copies of the weights in half precision, say."""
     sample_bytes: float
@@ -255,7 +261,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         step_seconds, source = None, f"no figures of {target.name} are kept here; known: {', '.join(PUBLISHED)}"
     else:
         step_seconds = _estimated_step(facts, batch, target.published, precision, strategy)
-        at_best = step_seconds * REACHED
+        at_best = _estimated_step(facts, batch, target.published, precision, strategy, reached=1.0)
         source = f"ESTIMATE from {target.name}'s published figures, {REACHED:.0%} of them reached"
     if link is None and target.published is not None:
         link = (target.published.link, target.published.link_source)
@@ -337,23 +343,21 @@ def _evaluations(config: TrainConfig, batch: Any) -> int:
     return math.ceil(batch.max_steps / steps)
 
 
-def _sample_seconds(facts: Facts, micro: int, gpu: Published, precision: str) -> float:
-    """Of one sample in a micro-batch of `micro`, forward and backward, by the model in this file's docstring."""
-    computing = facts.operations * micro / gpu.peak[precision]
-    moving = (4 * facts.activations(micro) + 3 * facts.weight_bytes) / gpu.bandwidth
-    return max(computing, moving) / REACHED / micro
-
-
-def _estimated_step(facts: Facts, batch: Any, gpu: Published, precision: str, strategy: str) -> float:
+def _estimated_step(
+    facts: Facts, batch: Any, gpu: Published, precision: str, strategy: str, reached: float = REACHED
+) -> float:
+    """Seconds, by the model in this file's docstring."""
     micro, accumulation, replicas = batch.micro_batch_size, batch.gradient_accumulation_steps, batch.num_replicas
-    sample = _sample_seconds(facts, micro, gpu, precision)
-    optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / REACHED
+    computing = facts.operations * micro / gpu.peak[precision] / reached
+    moving = (4 * facts.activations(micro) + 3 * facts.weight_bytes) / gpu.bandwidth / reached
+    micro_step = max(computing, moving, facts.operators * LAUNCH)
+    optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / reached
     between = 0.0
     if replicas > 1 and strategy == "dp":  # weights out and gradients back through the first GPU, in every micro-step
         between = accumulation * (replicas - 1) * (facts.weight_bytes + facts.gradient_bytes) / gpu.link
     elif replicas > 1:
-        between = _exchange(facts, replicas, sample * micro, gpu.link, "").exposed
-    return sample * micro * accumulation + optimizer + between
+        between = _exchange(facts, replicas, micro_step, gpu.link, "").exposed
+    return micro_step * accumulation + optimizer + between
 
 
 def _exchange(facts: Facts, replicas: int, micro_step: float, link: float, source: str) -> Exchange:
@@ -468,10 +472,20 @@ def _facts(config: TrainConfig, task: Task, half: bool) -> Facts:
     """Count over passes of two and of four samples: what grows is per sample, what does not is fixed."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
     from . import data, distributed
     from .run import Run
+
+    class Launches(TorchDispatchMode):
+        """Counts the operators that do something: a view is a new look at the same memory."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += not func.is_view
+            return func(*args, **(kwargs or {}))
 
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # the sizes are what counts: fp16 and bf16 have the same
@@ -492,6 +506,7 @@ def _facts(config: TrainConfig, task: Task, half: bool) -> Facts:
             how.forward(batch).backward()
         operations.append(counter.get_total_flops())
         model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         held: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
@@ -500,10 +515,12 @@ def _facts(config: TrainConfig, task: Task, half: bool) -> Facts:
                 held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        launches = Launches()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), launches:
             loss = how.forward(batch)
         kept.append(sum(held.values()))
-        loss.backward()
+        with launches:
+            loss.backward()
     run.optimizer.step()
     moments = [v for state in run.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     apart = sizes[-1] - sizes[0]
@@ -517,6 +534,7 @@ def _facts(config: TrainConfig, task: Task, half: bool) -> Facts:
         gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer_bytes=sum(tensor.nbytes for tensor in moments),
         operations=operations[-1] / sizes[-1],
+        operators=launches.count,
         fixed_bytes=max(0.0, kept[-1] - sizes[-1] * per_sample),
         sample_bytes=max(0.0, per_sample),
     )

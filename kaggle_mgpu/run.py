@@ -94,6 +94,7 @@ class Run:
             device=self.device,
             num_replicas=replicas,
             find_unused_parameters=config.find_unused_parameters,
+            **_options(kind.name, config),
         )
         self.lr = self.plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
         self.warmup_steps = optim.resolve_warmup(config.warmup_steps, self.plan.max_steps)
@@ -533,6 +534,13 @@ _NOT_EVEN_ONE = (
     "out of memory with micro_batch_size 1: not even one sample fits. Try gradient_checkpointing=True, "
     "precision='fp16', shorter or smaller samples, or a smaller model."
 )
+
+
+def _options(name: str, config: TrainConfig) -> dict[str, Any]:
+    """What only one strategy asks for."""
+    if name == "ddp":
+        return {"gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb}
+    return {}
 
 
 def _build(task: Task, config: TrainConfig) -> nn.Module:

@@ -243,6 +243,10 @@ class Distributed(Strategy):
     name = "ddp"
     checked = False
 
+    def __init__(self, *args: Any, gradient_compression: str = "none", bucket_mb: int = 25, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
+
     def wrap(self, call: nn.Module) -> nn.Module:
         on_gpu = self.device.type == "cuda"
         # a broadcast before every forward pass buys nothing: sync_buffers does it where buffers are read (the option
@@ -255,9 +259,14 @@ class Distributed(Strategy):
             # gradients are views of the buckets that are sent: one gradient's worth of memory less
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
+            bucket_cap_mb=self.bucket_mb,
             **{per_forward: False},  # type: ignore[arg-type]
         )
-        if not on_gpu and self.world_size > 2:
+        if self.gradient_compression == "fp16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+            wrapped.register_comm_hook(None, fp16_compress_hook)
+        elif not on_gpu and self.world_size > 2:
             # a lambda, since torch rejects annotations that are text, as this file's are
             wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
         return wrapped
@@ -391,7 +400,9 @@ def _replica(module: nn.Module, index: int) -> nn.Module:
         if index > 0:
             copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
-            if parameter is not None:
+            if parameter is None:  # a layer without bias still has the name
+                copy._parameters[name] = None
+            else:
                 views.setdefault(parameter, parameter.view_as(parameter))
                 setattr(copy, name, views[parameter])
     return copies[module]

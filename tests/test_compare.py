@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kaggle_mgpu import TrainConfig, compare_strategies, devices
+from kaggle_mgpu import TrainConfig, compare_strategies, devices, launch, train
 from kaggle_mgpu.compare import Row, as_dicts, measure, same_micro_batch, table
 from tasks import Language, Regression
 
@@ -106,6 +106,22 @@ def test_a_table_reads_in_columns() -> None:
         "dp        2         out of memory",
     ]
     assert as_dicts(rows)[1]["memory_bytes"] == (2**30, 2**29)
+
+
+@pytest.mark.parametrize("changes", [{"gradient_compression": "fp16"}, {"bucket_mb": 1}])
+def test_what_a_plan_advises_is_there_and_trains_as_it_should(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = TrainConfig(global_batch_size=20, max_steps=6, lr=0.05, nproc=2, eval_every="end", seed=3)
+    weights = []
+    for number, more in enumerate(({}, changes)):
+        folder = tmp_path / str(number)
+        result = launch(train, config.replace(output_dir=str(folder), **more), Language())
+        weights.append(nn.utils.parameters_to_vector(result.load(Language().model()).parameters()).detach())
+    plain, other = weights
+    difference = float((plain - other).norm() / plain.norm())
+    if "bucket_mb" in changes:
+        assert difference == 0.0
+    else:
+        assert 1e-7 < difference < 1e-3, "rounded to fp16 on the way, and nothing else"
 
 
 @pytest.mark.gpu

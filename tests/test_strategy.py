@@ -313,6 +313,10 @@ class TestReplicas:
         with pytest.raises(ZeroDivisionError, match="in the second replica"):
             strategy.backward((x, y), 1.0, lambda: 6) if what == "loss" else strategy.evaluate(iter([(x, y)]))
 
+    def test_a_layer_without_bias_still_has_the_name(self) -> None:
+        model, batch = nn.Linear(4, 4, bias=False), samples(6)
+        assert make(Replicated, model, replicas=2).forward(batch).item() == pytest.approx(loss(model, batch).item())
+
     def test_buffers_are_the_first_replicas(self) -> None:
         class Normed(nn.Module):
             def __init__(self) -> None:
