@@ -60,7 +60,7 @@ found = sorted(root.glob("input/**/checkpoints/step-*/model.safetensors"))
 step = max((int(path.parent.name[5:]) for path in found), default=0)
 print("inputs", sorted(path.relative_to(root / "input").as_posix() for path in root.glob("input/*/*")))
 print("going on from" if found else "starting at", step, flush=True)
-import kaggle_mgpu
+import kaggle_mgpu.config
 
 def save():
     folder = pathlib.Path(output_dir, "checkpoints", f"step-{step:08d}")
