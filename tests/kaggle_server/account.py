@@ -55,7 +55,7 @@ class Account:
         self.quota_refusal = ""
         """Kaggle's words where the week's quota is used up."""
         self.mounts_itself = "newest"
-        """Which version's output a kernel gets of itself: newest, or newest complete."""
+        """Which version's output a kernel gets of itself: newest, newest complete, or nothing."""
         self.session_variables: dict[str, str] = {}
         self.python = sys.executable
         self.kernels: dict[str, list[Version]] = {}
@@ -134,8 +134,8 @@ class Account:
                 invalid.setdefault("invalidKernelSources", []).append(source)
                 continue
             ended = [v for v in self.kernels[name] if v.session.state != "RUNNING"]
-            if name == ref and self.mounts_itself == "newest complete":
-                ended = [v for v in ended if v.session.state == "COMPLETE"]
+            if name == ref and self.mounts_itself != "newest":
+                ended = [v for v in ended if v.session.state == "COMPLETE" and self.mounts_itself != "nothing"]
             if source != name:
                 ended = [v for v in ended if v.number == int(source.split("/")[2])]
             if ended:
