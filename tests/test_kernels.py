@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -11,21 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
+import env_matrix
 import kaggle_cli
 import kernel as kernels
 import notebooks
+from kaggle_mgpu import progress
 from kaggle_server import KaggleServer
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-
 TOOL = ROOT / "tools" / "kernels.py"
 SLUG = "counting-kaggle-multigpu"
 
@@ -106,16 +108,6 @@ def kaggle(tmp_path: Path) -> Iterator[KaggleServer]:
         (tmp_path / "numbers").mkdir()
         server.account.competitions["counting-numbers"] = tmp_path / "numbers"
         yield server
-
-
-@pytest.fixture
-def cli(kaggle: KaggleServer, monkeypatch: pytest.MonkeyPatch) -> KaggleServer:
-    """This process's own calls of the CLI go to the stand-in too."""
-    for name in set(os.environ) - set(environment := kaggle.environment()):
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    return kaggle
 
 
 def tool(kaggle: KaggleServer, root: Path, *arguments: Any, code: int = 0, timeout: float = 300) -> str:
@@ -439,7 +431,7 @@ def test_relay_over_a_dataset(kaggle: KaggleServer, root: Path) -> None:
     kaggle.account.mounts_itself = "nothing"
     said = relayed(kaggle, root, "-p", "goal=4", "-p", "per_session=2", code=1)
     assert "session 2 ended with COMPLETE at step 2, and made no progress: it was 2 before." in said
-    assert "it got another version's output: --carry dataset" in said
+    assert "It did not go on from what was attached: Kaggle gave it another version's. Try --carry dataset." in said
     assert steps_of(kaggle, root) == [2, 2]
     assert "finished: step 4, after 3 sessions" in relayed(kaggle, root, "--carry", "dataset")
     assert steps_of(kaggle, root) == [2, 2, 4]
@@ -572,7 +564,9 @@ class Tiny:
 
 
 def corpus(folder: Path) -> None:
-    (folder / "corpus.txt").write_text("\n".join(f"Line {i} of a text: {i * i} is the square of {i}." for i in range(600)))
+    (folder / "corpus.txt").write_text(
+        "\n".join(f"Line {i} of a text: {i * i} is the square of {i}." for i in range(600))
+    )
 
 
 TEXT = {
@@ -605,7 +599,9 @@ def test_every_notebook_there_and_back(kaggle: KaggleServer, house: Path, tmp_pa
     tool(kaggle, house, "push", notebook, "--user", "ann", "--dataset", "bob/its-input", *parameters)
     session = kaggle.account.version(kernel.id).session
     session.wait(300)
-    assert f"{kernel.id}: COMPLETE" in tool(kaggle, house, "status", kernel.id), kaggle_cli.flattened(session.log_text())
+    assert f"{kernel.id}: COMPLETE" in tool(kaggle, house, "status", kernel.id), kaggle_cli.flattened(
+        session.log_text()
+    )
     tool(kaggle, house, "output", kernel.id)
     folder = kernel.results()
     outcome = kernels.Outcome.of(folder)
@@ -624,6 +620,41 @@ def test_no_notebook_is_forgotten() -> None:
     assert not set(TINY) - {source.stem.removesuffix("_kaggle_multigpu") for source in notebooks.sources(ROOT, [])}
 
 
+@pytest.fixture(scope="module")
+def kaggles_stack() -> Path:
+    """A folder that puts the papermill, nbclient, nbformat, ipykernel and IPython of Kaggle's image before newer ones.
+
+    Made once (half a minute) under build/environments; everything else is this environment's.
+    """
+    wanted = [*env_matrix.STACKS["kaggle"], "nbformat==5.10.4"]
+    digest = hashlib.sha256(f"{wanted} {sys.version}".encode()).hexdigest()[:12]
+    folder = ROOT / "build" / "environments" / f"notebook-stack-{digest}"
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), *wanted]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if re.search(r"No matching distribution|Connection|Name or service|Temporary failure|timed out", done.stderr):
+            pytest.skip(f"no package registry answers: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        (folder / "complete").touch()
+    return folder
+
+
+def test_on_kaggles_notebook_stack(kaggle: KaggleServer, house: Path, kaggles_stack: Path) -> None:
+    """The other tests run on the newest stack, this one on what Kaggle's image has."""
+    kaggle.account.session_variables = {"PYTHONPATH": str(kaggles_stack)}
+    code = "import papermill, nbclient, nbformat, ipykernel, IPython as i; print(*(m.__version__ for m in (papermill, "
+    code += "nbclient, nbformat, ipykernel, i)))"
+    variables = {**os.environ, "PYTHONPATH": str(kaggles_stack)}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["2.7.0", "0.5.13", "5.10.4", "6.17.1", "7.34.0"], done.stderr
+    given = {**TEXT, "nproc": 2, "max_steps": 6}
+    parameters = [text for name, value in given.items() for text in ("-p", f"{name}={value!r}")]
+    tool(kaggle, house, "push", "text_generation", "--user", "ann", "--title", "Older Stack", *parameters)
+    said = tool(kaggle, house, "wait", "ann/older-stack", "--interval", "0.3")
+    assert "text_generation/result.json: step 6 of 6, finished" in said
+
+
 KEY = "fedcba9876543210" * 2
 SECRETS = {"KAGGLE_USER_SECRETS_TOKEN": "eyJhbGciOiJ.user-secret.signature", "WANDB_API_KEY": "planted-wandb-0123"}
 
@@ -640,15 +671,66 @@ def planted_in(*folders: Path) -> list[str]:
     ]
 
 
-def test_a_relay_is_one_run(house: Path, tmp_path: Path) -> None:
+def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -> None:
     """At least four sessions, one of them killed in the middle of a save: the weights of one unlimited session.
 
     And nowhere, in no notebook, log, record or message, is the API key or a secret of the session.
     """
-    corpus_folder = tmp_path / "corpus"
-    corpus_folder.mkdir()
-    corpus(corpus_folder)
-    settings = {**TEXT, "nproc": 2, "max_steps": 1200, "save_every": 5, "keep_last": 2}
-    (tmp_path / "undisturbed").mkdir()
-    flags = [text for name, value in settings.items() if name in TrainConfigFields for text in (f"--{name}", str(value))]
-    raise NotImplementedError(flags)
+    account = kaggle.account
+    account.key, account.session_variables = KEY, SECRETS
+    (tmp_path / "input").mkdir()
+    corpus(tmp_path / "input")
+    account.add_dataset("bob/its-input", tmp_path / "input")
+    settings = {**TEXT, "nproc": 2, "max_steps": STEPS, "save_every": 20, "keep_last": 2, "log_every": 100}
+    given = [text for name, value in settings.items() for text in ("-p", f"{name}={value!r}")]
+    given += ["--user", "ann", "--dataset", "bob/its-input"]
+    tool(kaggle, house, "push", "text_generation", "--title", "Unlimited Run", *given)
+    unlimited = account.version("ann/unlimited-run").session
+    unlimited.wait(300)
+    assert unlimited.state == "COMPLETE", unlimited.log_text()
+
+    # The kit stops by itself after so long, counted from where it trains, so that a busy machine changes nothing but
+    # the number of sessions; and the second is killed
+    account.kill_in_save = {2}
+    relay_command = ["relay", "text_generation", "--title", "Relayed Run", "--interval", "0.3"]
+    said = tool(kaggle, house, *relay_command, "-p", "time_limit=3", *given, timeout=600)
+    sessions = [version.session for version in account.kernels["ann/relayed-run"]]
+    print(said, file=sys.stderr)
+    assert len(sessions) >= 4
+    assert [session.killed for session in sessions] == ["", "save", *([""] * (len(sessions) - 2))]
+    assert any(name.startswith(".writing-step-") for name in sessions[1].left_by_the_kill)
+    assert "session 2 ended: ERROR" in said
+    assert f"finished: step {STEPS}, after {len(sessions)} sessions" in said
+    fetched = house / "runs" / "relayed-run" / f"v{len(sessions)}" / "text_generation"
+    whole = unlimited.working / "text_generation"
+    assert (fetched / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert progress.comparable(progress.read(fetched)) == progress.comparable(progress.read(whole))
+    sessions_folders = [session.folder for session in (unlimited, *sessions)]
+    assert planted_in(house / "build", house / "runs", *sessions_folders) == []
+
+
+STEPS = 2000
+
+
+def test_what_a_failing_run_says_holds_no_secret(kaggle: KaggleServer, house: Path) -> None:
+    """An error in a worker process, with its traceback, told of by `wait`; and the CLI's own errors."""
+    account = kaggle.account
+    account.key, account.session_variables = KEY, SECRETS
+    given = {**TEXT, "nproc": 2, "max_steps": 50, "log_every": 1, "lr": 1e30, "precision": "fp32"}
+    parameters = [text for name, value in given.items() for text in ("-p", f"{name}={value!r}")]
+    tool(kaggle, house, "push", "text_generation", "--user", "ann", "--title", "Failing Run", *parameters)
+    said = tool(kaggle, house, "wait", "ann/failing-run", "--interval", "0.3", code=1)
+    assert "DivergedError" in said
+    tool(kaggle, house, "output", "ann/failing-run")
+    account.key = "0" * 32  # so that Kaggle refuses the planted one
+    environment = {**kaggle.environment(), "KAGGLE_KEY": KEY, "HTTPS_PROXY": f"http://ann:{KEY}@127.0.0.1:9"}
+    for command in ("push", "status", "logs", "output"):
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--root", str(house), command, "text_generation", "--user", "ann"],
+            env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 1
+        said += done.stdout + done.stderr
+    assert not [value for value in (KEY, *SECRETS.values()) if value in said]
+    session = account.version("ann/failing-run").session
+    assert planted_in(house / "build", house / "runs", session.folder) == []

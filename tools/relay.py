@@ -278,14 +278,14 @@ class _Relay:
         ended = f"session {session.number} ended with {session.state}"
         if session.state.startswith("CANCEL"):
             raise StopError(f"{ended}: somebody cancelled it ({session.url})")
-        with contextlib.suppress(OSError):
-            if session.state == "ERROR" and FAILED_ITSELF.search((folder / "log.txt").read_text(encoding="utf-8")):
-                raise StopError(f"{ended}, by an error of its own. The log ends:\n{log_end(folder)}")
+        log = (folder / "log.txt").read_text(encoding="utf-8") if (folder / "log.txt").is_file() else ""
+        if session.state == "ERROR" and FAILED_ITSELF.search(log):
+            raise StopError(f"{ended}, by an error of its own. The log ends:\n{log_end(folder)}")
         if session.step <= before:
             hint = ""
-            if self.state.carry == "kernel" and before > 0:
+            if self.state.carry == "kernel" and before > 0 and "going on from" not in log:
                 hint = (
-                    " If its log does not say 'going on from', it was given another version's output: --carry dataset."
+                    " It did not go on from what was attached: Kaggle gave it another version's. Try --carry dataset."
                 )
             raise StopError(
                 f"{ended} at step {session.step}, and made no progress: it was {before} before.{hint} "
