@@ -283,6 +283,10 @@ class Run:
             self.state.seconds, save=4 * nbytes / 50e6, evaluation=val_size / self.plan.global_batch_size
         )
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        if self.start is not None and self.start.parent != self.checkpoints.folder:
+            # among the inputs: saved here at once, so that this session's output is enough to go on from, however the
+            # session ends, and the next needs no other's
+            self.saved_step, self.saved_at = -1, -math.inf
         self.log = progress.Progress(
             self.out,
             max_steps=self.plan.max_steps,

@@ -1,8 +1,9 @@
 """Where am I: which kind of Kaggle session (or none), where its folders are, how long it has left,
 and whether a display in the cell can be updated in place.
 
-Standard library only. ``KAGGLE_MGPU_KAGGLE_ROOT`` moves Kaggle's folders (default ``/kaggle``), and
-``KAGGLE_MGPU_DISPLAY=live|lines`` decides about the display where the guess is wrong::
+Standard library only. ``KAGGLE_MGPU_KAGGLE_ROOT`` moves Kaggle's folders (default ``/kaggle``),
+``KAGGLE_MGPU_SESSION_END`` (a Unix time) says when the session ends, and ``KAGGLE_MGPU_DISPLAY=live|lines``
+decides about the display, where the guess is wrong::
 
     from kaggle_mgpu import session
     session.kind()                       # "interactive", "batch", "rerun" or "local"
@@ -231,7 +232,18 @@ def time_left() -> float:
     """Seconds until Kaggle ends this session (see ``SESSION_HOURS``), at least 0; inf outside Kaggle.
 
     Kaggle kills without a signal that could be caught: stop well before, and leave time to save.
+
+    Raises:
+        ValueError: KAGGLE_MGPU_SESSION_END is set, and not to a number.
     """
+    if end := os.environ.get("KAGGLE_MGPU_SESSION_END"):
+        try:
+            return max(0.0, float(end) - time.time())
+        except ValueError:
+            raise ValueError(
+                f"KAGGLE_MGPU_SESSION_END is {end!r}, expected the Unix time at which the session ends: "
+                f"correct or unset it"
+            ) from None
     hours = SESSION_HOURS.get(kind())
     return math.inf if hours is None else max(0.0, hours * 3600.0 - session_started())
 

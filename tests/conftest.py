@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 # a developer's own settings must not decide what the tests see
 KAGGLE = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN")
-OURS = ("KAGGLE_MGPU_DISPLAY", "KAGGLE_MGPU_KAGGLE_ROOT", "KAGGLE_MGPU_PROTOBUF", "KAGGLE_MGPU_QUIET")
+OURS = tuple(f"KAGGLE_MGPU_{name}" for name in ("DISPLAY", "KAGGLE_ROOT", "PROTOBUF", "QUIET", "SESSION_END"))
 for name in (*KAGGLE, *OURS):
     os.environ.pop(name, None)
 

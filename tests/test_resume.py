@@ -328,6 +328,25 @@ def test_the_next_session_goes_on_from_an_input(undisturbed: Path, kaggle: Path,
     ).read_bytes()
 
 
+def test_a_session_that_goes_on_from_an_input_holds_all_that_the_next_one_needs(
+    undisturbed: Path, kaggle: Path, tmp_path: Path
+) -> None:
+    """Killed before it saves, or with nothing left to do: its own output has the checkpoint it began with."""
+    with pytest.raises(Killed):
+        run(kaggle / "run", fails_at=30)
+    with pytest.raises(Killed):
+        run(tmp_path / "second", fails_at=1, save_every=None)
+    carried, copied = (folder / "checkpoints" / "step-00000012" for folder in (kaggle / "run", tmp_path / "second"))
+    assert checkpoint.damage(copied) is None
+    for file in carried.glob("*.safetensors"):
+        assert (copied / file.name).read_bytes() == file.read_bytes()
+    shutil.rmtree(kaggle / "run")
+    shutil.copytree(undisturbed, kaggle / "run")
+    done = run(tmp_path / "third", save_every=None)
+    assert (done / "checkpoints" / "step-00000024" / "state.json").is_file()
+    assert torch.equal(weights(done), weights(undisturbed))
+
+
 def test_another_runs_checkpoint_among_the_inputs_is_named_and_not_used(
     undisturbed: Path, kaggle: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -229,6 +229,17 @@ def test_a_session_is_as_old_as_its_first_process(monkeypatch: pytest.MonkeyPatc
     assert session.time_left() == 0.0
 
 
+def test_the_end_of_the_session_can_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    monkeypatch.setenv("KAGGLE_MGPU_SESSION_END", "1060.5")
+    assert session.time_left() == 60.5
+    monkeypatch.setenv("KAGGLE_MGPU_SESSION_END", "900")
+    assert session.time_left() == 0.0
+    monkeypatch.setenv("KAGGLE_MGPU_SESSION_END", "noon")
+    with pytest.raises(ValueError, match="KAGGLE_MGPU_SESSION_END is 'noon', expected the Unix time at which"):
+        session.time_left()
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc")
 def test_age_of_a_real_process() -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:

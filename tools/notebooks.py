@@ -30,6 +30,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,9 @@ def build(source: Path, package: Path) -> Any:
     jupytext, nbformat = _library("jupytext"), _library("nbformat")
     text = source.read_text(encoding="utf-8")
     notebook = jupytext.reads(text, fmt="py:percent")
-    notebook.metadata = nbformat.from_dict(METADATA)
+    # What the notebook needs on Kaggle stands in its source's header, and goes with the notebook: see tools/kernels.py
+    needs = notebook.metadata.get("kaggle_mgpu")
+    notebook.metadata = nbformat.from_dict(METADATA | ({"kaggle_mgpu": needs} if needs else {}))
     for tag in ("payload", "parameters"):
         found = sum(tag in tags(cell) for cell in notebook.cells)
         if found != 1:
@@ -362,6 +365,40 @@ def parameters(notebook: Any) -> dict[str, Any]:
     return found
 
 
+def config_fields(notebook: Any) -> list[str]:
+    """What the notebook's Config takes: the fields of each class Config in the payload's recipes, and TrainConfig's."""
+    found: list[str] = []
+    for cell in notebook.cells:
+        for name, content in payload_files(cell.source).items() if "payload" in tags(cell) else ():
+            if name != "kaggle_mgpu/config.py" and "/recipes/" not in name:
+                continue
+            for node in ast.parse(content).body:
+                if isinstance(node, ast.ClassDef) and node.name in ("Config", "TrainConfig"):
+                    fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+                    found += [
+                        field.target.id
+                        for field in fields
+                        if isinstance(field.target, ast.Name) and "ClassVar" not in ast.unparse(field.annotation)
+                    ]
+    return list(dict.fromkeys(found))
+
+
+def check_names(notebook: Any, given: Iterable[str], where: str) -> None:
+    """Whether the notebook knows these parameters: papermill only warns of one that it does not.
+
+    Raises:
+        NotebookError: it does not; the message lists those it has.
+    """
+    known, fields = list(parameters(notebook)), config_fields(notebook)
+    for name in given:
+        if name not in known and name not in fields:
+            near = difflib.get_close_matches(name, [*known, *fields], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            more = [field for field in fields if field not in known]
+            more_text = f" Its Config also takes: {', '.join(more)}." if more else ""
+            raise NotebookError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(known)}.{more_text}")
+
+
 def literal(text: str) -> Any:
     """The Python value that a command line's text stands for: 1e-4 is a float, None is None, what is neither a str."""
     try:
@@ -378,15 +415,10 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
     """
     nbformat, papermill = _library("nbformat"), _library("papermill")
     notebook = nbformat.read(path, as_version=4)
-    known = parameters(notebook)
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise NotebookError(f"{path.name} has no parameter {name!r}.{hint} It has: {', '.join(known)}.")
+    check_names(notebook, given, path.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / str({**known, **given}.get("output_dir", "")) / "result.json"
+    result = folder / str({**parameters(notebook), **given}.get("output_dir", "")) / "result.json"
     os.environ.setdefault("KAGGLE_MGPU_DISPLAY", "lines")  # nobody watches the cell: lines, as in a Kaggle batch run
     before = time.time()
     try:

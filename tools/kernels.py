@@ -1,0 +1,203 @@
+"""Take a notebook to Kaggle with the kaggle CLI, and bring its results back.
+
+    pip install kaggle six                                              # and a token, as Kaggle's settings page says
+    python tools/kernels.py init --user NAME                            # once: your user name into kernel-metadata.json
+    python tools/kernels.py push text_generation -p epochs=5 --dataset owner/my-text
+    python tools/kernels.py wait text_generation                        # exit code 0: COMPLETE, and finished
+    python tools/kernels.py output text_generation                      # into runs/SLUG/vN/
+    python tools/kernels.py relay text_generation -p epochs=200         # as many sessions as it takes: tools/relay.py
+    python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3]     # here, or with --push on Kaggle: tools/sweep.py
+
+What is pushed is one self-contained notebook in build/kernels/SLUG. Slug and title come from the notebook's name, all
+else from the top-level kernel-metadata.json and from what the notebook needs itself, which stands in its source's
+header: any `*_sources` of kernel-metadata.json, enable_internet, docker_image, machine_shape.
+
+    # ---
+    # jupyter:
+    #   kaggle_mgpu:
+    #     competition_sources: [vesuvius-challenge-surface-detection]
+    # ---
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # its neighbours, however this file was loaded
+
+import kaggle_cli
+import notebooks
+import relay
+import sweep
+from kaggle_cli import KaggleError
+from kernel import (
+    SMALL,
+    SOURCES,
+    Kernel,
+    KernelError,
+    Outcome,
+    assignments,
+    kernel_from,
+    log_end,
+    metadata,
+    read_json,
+    wait_for,
+)  # fmt: skip
+from notebooks import ROOT, NotebookError
+
+
+# The command line
+def _init(root: Path, arguments: argparse.Namespace) -> int:
+    path = root / "kernel-metadata.json"
+    about = read_json(path)
+    if not re.fullmatch(r"[\w-]+", arguments.user):
+        raise KernelError(f"--user: expected the name in the address of your Kaggle profile, got {arguments.user!r}")
+    about["id"] = f"{arguments.user}/{str(about.get('id', '')).partition('/')[2]}"
+    if arguments.notebook:
+        kernel = kernel_from(root, arguments.notebook, arguments.user)
+        needs = notebooks.build(notebooks.sources(root, [arguments.notebook])[0], root / "kaggle_mgpu").metadata
+        about = metadata(root, kernel, needs.get("kaggle_mgpu", {}))
+        about["code_file"] = f"notebooks/{kernel.notebook}.ipynb"
+    path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    print(f"{path}: {about['id']}, {about['code_file']}. From here `kaggle kernels push` pushes it.")
+    return 0
+
+
+def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    pushed = kernel.push(again=arguments.again)
+    print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
+    return 0
+
+
+def _status(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    status = kaggle_cli.status(kernel.id)
+    print(f"{kernel.id}: {status.state}" + (f": {status.message}" if status.message else ""))
+    return 0 if status.active or status.state == "COMPLETE" else 1
+
+
+def _logs(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    kaggle_cli.follow(kernel.id, lambda line: print(line, flush=True))
+    return 0
+
+
+def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    folder = kernel.results(arguments.version)
+    files = kaggle_cli.output(kernel.id, folder)
+    if not files:
+        raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
+    print(f"{Outcome.of(folder).text}\n{len(files)} files in {folder}")
+    return 0
+
+
+def _wait(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    status = wait_for(kernel.id, arguments.interval, lambda text: print(text, flush=True))
+    folder = kernel.results(arguments.version)
+    kaggle_cli.output(kernel.id, folder, SMALL)
+    outcome = Outcome.of(folder)
+    print(outcome.text)
+    if status.state == "COMPLETE" and outcome.finished:
+        return 0
+    if status.state != "COMPLETE":
+        print(f"{status.state}: {status.message or 'no message'}. The log ends:\n{log_end(folder)}", file=sys.stderr)
+    elif outcome.results:
+        print("not finished: push it again with its output as an input, or use relay", file=sys.stderr)
+    return 1
+
+
+def _relay(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    return relay.run(kernel, carry=arguments.carry, interval=arguments.interval, anew=arguments.anew, say=_say)
+
+
+def _sweep(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    return sweep.run(kernel, push=arguments.push, interval=arguments.interval, say=_say)
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: the one this file is in)")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, function: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(function=function)
+        if name != "init":
+            made.add_argument("kernel", help="a notebook's name such as text_generation; or owner/slug")
+            made.add_argument("--user", help="your Kaggle user name (default: as in kernel-metadata.json, see init)")
+        return made
+
+    def what(made: argparse.ArgumentParser) -> None:
+        made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
+        made.add_argument("--title", help="another than the notebook's name makes; the slug follows from it")
+        for name in ("dataset", "competition", "kernel", "model"):
+            flag = f"--{name}" if name != "kernel" else "--kernel-source"
+            made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
+
+    def patience(made: argparse.ArgumentParser, seconds: float = 60) -> None:
+        made.add_argument("--interval", type=float, default=seconds, help="seconds between questions (default: 60)")
+
+    init = command("init", _init, "put your user name into the top-level kernel-metadata.json")
+    init.add_argument("--user", required=True)
+    init.add_argument("notebook", nargs="?", help="also make it the notebook that `kaggle kernels push` pushes")
+    push = command("push", _push, "build, check and push a notebook, and start it")
+    what(push)
+    push.add_argument("--again", action="store_true", help="even where the kernel is running: that costs quota twice")
+    command("status", _status, "exit code 1: it ended with ERROR or was cancelled")
+    command("logs", _logs, "the log as plain lines, live where it is running")
+    for name, function, text in (
+        ("output", _output, "fetch all files and the log of the newest version into runs/SLUG/vN/"),
+        ("wait", _wait, "until it has ended; exit code 0 only for COMPLETE with every result.json finished"),
+    ):
+        made = command(name, function, text)
+        made.add_argument("--version", type=int, help="the N of vN (default: the last version pushed from here)")
+        patience(made) if name == "wait" else None
+    relayed = command("relay", _relay, "session after session until the training is finished; start it again any time")
+    what(relayed)
+    patience(relayed)
+    relayed.add_argument(
+        "--carry",
+        choices=["kernel", "dataset"],
+        help="how a session gets the last one's checkpoints. kernel (default): its output as an input, nothing passes "
+        "through this machine. dataset: fetched here and uploaded as a version of a private dataset, which is slower "
+        "but certain: which version of its own output a kernel gets is not documented, and after an ERROR it may be "
+        "an older one. The relay notices that, stops, and can go on with the other route.",
+    )
+    relayed.add_argument("--anew", action="store_true", help="forget an earlier relay of this kernel")
+    swept = command("sweep", _sweep, "a run for each combination of the values in lists, and a table of the results")
+    what(swept)
+    patience(swept)
+    swept.add_argument("--push", action="store_true", help="on Kaggle, two sessions at a time, instead of here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    root = arguments.root.resolve()
+    try:
+        if arguments.command == "init":
+            return _init(root, arguments)
+        kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
+        if hasattr(arguments, "parameter"):
+            kernel.parameters = assignments(arguments.parameter)
+            kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
+        code: int = arguments.function(kernel, arguments)
+        return code
+    except (KernelError, KaggleError, NotebookError) as error:
+        print(kaggle_cli.redacted(str(error)), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing on Kaggle was", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""A training that takes more sessions than one: push, wait, and push again with the last output attached.
+
+    python tools/kernels.py relay text_generation -p epochs=200
+
+What has been done is in build/kernels/SLUG/relay.json, written before and after every push, so the relay can be stopped
+and started again at any time. A session is judged by the steps of its newest checkpoints, not by its state alone: one
+that Kaggle killed at its limit and that saved on the way has got on. It stops, with the reason, when a session made no
+progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a session that is not
+the relay's. Started again after that, it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import kaggle_cli
+from kaggle_cli import KaggleError
+from kernel import SMALL, Kernel, KernelError, Outcome, log_end, read_json, wait_for, write_json
+from notebooks import NotebookError
+
+FAILED_ITSELF = re.compile(r"PapermillExecutionError|CellExecutionError|DeadKernelError", re.IGNORECASE)
+"""What papermill writes when a cell raised. A session that Kaggle kills has no time to write anything."""
+
+
+class StopError(KernelError):
+    """The relay cannot or should not go on by itself; the message says why."""
+
+
+@dataclass
+class Session:
+    """One session of the relay."""
+
+    number: int
+    version: int | None = None
+    """Kaggle's; None while it is not known whether the push arrived."""
+    url: str = ""
+    state: str = "PUSHING"
+    step: int = -1
+    """Outcome.step at its end."""
+    finished: bool = False
+    folder: str = ""
+    """Where its output is, under runs/."""
+
+
+@dataclass
+class State:
+    """relay.json."""
+
+    name: str
+    """Told apart by it from any other relay of the same kernel."""
+    notebook: str
+    parameters: dict[str, Any]
+    sources: dict[str, list[str]]
+    carry: str
+    sessions: list[Session] = field(default_factory=list)
+    stopped: str = ""
+    """Why it does not go on by itself."""
+
+    @classmethod
+    def read(cls, path: Path) -> State | None:
+        content = read_json(path)
+        if not content:
+            return None
+        content["sessions"] = [Session(**session) for session in content["sessions"]]
+        return cls(**content)
+
+    @property
+    def best(self) -> Session | None:
+        """The session that got furthest; of several the newest."""
+        return max(self.sessions, key=lambda s: (s.step, s.number), default=None)
+
+
+def run(
+    kernel: Kernel, *, carry: str | None, interval: float, anew: bool = False, say: Callable[[str], object] = print
+) -> int:
+    """Relay until the training is finished; the exit code.
+
+    Raises:
+        KernelError: another relay of this kernel runs, or an earlier one had other parameters.
+    """
+    kernel.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(kernel):
+        relay = _Relay(kernel, carry, interval, anew, say)
+        try:
+            relay.go()
+        except (KernelError, NotebookError, KaggleError) as error:
+            relay.state.stopped = kaggle_cli.redacted(str(error))
+            relay.save()
+            raise StopError(
+                f"the relay of {kernel.id} stopped: {relay.state.stopped}\nThe same command goes on with it."
+            ) from None
+        return 0
+
+
+@contextlib.contextmanager
+def _alone(kernel: Kernel) -> Iterator[None]:
+    with open(kernel.folder / "relay.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise KernelError(f"another relay of {kernel.id} is at work on this machine") from None
+        yield
+
+
+class _Relay:
+    def __init__(
+        self, kernel: Kernel, carry: str | None, interval: float, anew: bool, say: Callable[[str], object]
+    ) -> None:
+        self.kernel, self.interval, self.say = kernel, interval, say
+        self.path = kernel.folder / "relay.json"
+        state = None if anew else State.read(self.path)
+        if state is None:
+            name = secrets.token_hex(4)
+            state = State(name, kernel.notebook, kernel.parameters, kernel.sources, carry or "kernel")
+        elif kernel.parameters or kernel.sources:
+            given = json.loads(json.dumps([kernel.parameters, kernel.sources]))
+            if given != [state.parameters, state.sources]:
+                raise KernelError(
+                    f"{self.path} is a relay with {state.parameters} {state.sources}. Give the same (or nothing) to "
+                    f"go on with it; --anew, or another --title, to begin another."
+                )
+        state.carry = carry or state.carry
+        kernel.notebook, kernel.parameters, kernel.sources = state.notebook, state.parameters, state.sources
+        if state.stopped:
+            say(f"it had stopped: {state.stopped}\ngoing on")
+            state.stopped = ""
+        self.state = state
+
+    def save(self) -> None:
+        write_json(self.path, dataclasses.asdict(self.state))
+
+    def go(self) -> None:
+        """Session after session, from wherever the last start of this relay left off."""
+        sessions = self.state.sessions
+        while True:
+            if sessions and sessions[-1].state in ("PUSHING", "PUSHED"):
+                if sessions[-1].state == "PUSHING" and not self.arrived(sessions[-1]):
+                    sessions.pop()
+                    continue
+                self.end(sessions[-1])
+                self.judge(sessions[-1])
+            if sessions and sessions[-1].finished:
+                return self.finish(sessions[-1])
+            self.push()
+
+    # One session
+    def marker(self, number: int) -> str:
+        """Stands above the parameters in the pushed notebook: by it a session is known as this relay's."""
+        return f"Parameters, session {number} of relay {self.state.name}"
+
+    def push(self) -> None:
+        """Begin the next session, with the checkpoints of the one that got furthest among its inputs."""
+        now = kaggle_cli.status_if_any(self.kernel.id)
+        if now is not None and now.active:
+            raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
+        best, number = self.state.best, len(self.state.sessions) + 1
+        self.kernel.sources = {name: list(listed) for name, listed in self.state.sources.items()}
+        if best is not None and best.step > 0:
+            name, source = self.attach(best)
+            self.kernel.sources[name] = [*self.kernel.sources.get(name, []), source]
+        session = Session(number)
+        self.state.sessions.append(session)
+        self.save()  # before the push: should this process end in the middle of it, the next start finds out
+        try:
+            pushed = self.kernel.push(self.marker(number), again=True)
+        except kaggle_cli.SourcesError as error:  # it runs, for nothing: to be waited for before anything else
+            session.version, session.url, session.state = error.pushed.version, error.pushed.url, "PUSHED"
+            raise StopError(f"{error}\nIf it is the kernel's own output that is refused: --carry dataset") from None
+        except (KernelError, NotebookError, kaggle_cli.RefusedError):
+            self.state.sessions.pop()  # after any other error it may have arrived
+            raise
+        session.version, session.url, session.state = pushed.version, pushed.url, "PUSHED"
+        self.save()
+        self.say(f"session {number}: version {pushed.version}, {pushed.url}")
+
+    def attach(self, best: Session) -> tuple[str, str]:
+        """The input by which the next session gets the checkpoints of `best`: (kind, name)."""
+        newest = self.state.sessions[-1]
+        if self.state.carry == "kernel":
+            # with its version only where it must be an older one, as far as Kaggle heeds it
+            return "kernel_sources", self.kernel.id + ("" if best is newest else f"/{best.version}")
+        dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
+        folder = self.kernel.root / best.folder
+        if not any(folder.rglob("checkpoints/step-*/model.safetensors")):
+            if best is not newest:
+                raise StopError(
+                    f"session {best.number} got furthest, but its checkpoints were not fetched, and the CLI gives only "
+                    f"the newest version's output. Fetch them in the browser ({best.url}) into {folder}"
+                )
+            self.fetch(best)
+        self.upload(dataset, folder, best)
+        return "dataset_sources", dataset
+
+    def fetch(self, session: Session) -> None:
+        """What a later session needs of this one's output: of each run the two newest checkpoints, and the best."""
+        folder = self.kernel.root / session.folder
+        newest = []
+        for checkpoints in sorted(folder.rglob("checkpoints")):
+            steps = sorted(path.name for path in checkpoints.glob("step-*"))[-2:]
+            newest += [f"{re.escape(checkpoints.relative_to(folder).as_posix())}/{step}/" for step in steps]
+        pattern = "|".join([*newest, r"(^|/)best/", r"(^|/)(metrics\.jsonl|config\.json)$"])
+        self.say(f"fetching the checkpoints of session {session.number}")
+        kaggle_cli.output(self.kernel.id, folder, pattern)
+        for state in sorted(folder.rglob("checkpoints/step-*/state.json")):
+            if not (state.parent / "model.safetensors").is_file():
+                shutil.rmtree(state.parent)  # only its state.json was fetched, to judge the session by
+
+    def upload(self, dataset: str, folder: Path, session: Session) -> None:
+        """Make what was fetched the newest version of a private dataset, and wait until Kaggle has it ready."""
+        carried = self.kernel.folder / "carry"
+        shutil.rmtree(carried, ignore_errors=True)
+        wanted = ("checkpoints/", "best/", "metrics.jsonl", "config.json", "result.json")
+        for path in sorted(folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and any(part in f"/{name}" for part in (f"/{each}" for each in wanted)):
+                (carried / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, carried / name)
+        self.say(f"uploading step {session.step} to {dataset}")
+        note = f"step {session.step}, session {session.number} of relay {self.state.name}"
+        kaggle_cli.upload(dataset, dataset.split("/")[1].replace("-", " "), carried, note)
+        for _ in range(120):
+            if (status := kaggle_cli.dataset_status(dataset)) == "ready":
+                return
+            time.sleep(min(self.interval, 30))
+        raise StopError(f"{dataset} is {status}, and does not get ready")
+
+    def arrived(self, session: Session) -> bool:
+        """Whether a push whose answer was never seen has arrived, by what Kaggle holds as the newest version."""
+        if kaggle_cli.status_if_any(self.kernel.id) is None:
+            return False
+        source = kaggle_cli.pull(self.kernel.id, self.kernel.folder)
+        if self.marker(session.number) not in source:
+            return False
+        earlier = [other.version or 0 for other in self.state.sessions[:-1]]
+        session.version, session.state = max(earlier, default=0) + 1, "PUSHED"
+        self.save()
+        self.say(f"session {session.number} had been pushed")
+        return True
+
+    def end(self, session: Session) -> None:
+        """Wait until the session has ended, and note how far it got."""
+        status = wait_for(self.kernel.id, self.interval, self.say, just_pushed=True)
+        folder = self.kernel.results(session.version or session.number)
+        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(5):
+            if kaggle_cli.output(self.kernel.id, folder, SMALL):  # the log at least, once Kaggle has put it away
+                break
+            time.sleep(self.interval)
+        outcome = Outcome.of(folder)
+        session.folder = folder.relative_to(self.kernel.root).as_posix()
+        session.step, session.state = outcome.step, status.state
+        session.finished = outcome.finished and status.state == "COMPLETE"
+        self.save()
+        message = f" ({status.message})" if status.message else ""
+        self.say(f"session {session.number} ended: {status.state}{message}, step {session.step}\n{outcome.text}")
+
+    def judge(self, session: Session) -> None:
+        """Whether there is a point in going on after this session.
+
+        Raises:
+            StopError: there is none.
+        """
+        if session.finished:
+            return
+        folder = self.kernel.root / session.folder
+        before = max((other.step for other in self.state.sessions[:-1]), default=0)
+        ended = f"session {session.number} ended with {session.state}"
+        if session.state.startswith("CANCEL"):
+            raise StopError(f"{ended}: somebody cancelled it ({session.url})")
+        log = (folder / "log.txt").read_text(encoding="utf-8") if (folder / "log.txt").is_file() else ""
+        if session.state == "ERROR" and FAILED_ITSELF.search(log):
+            raise StopError(f"{ended}, by an error of its own. The log ends:\n{log_end(folder)}")
+        if session.step <= before:
+            hint = ""
+            if self.state.carry == "kernel" and before > 0 and "going on from" not in log:
+                hint = (
+                    " It did not go on from what was attached: Kaggle gave it another version's. Try --carry dataset."
+                )
+            raise StopError(
+                f"{ended} at step {session.step}, and made no progress: it was {before} before.{hint} "
+                f"The log ends:\n{log_end(folder)}"
+            )
+
+    def finish(self, session: Session) -> None:
+        """Fetch all that the last session left."""
+        folder = self.kernel.root / session.folder
+        kaggle_cli.output(self.kernel.id, folder)
+        self.say(f"finished: step {session.step}, after {len(self.state.sessions)} sessions. All of it is in {folder}")

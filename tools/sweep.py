@@ -1,0 +1,151 @@
+"""A run for each combination of parameter values, here or on Kaggle, and a table of what came out.
+
+    python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3] -p n_layer=[4,8] -p epochs=2
+
+A list is what is swept over, anything else is the same in all runs (a parameter that is a list itself takes a list of
+lists). Each run has its folder in runs/SLUG/sweep-…; started again, finished runs are taken as they are and others go
+on. With --push each combination is a kernel of its own, two sessions at a time as Kaggle allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import kaggle_cli
+import notebooks
+from kaggle_cli import KaggleError
+from kernel import SMALL, Kernel, KernelError, Outcome, read_json
+
+SESSIONS = 2
+"""As many batch sessions with GPUs as Kaggle runs at once for one account."""
+
+
+def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names that are swept over, and every combination of their values with what is the same in all.
+
+    Raises:
+        KernelError: nothing is swept over, or a list is empty.
+    """
+    swept = [name for name, value in parameters.items() if isinstance(value, list)]
+    if not swept or not all(parameters[name] for name in swept):
+        raise KernelError("sweep: expected a list of values to sweep over, such as -p lr=[3e-4,1e-3]")
+    combinations = itertools.product(*(parameters[name] for name in swept))
+    return swept, [{**parameters, **dict(zip(swept, values, strict=True))} for values in combinations]
+
+
+def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], object] = print) -> int:
+    """Run all combinations; 0 if every one finished."""
+    swept, settings = points(kernel.parameters)
+    source = notebooks.sources(kernel.root, [kernel.notebook])[0]
+    notebooks.check_names(notebooks.build(source, kernel.root / "kaggle_mgpu"), kernel.parameters, source.name)
+    outcomes = _on_kaggle(kernel, swept, settings, interval, say) if push else _here(kernel, swept, settings, say)
+    text = table(swept, settings, outcomes)
+    path = kernel.root / "runs" / kernel.slug / "sweep.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"\n{text}\n{path}")
+    return 0 if all(outcome.finished for outcome in outcomes) else 1
+
+
+def _here(
+    kernel: Kernel, swept: list[str], settings: list[dict[str, Any]], say: Callable[[str], object]
+) -> list[Outcome]:
+    source = notebooks.sources(kernel.root, [kernel.notebook])[0]
+    built = kernel.root / "build" / "kernels" / kernel.slug / "sweep.ipynb"
+    built.parent.mkdir(parents=True, exist_ok=True)
+    built.write_text(notebooks.dumps(notebooks.build(source, kernel.root / "kaggle_mgpu")), encoding="utf-8")
+    outcomes = []
+    for number, given in enumerate(settings, 1):
+        # named by what was given, so that a sweep with one value more finds the runs it has already
+        name = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]
+        folder = kernel.root / "runs" / kernel.slug / f"sweep-{name}"
+        say(f"run {number} of {len(settings)}: {_shown(swept, given)}, in {folder}")
+        try:
+            notebooks.run(built, given, folder / "notebook.ipynb", folder)
+        except notebooks.NotebookError as error:
+            say(str(error))
+        outcomes.append(Outcome.of(folder))
+    return outcomes
+
+
+def _on_kaggle(
+    kernel: Kernel, swept: list[str], settings: list[dict[str, Any]], interval: float, say: Callable[[str], object]
+) -> list[Outcome]:
+    kernels = [
+        dataclasses.replace(kernel, title=f"{kernel.title[:38]} Sweep {number}", parameters=given)
+        for number, given in enumerate(settings, 1)
+    ]
+    outcomes: dict[int, Outcome] = {}
+    running: list[int] = []
+    waiting = list(range(len(kernels)))
+    begun = dict.fromkeys(waiting, float("-inf"))
+    while waiting or running:
+        while waiting and len(running) < SESSIONS:
+            number = waiting[0]
+            each = kernels[number]
+            if _pushed_before(each):
+                say(f"{each.id}: pushed before with the same content")
+            else:
+                try:
+                    pushed = each.push()
+                    begun[number] = time.monotonic()
+                    say(f"{_shown(swept, each.parameters)}: {pushed.url}")
+                except kaggle_cli.RefusedError as error:
+                    if not running:
+                        raise
+                    say(f"{error}: trying again when a session has ended")
+                    break
+            running.append(waiting.pop(0))
+        for number in list(running):
+            each = kernels[number]
+            try:
+                status = kaggle_cli.status(each.id)
+            except KaggleError as error:
+                say(str(error))
+                continue
+            # just after a push an end may be that of the session before
+            if not status.active and time.monotonic() - begun[number] >= 2 * interval:
+                kaggle_cli.output(each.id, each.results(), SMALL)
+                outcomes[number] = Outcome.of(each.results())
+                running.remove(number)
+                say(f"{each.id} ({_shown(swept, each.parameters)}): {status.state}\n{outcomes[number].text}")
+        if running:
+            time.sleep(interval)
+    return [outcomes[number] for number in range(len(kernels))]
+
+
+def _pushed_before(kernel: Kernel) -> bool:
+    """Whether the kernel's newest version is this very one, so that it need not be pushed again."""
+    if read_json(kernel.record).get("sha256") != kernel.build():
+        return False
+    status = kaggle_cli.status_if_any(kernel.id)
+    return status is not None and (status.active or status.state == "COMPLETE")
+
+
+def _shown(swept: list[str], given: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={given[name]!r}" for name in swept)
+
+
+def table(swept: list[str], settings: list[dict[str, Any]], outcomes: list[Outcome]) -> str:
+    """Markdown: a row for each combination, with the metrics of its last result."""
+    rows = []
+    for outcome in outcomes:
+        said = list(outcome.results.values())[-1] if outcome.results else {}
+        rows.append({"finished": "yes" if outcome.finished else "no", "step": outcome.step, "best": said.get("best")})
+        rows[-1] |= {**(said.get("metrics") or {}), "seconds": said.get("seconds")}
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join([*swept, *columns])} |", "|" + "---|" * (len(swept) + len(columns))]
+    for given, row in zip(settings, rows, strict=True):
+        cells = [repr(given[name]) for name in swept] + [_cell(row.get(name)) for name in columns]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
