@@ -328,7 +328,7 @@ class Report:
         size = 2.5 + 0.7 * len(counts)
         figure = Figure(figsize=(size + 1, size), layout="constrained")
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1)
+        image = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
         for i, row in enumerate(counts.tolist()):
             for j, count in enumerate(row):
                 axes.text(j, i, count, ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")

@@ -145,7 +145,7 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
         test=None,
         classes=ACTIVITIES,
         channels=CHANNELS,
-        source="SYNTHETIC signals of invented people (no data_path, no input in a known layout, no BasicMotions)",
+        source="SYNTHETIC signals of invented people",
         note="figures on them say that the code works, nothing about people",
     )
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import warnings
 import zipfile
 from array import array
 from collections.abc import Iterable, Sequence
@@ -189,7 +190,9 @@ def _column(file: Path) -> list[tuple[int, int]]:
 def _matrix(file: Path, length: int | None) -> NDArray[np.float32]:
     """Lines of numbers, all `length` long (None: as the first); float32 (lines, length)."""
     try:
-        rows: NDArray[np.float32] = np.loadtxt(file, dtype=np.float32, ndmin=2, comments=None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are no lines: said below
+            rows: NDArray[np.float32] = np.loadtxt(file, dtype=np.float32, ndmin=2, comments=None)
         good = rows.size > 0 and length in (None, rows.shape[1]) and bool(np.isfinite(rows).all())
     except ValueError:
         good = False
