@@ -34,7 +34,8 @@ from torch.utils.data import Dataset
 from kaggle_mgpu import devices, distributed
 from kaggle_mgpu.config import TrainConfig
 from kaggle_mgpu.launch import launch
-from kaggle_mgpu.trainer import Result, Task, train
+from kaggle_mgpu.task import Result, Task
+from kaggle_mgpu.trainer import train
 
 from .model import CHANCES, Network, augment, triads
 from .sources import Windows, digest, find, split
@@ -79,8 +80,9 @@ class Config(TrainConfig):
     augment: bool = True
     """Show each window in each epoch as if another had worn the device: turned, shifted, stretched in time and
     strength. What is drawn for a window does not depend on how the batch is split."""
-    turn_degrees: float = 10.0
-    """Standard deviation of that turn around each axis; for channels named as NAME_x, NAME_y, NAME_z."""
+    turn_degrees: float = 5.0
+    """Standard deviation of that turn around each axis; for channels named as NAME_x, NAME_y, NAME_z. Sitting and
+    standing may differ by few degrees in how a device at the waist hangs: more is not better there."""
     label_smoothing: float = 0.1
     """In the training loss alone."""
     global_batch_size: int | None = 64
