@@ -598,6 +598,18 @@ def test_it_learns_and_is_measured_on_people_it_never_saw(tmp_path, npz, capsys)
     assert "already finished" in capsys.readouterr().out
 
 
+def test_under_torchrun_one_rank_speaks_and_tests(tmp_path, npz):
+    config = small(tmp_path, npz, max_steps=2)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "kaggle_mgpu", "train", "activity_recognition", "--config", str(tmp_path / "config.json")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("signals: ") == done.stdout.count("nearest centroid") == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2
+    assert (tmp_path / "run" / "test.json").is_file()
+
+
 def test_an_unfinished_run_is_not_tested(tmp_path, npz):
     config = small(tmp_path, npz, max_steps=1)
     task = ActivityRecognition(config)

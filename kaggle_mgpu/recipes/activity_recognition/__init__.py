@@ -449,6 +449,7 @@ def task(config: Config) -> ActivityRecognition:
 
 def run(config: Config) -> Result:
     """What the command line does: train, and when that has finished, test."""
+    distributed.init()  # under torchrun this is one of several, of whom one speaks
     what = task(config)
     if distributed.is_main():
         print(what.describe(), flush=True)
