@@ -210,6 +210,11 @@ NPZ_FAULTS = {
     ),
     "nan": (arrays(x=NAN), r"a\.npz: x\[4, 2, 9\] is nan, not a finite number"),
     "missing": ({"x": NAN, "y": [0]}, r"a\.npz: no array subject; it has x, y"),
+    "short": (arrays(x=np.zeros((12, 3, 7))), r"a\.npz: windows of 7 moments are too short, expected 8 or more"),
+    "no label": (
+        {**{name: array for name, array in arrays().items() if name != "classes"}, "y": [0.0, np.nan] * 6},
+        r"a\.npz: y\[1\]: expected a label, got nan",
+    ),
     "channels": (arrays(channels=["a"]), r"a\.npz: channels: expected 3 names, as x has, got 1"),
     "objects": (arrays(y=np.array([{}] * 12)), r"a\.npz: not a readable \.npz of plain arrays"),
 }
@@ -324,7 +329,7 @@ def test_a_path_that_holds_nothing_is_an_error(tmp_path):
 
 # Embedded data
 def fake_package(folder, package, suffix):
-    """An installed package with BasicMotions files in the published format: 4 classes, windows of (6, 5)."""
+    """An installed package with BasicMotions files in the published format: 4 classes, windows of (6, 8)."""
     here = folder / package / embedded.FOLDERS[package]
     here.mkdir(parents=True)
     # a package that breaks when it is imported: it need not be
@@ -332,7 +337,7 @@ def fake_package(folder, package, suffix):
     for part, offset in (("TRAIN", 0), ("TEST", 1000)):
         lines = ["#Four students" if suffix == ".ts" else "%Four students", "@problemName BasicMotions", "@data"]
         for i in range(12):
-            rows = [",".join(str(offset + i * 10 + c + t / 10) for t in range(5)) for c in range(6)]
+            rows = [",".join(str(offset + i * 10 + c + t / 10) for t in range(8)) for c in range(6)]
             name = ("Standing", "Running", "Walking", "Badminton")[i % 4]
             lines.append(":".join([*rows, name]) if suffix == ".ts" else "'" + r"\n".join(rows) + f"',{name}")
         (here / f"BasicMotions_{part}{suffix}").write_text("\n".join(lines) + "\n")
@@ -345,7 +350,7 @@ def test_basic_motions_is_read_from_an_installed_package(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     task = ActivityRecognition(Config(val_fraction=0.3))
     w = task.windows
-    assert w.x.shape == (24, 6, 5)
+    assert w.x.shape == (24, 6, 8)
     assert w.x[13, 2, 3] == pytest.approx(1000 + 10 + 2 + 0.3)
     assert w.classes == ("Badminton", "Running", "Standing", "Walking")
     assert [w.classes[label] for label in w.y[:4]] == ["Standing", "Running", "Walking", "Badminton"]
@@ -629,7 +634,8 @@ def test_without_validation_the_final_weights_are_tested(tmp_path, npz):
 
 
 def test_the_strategies_side_by_side_give_the_same_model(tmp_path, npz):
-    config = small(tmp_path, npz, nproc=2)
+    # a batch per GPU, of which the global one follows: it must be the same for one GPU as for two
+    config = small(tmp_path, npz, nproc=2, global_batch_size=None, micro_batch_size=16)
     rows = ar.side_by_side(config, ActivityRecognition(config), steps=6)
     assert [(row["strategy"], row["replicas"]) for row in rows] == [("single", 1), ("dp", 2), ("ddp", 2)]
     for row in rows:

@@ -134,11 +134,15 @@ def augment(
     x = x.gather(2, index) * (1 - part) + x.gather(2, index + 1) * part
     x = x * (stretch * chance[:, 3]).exp()[:, None, None]
     turn = rotations(math.radians(degrees) * chance[:, :3])
-    for sensor in sensors:
-        # sums of products rather than a matrix product, which autocast would do in half precision
-        turned = (turn[..., None] * x[:, None, list(sensor)]).sum(2)
-        x = x.index_copy(1, torch.tensor(sensor, device=x.device), turned)
-    return x
+    rows = list(x.unbind(1))
+    # sums of products rather than a matrix product, which autocast would do in half precision; and no index that would
+    # have to be copied to the device in each step
+    axes = [torch.stack([rows[sensor[k]] for sensor in sensors], 1) for k in range(3)] if sensors else []  # (B, n, T)
+    for k in range(len(axes)):
+        turned = sum(turn[:, k, i, None, None] * axis for i, axis in enumerate(axes))
+        for sensor, row in zip(sensors, turned.unbind(1), strict=True):  # type: ignore[union-attr]
+            rows[sensor[k]] = row
+    return torch.stack(rows, 1)
 
 
 def rotations(vectors: Tensor) -> Tensor:

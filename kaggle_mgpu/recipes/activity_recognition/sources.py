@@ -37,6 +37,8 @@ UCI_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "tota
 UCI_ACTIVITIES = ("WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING")
 CSV_COLUMNS = ["subject", "label", "time"]
 NPZ_ARRAYS = ("x", "y", "subject")
+SHORTEST = 8
+"""Moments in a window: the network halves them twice."""
 LAYOUTS = (
     "the UCI HAR layout (train/Inertial Signals, test/Inertial Signals), an .npz file with the arrays x, y and "
     "subject, or .csv with the columns subject,label,time,CHANNEL,..."
@@ -72,16 +74,23 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
         path = Path(data_path).expanduser().resolve()
         if not path.exists():
             raise FileNotFoundError(f"data_path: no such file or folder: {path}")
-        found = _known(path)
-        if found is None:
-            raise ValueError(f"data_path: {path} is not in a known layout. Expected {LAYOUTS}")
-        return _read(*found, window, stride), "data_path"
-    found = _known(session.input_root())
+        reason = "data_path"
+    else:
+        path, reason = session.input_root(), "found among the inputs"
+    found = _known(path)
     if found is not None:
-        return _read(*found, window, stride), "found among the inputs"
-    from .embedded import embedded
+        windows = _read(*found, window, stride)
+    elif data_path is not None:
+        raise ValueError(f"data_path: {path} is not in a known layout. Expected {LAYOUTS}")
+    else:
+        from .embedded import embedded  # which imports from here
 
-    return embedded(), "no data_path, and nothing in a known layout among the inputs"
+        windows, reason = embedded(), "no data_path, and nothing in a known layout among the inputs"
+    if windows.x.shape[2] < SHORTEST:
+        raise ValueError(
+            f"{windows.source}: windows of {windows.x.shape[2]} moments are too short, expected {SHORTEST} or more"
+        )
+    return windows, reason
 
 
 def _known(place: Path) -> tuple[str, Path] | None:
@@ -261,6 +270,9 @@ def read_npz(file: Path) -> Windows:
             at = int(wrong[0])
             raise ValueError(f"{file}: y[{at}]: label {y[at]} is out of range, expected 0 to {len(classes) - 1}")
     else:
+        if y.dtype.kind == "f" and not np.isfinite(y).all():
+            at = int(np.flatnonzero(~np.isfinite(y))[0])
+            raise ValueError(f"{file}: y[{at}]: expected a label, got {y[at]}")
         names, y = np.unique(y, return_inverse=True)
         classes = tuple(map(str, names))
     channels = tuple(map(str, arrays.get("channels", range(x.shape[1]))))
@@ -295,6 +307,7 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
         if _csv_header(file) != header:
             raise ValueError(f"{file}, line 1: expected the columns of {files[0].name}, {','.join(header)}")
         whose: list[tuple[str, str]] = []
+        known: dict[tuple[str, str], tuple[str, str]] = {}  # each pair once in memory, not once a row
         values = array("d")
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = csv.reader(lines)
@@ -307,7 +320,8 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
                     raise ValueError(f"{place}: expected {len(header)} values, as the first line has, got {len(row)}")
                 if not row[0].strip() or not row[1].strip():
                     raise ValueError(f"{place}: expected a subject and a label, got {','.join(row[:2])!r}")
-                whose.append((row[0].strip(), row[1].strip()))
+                pair = row[0].strip(), row[1].strip()
+                whose.append(known.setdefault(pair, pair))
                 values.extend(_numbers(row[2:], place))
         table = np.array(values).reshape(-1, len(header) - 2)
         steps = np.diff(table[:, 0])
