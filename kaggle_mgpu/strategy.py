@@ -391,7 +391,7 @@ def _replica(module: nn.Module, index: int) -> nn.Module:
         if index > 0:
             copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
-            if parameter is None:  # bias=False: the attribute is there all the same
+            if parameter is None:  # a layer without bias still has the name
                 copy._parameters[name] = None
             else:
                 views.setdefault(parameter, parameter.view_as(parameter))
