@@ -1,0 +1,133 @@
+# %% [markdown]
+# # Human activity recognition on two GPUs
+#
+# This notebook learns from accelerometer and gyroscope signals what somebody is doing, on every GPU of the session, and
+# measures it on people whom the model has never seen.
+# On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
+# Add the UCI HAR dataset as an input, or your own signals as .npz or .csv (how they must look is told if they do not):
+# they are found. Without any it trains on BasicMotions from an installed package, else on synthetic signals.
+
+# %% [markdown]
+# The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
+
+# %% tags=["payload"]
+# tools/notebooks.py build puts the package here. Run from a checkout, this source needs nothing in this cell.
+
+# %%
+from kaggle_mgpu import env
+
+env.fix()  # before anything else is imported
+
+from pathlib import Path
+
+from kaggle_mgpu import devices, launch, notebook_parameters, train
+from kaggle_mgpu.recipes.activity_recognition import ActivityRecognition, Config, comparison, measure, side_by_side
+
+# %matplotlib inline
+print(devices.report())
+
+# %% [markdown]
+# ## Parameters
+#
+# `global_batch_size` counts windows per optimizer step over all GPUs. Give `micro_batch_size` (windows per GPU) and
+# `global_batch_size = None` instead, and the batch grows with the number of GPUs; the learning rate then grows with it,
+# which is what `lr_scaling = "linear"` means. Any other field of `Config` can be set in this cell too.
+
+# %% tags=["parameters"]
+# Parameters of this notebook
+data_path = None  # the UCI HAR folder, an .npz, a .csv or a folder of them; None: what is found among the inputs
+test_fraction = 0.2  # of the subjects, where the data has no published test set
+val_fraction = 0.15  # of the other subjects: they choose the best weights
+epochs = 20
+max_steps = None  # instead of epochs, when given
+global_batch_size = 64
+micro_batch_size = None
+lr = 1e-3  # for a batch of base_batch_size
+base_batch_size = 64
+lr_scaling = "linear"  # none, linear or sqrt
+warmup_steps = 0.1  # steps, or a fraction of the run
+strategy = "auto"  # auto, single, dp or ddp
+nproc = "auto"  # processes; auto: one per GPU
+gpu_ids = None  # "0,1": these GPUs only
+precision = "auto"  # auto, fp32, fp16 or bf16
+augment = True
+eval_every = "epoch"  # steps, epoch or end
+log_every = 10
+time_limit = None  # "45m", "3h": stop in good order after this long; None: shortly before the session ends
+tensorboard = False  # write TensorBoard files into output_dir/tensorboard
+output_dir = "activity_recognition"
+seed = 1337
+compare = True  # single, dp and ddp side by side, a few steps each
+compare_steps = 60
+
+# %%
+# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+parameters = notebook_parameters(globals())
+compare, compare_steps = parameters.pop("compare"), parameters.pop("compare_steps")
+config = Config.from_dict(parameters)
+task = ActivityRecognition(config)
+print(task.describe())
+
+# %% [markdown]
+# ## Training
+#
+# A session that ends early loses little: run the notebook again and training goes on from the newest checkpoint, on as
+# many GPUs as there are then. A finished run returns at once.
+
+# %%
+result = launch(train, config, task)
+print(f"step {result.step} of {result.max_steps} ({result.reason}), {result.seconds:.0f} s of training")
+
+# %%
+result.plot()
+
+# %% [markdown]
+# ## How good is it?
+#
+# On the test set, which neither training nor the choice of the best weights has looked at: the model beside the most
+# frequent class (majority) and the class whose mean window is nearest (nearest centroid; a window is the mean and the
+# standard deviation of each channel). Macro F1 is the mean of the classes' F1 scores.
+
+# %%
+if result.finished:
+    report = measure(task, result)
+    print(report)
+else:
+    report = None
+    print("The test is for a finished run: run this notebook again and it goes on.")
+
+# %%
+report.plot() if report else None
+
+# %% [markdown]
+# ## The strategies side by side
+#
+# The same few steps on one GPU (single), with one process for all GPUs (dp, DataParallel) and with one process per GPU
+# (ddp, DistributedDataParallel): how fast, how much memory, and that the result does not depend on it.
+# Without a GPU two replicas share the CPU: then only the last two columns mean anything.
+
+# %%
+if compare:
+    print(comparison(side_by_side(config, task, compare_steps)))
+
+# %% [markdown]
+# ## What is where
+#
+# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# working folder: add this notebook's own earlier output as an input, and the run is found there.
+
+# %%
+print(f"{result.output_dir}:")
+for name, what in {
+    "model.safetensors": "the final weights, with the mean and standard deviation that signals are normalised by",
+    "best/model.safetensors": "the weights with the lowest validation loss",
+    "test.json": "what the test gave: scores, confusion matrix, classes in their order, accuracy by subject",
+    "confusion.png": "the confusion matrix",
+    "checkpoints": "where a run that was stopped goes on from",
+    "metrics.jsonl": "every number that was logged",
+    "tensorboard": "for TensorBoard",
+    "config.json": "all parameters",
+    "result.json": "how the run ended",
+}.items():
+    if Path(result.output_dir, name).exists():
+        print(f"  {name:24} {what}")
