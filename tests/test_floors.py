@@ -48,7 +48,7 @@ FLOORS: dict[str, set[str]] = {
         "memory",
         "randomness",
     },
-    "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
+    "recipes": {"session", "config", "distributed", "data", "trainer", "optim", "files", "devices", "launch"},
 }
 # rooms that run before anything is installed or imported
 STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch"}
