@@ -100,8 +100,8 @@ class Config(TrainConfig):
 
     global_batch_size: int | None = 8
     """Patches per optimizer step over all GPUs."""
-    micro_batch_size: int | Literal["auto"] | None = 1
-    """Patches per forward pass on one GPU: one of 128^3 in fp16 suits a T4; the rest is accumulation."""
+    micro_batch_size: int | Literal["auto"] | None = "auto"
+    """Patches per forward pass on one GPU; the rest of the global batch is accumulation. auto: as many as fit."""
     epochs: int = 40
     """Passes over the volumes, patches_per_volume patches of each. Ignored when max_steps is given."""
     lr: float = 1e-3

@@ -10,13 +10,15 @@ The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 stacks
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -168,37 +170,37 @@ def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[np
     Raises:
         ValueError: not a readable stack of 8-bit pages of one size; the message names the path.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as stack:
-            pages = int(getattr(stack, "n_frames", 1))
-            _check_page(stack, path, 0, stack.size)
-            stop = pages if stop is None else stop
-            out = np.empty((stop - start, stack.height, stack.width), np.uint8)
-            for i in range(start, stop):
-                stack.seek(i)
-                _check_page(stack, path, i, (out.shape[2], out.shape[1]))
-                out[i - start] = np.asarray(stack)
-            return out
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
+    with _opened(path) as stack:
+        stop = stack.n_frames if stop is None else stop
+        out = np.empty((stop - start, stack.height, stack.width), np.uint8)
+        for i in range(start, stop):
+            stack.seek(i)
+            _check_page(stack, path, i, (out.shape[2], out.shape[1]))
+            out[i - start] = np.asarray(stack)
+        return out
 
 
 def shape_of(path: str) -> tuple[int, int, int]:
-    """(pages, height, width) of a TIFF stack, from its page headers."""
+    """(pages, height, width) of a TIFF stack, from its page headers; raises as `read_stack` does."""
+    with _opened(path) as stack:
+        return stack.n_frames, stack.height, stack.width
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
     from PIL import Image
 
-    try:
-        with Image.open(path) as stack:
-            _check_page(stack, path, 0, stack.size)
-            return int(getattr(stack, "n_frames", 1)), stack.height, stack.width
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, EOFError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
+    with warnings.catch_warnings():
+        # of a file that is cut off pillow only warns, and reads the pages there are
+        warnings.simplefilter("error")
+        try:
+            with Image.open(path, formats=["TIFF"]) as stack:
+                _check_page(stack, path, 0, stack.size)
+                yield stack
+        except FileNotFoundError:
+            raise
+        except (OSError, SyntaxError, EOFError, KeyError, TypeError, Warning) as error:
+            raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
 
 
 def _check_page(page: Any, path: str, number: int, size: tuple[int, int]) -> None:
@@ -463,7 +465,7 @@ def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> N
     # three scrolls, of which the last has one volume: it is the one held out
     scrolls = ["c" if i == train - 1 else "ab"[i % 2] for i in range(train)] + ["d"] * test
     for seed, (name, scroll) in enumerate(zip(ids, scrolls, strict=True)):
-        image, label = synthetic_volume(seed, size, pitch={"a": 9.0, "b": 11.0, "c": 10.0, "d": 10.0}[scroll])
+        image, label = synthetic_volume(seed, size, pitch={"a": 11.0, "b": 13.0, "c": 12.0, "d": 12.0}[scroll])
         part = "train" if seed < train else "test"
         write_stack(folder / f"{part}_images" / f"{name}.tif", image)
         if part == "train":
@@ -486,10 +488,11 @@ def synthetic_volume(seed: int, size: int, pitch: float = 10.0) -> tuple[NDArray
     dy, dx = y - np.float32(centre[0]), x - np.float32(centre[1])
     wave = sum(
         a * np.sin(2 * np.pi * (k[0] * z + k[1] * y + k[2] * x) / size + p)
-        for a, k, p in zip(rng.uniform(1, 3, 4), rng.uniform(-2, 2, (4, 3)), rng.uniform(0, 6.3, 4), strict=True)
+        for a, k, p in zip(rng.uniform(0.5, 2, 4), rng.uniform(-1.2, 1.2, (4, 3)), rng.uniform(0, 6.3, 4), strict=True)
     )
     turns = (np.hypot(dy, dx) + wave) / pitch - np.arctan2(dy, dx) / (2 * np.pi)
-    off = (turns - np.round(turns)) * pitch  # voxels from the sheet's middle
+    steep = np.sqrt(sum(slope**2 for slope in np.gradient(turns)))
+    off = (turns - np.round(turns)) / steep  # voxels from the sheet's middle
     light = 1 + 0.5 * np.sin(2 * np.pi * (x * rng.uniform(-1, 1) + z * rng.uniform(-1, 1)) / size + rng.uniform(0, 6))
     specks = (_smooth(rng.standard_normal((size,) * 3)) > 1.6) * 40.0  # crumbs as bright as papyrus
     grey = 70 * light + 45 * np.exp(-((off / 1.5) ** 2)) + specks + rng.normal(0, 28, (size,) * 3)

@@ -69,6 +69,7 @@ def sliding_window(
     mean, std = np.float32(volume.mean(dtype=np.float64)), np.float32(max(volume.std(dtype=np.float64), 1.0))
     shape = [max(n, size) for n in volume.shape]
     before = [(padded - n) // 2 for padded, n in zip(shape, volume.shape, strict=True)]
+    batch = max(1, min(8, 128**3 // size**3))  # one window of 128^3 fills a GPU; small ones go together
     weight = importance(size)
     corners = list(itertools.product(starts(shape[1], size, overlap), starts(shape[2], size, overlap)))
     slab = (size, shape[1], shape[2])
@@ -82,9 +83,12 @@ def sliding_window(
         block = (volume[low:high].astype(np.float32) - mean) / std
         standard = torch.from_numpy(crop(block, [z - before[0] - low, -before[1], -before[2]], slab, 0))
         layer = torch.zeros(slab) if together else total
-        for y, x in corners[rank::world]:
-            logits = forward(standard[None, None, :, y : y + size, x : x + size])[0, 0]
-            layer[:, y : y + size, x : x + size] += logits * weight
+        mine = corners[rank::world]
+        for i in range(0, len(mine), batch):
+            some = mine[i : i + batch]
+            logits = forward(torch.stack([standard[None, :, y : y + size, x : x + size] for y, x in some]))
+            for (y, x), window in zip(some, logits[:, 0], strict=True):
+                layer[:, y : y + size, x : x + size] += window * weight
             distributed.alive()
         if together:
             total += distributed.sum(layer)
