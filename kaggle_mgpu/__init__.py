@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "config",
-    "Task": "trainer",
-    "Result": "trainer",
+    "Task": "task",
+    "Result": "task",
     "train": "trainer",
 }
 _ROOMS = {
@@ -34,6 +34,7 @@ _ROOMS = {
     "progress",
     "recipes",
     "session",
+    "task",
     "trainer",
 }
 
@@ -43,14 +44,23 @@ if TYPE_CHECKING:
     from . import devices, env, session
     from .config import TrainConfig, notebook_parameters
     from .launch import launch
-    from .trainer import Result, Task, train
+    from .task import Result, Task
+    from .trainer import train
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
+    try:
+        if name in _HOMES:
+            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        if name in _ROOMS:
+            return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(f"{__name__}."):
+            raise AttributeError(
+                f"{error.name} is not in {__path__[0]}: a notebook carries only the modules that it uses. Where you "
+                f"need all of them, install the package or run in a checkout."
+            ) from None
+        raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
