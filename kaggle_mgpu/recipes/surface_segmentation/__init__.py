@@ -41,7 +41,8 @@ from kaggle_mgpu.recipes.surface_segmentation.inference import (
 )
 from kaggle_mgpu.recipes.surface_segmentation.metrics import components, measures
 from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
-from kaggle_mgpu.trainer import Result, Task, train
+from kaggle_mgpu.task import Result, Task
+from kaggle_mgpu.trainer import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -328,6 +329,8 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     def begin() -> None:
         # whoever looks at result.json while this is not done must not take it for done
         _write(out, dataclasses.replace(result, finished=False, reason="trained; the predictions are not complete"))
+        for torn in folder.rglob(".writing-*"):  # by a session that was killed
+            torn.unlink()
         if _read(folder / "stamp.json") != stamp:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "test").mkdir(parents=True)
