@@ -22,7 +22,15 @@ from PIL import Image
 from kaggle_mgpu.files import read_tensors, replace_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes import surface_segmentation as ss
-from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, data, inference, metrics
+from kaggle_mgpu.recipes.surface_segmentation import (
+    Config,
+    SurfaceSegmentation,
+    data,
+    inference,
+    metrics,
+    stacks,
+    synthetic,
+)
 from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Patches, Tiles, Volume
 from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
 from kaggle_mgpu.trainer import train
@@ -41,7 +49,7 @@ def _no_inputs(monkeypatch, tmp_path):
 def made(tmp_path_factory):
     """Volumes of 24^3 in the published layout: three to train on, scroll b's one to hold out, two to predict."""
     folder = tmp_path_factory.mktemp("made") / "scrolls"
-    data.synthesise(folder, size=24, train=4, test=2)
+    synthetic.synthesise(folder, size=24, train=4, test=2)
     return folder
 
 
@@ -142,10 +150,10 @@ def test_whole_scrolls_are_held_out_where_they_are_small_enough():
 # Reading
 def test_a_stack_is_read_back_whole_or_by_its_pages(tmp_path):
     array = volume((5, 7, 9))
-    data.write_stack(tmp_path / "a.tif", array)
-    assert np.array_equal(data.read_stack(str(tmp_path / "a.tif")), array)
-    assert np.array_equal(data.read_stack(str(tmp_path / "a.tif"), 2, 4), array[2:4])
-    assert data.shape_of(str(tmp_path / "a.tif")) == (5, 7, 9)
+    stacks.write_stack(tmp_path / "a.tif", array)
+    assert np.array_equal(stacks.read_stack(str(tmp_path / "a.tif")), array)
+    assert np.array_equal(stacks.read_stack(str(tmp_path / "a.tif"), 2, 4), array[2:4])
+    assert stacks.shape_of(str(tmp_path / "a.tif")) == (5, 7, 9)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.tif"]
     with Image.open(tmp_path / "a.tif") as image:
         assert image.tag_v2[259] == inference.LZW
@@ -216,8 +224,8 @@ def test_what_is_read_once_is_kept_within_bounds_and_gives_the_same_patches(tmp_
 def test_patches_see_sheets_and_are_repeated_by_their_seed(tmp_path):
     image, label = volume((40, 40, 40)), np.zeros((40, 40, 40), np.uint8)
     label[20, 20, 18:22] = 1  # a 16 000th of the volume
-    data.write_stack(tmp_path / "i.tif", image)
-    data.write_stack(tmp_path / "l.tif", label)
+    stacks.write_stack(tmp_path / "i.tif", image)
+    stacks.write_stack(tmp_path / "l.tif", label)
     one, cache = Volume("one", str(tmp_path / "i.tif"), str(tmp_path / "l.tif")), Cache.at(str(tmp_path), 1)
     facts = {"one": data.survey(one, cache)}
     assert facts["one"].counts == (64000 - 4, 4, 0)
@@ -253,8 +261,8 @@ def test_flips_and_rotations_move_image_and_label_alike():
 
 def test_outside_of_a_volume_is_its_mean_and_unlabelled(tmp_path):
     image = volume((5, 20, 9))
-    data.write_stack(tmp_path / "i.tif", image)
-    data.write_stack(tmp_path / "l.tif", (image > 128).astype(np.uint8))
+    stacks.write_stack(tmp_path / "i.tif", image)
+    stacks.write_stack(tmp_path / "l.tif", (image > 128).astype(np.uint8))
     one, cache = Volume("one", str(tmp_path / "i.tif"), str(tmp_path / "l.tif")), Cache.at(str(tmp_path), 1)
     facts = {"one": data.survey(one, cache)}
     patches = Patches([one], facts, cache, size=12, per_volume=8, sheet_fraction=0.5, augment=False)
@@ -414,9 +422,9 @@ def test_specks_are_removed_and_a_missing_scipy_is_found_out_at_the_start(tmp_pa
 def test_a_submission_is_checked_byte_by_byte(tmp_path):
     images, masks = tmp_path / "test_images", {}
     for i, shape in enumerate([(5, 6, 7), (4, 4, 4)]):
-        data.write_stack(images / f"v{i}.tif", volume(shape))
+        stacks.write_stack(images / f"v{i}.tif", volume(shape))
         masks[f"v{i}"] = tmp_path / f"v{i}.tif"
-        data.write_stack(masks[f"v{i}"], (volume(shape) > 99).astype(np.uint8))
+        stacks.write_stack(masks[f"v{i}"], (volume(shape) > 99).astype(np.uint8))
     path = tmp_path / "submission.zip"
     inference.write_submission(path, masks)
     before = path.read_bytes()
@@ -426,11 +434,11 @@ def test_a_submission_is_checked_byte_by_byte(tmp_path):
 
     def refused(expected, **changes):
         for name, array in changes.items():
-            data.write_stack(tmp_path / f"{name}.tif", array)
+            stacks.write_stack(tmp_path / f"{name}.tif", array)
         inference.write_submission(path, {**masks, **{name: tmp_path / f"{name}.tif" for name in changes}})
         with pytest.raises(ValueError, match=expected):
             ss.validate_submission(path, images)
-        data.write_stack(masks["v0"], (volume((5, 6, 7)) > 99).astype(np.uint8))
+        stacks.write_stack(masks["v0"], (volume((5, 6, 7)) > 99).astype(np.uint8))
 
     refused(r"submission\.zip: other\.tif belongs to no volume", other=np.zeros((4, 4, 4), np.uint8))
     refused(r"v0\.tif: expected the shape \(5, 6, 7\), got \(5, 7, 6\)", v0=np.zeros((5, 7, 6), np.uint8))
@@ -495,6 +503,18 @@ def test_again_it_goes_straight_to_what_is_missing(finished, monkeypatch):
     assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path != gone)
 
 
+def test_a_finished_run_among_the_inputs_is_not_trained_again(finished, tmp_path, monkeypatch):
+    config, _, result = finished
+    shutil.copytree(config.output_dir, tmp_path / "kaggle" / "input" / "notebooks" / "me" / "earlier" / "run")
+    monkeypatch.setattr(data, "survey", lambda *_: pytest.fail("no training data is needed"))
+    again = ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path)))
+    assert again.finished
+    assert again.metrics == result.metrics
+    assert [path.name for path in (tmp_path / "new" / "predictions" / "test").iterdir()] != []
+    with pytest.raises(pytest.fail.Exception, match="no training data is needed"):
+        ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path), max_steps=60))
+
+
 def test_two_processes_predict_and_measure_what_one_does(finished, tmp_path):
     config, _, result = finished
     copy = Path(shutil.copytree(config.output_dir, tmp_path / "run"))
@@ -532,10 +552,10 @@ def test_other_weights_or_settings_start_the_predictions_anew(finished, tmp_path
     replace_tensors(copy / "best" / "model.safetensors", weights)
     ss.infer(config, SurfaceSegmentation(config))
     assert stamp.read_text() != before
-    assert data.read_stack(str(mask)).all()
+    assert stacks.read_stack(str(mask)).all()
     final = config.replace(weights="final")
     ss.infer(final, SurfaceSegmentation(final))
-    assert not data.read_stack(str(mask)).all()
+    assert not stacks.read_stack(str(mask)).all()
     assert len(first) > 0
 
 

@@ -10,15 +10,13 @@ The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 stacks
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,11 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu import session
 from kaggle_mgpu.files import write_text
+from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of
+from kaggle_mgpu.recipes.surface_segmentation.synthetic import synthesise
 
 IGNORED = 2
 Array = NDArray[Any]
-SUFFIXES = (".tif", ".tiff")
 MAX_POINTS = 4096
 
 
@@ -161,71 +160,6 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
         held, how = ranked[:wanted], "single volumes"
     names = {volume.id for volume in held}
     return [v for v in volumes if v.id not in names], sorted(held, key=lambda v: v.id), how
-
-
-# TIFF stacks
-def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-    """Pages start ... stop - 1 of a TIFF stack, uint8 (pages, height, width). Only these are decoded.
-
-    Raises:
-        ValueError: not a readable stack of 8-bit pages of one size; the message names the path.
-    """
-    with _opened(path) as stack:
-        stop = stack.n_frames if stop is None else stop
-        out = np.empty((stop - start, stack.height, stack.width), np.uint8)
-        for i in range(start, stop):
-            stack.seek(i)
-            _check_page(stack, path, i, (out.shape[2], out.shape[1]))
-            out[i - start] = np.asarray(stack)
-        return out
-
-
-def shape_of(path: str) -> tuple[int, int, int]:
-    """(pages, height, width) of a TIFF stack, from its page headers; raises as `read_stack` does."""
-    with _opened(path) as stack:
-        return stack.n_frames, stack.height, stack.width
-
-
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        # of a file that is cut off pillow only warns, and reads the pages there are
-        warnings.simplefilter("error")
-        try:
-            with Image.open(path, formats=["TIFF"]) as stack:
-                _check_page(stack, path, 0, stack.size)
-                yield stack
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, EOFError, KeyError, TypeError, Warning) as error:
-            raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
-
-
-def _check_page(page: Any, path: str, number: int, size: tuple[int, int]) -> None:
-    if page.mode != "L" or page.size != size:
-        raise ValueError(
-            f"{path}: page {number}: expected 8-bit grey of {size[0]} x {size[1]}, got mode {page.mode!r} of "
-            f"{page.size[0]} x {page.size[1]}"
-        )
-
-
-def write_stack(path: Path, volume: NDArray[np.uint8]) -> None:
-    """Write a volume (pages, height, width) as a TIFF stack of LZW pages: whole or not at all."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    pages = [Image.fromarray(page) for page in volume]
-    try:
-        with temporary.open("w+b") as file:  # pillow reads back what it has written, to append
-            pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # What is kept of a volume once it was decoded
@@ -449,59 +383,3 @@ def augmented(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     if noise > 0:  # in half of the patches
         image = image + 0.4 * noise * torch.randn(image.shape)
     return image.contiguous(), label.contiguous()
-
-
-# Volumes made up for a try
-def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> None:
-    """Write made-up volumes of size^3 voxels in the competition's format, unless they are there: rolled sheets that
-    wave, in noise and uneven light. They show that the machinery works; what is learnt from them is worth nothing.
-
-    Of each scroll's volumes a corner is unlabelled. The labels of the test volumes are written nowhere.
-    """
-    if (folder / "test.csv").is_file():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = [f"synthetic_{i}" for i in range(train + test)]
-    # three scrolls, of which the last has one volume: it is the one held out
-    scrolls = ["c" if i == train - 1 else "ab"[i % 2] for i in range(train)] + ["d"] * test
-    for seed, (name, scroll) in enumerate(zip(ids, scrolls, strict=True)):
-        image, label = synthetic_volume(seed, size, pitch={"a": 11.0, "b": 13.0, "c": 12.0, "d": 12.0}[scroll])
-        part = "train" if seed < train else "test"
-        write_stack(folder / f"{part}_images" / f"{name}.tif", image)
-        if part == "train":
-            write_stack(folder / "train_labels" / f"{name}.tif", label)
-    for part in ("train", "test"):  # test.csv last: it says that all is there
-        rows = [f"{name},{scroll}" for name, scroll in zip(ids, scrolls, strict=True)]
-        rows = rows[:train] if part == "train" else rows[train:]
-        write_text(folder / f"{part}.csv", "\n".join(["id,scroll_id", *rows]) + "\n")
-
-
-def synthetic_volume(seed: int, size: int, pitch: float = 10.0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One made-up volume: image and label, both (size, size, size) uint8.
-
-    Args:
-        pitch: voxels from one turn of the sheet to the next.
-    """
-    rng = np.random.default_rng(seed)
-    z, y, x = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 3, indexing="ij")
-    centre = rng.uniform(-0.6, -0.2, 2) * size
-    dy, dx = y - np.float32(centre[0]), x - np.float32(centre[1])
-    wave = sum(
-        a * np.sin(2 * np.pi * (k[0] * z + k[1] * y + k[2] * x) / size + p)
-        for a, k, p in zip(rng.uniform(0.5, 2, 4), rng.uniform(-1.2, 1.2, (4, 3)), rng.uniform(0, 6.3, 4), strict=True)
-    )
-    turns = (np.hypot(dy, dx) + wave) / pitch - np.arctan2(dy, dx) / (2 * np.pi)
-    steep = np.sqrt(sum(slope**2 for slope in np.gradient(turns)))
-    off = (turns - np.round(turns)) / steep  # voxels from the sheet's middle
-    light = 1 + 0.5 * np.sin(2 * np.pi * (x * rng.uniform(-1, 1) + z * rng.uniform(-1, 1)) / size + rng.uniform(0, 6))
-    specks = (_smooth(rng.standard_normal((size,) * 3)) > 1.6) * 40.0  # crumbs as bright as papyrus
-    grey = 70 * light + 45 * np.exp(-((off / 1.5) ** 2)) + specks + rng.normal(0, 28, (size,) * 3)
-    label = (np.abs(off) < 1.5).astype(np.uint8)
-    label[: size // 4, : size // 4, : size // 4] = IGNORED
-    return np.clip(grey, 0, 255).astype(np.uint8), label
-
-
-def _smooth(noise: Array) -> Array:
-    for axis in range(3):
-        noise = noise + np.roll(noise, 1, axis) + np.roll(noise, -1, axis)
-    return noise / noise.std()

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaggle_mgpu import distributed
-from kaggle_mgpu.recipes.surface_segmentation.data import SUFFIXES, crop, read_stack, shape_of, write_stack
+from kaggle_mgpu.recipes.surface_segmentation.data import crop
 from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
+from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of, write_stack
 
 Forward = Callable[[Tensor], Tensor]
 """Standardised windows (B, 1, size, size, size), on the CPU -> logits of the same shape, on the CPU, float32."""
