@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kaggle_mgpu import session
-from kaggle_mgpu.files import write_text
 from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of
 from kaggle_mgpu.recipes.surface_segmentation.synthetic import synthesise
 
@@ -68,7 +67,7 @@ class Facts:
     shape: tuple[int, int, int]
     mean: float
     std: float
-    counts: tuple[int, int, int] = (0, 0, 0)
+    counts: tuple[int, int, int]
     """Voxels labelled 0, 1 and 2."""
 
 
@@ -174,7 +173,7 @@ class Cache:
     max_bytes: int
     """Of all .npy files together. Volumes beyond it are decoded for each patch, only the pages it needs."""
     held: set[str] = field(default_factory=set)
-    """Keys of the volumes that there is room for."""
+    """The ids of the volumes that there is room for."""
 
     @classmethod
     def at(cls, folder: str | None, max_gb: float) -> Cache:
@@ -196,22 +195,25 @@ class Cache:
     def plan(self, volumes: Sequence[Volume]) -> set[str]:
         """The ids of the volumes to keep: the first ones, as far as max_bytes and half of the free disk go."""
         disk = os.statvfs(self.folder)
-        room, held = min(self.max_bytes, disk.f_bavail * disk.f_frsize // 2), set()
+        free, budget, held = disk.f_bavail * disk.f_frsize // 2, self.max_bytes, set()
         for volume in volumes:
-            if self.path(volume, "image.npy").exists():  # kept by an earlier call: no disk is needed
-                held.add(volume.id)
-                continue
             pages, height, width = shape_of(volume.image)
-            room -= 2 * pages * height * width
-            if room < 0:
+            budget -= 2 * pages * height * width
+            if not self.path(volume, "image.npy").exists():  # else its disk is taken already
+                free -= 2 * pages * height * width
+            if min(free, budget) < 0:
                 break
             held.add(volume.id)
         return held
 
-    def save(self, path: Path, array: Array) -> None:
+    def save(self, path: Path, content: Array | str) -> None:
+        """Whole or not at all; several processes may save the same at once."""
         temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
         with temporary.open("wb") as file:
-            np.save(file, array)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                np.save(file, content)
         os.replace(temporary, path)
 
     def read(self, volume: Volume, what: str, start: int, stop: int) -> Array:
@@ -235,43 +237,39 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     """Decode a volume once, check it, and keep what training needs of it: `Facts`, sheet points, the decoded arrays.
 
     Raises:
-        ValueError: image or label unreadable, of different shapes, a label that is not 0, 1 or 2, or too few labelled
-            voxels to learn from; each named with its path.
+        ValueError: image or label unreadable or of different shapes, or a label that is not 0, 1 or 2; each named with
+            its path.
     """
     note = cache.path(volume, "json")
-    whole = [note] + ([cache.path(volume, f"{what}.npy") for what in ("points",) if volume.label])
-    if volume.id in cache.held:
-        whole += [cache.path(volume, "image.npy"), cache.path(volume, "label.npy")]
-    if all(path.exists() for path in whole):
+    parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
+    if note.exists() and all(cache.path(volume, f"{part}.npy").exists() for part in parts):
         known = json.loads(note.read_text())
         return Facts(tuple(known["shape"]), known["mean"], known["std"], tuple(known["counts"]))
     image = read_stack(volume.image)
     mean, std = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
-    counts = (0, 0, 0)
-    if volume.label is not None:
-        label = read_stack(volume.label)
-        if label.shape != image.shape:
-            raise ValueError(
-                f"{volume.label}: the label has the shape {_shape(label)}, the image {volume.image} {_shape(image)}"
-            )
-        histogram = np.bincount(label.reshape(-1), minlength=256)
-        if histogram[3:].any():
-            wrong = [int(value) for value in np.flatnonzero(histogram) if value > 2]
-            at = tuple(int(i) for i in np.argwhere(label == wrong[0])[0])
-            raise ValueError(
-                f"{volume.label}: expected the labels 0, 1 and 2 (unlabelled), got {wrong[0]} at (page, row, column) "
-                f"{at}" + (f", and {', '.join(map(str, wrong[1:4]))}" if wrong[1:] else "")
-            )
-        counts = tuple(int(count) for count in histogram[:3])  # type: ignore[assignment]
-        rng = np.random.default_rng(int(hashlib.sha256(volume.id.encode()).hexdigest()[:8], 16))
-        sheet = np.flatnonzero(label.reshape(-1) == 1)
-        some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
-        cache.save(cache.path(volume, "points.npy"), np.stack(np.unravel_index(some, label.shape), 1).astype(np.uint16))
-        if volume.id in cache.held:
-            cache.save(cache.path(volume, "image.npy"), image)
-            cache.save(cache.path(volume, "label.npy"), label)
+    label = read_stack(str(volume.label))
+    if label.shape != image.shape:
+        raise ValueError(
+            f"{volume.label}: the label has the shape {_shape(label)}, the image {volume.image} {_shape(image)}"
+        )
+    histogram = np.bincount(label.reshape(-1), minlength=256)
+    if histogram[3:].any():
+        wrong = [int(value) for value in np.flatnonzero(histogram) if value > 2]
+        at = tuple(int(i) for i in np.argwhere(label == wrong[0])[0])
+        raise ValueError(
+            f"{volume.label}: expected the labels 0, 1 and 2 (unlabelled), got {wrong[0]} at (page, row, column) "
+            f"{at}" + (f", and {', '.join(map(str, wrong[1:4]))}" if wrong[1:] else "")
+        )
+    counts = int(histogram[0]), int(histogram[1]), int(histogram[2])
+    rng = np.random.default_rng(int(hashlib.sha256(volume.id.encode()).hexdigest()[:8], 16))
+    sheet = np.flatnonzero(label.reshape(-1) == 1)
+    some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
+    cache.save(cache.path(volume, "points.npy"), np.stack(np.unravel_index(some, label.shape), 1).astype(np.uint16))
+    if volume.id in cache.held:
+        cache.save(cache.path(volume, "image.npy"), image)
+        cache.save(cache.path(volume, "label.npy"), label)
     facts = Facts(image.shape, mean, max(std, 1.0), counts)
-    write_text(note, json.dumps(asdict(facts)))
+    cache.save(note, json.dumps(asdict(facts)))
     return facts
 
 

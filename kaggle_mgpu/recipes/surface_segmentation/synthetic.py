@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kaggle_mgpu.files import write_text
 from kaggle_mgpu.recipes.surface_segmentation.stacks import write_stack
 
 IGNORED = 2
@@ -18,24 +20,28 @@ def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> N
     """Write made-up volumes of size^3 voxels in the competition's format, unless they are there: rolled sheets that
     wave, in noise and uneven light. They show that the machinery works; what is learnt from them is worth nothing.
 
-    Of each scroll's volumes a corner is unlabelled. The labels of the test volumes are written nowhere.
+    A corner of each volume is unlabelled. The labels of the test volumes are written nowhere.
     """
-    if (folder / "test.csv").is_file():
+    if folder.is_dir():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     ids = [f"synthetic_{i}" for i in range(train + test)]
     # three scrolls, of which the last has one volume: it is the one held out
     scrolls = ["c" if i == train - 1 else "ab"[i % 2] for i in range(train)] + ["d"] * test
     for seed, (name, scroll) in enumerate(zip(ids, scrolls, strict=True)):
         image, label = synthetic_volume(seed, size, pitch={"a": 11.0, "b": 13.0, "c": 12.0, "d": 12.0}[scroll])
         part = "train" if seed < train else "test"
-        write_stack(folder / f"{part}_images" / f"{name}.tif", image)
+        write_stack(making / f"{part}_images" / f"{name}.tif", image)
         if part == "train":
-            write_stack(folder / "train_labels" / f"{name}.tif", label)
-    for part in ("train", "test"):  # test.csv last: it says that all is there
-        rows = [f"{name},{scroll}" for name, scroll in zip(ids, scrolls, strict=True)]
-        rows = rows[:train] if part == "train" else rows[train:]
-        write_text(folder / f"{part}.csv", "\n".join(["id,scroll_id", *rows]) + "\n")
+            write_stack(making / "train_labels" / f"{name}.tif", label)
+    rows = [f"{name},{scroll}\n" for name, scroll in zip(ids, scrolls, strict=True)]
+    (making / "train.csv").write_text("id,scroll_id\n" + "".join(rows[:train]))
+    (making / "test.csv").write_text("id,scroll_id\n" + "".join(rows[train:]))
+    try:
+        os.rename(making, folder)
+    except OSError:  # another process was first
+        shutil.rmtree(making)
 
 
 def synthetic_volume(seed: int, size: int, pitch: float = 10.0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
