@@ -1,0 +1,26 @@
+"""Surface segmentation: the papyrus sheets in 3-D scans of rolled scrolls, by a residual U-Net on patches.
+
+    from kaggle_mgpu.recipes.surface_segmentation import Config, run
+    result = run(Config(data_path="/kaggle/input/vesuvius-challenge-surface-detection"))
+
+Or: `python -m kaggle_mgpu train surface_segmentation --epochs 20`. `run` trains, then predicts whole volumes: the held
+out ones, whose figures it reports, and the test images, which it packs into output_dir/submission.zip. Killed anywhere,
+the same call goes on; a finished model goes straight to the volumes that have no prediction yet. Without data it tries
+itself on small made-up volumes, and says so.
+"""
+
+from kaggle_mgpu.recipes.surface_segmentation.inference import sliding_window, validate_submission
+from kaggle_mgpu.recipes.surface_segmentation.stages import baselines, figure, infer, run
+from kaggle_mgpu.recipes.surface_segmentation.training import Config, SurfaceSegmentation, task
+
+__all__ = [
+    "Config",
+    "SurfaceSegmentation",
+    "baselines",
+    "figure",
+    "infer",
+    "run",
+    "sliding_window",
+    "task",
+    "validate_submission",
+]

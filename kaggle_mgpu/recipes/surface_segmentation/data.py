@@ -1,0 +1,383 @@
+"""Scroll volumes: found, checked, read from TIFF stacks, split, and cut into training patches.
+
+    catalogue = find_volumes(None)                    # train_images/, train_labels/, test_images/, *.csv
+    facts = survey(catalogue.train[0], cache)         # decodes image and label once: errors, statistics, a cache
+    patch = Patches(volumes, facts, ...)[0]           # image (1, p, p, p) float32, label (p, p, p) uint8
+
+The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 stacks of LZW pages, labels 0 background,
+1 sheet, 2 unlabelled. Without such data among the inputs small volumes are synthesised, in the same format.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kaggle_mgpu import session
+from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of
+from kaggle_mgpu.recipes.surface_segmentation.synthetic import synthesise
+
+IGNORED = 2
+Array = NDArray[Any]
+MAX_POINTS = 4096
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume of a data set: where its files are."""
+
+    id: str
+    image: str
+    label: str | None = None
+    scroll: str = ""
+    """What train.csv says in scroll_id; volumes of one scroll look alike."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What a data folder holds, by names alone."""
+
+    source: str
+    reason: str
+    train: tuple[Volume, ...]
+    test: tuple[Volume, ...]
+    digest: str
+    """Of names and file sizes: what a checkpoint must have been trained on to be gone on with."""
+    synthetic: bool = False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one reading of a volume told."""
+
+    shape: tuple[int, int, int]
+    mean: float
+    std: float
+    counts: tuple[int, int, int]
+    """Voxels labelled 0, 1 and 2."""
+
+
+# Finding
+def find_volumes(data_path: str | None, synthetic: Path) -> Catalogue:
+    """The volumes under `data_path`, else among the Kaggle inputs, else synthesised ones under `synthetic`.
+
+    Raises:
+        FileNotFoundError: a folder or file is missing. ValueError: names that do not fit each other.
+    """
+    if data_path is not None:
+        root, reason = Path(data_path).expanduser().resolve(), "data_path"
+        if not root.is_dir():
+            raise FileNotFoundError(f"data_path: no such folder: {root}")
+    else:
+        found = [folder for folder in session.find("train_images") if folder.is_dir()]
+        if not found:
+            synthesise(synthetic)
+            reason = "no data_path, and no folder train_images among the inputs: SYNTHETIC volumes, for a try"
+            return replace(_catalogue(synthetic, reason), synthetic=True)
+        root, reason = found[0].parent, f"the first folder with train_images among the inputs, of {len(found)}"
+    return _catalogue(root, reason)
+
+
+def _catalogue(root: Path, reason: str) -> Catalogue:
+    for name in ("train_images", "train_labels"):
+        if not (root / name).is_dir():
+            raise FileNotFoundError(
+                f"{root / name}: no such folder. Expected train_images/, train_labels/ and, to predict, test_images/ "
+                f"with one .tif stack a volume in {root}"
+            )
+    images, labels = _stacks(root / "train_images"), _stacks(root / "train_labels")
+    test = _stacks(root / "test_images") if (root / "test_images").is_dir() else {}
+    for name, files, among in (("train.csv", images, "train_images"), ("test.csv", test, "test_images")):
+        for row in _rows(root / name):
+            if row["id"] not in files:
+                raise FileNotFoundError(
+                    f"{root / name} names {row['id']!r}, but there is no {root / among / (row['id'] + '.tif')}"
+                )
+    if not images:
+        raise FileNotFoundError(f"{root / 'train_images'}: no .tif file in it")
+    for name in images:
+        if name not in labels:
+            raise FileNotFoundError(
+                f"{root / 'train_labels' / (name + '.tif')}: no such file, but there is {images[name]}"
+            )
+    scrolls = {row["id"]: row.get("scroll_id") or "" for row in _rows(root / "train.csv")}
+    # a file of a competition need not be listed: all that have a label are trained on
+    train = tuple(Volume(i, str(images[i]), str(labels[i]), scrolls.get(i, "")) for i in sorted(images))
+    tests = tuple(Volume(i, str(test[i])) for i in sorted(test))
+    listing = [[v.id, os.path.getsize(v.image), os.path.getsize(str(v.label)), v.scroll] for v in train]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    return Catalogue(str(root), reason, train, tests, digest)
+
+
+def _stacks(folder: Path) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "id" not in rows[0]:
+        raise ValueError(f"{path}: expected a column 'id', got {', '.join(map(str, rows[0]))}")
+    return rows
+
+
+def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
+    """Volumes to train on, volumes held out, and how they were chosen. Depends on names alone.
+
+    Whole scrolls are held out where some are small enough, smallest first, up to `val_fraction` of the volumes (and at
+    least one): volumes of one scroll are neighbours, and a neighbour is no unseen volume. Else single volumes are,
+    picked by a digest of their ids.
+    """
+    wanted = max(1, round(val_fraction * len(volumes))) if val_fraction and len(volumes) > 1 else 0
+    scrolls: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        scrolls.setdefault(volume.scroll, []).append(volume)
+    held: list[Volume] = []
+    if len(scrolls) > 1:
+        for _, members in sorted(scrolls.items(), key=lambda item: (len(item[1]), item[0])):
+            if len(held) + len(members) <= wanted:
+                held += members
+    how = "whole scrolls"
+    if not held:
+        ranked = sorted(volumes, key=lambda volume: hashlib.sha256(volume.id.encode()).hexdigest())
+        held, how = ranked[:wanted], "single volumes"
+    names = {volume.id for volume in held}
+    return [v for v in volumes if v.id not in names], sorted(held, key=lambda v: v.id), how
+
+
+# What is kept of a volume once it was decoded
+@dataclass
+class Cache:
+    """Decoded volumes as .npy files that every process maps: they take disk, and of memory only what is free.
+
+    A 320^3 stack takes 0.47 s to decode and a patch of 128 of its pages 0.26 s; cut out of a mapped file it is 0.4 ms.
+    """
+
+    folder: str
+    max_bytes: int
+    """Of all .npy files together. Volumes beyond it are decoded for each patch, only the pages it needs."""
+    held: set[str] = field(default_factory=set)
+    """The ids of the volumes that there is room for."""
+
+    @classmethod
+    def at(cls, folder: str | None, max_gb: float) -> Cache:
+        """Under the folder given, else under the temporary folder, in a folder of this user's alone."""
+        home = Path(folder or tempfile.gettempdir()) / f"kaggle_mgpu-volumes-{os.getuid()}"
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if home.is_symlink() or home.stat().st_uid != os.getuid():
+            raise PermissionError(f"{home} is not this user's own folder: give another cache_dir")
+        return cls(str(home), int(max_gb * 1e9))
+
+    def path(self, volume: Volume, what: str) -> Path:
+        parts = []
+        for file in (volume.image, volume.label):
+            if file is not None:
+                status = os.stat(file)
+                parts.append([file, status.st_size, status.st_mtime_ns])
+        return Path(self.folder) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}.{what}"
+
+    def plan(self, volumes: Sequence[Volume]) -> set[str]:
+        """The ids of the volumes to keep: the first ones, as far as max_bytes and half of the free disk go."""
+        disk = os.statvfs(self.folder)
+        free, budget, held = disk.f_bavail * disk.f_frsize // 2, self.max_bytes, set()
+        for volume in volumes:
+            pages, height, width = shape_of(volume.image)
+            budget -= 2 * pages * height * width
+            if not self.path(volume, "image.npy").exists():  # else its disk is taken already
+                free -= 2 * pages * height * width
+            if min(free, budget) < 0:
+                break
+            held.add(volume.id)
+        return held
+
+    def save(self, path: Path, content: Array | str) -> None:
+        """Whole or not at all; several processes may save the same at once."""
+        temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+        with temporary.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                np.save(file, content)
+        os.replace(temporary, path)
+
+    def read(self, volume: Volume, what: str, start: int, stop: int) -> Array:
+        """Pages start ... stop - 1 of "image" or "label": mapped where they are kept, else decoded."""
+        path = self.path(volume, f"{what}.npy")
+        if path.exists():
+            pages: Array = np.load(path, mmap_mode="r")[start:stop]
+            return pages
+        return read_stack(volume.image if what == "image" else str(volume.label), start, stop)
+
+    def points(self, volume: Volume) -> NDArray[np.uint16]:
+        """Up to MAX_POINTS voxels of the sheet, (points, 3), drawn once from all of them."""
+        path = self.path(volume, "points.npy")
+        if not path.exists():
+            survey(volume, self)
+        found: NDArray[np.uint16] = np.load(path)
+        return found
+
+
+def survey(volume: Volume, cache: Cache) -> Facts:
+    """Decode a volume once, check it, and keep what training needs of it: `Facts`, sheet points, the decoded arrays.
+
+    Raises:
+        ValueError: image or label unreadable or of different shapes, or a label that is not 0, 1 or 2; each named with
+            its path.
+    """
+    note = cache.path(volume, "json")
+    parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
+    if note.exists() and all(cache.path(volume, f"{part}.npy").exists() for part in parts):
+        known = json.loads(note.read_text())
+        return Facts(tuple(known["shape"]), known["mean"], known["std"], tuple(known["counts"]))
+    image = read_stack(volume.image)
+    mean, std = float(image.mean(dtype=np.float64)), float(image.std(dtype=np.float64))
+    label = read_stack(str(volume.label))
+    if label.shape != image.shape:
+        raise ValueError(
+            f"{volume.label}: the label has the shape {_shape(label)}, the image {volume.image} {_shape(image)}"
+        )
+    histogram = np.bincount(label.reshape(-1), minlength=256)
+    if histogram[3:].any():
+        wrong = [int(value) for value in np.flatnonzero(histogram) if value > 2]
+        at = tuple(int(i) for i in np.argwhere(label == wrong[0])[0])
+        raise ValueError(
+            f"{volume.label}: expected the labels 0, 1 and 2 (unlabelled), got {wrong[0]} at (page, row, column) "
+            f"{at}" + (f", and {', '.join(map(str, wrong[1:4]))}" if wrong[1:] else "")
+        )
+    counts = int(histogram[0]), int(histogram[1]), int(histogram[2])
+    rng = np.random.default_rng(int(hashlib.sha256(volume.id.encode()).hexdigest()[:8], 16))
+    sheet = np.flatnonzero(label.reshape(-1) == 1)
+    some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
+    cache.save(cache.path(volume, "points.npy"), np.stack(np.unravel_index(some, label.shape), 1).astype(np.uint16))
+    if volume.id in cache.held:
+        cache.save(cache.path(volume, "image.npy"), image)
+        cache.save(cache.path(volume, "label.npy"), label)
+    facts = Facts(image.shape, mean, max(std, 1.0), counts)
+    cache.save(note, json.dumps(asdict(facts)))
+    return facts
+
+
+def _shape(array: Array) -> str:
+    return " x ".join(map(str, array.shape))
+
+
+# Patches
+def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) -> Array:
+    """A box of a volume; `start` may be negative and the box may reach beyond: what is outside is `fill`."""
+    out = np.full(tuple(size), fill, volume.dtype)
+    low = [max(0, s) for s in start]
+    high = [min(n, s + p) for n, s, p in zip(volume.shape, start, size, strict=True)]
+    if all(a < b for a, b in zip(low, high, strict=True)):
+        inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+        out[inside] = volume[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    return out
+
+
+class Patches(Dataset[tuple[Tensor, Tensor]]):
+    """`per_volume` random cubes of each volume an epoch; chance comes from torch's generator.
+
+    A share `sheet_fraction` of them is centred on a voxel of the sheet (moved by up to a quarter of the cube), so that
+    sheets are seen however rare they are; the others lie anywhere.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        facts: dict[str, Facts],
+        cache: Cache,
+        *,
+        size: int,
+        per_volume: int,
+        sheet_fraction: float,
+        augment: bool,
+    ) -> None:
+        self.volumes, self.facts, self.cache = list(volumes), facts, cache
+        self.size, self.per_volume, self.sheet_fraction, self.augment = size, per_volume, sheet_fraction, augment
+
+    def __len__(self) -> int:
+        return len(self.volumes) * self.per_volume
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        volume = self.volumes[index // self.per_volume]
+        facts = self.facts.get(volume.id) or survey(volume, self.cache)
+        start = self.place(volume, facts)
+        image, label = cut(self.cache, volume, facts, start, self.size)
+        return augmented(image, label) if self.augment else (image, label)
+
+    def place(self, volume: Volume, facts: Facts) -> list[int]:
+        """Where a cube begins, in voxels; in the middle where the volume is smaller than the cube."""
+        room = [n - self.size for n in facts.shape]
+        if float(torch.rand(())) < self.sheet_fraction and facts.counts[1]:
+            points = self.cache.points(volume)
+            centre = points[int(torch.randint(len(points), ()))].astype(int)
+            start = [int(c) - self.size // 2 + _within(self.size // 4) for c in centre]
+            start = [min(max(0, s), max(0, r)) for s, r in zip(start, room, strict=True)]
+        else:
+            start = [int(torch.randint(max(0, r) + 1, ())) for r in room]
+        return [s if r >= 0 else r // 2 for s, r in zip(start, room, strict=True)]
+
+
+class Tiles(Dataset[tuple[Tensor, Tensor]]):
+    """Cubes that cover each volume exactly once; what reaches beyond it is unlabelled."""
+
+    def __init__(self, volumes: Sequence[Volume], facts: dict[str, Facts], cache: Cache, *, size: int) -> None:
+        self.volumes, self.facts, self.cache, self.size = list(volumes), facts, cache, size
+        self.places: list[tuple[Volume, tuple[int, ...]]] = []
+        for volume in volumes:
+            shape = facts[volume.id].shape if volume.id in facts else shape_of(volume.image)
+            corners = itertools.product(*(range(0, side, size) for side in shape))
+            self.places += [(volume, corner) for corner in corners]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        volume, start = self.places[index]
+        facts = self.facts.get(volume.id) or survey(volume, self.cache)
+        return cut(self.cache, volume, facts, start, self.size)
+
+
+def _within(reach: int) -> int:
+    return int(torch.randint(-reach, reach + 1, ()))
+
+
+def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
+    """A cube of a volume: image (1, size, size, size) float32, standardised by the volume's mean and deviation, and
+    label (size, size, size) uint8. Outside of the volume the image is at its mean and the label 2."""
+    low = [max(0, s) for s in start]
+    high = [min(n, s + size) for n, s in zip(facts.shape, start, strict=True)]
+    inside = (slice(None), slice(low[1], high[1]), slice(low[2], high[2]))
+    image = cache.read(volume, "image", low[0], high[0])[inside].astype(np.float32)
+    label = cache.read(volume, "label", low[0], high[0])[inside]
+    begin = [s - first for s, first in zip(start, low, strict=True)]
+    image = crop((image - np.float32(facts.mean)) / np.float32(facts.std), begin, [size] * 3, 0)
+    return torch.from_numpy(image)[None], torch.from_numpy(crop(label, begin, [size] * 3, IGNORED))
+
+
+def augmented(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the cube's 48 flips and rotations, then contrast, brightness and noise, drawn from torch's generator."""
+    axes = torch.randperm(3).tolist()
+    flips = [axis for axis in range(3) if float(torch.rand(())) < 0.5]
+    image = image[0].permute(axes).flip(flips)[None]
+    label = label.permute(axes).flip(flips)
+    contrast, brightness, noise = (torch.rand(3) - 0.5).tolist()
+    image = image * (1 + 0.4 * contrast) + 0.4 * brightness
+    if noise > 0:  # in half of the patches
+        image = image + 0.4 * noise * torch.randn(image.shape)
+    return image.contiguous(), label.contiguous()

@@ -1,0 +1,216 @@
+"""Whole volumes: a Gaussian-blended sliding window, predictions that a killed session goes on with, submission.zip.
+
+for start, logits in sliding_window(forward, volume, size=128): ...   # planes that are final, first to last
+left = predict(forward, jobs, size=128, ...)                          # on every rank, each its share
+write_submission(zip_path, predictions, test); validate_submission(zip_path, test_images)
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kaggle_mgpu import distributed
+from kaggle_mgpu.recipes.surface_segmentation.data import crop
+from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
+from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of, write_stack
+
+Forward = Callable[[Tensor], Tensor]
+"""Standardised windows (B, 1, size, size, size), on the CPU -> logits of the same shape, on the CPU, float32."""
+LZW = 5  # the TIFF tag's value
+
+
+def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
+    """How much a window's voxels count, (size, size, size): a Gaussian around its middle with a deviation of
+    sigma_scale * size, at least 1e-3. MONAI's formula (monai.data.utils.compute_importance_map)."""
+    x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1)
+    line = torch.exp(-(x**2) / (2 * (sigma_scale * size) ** 2))
+    cube = line[:, None, None] * line[None, :, None] * line[None, None, :]
+    return cube.clamp(min=max(float(cube.min()), 1e-3))
+
+
+def starts(length: int, size: int, overlap: float) -> list[int]:
+    """Where windows begin along an axis of length >= size: every size * (1 - overlap), the last one moved back to fit
+    (as monai.data.utils.dense_patch_slices does)."""
+    return [*range(0, length - size, max(1, int(size * (1 - overlap)))), length - size]
+
+
+@torch.no_grad()
+def sliding_window(
+    forward: Forward,
+    volume: NDArray[np.uint8],
+    *,
+    size: int,
+    overlap: float = 0.5,
+    together: bool = False,
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Blended logits of a volume, as (first plane, planes): each plane once, as soon as no window is left that sees it.
+
+    So memory beyond the volume is five slabs of size x height x width float32, whatever the depth: 262 MB for 128 x 320
+    x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
+
+    Args:
+        volume: (D, H, W) uint8; standardised by its own mean and deviation.
+        together: the windows are shared out over all ranks, which must all call this and all get all planes.
+    """
+    rank, world = (distributed.rank(), distributed.world_size()) if together else (0, 1)
+    mean, std = np.float32(volume.mean(dtype=np.float64)), np.float32(max(volume.std(dtype=np.float64), 1.0))
+    shape = [max(n, size) for n in volume.shape]
+    before = [(padded - n) // 2 for padded, n in zip(shape, volume.shape, strict=True)]
+    batch = max(1, min(8, 128**3 // size**3))  # one window of 128^3 fills a GPU; small ones go together
+    weight = importance(size)
+    corners = list(itertools.product(starts(shape[1], size, overlap), starts(shape[2], size, overlap)))
+    slab = (size, shape[1], shape[2])
+    weights = torch.zeros(slab)  # of the windows that begin at one plane
+    for y, x in corners:
+        weights[:, y : y + size, x : x + size] += weight
+    total, norm = torch.zeros(slab), torch.zeros(slab)
+    planes = starts(shape[0], size, overlap)
+    for z, following in zip(planes, [*planes[1:], shape[0]], strict=True):
+        low, high = max(0, z - before[0]), min(volume.shape[0], z - before[0] + size)
+        block = (volume[low:high].astype(np.float32) - mean) / std
+        standard = torch.from_numpy(crop(block, [z - before[0] - low, -before[1], -before[2]], slab, 0))
+        layer = torch.zeros(slab) if together else total
+        mine = corners[rank::world]
+        for i in range(0, len(mine), batch):
+            some = mine[i : i + batch]
+            logits = forward(torch.stack([standard[None, :, y : y + size, x : x + size] for y, x in some]))
+            for (y, x), window in zip(some, logits[:, 0], strict=True):
+                layer[:, y : y + size, x : x + size] += window * weight
+            distributed.alive()
+        if together:
+            total += distributed.sum(layer)
+        norm += weights
+        done = following - z
+        out = (total[:done] / norm[:done]).numpy()
+        first, last = max(z, before[0]), min(following, before[0] + volume.shape[0])
+        if first < last:
+            inside = tuple(slice(b, b + n) for b, n in zip(before[1:], volume.shape[1:], strict=True))
+            yield first - before[0], out[(slice(first - z, last - z), *inside)]
+        for slabs in (total, norm):  # move up by what is done
+            slabs[: size - done] = slabs[done:].clone()
+            slabs[size - done :] = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A volume to predict, and where its prediction goes."""
+
+    image: str
+    path: Path
+
+
+def predict(
+    forward: Forward,
+    jobs: Sequence[Job],
+    *,
+    size: int,
+    overlap: float = 0.5,
+    threshold: float = 0.5,
+    min_component: int = 0,
+    seconds_left: float = math.inf,
+) -> int:
+    """Predict, on every rank, the volumes that have no prediction yet; how many are left when the time is up.
+
+    Whole volumes are shared out, so what comes out is what one rank alone would give; only where there are fewer
+    volumes than ranks all of them work on each. A prediction is written whole or not at all: a killed session goes on
+    with the volumes that are missing. Memory: 2 bytes for each voxel of the volume, and `sliding_window`'s.
+    """
+    began, slowest = time.monotonic(), 0.0
+    pending = distributed.from_main(lambda: [job for job in jobs if not job.path.is_file()])
+    together = 0 < len(pending) < distributed.world_size()
+    cut = math.log(threshold / (1 - threshold))
+    for job in pending if together else pending[distributed.rank() :: distributed.world_size()]:
+        late = seconds_left - (time.monotonic() - began) < 1.5 * slowest
+        if distributed.agree(late) if together else late:
+            break
+        start = time.monotonic()
+        volume = read_stack(job.image)
+        mask = np.zeros(volume.shape, np.uint8)
+        for first, logits in sliding_window(forward, volume, size=size, overlap=overlap, together=together):
+            mask[first : first + len(logits)] = logits > cut
+        if not together or distributed.is_main():
+            write_stack(job.path, without_specks(mask, min_component))
+        slowest = max(slowest, time.monotonic() - start)
+        if distributed.is_main():
+            print(f"predicted {job.path.name} in {time.monotonic() - start:.1f} s", flush=True)
+    distributed.barrier()
+    return distributed.from_main(lambda: sum(not job.path.is_file() for job in jobs))
+
+
+# submission.zip
+def write_submission(path: Path, predictions: dict[str, Path]) -> None:
+    """Pack one `<id>.tif` a volume, as they are: whole or not at all, the same predictions giving the same bytes."""
+    temporary = path.with_name(f".writing-{path.name}")
+    with zipfile.ZipFile(temporary, "w") as archive:
+        for name in sorted(predictions):
+            entry = zipfile.ZipInfo(f"{name}.tif", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, predictions[name].read_bytes())
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def validate_submission(path: str | Path, test_images: str | Path) -> int:
+    """Read every byte of a submission.zip; how many volumes it has.
+
+    Raises:
+        ValueError: it is not one LZW-packed uint8 stack `<id>.tif` of 0 and 1 for each stack in the folder test_images,
+            of the same shape, and nothing else. The message lists what is wrong.
+    """
+    wanted = {p.stem: p for p in Path(test_images).iterdir() if p.suffix.lower() in SUFFIXES}
+    wrong: list[str] = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            wrong += [f"{name} is twice in it" for name in sorted({n for n in names if names.count(n) > 1})]
+            wrong += [f"{i}.tif is missing" for i in sorted(wanted) if f"{i}.tif" not in names]
+            for name in sorted(set(names)):
+                if name.removesuffix(".tif") not in wanted or not name.endswith(".tif"):
+                    wrong.append(f"{name} belongs to no volume of {test_images}")
+                else:
+                    expected = shape_of(str(wanted[name.removesuffix(".tif")]))
+                    wrong += [f"{name}: {error}" for error in _wrong_in(archive.read(name), expected)]
+    except (zipfile.BadZipFile, OSError) as error:
+        wrong.append(f"not a readable zip: {error}")
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{path}: {'; '.join(wrong[:5])}{more}")
+    return len(wanted)
+
+
+def _wrong_in(content: bytes, expected: tuple[int, int, int]) -> list[str]:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as stack:
+            shape = (int(getattr(stack, "n_frames", 1)), stack.height, stack.width)
+            if shape != expected:
+                return [f"expected the shape {expected}, got {shape}"]
+            for i in range(shape[0]):
+                stack.seek(i)
+                tags: Any = stack.tag_v2  # type: ignore[attr-defined]
+                if stack.mode != "L" or tags.get(258) not in (8, (8,)):
+                    return [f"page {i}: expected uint8, got mode {stack.mode!r}"]
+                if tags.get(259) != LZW:
+                    return [f"page {i}: expected LZW (compression 5), got compression {tags.get(259)}"]
+                page = np.asarray(stack)
+                if page.shape != expected[1:] or page.max(initial=0) > 1:
+                    return [f"page {i}: expected 0 and 1 in {expected[1:]}, got up to {page.max()} in {page.shape}"]
+    except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
+        return [f"not a readable TIFF stack: {error}"]
+    return []

@@ -1,0 +1,207 @@
+"""One stage after the other: train, predict whole volumes on all GPUs, measure the held-out ones, pack the submission.
+
+result = run(config)            # all of it; called again it goes on where it was
+rows = baselines(task)          # what a model has to beat
+figure(task).savefig("x.png")   # image, label, prediction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kaggle_mgpu import devices, distributed, session
+from kaggle_mgpu.config import parse_duration
+from kaggle_mgpu.files import crc32, read_tensors, write_text
+from kaggle_mgpu.launch import launch
+from kaggle_mgpu.recipes.surface_segmentation import stacks
+from kaggle_mgpu.recipes.surface_segmentation.data import Volume
+from kaggle_mgpu.recipes.surface_segmentation.inference import Job, predict, validate_submission, write_submission
+from kaggle_mgpu.recipes.surface_segmentation.metrics import measures
+from kaggle_mgpu.recipes.surface_segmentation.training import Config, SurfaceSegmentation, read_json
+from kaggle_mgpu.task import Result
+from kaggle_mgpu.trainer import train
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
+    """Train, then predict the held-out volumes and the test images on all GPUs. Called again it goes on where it was.
+
+    Until the predictions are whole, result.json says `finished: false`.
+    """
+    surface = surface or SurfaceSegmentation(config)
+    began = time.monotonic()
+    result: Result = launch(train, config, surface)
+    if not result.finished:
+        return result
+    limit = parse_duration(config.time_limit) - (time.monotonic() - began) if config.time_limit else math.inf
+    # under dp one process trains on all GPUs; each GPU predicts in a process of its own
+    nproc = config.nproc if config.strategy == "dp" else None
+    result = launch(infer, config, surface, limit, nproc=nproc)
+    return result
+
+
+@distributed.returns_rank0
+def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math.inf) -> Result:
+    """On every rank: predict what has no prediction yet, measure the held-out volumes, pack submission.zip.
+
+    Predictions are stamped with the checksum of the weights and with all that shapes them: others start anew.
+    """
+    out, main = Path(config.output_dir), distributed.is_main()
+    began = time.monotonic()
+    result = dataclasses.replace(Result(**read_json(out / "result.json")), output_dir=str(out))
+    weights = out / "best" / "model.safetensors"
+    if config.weights == "final" or result.best is None or not weights.is_file():
+        weights = out / "model.safetensors"
+    folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
+    size = surface.patch_size
+    stamp = {
+        "weights": crc32(weights),
+        "settings": [size, config.overlap, config.threshold, config.min_component],
+        "volumes": _digest([*held, *test]),
+    }
+
+    def begin() -> None:
+        # whoever looks at result.json while this is not done must not take it for done
+        _write(out, dataclasses.replace(result, finished=False, reason="trained; the predictions are not complete"))
+        for torn in folder.rglob(".writing-*"):  # by a session that was killed
+            torn.unlink()
+        if read_json(folder / "stamp.json") != stamp:
+            shutil.rmtree(folder, ignore_errors=True)
+            (folder / "test").mkdir(parents=True)
+            write_text(folder / "stamp.json", json.dumps(stamp))
+
+    distributed.from_main(begin)
+    forward = _forward(config, surface.model(), weights)
+    jobs = [
+        Job(v.image, folder / part / f"{v.id}.tif") for part, vs in (("held_out", held), ("test", test)) for v in vs
+    ]
+    left = predict(
+        forward,
+        jobs,
+        size=size,
+        overlap=config.overlap,
+        threshold=config.threshold,
+        min_component=config.min_component,
+        # what comes after the predictions takes time too: a few seconds a volume
+        seconds_left=min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began),
+    )
+    if left:
+        result = dataclasses.replace(result, finished=False, reason="time limit")
+        if main:
+            print(f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same again.")
+            _write(out, result)
+        return result
+    figures = _measure(held, folder / "held_out")
+    if main and test:
+        write_submission(out / "submission.zip", {v.id: folder / "test" / f"{v.id}.tif" for v in test})
+        count = validate_submission(out / "submission.zip", Path(test[0].image).parent)
+        where = out / "submission.zip"
+        if session.on_kaggle():  # where the competition looks for it
+            where = Path(shutil.copy(where, session.working() / "submission.zip"))
+        print(f"{where}: {count} volumes, checked", flush=True)
+    metrics = {**result.metrics, **{f"volume_{name}": value for name, value in figures.items()}}
+    result = dataclasses.replace(result, finished=True, reason="finished", metrics=metrics)
+    if main:
+        if held:
+            figure(surface).savefig(out / "slices.png", dpi=110)
+        _write(out, result)
+    distributed.barrier()
+    return result
+
+
+def _write(out: Path, result: Result) -> None:
+    write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+
+
+def _digest(volumes: list[Volume]) -> str:
+    listing = [[volume.id, Path(volume.image).stat().st_size] for volume in volumes]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+
+
+def _forward(config: Config, model: nn.Module, weights: Path) -> Callable[[Tensor], Tensor]:
+    """The trained model as `sliding_window` wants it, on this rank's device and in the run's precision."""
+    device = distributed.device()
+    model.load_state_dict(read_tensors(weights))
+    model.to(device).eval()
+    chosen = devices.precision(config.precision, devices.gpus() if device.type == "cuda" else [])[0]
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen)
+
+    def forward(windows: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits: Tensor = model(windows.to(device))
+        return logits.float().cpu()
+
+    return forward
+
+
+def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
+    """`measures` of the held-out volumes, averaged over volumes; all of them in folder/figures.json."""
+    mine: dict[str, dict[str, float]] = {}
+    for volume in held[distributed.rank() :: distributed.world_size()]:
+        mine[volume.id] = measures(
+            stacks.read_stack(str(folder / f"{volume.id}.tif")), stacks.read_stack(str(volume.label))
+        )
+        distributed.alive()
+    every = {name: row for part in distributed.gather(mine) for name, row in part.items()}
+    rows = [every[volume.id] for volume in held]
+    if distributed.is_main() and held:
+        write_text(folder / "figures.json", json.dumps(every, indent=1))
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
+
+
+def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[str, float]]:
+    """`measures` of two trivial answers on the held-out volumes: all is sheet; what is brighter than a threshold is,
+    the one with the best Dice on the first few training volumes."""
+    train_volumes, held, _ = surface.split
+    counts = np.zeros((2, 256))
+    for volume in train_volumes[:volumes]:
+        image, label = stacks.read_stack(volume.image), stacks.read_stack(str(volume.label))
+        for value in (0, 1):
+            counts[value] += np.bincount(image[label == value], minlength=256)
+    from_here_up = counts[:, ::-1].cumsum(1)[:, ::-1]
+    dices = 2 * from_here_up[1] / np.maximum(from_here_up.sum(0) + counts[1].sum(), 1)
+    best = int(dices.argmax())
+    rows: dict[str, list[dict[str, float]]] = {"all is sheet": [], f"brighter than {best - 1}": []}
+    for volume in held:
+        image, label = stacks.read_stack(volume.image), stacks.read_stack(str(volume.label))
+        for name, mask in zip(rows, (np.ones_like(image), image >= best), strict=True):
+            rows[name].append(measures(mask, label))
+    return {
+        name: {key: sum(row[key] for row in given) / len(given) for key in given[0]}
+        for name, given in rows.items()
+        if given
+    }
+
+
+def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
+    """Middle slices of held-out volumes: image, label, prediction."""
+    from matplotlib.figure import Figure
+
+    held = surface.split[1][:most]
+    drawn = Figure(figsize=(9, 3.2 * len(held)), layout="constrained")
+    axes = drawn.subplots(len(held), 3, squeeze=False)
+    for row, volume in zip(axes, held, strict=True):
+        middle = stacks.shape_of(volume.image)[0] // 2
+        predicted = Path(surface.config.output_dir) / "predictions" / "held_out" / f"{volume.id}.tif"
+        paths = {"image": volume.image, "label (grey: unlabelled)": str(volume.label), "prediction": str(predicted)}
+        for axis, (title, path) in zip(row, paths.items(), strict=True):
+            page = stacks.read_stack(path, middle, middle + 1)[0]
+            shown = page if title == "image" else np.array([0.0, 1.0, 0.5])[page]
+            axis.imshow(shown, cmap="gray", interpolation="nearest")
+            axis.set_title(f"{volume.id}, slice {middle}: {title}", fontsize=8)
+            axis.set_axis_off()
+    return drawn

@@ -1,0 +1,267 @@
+"""What is trained: `Config`, and `SurfaceSegmentation`, the task of telling sheet from the rest in patches."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kaggle_mgpu import distributed, session
+from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.recipes.surface_segmentation import data, stacks
+from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Catalogue, Facts, Patches, Tiles, Volume
+from kaggle_mgpu.recipes.surface_segmentation.metrics import components
+from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.task import Task
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """How to train on patches and predict volumes. A sample, and a term of the loss, is a patch."""
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | frozenset(
+        "data_path cache_dir cache_gb weights overlap threshold min_component".split()
+    )
+
+    data_path: str | None = None
+    """The folder with train_images/, train_labels/ and test_images/. None: found among the Kaggle inputs, else
+    synthetic volumes (no download)."""
+    cache_dir: str | None = None
+    """Where decoded volumes are kept. None: the temporary folder, which Kaggle gives 60 GB and forgets."""
+    cache_gb: float = 40.0
+    """Disk for decoded volumes (and never more than half of what is free): 2 bytes a voxel, so 600 pairs of 320^3. They
+    are memory-mapped and shared by all loader processes, which so hold a patch each and nothing else in memory. What
+    does not fit is decoded again for each patch, 0.3 s instead of 0.4 ms."""
+    val_fraction: float = 0.05
+    """Share of the volumes held out: whole scrolls where they are small enough, else single volumes. 0: none."""
+    patch_size: int | Literal["auto"] = "auto"
+    """Side of the cubes that are trained on, and of the sliding window. auto: 128; on synthetic volumes 32."""
+    patches_per_volume: int = 4
+    """Patches of each volume in an epoch."""
+    sheet_fraction: float = 0.67
+    """Share of the patches that are centred on a sheet; the others lie anywhere."""
+    augment: bool = True
+    """Flip, rotate and change the intensities of training patches."""
+    width: int | Literal["auto"] = "auto"
+    """Channels at full resolution; they double with each halving, up to 320. auto: 32; on synthetic volumes 8."""
+    deep_supervision: bool = False
+    """Also compare the coarser resolutions of the decoder with the label."""
+    weights: Literal["best", "final"] = "best"
+    """Which weights predict: the best by best_metric, or the last."""
+    overlap: float = 0.5
+    """Of neighbouring windows when a volume is predicted."""
+    threshold: float = 0.5
+    """Probability from which a voxel is sheet."""
+    min_component: int = 0
+    """Remove predicted parts of fewer voxels. 0: keep all."""
+
+    global_batch_size: int | None = 8
+    """Patches per optimizer step over all GPUs."""
+    micro_batch_size: int | Literal["auto"] | None = "auto"
+    """Patches per forward pass on one GPU; the rest of the global batch is accumulation. auto: as many as fit."""
+    epochs: int = 40
+    """Passes over the volumes, patches_per_volume patches of each. Ignored when max_steps is given."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine_restarts"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: int | float = 0.05
+    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    min_lr: float = 1e-6
+    """Where each cycle of the schedule ends."""
+    best_metric: str = "dice"
+    """The validation metric that decides which weights are kept in best/."""
+    best_mode: Literal["min", "max"] = "max"
+    """Whether best_metric is better when smaller or larger."""
+    output_dir: str = "surface_segmentation"
+    """The run's folder: config, metrics, logs, checkpoints, weights, predictions, submission.zip, result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.patch_size
+        if isinstance(size, int) and (size < 8 or size % 2 ** (_levels(size) - 1)):
+            raise ValueError(
+                f"Config.patch_size: expected 8 or more, and a multiple of {2 ** (_levels(size) - 1)} (it is halved "
+                f"{_levels(size) - 1} times), got {size}"
+            )
+        for name, least in {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0}.items():
+            value = getattr(self, name)
+            if value != "auto" and not value >= least:
+                raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
+        bounds = {
+            "val_fraction": (0, 0.5),
+            "sheet_fraction": (0, 1),
+            "overlap": (0, 0.9),
+            "threshold": (1e-6, 1 - 1e-6),
+        }
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"Config.{name}: expected {low} to {high}, got {getattr(self, name)!r}")
+
+
+def _levels(size: int) -> int:
+    """Resolutions of the U-Net: until 8 voxels a side are left, at most 5."""
+    return max(1, min(5, int(math.log2(size / 8)) + 1)) if size >= 8 else 1
+
+
+class SurfaceSegmentation(Task):
+    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored."""
+
+    unit = "patches"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._catalogue: Catalogue | None = None
+        self._facts: dict[str, Facts] = {}
+        self._cache: Cache | None = None
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The volumes there are. At first all ranks ask for it together: rank 0 looks, the others wait."""
+        if self._catalogue is None:
+            components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
+            found: Callable[[], Catalogue] = lambda: data.find_volumes(  # noqa: E731
+                self.config.data_path, Path(self.cache.folder) / "synthetic-1"
+            )
+            self._catalogue = distributed.from_main(found)
+            # Stamps the checkpoints: other volumes make another run
+            self.name = f"SurfaceSegmentation {self._catalogue.digest}"
+        return self._catalogue
+
+    @property
+    def cache(self) -> Cache:
+        if self._cache is None:
+            self._cache = Cache.at(self.config.cache_dir, self.config.cache_gb)
+        return self._cache
+
+    @property
+    def patch_size(self) -> int:
+        size = self.config.patch_size
+        return size if isinstance(size, int) else 32 if self.catalogue.synthetic else 128
+
+    @property
+    def split(self) -> tuple[list[Volume], list[Volume], str]:
+        """Volumes to train on, volumes held out, and how they were chosen."""
+        train_volumes, held, how = data.split(self.catalogue.train, self.config.val_fraction)
+        return train_volumes, held, how
+
+    def describe(self) -> str:
+        """Source, why it was chosen, volumes, split, patches and model, in three lines."""
+        c, (train_volumes, held, how) = self.catalogue, self.split
+        parameters = sum(p.numel() for p in self.model().parameters())
+        return (
+            f"volumes: {c.source} ({c.reason})\n"
+            f"{len(train_volumes)} to train on, {len(held)} held out ({how}), {len(c.test)} to predict\n"
+            f"{self.config.patches_per_volume} patches of {self.patch_size}^3 a volume and epoch, "
+            f"{parameters:,} parameters, {_levels(self.patch_size)} resolutions"
+        )
+
+    def prepare(self) -> None:
+        """Read every volume to train or validate on once, each rank its share: errors, statistics, decoded copies.
+
+        About a second a pair of 320^3, unless an earlier call has left its notes. A run that has been trained, here or
+        in an earlier output among the inputs, needs none of it.
+
+        Raises:
+            ValueError: a malformed volume, a label of another shape, a label out of range; named with its path.
+        """
+        c, cache = self.catalogue, self.cache  # on all ranks, before rank 0 looks at it alone
+        trained = distributed.from_main(self._trained)
+        if self._facts or trained:
+            return
+        cache.held = distributed.from_main(lambda: cache.plan(c.train))
+        facts: dict[str, Facts] = {}
+        error: Exception | None = None
+        said = time.monotonic()
+        try:
+            for volume in c.test[distributed.rank() :: distributed.world_size()]:
+                stacks.shape_of(volume.image)
+            for volume in c.train[distributed.rank() :: distributed.world_size()]:
+                facts[volume.id] = data.survey(volume, cache)
+                distributed.alive()
+                if distributed.is_main() and time.monotonic() - said > 15:
+                    said = time.monotonic()
+                    print(f"read {len(facts) * distributed.world_size()} of {len(c.train)} volumes", flush=True)
+        except (ValueError, OSError) as caught:
+            error = caught
+        for theirs, failure in distributed.gather((facts, error)):
+            if failure is not None:
+                raise failure
+            self._facts |= theirs
+
+    def _trained(self) -> bool:
+        """Whether there is nothing left to train: what `train` will find is the last step of this very run."""
+        c, patches = self.config, len(self.split[0]) * self.config.patches_per_volume
+        wanted = c.max_steps or (c.epochs * -(-patches // c.global_batch_size) if c.global_batch_size else -1)
+        for folder in [Path(c.output_dir), *(path.parent for path in session.find("result.json"))]:
+            result, settings = read_json(folder / "result.json"), read_json(folder / "config.json")
+            try:
+                if result["step"] == result["max_steps"] == wanted and settings["stamp"]["task"] == self.name:
+                    return (folder / "model.safetensors").is_file()
+            except (KeyError, TypeError):
+                continue
+        return False
+
+    def model(self) -> nn.Module:
+        width = self.config.width
+        channels = width if isinstance(width, int) else 8 if self.catalogue.synthetic else 32
+        return UNet(channels, _levels(self.patch_size), self.config.deep_supervision)
+
+    def train_data(self) -> Patches:
+        self.prepare()
+        c = self.config
+        return Patches(
+            self.split[0],
+            self._facts,
+            self.cache,
+            size=self.patch_size,
+            per_volume=c.patches_per_volume,
+            sheet_fraction=c.sheet_fraction,
+            augment=c.augment,
+        )
+
+    def val_data(self) -> Tiles | None:
+        held = self.split[1]
+        return Tiles(held, self._facts, self.cache, size=self.patch_size) if held else None
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        image, label = batch
+        return segmentation_loss(model(image), label)
+
+    def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        image, label = batch
+        logits = model(image)
+        p, q, known = logits[:, 0] > 0, label == 1, label != data.IGNORED
+        voxels = torch.stack([(p & q).sum(), (p & ~q & known).sum(), (~p & q).sum()])
+        return {"loss": (segmentation_loss(logits, label), len(label)), "voxels": (voxels, len(label))}
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """loss (a patch), and dice, precision and recall of all held-out voxels together, unblended."""
+        hit, false, missed = metrics["voxels"].tolist()
+        return {
+            "loss": float(metrics["loss"]),
+            "dice": 2 * hit / (2 * hit + false + missed) if hit + false + missed else 1.0,
+            "precision": hit / (hit + false) if hit + false else 0.0,
+            "recall": hit / (hit + missed) if hit + missed else 0.0,
+        }
+
+
+def task(config: Config) -> SurfaceSegmentation:
+    """What the command line trains."""
+    return SurfaceSegmentation(config)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,124 @@
+# %% [markdown]
+# # Papyrus surfaces in 3-D on two GPUs
+#
+# This notebook trains a 3-D U-Net to find the papyrus sheets in scans of rolled scrolls, on every GPU of the session,
+# predicts the test volumes and writes `submission.zip`.
+# On Kaggle: Settings > Accelerator > GPU T4 x2, add the competition *Vesuvius Challenge - Surface Detection* as an
+# input, then Run All. No internet is needed. Without that input it tries itself on small synthetic volumes: minutes.
+
+# %% [markdown]
+# The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
+
+# %% tags=["payload"]
+# tools/notebooks.py build puts the package here. Run from a checkout, this source needs nothing in this cell.
+
+# %%
+from kaggle_mgpu import env
+
+env.fix()  # before anything else is imported
+
+from pathlib import Path
+
+from IPython.display import Image
+
+from kaggle_mgpu import devices, notebook_parameters
+from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, baselines, run
+
+# %matplotlib inline
+print(devices.report())
+
+# %% [markdown]
+# ## Parameters
+#
+# `global_batch_size` counts patches per optimizer step over all GPUs: results do not depend on how many there are.
+# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+
+# %% tags=["parameters"]
+# Parameters of this notebook
+data_path = None  # the folder with train_images/, train_labels/, test_images/; None: found among the inputs
+patch_size = "auto"  # side of the cubes; auto: 128, on synthetic volumes 32
+width = "auto"  # channels at full resolution; auto: 32, on synthetic volumes 8
+patches_per_volume = 4
+val_fraction = 0.05  # of the volumes, held out: whole scrolls where they are small enough
+epochs = 40
+max_steps = None  # instead of epochs, when given
+global_batch_size = 8
+micro_batch_size = "auto"  # patches per forward pass on one GPU; auto: as many as fit
+lr = 1e-3
+schedule = "cosine_restarts"
+warmup_steps = 0.05  # a fraction of the run, or steps
+deep_supervision = False
+gradient_checkpointing = False  # less memory, a third more time
+overlap = 0.5  # of the windows that predict a volume
+min_component = 0  # remove predicted parts of fewer voxels
+strategy = "auto"  # auto, single, dp or ddp
+nproc = "auto"  # processes; auto: one per GPU
+precision = "auto"  # auto, fp32, fp16 or bf16
+save_interval_minutes = 30
+time_limit = None  # "45m", "3h": stop in good order after this long; None: shortly before the session ends
+output_dir = "surface_segmentation"
+seed = 1337
+
+# %%
+# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+config = Config.from_dict(notebook_parameters(globals()))
+task = SurfaceSegmentation(config)
+print(task.describe())
+
+# %% [markdown]
+# ## Training, then prediction
+#
+# Every volume is read once before training starts, so that a malformed one is an error now and not in hour nine.
+# A session that ends early loses little: run the notebook again and it goes on, in training from the newest checkpoint,
+# in prediction with the volumes that are missing. A finished model goes straight to what is left to predict.
+
+# %%
+result = run(config, task)
+print(f"step {result.step} of {result.max_steps} ({result.reason}), {result.seconds:.0f} s of training")
+
+# %%
+result.plot()
+
+# %% [markdown]
+# ## How good is it?
+#
+# Whole held-out volumes, predicted through a Gaussian-blended sliding window. Surface Dice (at 2 voxels) and the VOI
+# score are terms of the competition's score, computed as its metric does; its third term, a Betti matching, is not
+# computed here. Beside them two trivial answers: all is sheet, and what is brighter than the threshold that is best on
+# training volumes.
+
+# %%
+if "volume_dice" in result.metrics:
+    rows = baselines(task)
+    rows["this model"] = {name: result.metrics[f"volume_{name}"] for name in ("dice", "surface_dice", "voi_score")}
+    print(f"{'':18}" + "".join(f"{name:>14}" for name in rows["this model"]))
+    for name, row in rows.items():
+        print(f"{name:18}" + "".join(f"{value:14.3f}" for value in row.values()))
+else:
+    print("Nothing was held out, or the predictions are not complete yet.")
+
+# %%
+slices = Path(result.output_dir, "slices.png")
+Image(str(slices)) if result.finished and slices.exists() else None
+
+# %% [markdown]
+# ## What is where
+#
+# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# working folder: add this notebook's own earlier output as an input, and the run is found there.
+
+# %%
+print(f"{result.output_dir}:")
+for name, what in {
+    "submission.zip": "one TIFF a test volume, checked; on Kaggle also in /kaggle/working",
+    "predictions": "every predicted volume, held out or test",
+    "slices.png": "image, label and prediction",
+    "best/model.safetensors": "the weights with the highest validation Dice, which predict",
+    "model.safetensors": "the final weights",
+    "checkpoints": "where a run that was stopped goes on from",
+    "metrics.jsonl": "every number that was logged",
+    "config.json": "all parameters",
+    "result.json": "how the run ended",
+}.items():
+    if Path(result.output_dir, name).exists():
+        print(f"  {name:24} {what}")
