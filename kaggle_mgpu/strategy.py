@@ -222,7 +222,7 @@ class Strategy:
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
         return {
-            "model": self.model.state_dict(),
+            "model": saved_state(self.model),
             "optimizer": named_optimizer_state(self.model, optimizer),
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.skipped),
@@ -230,7 +230,7 @@ class Strategy:
 
     def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take over what `full_state` gave, under this strategy or another."""
-        self.model.load_state_dict(state["model"])
+        load_saved_state(self.model, state["model"])
         load_named_optimizer_state(self.model, optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -432,6 +432,22 @@ def choose(
 def _clips_and_skips(optimizer: torch.optim.Optimizer) -> bool:
     # SGD's fused kernel too takes found_inf, but a skipped first step leaves its momentum uninitialised (torch 2.13)
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """What checkpoints and weight files hold of a model: its state_dict, by name.
+
+    A model with an attribute `saved_names` (a set of those names) is saved in that part only: the rest is frozen, and
+    Task.model makes it again, the same each time. So the adapters of a large model are saved without it.
+    """
+    state = model.state_dict()
+    names = getattr(model, "saved_names", None)
+    return state if names is None else {name: tensor for name, tensor in state.items() if name in names}
+
+
+def load_saved_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Take over what `saved_state` gave; names and shapes have been compared before."""
+    model.load_state_dict(state, strict=getattr(model, "saved_names", None) is None)
 
 
 def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -156,8 +156,8 @@ class Result:
             name = "model.safetensors"
         path = Path(self.output_dir) / name
         weights = checkpoint.read_tensors(path)
-        checkpoint.check_model(weights, model.state_dict(), str(path))
-        model.load_state_dict(weights)
+        checkpoint.check_model(weights, strategy.saved_state(model), str(path))
+        strategy.load_saved_state(model, weights)
         return model.eval()
 
 
@@ -342,7 +342,7 @@ class _Run:
         self.start = distributed.from_main(self._starting_point)
         if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
             weights = checkpoint.read_tensors(self.out / "model.safetensors")
-            checkpoint.check_model(weights, self.strategy.model.state_dict(), str(self.out))
+            checkpoint.check_model(weights, strategy.saved_state(self.strategy.model), str(self.out))
             if self.main:
                 changed = "; the task's code has CHANGED since" if _code_then(self.out) != _code(self.task) else ""
                 print(f"already finished after {result.step} steps: {self.out}{changed}. resume='never' trains anew.")
@@ -350,7 +350,7 @@ class _Run:
         self.fit_micro_batch()
         if self.start is not None:
             saved = checkpoint.load(self.start)
-            checkpoint.check_model(saved.tensors["model"], self.strategy.model.state_dict(), f"{self.start}")
+            checkpoint.check_model(saved.tensors["model"], strategy.saved_state(self.strategy.model), f"{self.start}")
             self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
             if self.ema is not None:
                 self.ema.load_state_dict(saved.tensors["ema"])
@@ -361,7 +361,7 @@ class _Run:
             elif self.start.parent != self.checkpoints.folder:
                 try:
                     weights = checkpoint.read_tensors(best)
-                    checkpoint.check_model(weights, self.strategy.model.state_dict(), str(best))
+                    checkpoint.check_model(weights, strategy.saved_state(self.strategy.model), str(best))
                     if self.main:
                         checkpoint.replace_tensors(self.out / "best" / "model.safetensors", weights)
                 except Exception as error:  # somebody else's file may hold anything
@@ -385,7 +385,7 @@ class _Run:
             config=config.to_dict(),
             may_change=config.MAY_CHANGE,
             stamp=self.stamp,
-            model=self.strategy.model.state_dict(),
+            model=strategy.saved_state(self.strategy.model),
         )
         aside = self.checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
         if aside is not None:
@@ -475,7 +475,7 @@ class _Run:
             document = {**self.config.to_dict(), "stamp": self.stamp, "code": _code(self.task)}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
             (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
-        nbytes = sum(t.nbytes for t in self.strategy.model.state_dict().values())
+        nbytes = sum(t.nbytes for t in strategy.saved_state(self.strategy.model).values())
         val_size = 0 if self.val_fetch is None else data.size_of(self.val_fetch.dataset, "val_data()")
         # guesses, until they are measured: weights with two moments at 50 MB/s, a sample at a training sample's price
         self.clock = Clock(
@@ -585,7 +585,7 @@ class _Run:
     def write_weights(self, path: Path) -> bool:
         """Write the weights as they are now; on a full disk say so, keep what is there and go on."""
         try:
-            checkpoint.replace_tensors(path, self.strategy.model.state_dict())
+            checkpoint.replace_tensors(path, strategy.saved_state(self.strategy.model))
         except DiskFullError as error:
             self.log.note(f"{path} could not be written: {error.strerror}")
             return False
