@@ -19,8 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "config",
-    "Task": "trainer",
-    "Result": "trainer",
+    "Task": "task",
+    "Result": "task",
     "train": "trainer",
 }
 _ROOMS = {
@@ -34,6 +34,7 @@ _ROOMS = {
     "progress",
     "recipes",
     "session",
+    "task",
     "trainer",
 }
 
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from . import devices, env, session
     from .config import TrainConfig, notebook_parameters
     from .launch import launch
-    from .trainer import Result, Task, train
+    from .task import Result, Task
+    from .trainer import train
 
 
 def __getattr__(name: str) -> Any:

@@ -72,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         base = recipe.Config.load(given.config) if given.config else None
         config = recipe.Config.from_arguments(given, base)
-        result = launch(train, config, recipe.task(config))
+        # a recipe that does more than train (stages, inference) says so itself
+        run = getattr(recipe, "run", None)
+        result = run(config) if run else launch(train, config, recipe.task(config))
     except Exception as error:
         if not _says_all(error):
             raise

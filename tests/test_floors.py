@@ -33,8 +33,9 @@ FLOORS: dict[str, set[str]] = {
     "checkpoint": {"distributed", "session", "files"},
     "memory": {"files", "randomness"},
     "progress": {"devices", "distributed", "session", "config", "import_hooks"},
-    "trainer": {
-        "env",
+    "task": {"config", "data", "optim", "checkpoint", "progress", "strategy"},
+    "run": {
+        "task",
         "session",
         "config",
         "devices",
@@ -48,7 +49,22 @@ FLOORS: dict[str, set[str]] = {
         "memory",
         "randomness",
     },
-    "recipes": {"session", "config", "distributed", "data", "trainer", "optim"},
+    "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
+    "recipes": {
+        "session",
+        "config",
+        "devices",
+        "distributed",
+        "data",
+        "files",
+        "checkpoint",
+        "optim",
+        "progress",
+        "randomness",
+        "task",
+        "trainer",
+        "launch",
+    },
 }
 # rooms that run before anything is installed or imported
 STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch"}

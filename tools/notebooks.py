@@ -146,12 +146,23 @@ def _use_payload(payload: str, expected: str) -> str:
     return os.path.join(home, "site-packages")
 
 
-def package_files(package: Path) -> dict[str, bytes]:
-    """The package's Python files, by their path in a site-packages folder."""
+def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes]:
+    """The package's Python files, by their path in a site-packages folder.
+
+    Args:
+        notebook: the text of a notebook's source: of the recipes, it then gets only those that it imports. All five
+            together would make every notebook larger than may be pushed.
+    """
     paths = sorted(path for path in package.rglob("*.py") if "__pycache__" not in path.parts)
     if not paths:
         raise NotebookError(f"no Python files in {package}: expected the package kaggle_mgpu there")
-    return {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
+    wanted = None if notebook is None else set(re.findall(r"kaggle_mgpu\.recipes\.(\w+)", notebook))
+    files = {}
+    for path in paths:
+        below = path.relative_to(package).with_suffix("").parts
+        if wanted is None or below[0] != "recipes" or below[1] in {"__init__", *wanted}:
+            files[path.relative_to(package.parent).as_posix()] = path.read_bytes()
+    return files
 
 
 def payload_source(files: dict[str, bytes]) -> str:
@@ -216,7 +227,8 @@ def build(source: Path, package: Path) -> Any:
         NotebookError: the source lacks a payload or parameters cell, or the notebook is invalid or too large.
     """
     jupytext, nbformat = _library("jupytext"), _library("nbformat")
-    notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    text = source.read_text(encoding="utf-8")
+    notebook = jupytext.reads(text, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     for tag in ("payload", "parameters"):
         found = sum(tag in tags(cell) for cell in notebook.cells)
@@ -226,7 +238,7 @@ def build(source: Path, package: Path) -> Any:
     for cell in notebook.cells:
         if "payload" in tags(cell):
             cell.source, cell.metadata = (
-                payload_source(package_files(package)),
+                payload_source(package_files(package, text)),
                 nbformat.from_dict(PAYLOAD_METADATA),
             )
         # From the text, so that an edit elsewhere leaves a cell's id alone; jupytext's own are random
