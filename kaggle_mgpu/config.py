@@ -53,7 +53,7 @@ class TrainConfig:
     """How to train. What to train is a `Task`'s business."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
+        "strategy nproc gpu_ids cpu_offload meta_init compile gradient_checkpointing global_batch_size micro_batch_size "
         "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
         "save_interval_minutes keep_last resume output_dir tensorboard find_unused_parameters max_restarts "
         "hang_timeout_minutes collective_timeout_minutes nccl_p2p".split()
@@ -62,8 +62,9 @@ class TrainConfig:
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
 
     # Where it runs
-    strategy: Literal["auto", "single", "dp", "ddp"] = "auto"
-    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; auto: ddp where nproc > 1."""
+    strategy: Literal["auto", "single", "dp", "ddp", "fsdp"] = "auto"
+    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: the same, with weights, gradients
+    and optimizer state shared out among them, for models that do not fit otherwise; auto: ddp where nproc > 1."""
     nproc: int | Literal["auto"] = "auto"
     """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
     gpu_ids: str | None = None
@@ -72,6 +73,10 @@ class TrainConfig:
     """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), fp32 on CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cpu_offload: bool = False
+    """Under fsdp, keep weights, gradients and optimizer state in main memory, and take the optimizer's step there."""
+    meta_init: bool = False
+    """Under fsdp, build the weights on rank 0 alone; the others receive their parts: N times less main memory."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
 

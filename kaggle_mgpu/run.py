@@ -53,7 +53,7 @@ class Run:
         kind, kind_reason = strategy.choose(
             config.strategy, num_gpus=len(self.gpus), num_replicas=wanted, world_size=self.world
         )
-        replicas = {"single": 1, "dp": wanted, "ddp": self.world}[kind.name]
+        replicas = wanted if kind.name == "dp" else self.world
 
         # The data, and how each batch of it is split
         randomness.seed_everything(config.seed)  # a random split is then the same one in each process and session
@@ -62,6 +62,11 @@ class Run:
             raise ValueError(
                 f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
                 f"one follows from the other. Give global_batch_size instead."
+            )
+        if config.micro_batch_size == "auto" and not kind.alone:
+            raise ValueError(
+                f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give a "
+                f"number. One that is too large is halved, and the run starts again from its newest checkpoint."
             )
         self.plan = data.BatchPlan.make(
             dataset_size=data.size_of(train_set, "train_data()"),
@@ -94,11 +99,14 @@ class Run:
             device=self.device,
             num_replicas=replicas,
             find_unused_parameters=config.find_unused_parameters,
+            **_options(kind.name, config, task),
         )
         self.lr = self.plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
         self.warmup_steps = optim.resolve_warmup(config.warmup_steps, self.plan.max_steps)
         self.lr_at(0)  # a schedule that cannot be is found out now
-        model = self.strategy.prepare(_build(task, config))
+        with self.strategy.building():
+            model = _build(task, config)
+        self.strategy.prepare(model)
         self.optimizer = task.optimizer(model, config.replace(lr=self.lr))
         self.ema = optim.EMA(model, config.ema_decay) if config.ema_decay else None
 
@@ -265,7 +273,7 @@ class Run:
 
     def start_log(self) -> progress.Progress:
         """Print how the run will go and open its log."""
-        if self.main and self.state.step == 0 and self.looks_like_a_mean():
+        if self.main and self.state.step == 0 and self.strategy.alone and self.looks_like_a_mean():
             self.header.append(
                 "WARNING: Task.loss looks like a mean over the batch. It should be the SUM over its samples (reduction="
                 "'sum'): as it is, the gradient is too small and depends on how the batch is split."
@@ -351,8 +359,7 @@ class Run:
             state.metrics, state.evaluated = _merge(self.task, parts), state.step
             if _better(self.config, state):
                 state.best = state.metrics[self.config.best_metric]
-                if self.main:
-                    self.write_weights(self.out / "best" / "model.safetensors")
+                self.write_weights(self.out / "best" / "model.safetensors")
         record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
         record |= {f"val_{name}": value for name, value in state.metrics.items()}
         self.log.record({**record, "time": self.clock.seconds()})
@@ -369,7 +376,7 @@ class Run:
     def everything(self) -> dict[str, Any]:
         """All that a checkpoint holds, listed once."""
         full = self.strategy.full_state(self.optimizer)
-        tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
+        tensors = {"model": full.pop("model")} | ({"ema": self.strategy.whole(self.ema.state_dict())} if self.ema else {})
         facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
         return {"tensors": tensors, "state": full, "facts": {**facts, "config": self.config.to_dict()}}
 
@@ -383,9 +390,12 @@ class Run:
                 self.log.record({"kind": "save", "step": saved.step, "seconds": saved.seconds})
 
     def write_weights(self, path: Path) -> bool:
-        """Write the weights as they are now; on a full disk say so, keep what is there and go on."""
+        """Put the weights together as they are now and write them; on a full disk say so, keep what is there, go on."""
+        weights = self.strategy.whole(strategy.saved_state(self.strategy.model))
+        if not self.main:
+            return True
         try:
-            checkpoint.replace_tensors(path, strategy.saved_state(self.strategy.model))
+            checkpoint.replace_tensors(path, weights)
         except DiskFullError as error:
             self.log.note(f"{path} could not be written: {error.strerror}")
             return False
@@ -413,7 +423,9 @@ class Run:
             self.log.note(text)
             return
         self.state.seconds = self.clock.seconds()
-        saved = f"The state before that step is in {self.checkpoints.rescue(step, **self.everything())}"
+        saved = "The newest checkpoint is from before that step"
+        if self.strategy.alone:  # else no rank has all of it
+            saved = f"The state before that step is in {self.checkpoints.rescue(step, **self.everything())}"
         raise distributed.RestartError(
             f"rank {distributed.rank()} ran {text}. {saved}: run the same again and it goes on from there."
         ) from error
@@ -493,9 +505,9 @@ class Run:
             remaining_steps=remaining,
             remaining_seconds=self.clock.left(remaining),
         )
+        with self.averaged_weights():
+            written = self.write_weights(self.out / "model.safetensors")
         if self.main:
-            with self.averaged_weights():
-                written = self.write_weights(self.out / "model.safetensors")
             if finished and not written:
                 raise DiskFullError(
                     f"trained to the end, but the disk has no room for {self.out / 'model.safetensors'}. Free some "
@@ -533,6 +545,13 @@ _NOT_EVEN_ONE = (
     "out of memory with micro_batch_size 1: not even one sample fits. Try gradient_checkpointing=True, "
     "precision='fp16', shorter or smaller samples, or a smaller model."
 )
+
+
+def _options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
+    """What only one strategy asks for."""
+    if name == "fsdp":
+        return {"units": task.fsdp_units, "cpu_offload": config.cpu_offload, "meta_init": config.meta_init}
+    return {}
 
 
 def _build(task: Task, config: TrainConfig) -> nn.Module:

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, shards
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _NOTHING = contextlib.nullcontext()
 
 
-class _Call(nn.Module):
+class Call(nn.Module):
     """Calls a function of (model, batch) as a forward pass, which is what torch's DDP and DataParallel wrap.
 
     The function sees the plain model, with its own attributes and methods. Autocast is entered here, in the thread that
@@ -38,8 +38,8 @@ class _Call(nn.Module):
         self.loss, self.metrics, self.precision, self.device_type = loss, metrics, precision, device_type
 
     def forward(self, batch: Any, what: str = "loss") -> Any:
-        if self.precision in _DTYPES:
-            with torch.autocast(self.device_type, _DTYPES[self.precision]):
+        if self.precision in HALF:
+            with torch.autocast(self.device_type, HALF[self.precision]):
                 return self._call(batch, what)
         return self._call(batch, what)
 
@@ -72,6 +72,8 @@ class Strategy:
     """
 
     name = "single"
+    alone = True
+    """Whether a rank can compute with the model without the others."""
 
     def __init__(
         self,
@@ -91,15 +93,22 @@ class Strategy:
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
 
+    def building(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the making of the model, for `prepare`."""
+        return _NOTHING
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and wrap it for training; returns the plain one."""
         self.model = model.to(self.device)
-        self.call: nn.Module = _Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
+        self.call: nn.Module = Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
         self.parallel = self.wrap(self.call)
+        self.note_buffers()
+        return self.model
+
+    def note_buffers(self) -> None:
         saved = self.model.state_dict(keep_vars=True)
         self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
         self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
-        return self.model
 
     def wrap(self, call: nn.Module) -> nn.Module:
         return call
@@ -168,7 +177,7 @@ class Strategy:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = shards.whole(nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
         # a fused Adam divides by grad_scale as it reads the gradient: clipping then needs no pass of its own
         by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
         if max_norm is not None and not by_itself:
@@ -221,6 +230,14 @@ class Strategy:
     # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
+        return self.whole(self.held_state(optimizer))
+
+    def whole(self, tree: Any) -> Any:
+        """The same with each tensor that is spread over the ranks put together; all ranks must ask for it."""
+        return tree
+
+    def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """`full_state`, with tensors that are spread over the ranks as they are."""
         return {
             "model": saved_state(self.model),
             "optimizer": named_optimizer_state(self.model, optimizer),
@@ -406,7 +423,7 @@ def _gather(outputs: list[Any]) -> Any:
 
 
 def choose(
-    wanted: Literal["auto", "single", "dp", "ddp"], *, num_gpus: int, num_replicas: int, world_size: int
+    wanted: Literal["auto", "single", "dp", "ddp", "fsdp"], *, num_gpus: int, num_replicas: int, world_size: int
 ) -> tuple[type[Strategy], str]:
     """The strategy and the reason for it.
 
@@ -424,8 +441,12 @@ def choose(
         )
     if wanted == "dp" and num_gpus and num_replicas > num_gpus:
         raise ValueError(f"strategy 'dp' with nproc={num_replicas}: this machine has {num_gpus} GPUs")
-    if wanted == "ddp" and world_size == 1:
-        return Strategy, "ddp in one process is single"
+    if wanted not in ("single", "dp") and world_size == 1:
+        return Strategy, f"{wanted} in one process is single"
+    if wanted == "fsdp":
+        from .fsdp import Sharded  # here, since what it imports takes two seconds
+
+        return Sharded, "asked for"
     return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
 
 

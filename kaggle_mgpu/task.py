@@ -73,6 +73,13 @@ class Task:
         """AdamW, with weight decay on matrices only. A group's `lr_scale` multiplies the learning rate for it."""
         return optim.adamw(model, config.lr, config.weight_decay)
 
+    def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
+        """Under fsdp, the modules whose weights are gathered one at a time; None: the blocks that the model repeats.
+
+        Each must be called as a module (`block(x)`, not `block.attention(x)`), and by every rank if by any.
+        """
+        return None
+
     def on_record(self, record: dict[str, Any]) -> None:
         """Called on rank 0 with every record before it is logged (wandb, prints)."""
 
