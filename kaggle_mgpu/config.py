@@ -53,10 +53,10 @@ class TrainConfig:
     """How to train. What to train is a `Task`'s business."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        "strategy nproc gpu_ids cpu_offload meta_init compile gradient_checkpointing global_batch_size micro_batch_size "
-        "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
-        "save_interval_minutes keep_last resume output_dir tensorboard find_unused_parameters max_restarts "
-        "hang_timeout_minutes collective_timeout_minutes nccl_p2p".split()
+        "strategy nproc gpu_ids cpu_offload meta_init compile gradient_checkpointing global_batch_size "
+        "micro_batch_size gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every "
+        "save_every save_interval_minutes checkpoint_format keep_last resume output_dir tensorboard "
+        "find_unused_parameters max_restarts hang_timeout_minutes collective_timeout_minutes nccl_p2p".split()
     )
     """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
@@ -144,6 +144,9 @@ class TrainConfig:
     """Steps between checkpoints, beside those that save_interval_minutes asks for. None: by the clock alone."""
     save_interval_minutes: float = 30.0
     """Minutes between checkpoints."""
+    checkpoint_format: Literal["full", "sharded"] = "full"
+    """sharded: under fsdp each rank writes its own part of a checkpoint, which spares rank 0 the room for all of it. A
+    run goes on from either, under any strategy. best/ and the final weights are one file in any case."""
     keep_last: int = 4
     """Checkpoints to keep, newest first."""
     best_metric: str = "loss"

@@ -1,7 +1,7 @@
 """Sharded: each rank holds a part of every weight, gradient and moment, and borrows the rest while it computes.
 
 torch's `fully_shard` (FSDP2) in the kit's terms. A block of the model is gathered just before it computes and let go
-just after, forward and backward; gradients are averaged straight into the ranks' parts. What comes out is what the other
+just after, forward and backward; gradients are averaged straight into the ranks' parts. What comes out is what other
 strategies give, under the same names, so a run may go on from a checkpoint of any of them, and they from one of its.
 
 Imported by `strategy.choose` alone, when asked for: torch.distributed.fsdp takes two seconds to import.
@@ -93,11 +93,11 @@ class Sharded(Strategy):
     def _materialise(self, unit: nn.Module) -> None:
         """Put what is not sharded yet on the device, with rank 0's values."""
         made: dict[Tensor, Tensor] = {}
-        for name, module in unit.named_modules():
+        for module in unit.modules():
             for key, tensor in vars(module).items():
                 if isinstance(tensor, Tensor) and tensor.is_meta:
                     raise ValueError(
-                        f"meta_init=True, but {name}.{key} is a tensor that is neither parameter nor buffer, so that "
+                        f"meta_init=True, but {self._name_of(module)}.{key} is a tensor that is neither parameter nor buffer, so that "
                         f"only rank 0 knows its values. Make it a buffer (register_buffer), or set meta_init=False."
                     )
             for own in (module._parameters, module._buffers):
@@ -106,7 +106,10 @@ class Sharded(Strategy):
                         continue
                     if tensor not in made:
                         made[tensor] = self._from_rank_0(tensor)
-                    own[key] = made[tensor]  # type: ignore[assignment]
+                    own[key] = made[tensor]
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, found in self.model.named_modules() if found is module) or "the model"
 
     def _from_rank_0(self, tensor: Tensor) -> Tensor:
         if tensor.is_meta:

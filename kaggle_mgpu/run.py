@@ -65,8 +65,8 @@ class Run:
             )
         if config.micro_batch_size == "auto" and not kind.alone:
             raise ValueError(
-                f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give a "
-                f"number. One that is too large is halved, and the run starts again from its newest checkpoint."
+                f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give "
+                f"a number. One that is too large is halved, and the run starts again from its newest checkpoint."
             )
         self.plan = data.BatchPlan.make(
             dataset_size=data.size_of(train_set, "train_data()"),
@@ -120,6 +120,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(
             self.out / "checkpoints", keep_last=config.keep_last, flush_first=[self.out / progress.METRICS]
         )
+        self.in_shards = config.checkpoint_format == "sharded" and not kind.alone
         self.start: Path | None = None
         self.attempt = Attempt(self)
         self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
@@ -369,14 +370,18 @@ class Run:
         with self.clock.pause():
             self.state.seconds = self.clock.seconds()
             everything = self.everything()
-            if self.main:
+            if self.in_shards:
+                self.checkpoints.begin_together(self.state.step, **everything)
+            elif self.main:
                 self.checkpoints.begin(self.state.step, **everything)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def everything(self) -> dict[str, Any]:
         """All that a checkpoint holds, listed once."""
-        full = self.strategy.full_state(self.optimizer)
-        tensors = {"model": full.pop("model")} | ({"ema": self.strategy.whole(self.ema.state_dict())} if self.ema else {})
+        full = self.strategy.held_state(self.optimizer)
+        tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
+        if not self.in_shards:
+            tensors, full = self.strategy.whole(tensors), self.strategy.whole(full)
         facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
         return {"tensors": tensors, "state": full, "facts": {**facts, "config": self.config.to_dict()}}
 
