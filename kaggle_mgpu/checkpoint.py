@@ -497,8 +497,12 @@ def _crc32_of(document: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(document).encode())
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint into host memory.
+def load(path: Path, *, whole: bool = True) -> Checkpoint:
+    """Read a checkpoint: its tensors are maps of the files, which are read as they are used.
+
+    Args:
+        whole: put tensors together whose rows lie in several files; else they are `shards.Pieces`, for callers that
+            want a few rows of each.
 
     Raises:
         CheckpointError: it is damaged, or holds what could run code; the message says where.
@@ -507,7 +511,7 @@ def load(path: Path) -> Checkpoint:
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     facts = read_facts(path)
-    tensors: dict[str, dict[str, Tensor]] = {}
+    tensors: dict[str, dict[str, Any]] = {}
     tree = ""
     for name in facts["files"]:
         found, metadata = files.read_with_metadata(path / name)
@@ -516,12 +520,13 @@ def load(path: Path) -> Checkpoint:
         for key, tensor in found.items():
             if key in cut:
                 shape, start = cut[key]
-                if key not in into:
-                    into[key] = tensor.new_empty(shape)
-                into[key][start : start + len(tensor)] = tensor
+                into.setdefault(key, shards.Pieces(shape)).add(start, tensor)
             else:
                 into[key] = tensor
         tree = metadata.get("tree", tree)
+    if whole:
+        for found in tensors.values():
+            found |= {name: value[:] for name, value in found.items() if isinstance(value, shards.Pieces)}
     return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
 
 

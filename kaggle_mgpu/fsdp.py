@@ -82,6 +82,11 @@ class Sharded(Strategy):
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         # one block at a time is whole on the device
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would lay out a CPU's 4-bit weights anew in the first evaluation, in place: those that
+                # are gathered at that moment, and not this rank's part, from which the next ones come
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         units = self.units(model)
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
@@ -97,8 +102,9 @@ class Sharded(Strategy):
             for key, tensor in vars(module).items():
                 if isinstance(tensor, Tensor) and tensor.is_meta:
                     raise ValueError(
-                        f"meta_init=True, but {self._name_of(module)}.{key} is a tensor that is neither parameter nor buffer, so that "
-                        f"only rank 0 knows its values. Make it a buffer (register_buffer), or set meta_init=False."
+                        f"meta_init=True, but {self._name_of(module)}.{key} is a tensor that is neither parameter nor "
+                        f"buffer, so that only rank 0 knows its values. Make it a buffer (register_buffer), or set "
+                        f"meta_init=False."
                     )
             for own in (module._parameters, module._buffers):
                 for key, tensor in own.items():
@@ -106,7 +112,7 @@ class Sharded(Strategy):
                         continue
                     if tensor not in made:
                         made[tensor] = self._from_rank_0(tensor)
-                    own[key] = made[tensor]
+                    own[key] = made[tensor]  # type: ignore[assignment]
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, found in self.model.named_modules() if found is module) or "the model"
@@ -119,8 +125,8 @@ class Sharded(Strategy):
         else:
             there = tensor
             if tensor.device != self.device:
-                # as Module.to does: the parameter, with whatever it carries, stays the same object
-                tensor.data = tensor.data.to(self.device)
+                # as Module.to does: the same object stays, and one of a quantised weight takes along what it carries
+                tensor.data = tensor.to(self.device).data
         dist.broadcast(there.detach(), src=0)
         return there
 
@@ -178,8 +184,8 @@ class Sharded(Strategy):
         own, parameters = self.model.state_dict(), dict(self.model.named_parameters())
 
         def spread(value: Any, like: Tensor) -> Any:
-            """Cut a whole tensor as `like` is; what has another shape (the number of steps) is on every rank."""
-            fits = isinstance(value, Tensor) and shards.is_sharded(like) and value.shape == like.shape
+            """A whole tensor's rows as `like` has them; what has another shape (a number of steps) is on every rank."""
+            fits = isinstance(value, Tensor | shards.Pieces) and shards.is_sharded(like) and value.shape == like.shape
             return shards.spread_like(value, like) if fits else value
 
         moments = {

@@ -158,7 +158,7 @@ class Run:
             return dataclasses.replace(result, output_dir=str(self.out))
         self.fit_micro_batch()
         if self.start is not None:
-            saved = checkpoint.load(self.start)
+            saved = checkpoint.load(self.start, whole=self.strategy.alone)
             checkpoint.check_model(saved.tensors["model"], strategy.saved_state(self.strategy.model), f"{self.start}")
             self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
             if self.ema is not None:

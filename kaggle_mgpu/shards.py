@@ -11,12 +11,13 @@ and its own part, so that callers need not ask.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,23 @@ class Shard:
     """Of the whole."""
     start: int
     """Which of the whole's rows is the first here."""
+
+
+class Pieces:
+    """A tensor whose rows lie in several files, put together only as far as they are asked for: `pieces[2:5]`."""
+
+    def __init__(self, shape: list[int]) -> None:
+        self.shape = torch.Size(shape)
+        self.found: list[tuple[int, Tensor]] = []
+
+    def add(self, start: int, rows: Tensor) -> None:
+        self.found.append((start, rows))
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, end, _ = rows.indices(self.shape[0])
+        parts = [part[max(first - start, 0) : max(end - start, 0)] for start, part in self.found]
+        parts = [part for part in parts if len(part)] or parts[:1]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def is_sharded(tensor: object) -> bool:
@@ -54,7 +72,7 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 @torch.no_grad()
-def copy_(target: Tensor, source: Tensor) -> None:
+def copy_(target: Tensor, source: Any) -> None:
     """Copy a whole tensor into one that may be spread: each rank takes its rows, without asking another."""
     if is_sharded(target):
         shard = shard_of(target)
@@ -63,8 +81,8 @@ def copy_(target: Tensor, source: Tensor) -> None:
         target.copy_(source)
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor spread over the ranks, and on the device, as `like` is, which has its shape."""
+def spread_like(value: Any, like: Tensor) -> Tensor:
+    """A whole tensor (or its `Pieces`) spread over the ranks, and on the device, as `like` is, which has its shape."""
     from torch.distributed.tensor import DTensor
 
     shard, spread = shard_of(like), cast(Any, like)
@@ -84,3 +102,23 @@ def each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
         make = getattr(type(tree), "_make", type(tree))  # a namedtuple wants its fields one by one
         return make(each(value, change) for value in tree)
     return tree
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within it every rank has the whole model, and may compute with it as often as it likes; to be entered by all.
+
+    For what each rank does in a number of steps of its own, as generating text is. It takes the room that the whole
+    weights take. Where nothing is spread, it does nothing.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    units: list[Any] = [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()

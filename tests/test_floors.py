@@ -64,6 +64,7 @@ FLOORS: dict[str, set[str]] = {
         "optim",
         "progress",
         "randomness",
+        "shards",
         "task",
         "trainer",
         "launch",

@@ -292,6 +292,74 @@ def test_two_ranks_shards_are_threes(tmp_path: Path) -> None:
     assert relative(weights(tmp_path), weights(tmp_path / "other")) < 1e-5
 
 
+class Ragged(TiedLanguage):
+    """Its metrics take another number of forward passes on each rank, as generating text does."""
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        with shards.gathered(model):
+            for _ in range(1 + 2 * distributed.rank()):
+                found = super().metrics(model, batch)
+        assert all(map(shards.is_sharded, model.blocks.parameters()))
+        return found
+
+
+def test_with_the_model_gathered_each_rank_computes_as_often_as_it_likes(tmp_path: Path) -> None:
+    launch(train, language(tmp_path / "ragged", strategy="fsdp"), Ragged(), nproc=2)
+    launch(train, language(tmp_path / "even", strategy="fsdp"), TiedLanguage(), nproc=2)
+    assert torch.equal(weights(tmp_path / "ragged"), weights(tmp_path / "even"))
+    records = [[r for r in progress.read(tmp_path / name) if r["kind"] == "eval"] for name in ("ragged", "even")]
+    assert [r["val_loss"] for r in records[0]] == [r["val_loss"] for r in records[1]]
+
+
+def test_pieces_are_put_together_as_far_as_asked() -> None:
+    whole = torch.arange(14.0).reshape(7, 2)
+    pieces = shards.Pieces([7, 2])
+    for start, end in ((0, 3), (3, 6), (6, 7), (7, 7)):
+        pieces.add(start, whole[start:end])
+    for first in range(8):
+        for end in range(first, 8):
+            assert torch.equal(pieces[first:end], whole[first:end]), (first, end)
+    assert torch.equal(pieces[:], whole)
+
+
+# Adapters
+def tune(jobs: list[tuple[TrainConfig, Any]]) -> None:
+    for settings, task in jobs:
+        train(settings, task)
+
+
+def test_adapters_on_fp32_and_on_nf4_weights_are_singles(tmp_path: Path) -> None:
+    for package in ("transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(package)
+    from adapters import Adapters
+
+    def settings(name: str, **changes: Any) -> TrainConfig:
+        return TrainConfig(
+            output_dir=str(tmp_path / name), global_batch_size=12, gradient_accumulation_steps=2, max_steps=6, lr=1.0,
+            schedule="constant", max_norm=None, data_workers=0, save_every=3, eval_every="end",
+        ).replace(**changes)  # fmt: skip
+
+    bits = {"fp32": False, "nf4": True}
+    for name, four_bits in bits.items():
+        train(settings(f"{name}-single"), Adapters(four_bits))
+        train(settings(f"{name}-moved", max_steps=3), Adapters(four_bits))
+    jobs = []
+    for name, four_bits in bits.items():
+        for kind, changes in (("ddp", {}), ("fsdp", {}), ("moved", {"checkpoint_format": "sharded"})):
+            strategy = "fsdp" if kind == "moved" else kind
+            jobs.append((settings(f"{name}-{kind}", strategy=strategy, **changes), Adapters(four_bits)))
+    launch(tune, jobs, nproc=2)
+    for name in bits:
+        expected = weights(tmp_path / f"{name}-single")
+        for kind in ("ddp", "fsdp", "moved"):
+            error = relative(weights(tmp_path / f"{name}-{kind}"), expected)
+            print(f"{name} {kind:<6} {error:.1e}")
+            assert error < 2e-6, (name, kind)
+        saved = read_tensors(tmp_path / f"{name}-fsdp" / "model.safetensors")
+        assert saved.keys() == read_tensors(tmp_path / f"{name}-single" / "model.safetensors").keys()
+        assert all(".lora_" in key for key in saved)
+
+
 # Killed
 class Shot(Everything):
     """Kills its own process, once."""
