@@ -135,27 +135,9 @@ class Sharded(Strategy):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
-        found = super().evaluate(self._in_step(batches))
+        found = super().evaluate(batches)
         self._root.reshard()  # torch keeps it for a backward pass, which does not come
         return found
-
-    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches. A rank that has had all of its own computes along while another has more to do.
-
-        For the weights are gathered by all together. Where there are fewer batches than ranks, rank 0's is lent.
-        """
-        batch: Any = None
-        coming = next(batches, None)
-        if distributed.agree(coming is None):
-            lent = distributed.broadcast(shards.each(coming, lambda tensor: tensor.cpu()))
-            batch = shards.each(lent, lambda tensor: tensor.to(self.device))
-        while distributed.agree(coming is not None):
-            if coming is not None:
-                batch = coming
-                yield batch
-            else:
-                self.call_for_metrics(batch)
-            coming = next(batches, None)
 
     def sync_buffers(self) -> None:
         for buffer in self.model.buffers():

@@ -107,7 +107,7 @@ class Run:
         with self.strategy.building():
             model = _build(task, config)
         self.strategy.prepare(model)
-        self.optimizer = task.optimizer(model, config.replace(lr=self.lr))
+        self.optimizer = self.strategy.attach(task.optimizer(model, config.replace(lr=self.lr)))
         self.ema = optim.EMA(model, config.ema_decay) if config.ema_decay else None
 
         self.state = TrainState()
@@ -120,7 +120,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(
             self.out / "checkpoints", keep_last=config.keep_last, flush_first=[self.out / progress.METRICS]
         )
-        self.in_shards = config.checkpoint_format == "sharded" and not kind.alone
+        self.in_shards = config.checkpoint_format == "sharded" and kind.name == "fsdp"
         self.start: Path | None = None
         self.attempt = Attempt(self)
         self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
@@ -151,7 +151,7 @@ class Run:
         self.start = distributed.from_main(self._starting_point)
         if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
             weights = checkpoint.read_tensors(self.out / "model.safetensors")
-            checkpoint.check_model(weights, strategy.saved_state(self.strategy.model), str(self.out))
+            checkpoint.check_model(weights, self.strategy.described(), str(self.out))
             if self.main:
                 changed = "; the task's code has CHANGED since" if _code_then(self.out) != _code(self.task) else ""
                 print(f"already finished after {result.step} steps: {self.out}{changed}. resume='never' trains anew.")
@@ -159,7 +159,7 @@ class Run:
         self.fit_micro_batch()
         if self.start is not None:
             saved = checkpoint.load(self.start, whole=self.strategy.alone)
-            checkpoint.check_model(saved.tensors["model"], strategy.saved_state(self.strategy.model), f"{self.start}")
+            checkpoint.check_model(saved.tensors["model"], self.strategy.described(), f"{self.start}")
             self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
             if self.ema is not None:
                 self.ema.load_state_dict(saved.tensors["ema"])
@@ -170,7 +170,7 @@ class Run:
             elif self.start.parent != self.checkpoints.folder:
                 try:
                     weights = checkpoint.read_tensors(best)
-                    checkpoint.check_model(weights, strategy.saved_state(self.strategy.model), str(best))
+                    checkpoint.check_model(weights, self.strategy.described(), str(best))
                     if self.main:
                         checkpoint.replace_tensors(self.out / "best" / "model.safetensors", weights)
                 except Exception as error:  # somebody else's file may hold anything
@@ -194,7 +194,7 @@ class Run:
             config=config.to_dict(),
             may_change=config.MAY_CHANGE,
             stamp=self.stamp,
-            model=strategy.saved_state(self.strategy.model),
+            model=self.strategy.described(),
         )
         aside = self.checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
         if aside is not None:
@@ -284,7 +284,7 @@ class Run:
             document = {**self.config.to_dict(), "stamp": self.stamp, "code": _code(self.task)}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
             (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
-        nbytes = sum(t.nbytes for t in strategy.saved_state(self.strategy.model).values())
+        nbytes = sum(t.nbytes for t in self.strategy.described().values())
         val_size = 0 if self.val_fetch is None else data.size_of(self.val_fetch.dataset, "val_data()")
         # guesses, until they are measured: weights with two moments at 50 MB/s, a sample at a training sample's price
         self.clock = Clock(
@@ -396,7 +396,7 @@ class Run:
 
     def write_weights(self, path: Path) -> bool:
         """Put the weights together as they are now and write them; on a full disk say so, keep what is there, go on."""
-        weights = self.strategy.whole(strategy.saved_state(self.strategy.model))
+        weights = self.strategy.weights()
         if not self.main:
             return True
         try:
@@ -556,6 +556,8 @@ def _options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
     """What only one strategy asks for."""
     if name == "fsdp":
         return {"units": task.fsdp_units, "cpu_offload": config.cpu_offload, "meta_init": config.meta_init}
+    if name == "deepspeed":
+        return {"file": config.deepspeed_config, "max_norm": config.max_norm, "averaged": config.ema_decay is not None}
     return {}
 
 

@@ -11,7 +11,7 @@ import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -104,6 +104,10 @@ class Strategy:
         self.parallel = self.wrap(self.call)
         self.note_buffers()
         return self.model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Take the optimizer made for the prepared model; returns the one to go on with."""
+        return optimizer
 
     def note_buffers(self) -> None:
         saved = self.model.state_dict(keep_vars=True)
@@ -214,12 +218,34 @@ class Strategy:
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
         """Sums and counts of the task's metrics over this rank's batches, on the CPU in float64."""
         totals: dict[str, tuple[Tensor, Tensor]] = {}
-        for batch in batches:
+        for batch in self._in_step(batches):
             distributed.alive()
             for name, (total, count) in self.call_for_metrics(batch).items():
                 before = totals.get(name, (0.0, 0))
                 totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
         return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()}
+
+    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; a rank that has had all of its own computes along while another has more to do.
+
+        For where weights are spread over the ranks, all gather them together. Where there are fewer batches than ranks,
+        rank 0's is lent.
+        """
+        if self.alone:
+            yield from batches
+            return
+        batch: Any = None
+        coming = next(batches, None)
+        if distributed.agree(coming is None):
+            lent = distributed.broadcast(shards.each(coming, lambda tensor: tensor.cpu()))
+            batch = shards.each(lent, lambda tensor: tensor.to(self.device))
+        while distributed.agree(coming is not None):
+            if coming is not None:
+                batch = coming
+                yield batch
+            else:
+                self.call_for_metrics(batch)
+            coming = next(batches, None)
 
     def call_for_metrics(self, batch: Any) -> Any:
         return self.call(batch, "metrics")
@@ -231,6 +257,14 @@ class Strategy:
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
         return self.whole(self.held_state(optimizer))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a file of weights holds, whole; all ranks must ask for it, and rank 0's answer counts."""
+        return cast(dict[str, Tensor], self.whole(saved_state(self.model)))
+
+    def described(self) -> dict[str, Tensor]:
+        """The names and shapes of `weights`; what else these tensors are is no matter."""
+        return saved_state(self.model)
 
     def whole(self, tree: Any) -> Any:
         """The same with each tensor that is spread over the ranks put together; all ranks must ask for it."""
@@ -423,7 +457,11 @@ def _gather(outputs: list[Any]) -> Any:
 
 
 def choose(
-    wanted: Literal["auto", "single", "dp", "ddp", "fsdp"], *, num_gpus: int, num_replicas: int, world_size: int
+    wanted: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"],
+    *,
+    num_gpus: int,
+    num_replicas: int,
+    world_size: int,
 ) -> tuple[type[Strategy], str]:
     """The strategy and the reason for it.
 
@@ -447,6 +485,10 @@ def choose(
         from .fsdp import Sharded  # here, since what it imports takes two seconds
 
         return Sharded, "asked for"
+    if wanted == "deepspeed":
+        from .zero import ZeRO
+
+        return ZeRO, "asked for"
     return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
 
 

@@ -30,8 +30,9 @@ FLOORS: dict[str, set[str]] = {
     "server": {"env", "session", "pickling", "distributed"},
     "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
     "data": {"distributed", "randomness"},
-    # fsdp is above it, and imported by `choose` alone, when asked for
-    "strategy": {"distributed", "devices", "shards", "fsdp"},
+    # fsdp and zero are above it, and imported by `choose` alone, when asked for
+    "strategy": {"distributed", "devices", "shards", "fsdp", "zero"},
+    "zero": {"strategy", "distributed"},
     "fsdp": {"strategy", "distributed", "shards"},
     "checkpoint": {"distributed", "session", "files", "shards"},
     "memory": {"files", "randomness"},
