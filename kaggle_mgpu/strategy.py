@@ -7,6 +7,7 @@ terms that is. They hold the plain model, which checkpoints and evaluation use; 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import math
 import threading
@@ -486,9 +487,15 @@ def choose(
 
         return Sharded, "asked for"
     if wanted == "deepspeed":
-        from .zero import ZeRO
-
-        return ZeRO, "asked for"
+        try:  # by name: a notebook that carries the package does without, as DeepSpeed must be installed anyway
+            return importlib.import_module(f"{__package__}.zero").ZeRO, "asked for"
+        except ModuleNotFoundError as error:
+            if error.name != f"{__package__}.zero":
+                raise
+            raise ValueError(
+                "strategy 'deepspeed' is not in the copy of kaggle_mgpu that a notebook carries: install the package "
+                "or run in a checkout, or use strategy='fsdp'"
+            ) from error
     return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
 
 

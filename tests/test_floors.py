@@ -30,8 +30,8 @@ FLOORS: dict[str, set[str]] = {
     "server": {"env", "session", "pickling", "distributed"},
     "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
     "data": {"distributed", "randomness"},
-    # fsdp and zero are above it, and imported by `choose` alone, when asked for
-    "strategy": {"distributed", "devices", "shards", "fsdp", "zero"},
+    # fsdp is above it, and imported by `choose` alone, when asked for; so is zero, by its name
+    "strategy": {"distributed", "devices", "shards", "fsdp"},
     "zero": {"strategy", "distributed"},
     "fsdp": {"strategy", "distributed", "shards"},
     "checkpoint": {"distributed", "session", "files", "shards"},
