@@ -1,7 +1,8 @@
 # make demo   train a GPT from the template notebook with two processes, end to end
 # make test   everything: lint, types, tests
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
-# Both make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
+# make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
+# The first two make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
 
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p global_batch_size 16 \
         -p lr 3e-3 -p max_steps 450 -p eval_every 75 -p max_new_tokens 120
 
-.PHONY: demo test test-env test-gpu lint notebooks bench clean
+.PHONY: demo test test-env test-gpu test-deepspeed lint notebooks bench clean
 
 $(VENV)/installed: requirements.txt tests/requirements.txt $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +31,17 @@ test: $(VENV)/installed
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+DEEPSPEED := build/deepspeed
+$(DEEPSPEED)/installed: $(CONSTRAINTS)
+	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest psutil setuptools ninja
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "deepspeed>=0.19"
+	touch $@
+
+test-deepspeed: $(DEEPSPEED)/installed
+	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/build/torch_extensions" \
+	    $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/test_zero.py
 
 test-env:
 	$(PYTHON) tools/env_matrix.py

@@ -6,11 +6,16 @@ A checkpoint is copied to host memory, which is all that training waits for; a t
 folder, flushes it to disk and renames the folder: it exists once its name does. state.json, written last, holds every
 file's length and checksum and its own, so that one which a disk or a download damaged is recognised, named, and passed
 over for the one before it. Nothing in it can run code when it is loaded: the optimizer's state too is tensors and JSON.
+
+Tensors that are spread over the ranks can be written as they are, each rank its own rows into files of its own:
+model-00001-of-00002.safetensors and so on. What is loaded from these are whole tensors again. (The format of
+torch.distributed.checkpoint is another one, whose list of contents is a pickle.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -25,7 +30,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from . import files, session
+from . import distributed, files, session, shards
 from .files import DiskFullError, read_tensors, replace_tensors, write_tensors, write_text
 
 __all__ = [
@@ -36,6 +41,9 @@ __all__ = [
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d+)")
+_PART = re.compile(r"(.+)-\d{5}-of-\d{5}")
+PART_SECONDS = 900.0
+"""How long rank 0 waits for the other ranks' parts of a checkpoint after it has written its own."""
 # state.json, the folder itself, and what rounding to the disk's blocks adds
 _SLACK = 1 << 20
 
@@ -121,10 +129,52 @@ class Checkpoints:
         began = time.monotonic()
         held = self._buffer.hold(_layouts(tensors, state))
         contents = {f"{name}.safetensors": content for name, content in held.items()}
-        self._thread = threading.Thread(
-            target=self._run, args=(step, contents, dict(facts), began), name="checkpoint writer", daemon=True
-        )
-        self._thread.start()
+        self._start(self._run, step, contents, dict(facts), began)
+
+    def begin_together(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> None:
+        """The same by all ranks, each of which writes its rows of the tensors that are spread over them.
+
+        Rank 0 gives the checkpoint its name, and so its being, when it has heard from every rank that its part is on
+        the disk, which all of them must see.
+        """
+        self._join()
+        began = time.monotonic()
+        rank, ranks = distributed.rank(), distributed.world_size()
+        layouts = {
+            f"{name}-{rank + 1:05d}-of-{ranks:05d}.safetensors": layout
+            for name, layout in _layouts(tensors, state, main=rank == 0).items()
+        }
+        needed = distributed.sum(sum(layout.nbytes for layout in layouts.values())) + _SLACK
+        temporary, note = distributed.from_main(lambda: self._open(step, needed))
+        if temporary is None:
+            self._saved.append(Saved(step, None, time.monotonic() - began, note))
+            self.news = True
+            return
+        contents = self._buffer.hold(layouts)
+        if rank == 0:
+            self._start(self._run_main, step, temporary, contents, dict(facts), began, note, ranks)
+        else:
+            self._start(_write_part, temporary, contents, rank)
+
+    def _open(self, step: int, needed: int) -> tuple[Path | None, str]:
+        """A temporary folder for all ranks, with room for what they will write, and what was done to make it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        note = ""
+        if (free := files.free_bytes(self.folder)) < needed:
+            note = f"the disk is full: {needed:,} bytes needed, {free:,} free"
+            if not (dropped := self._make_room(needed, free)):
+                return None, (
+                    f"no checkpoint of step {step}: {note}, and dropping older checkpoints would not make room. Free "
+                    f"some space."
+                )
+            note += f". Dropped to make room: {', '.join(path.name for path in dropped)}"
+        temporary = self.folder / f".writing-{self._path(step).name}-{os.getpid()}"
+        temporary.mkdir()
+        return temporary, note
 
     def collect(self) -> list[Saved]:
         """The saves that have ended since this was last asked.
@@ -154,7 +204,9 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not final.exists():
             try:
-                self._write(temporary, contents, {"step": step, **facts})
+                temporary.mkdir(parents=True)
+                written = {name: files.write(temporary / name, pieces) for name, pieces in contents.items()}
+                _write_facts(temporary, written, {"step": step, **facts})
                 os.replace(temporary, final)
                 files.flush(self.folder)
             except OSError:
@@ -196,17 +248,39 @@ class Checkpoints:
         return aside
 
     # The writer's thread
+    def _start(self, function: Callable[..., None], *args: Any) -> None:
+        self._thread = threading.Thread(target=function, args=args, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _run(self, step: int, contents: dict[str, Any], facts: dict[str, Any], began: float) -> None:
-        with contextlib.suppress(OSError, AttributeError):
-            # on Linux a thread has a priority of its own: where CPUs are few, training comes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        _give_way()
+        self._finish(step, began, lambda: self._write_with_room(step, contents, {"step": step, **facts}))
+
+    def _run_main(
+        self, step: int, temporary: Path, contents: dict[str, Any], facts: dict[str, Any], began: float, note: str,
+        ranks: int,
+    ) -> None:  # fmt: skip
+        def write() -> tuple[Path, str]:
+            try:
+                written = _write_files(temporary, contents)
+                for rank in range(1, ranks):
+                    written.update(_part_of(temporary, rank))
+                self._complete(temporary, self._path(step), written, {"step": step, **facts})
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return self._path(step), note
+
+        _give_way()
+        self._finish(step, began, write)
+
+    def _finish(self, step: int, began: float, write: Callable[[], tuple[Path, str]]) -> None:
         try:
-            path, note = self._write_with_room(step, contents, {"step": step, **facts})
+            path, note = write()
             self._rotate()
             self._saved.append(Saved(step, path, time.monotonic() - began, note))
         except DiskFullError as error:
@@ -248,24 +322,20 @@ class Checkpoints:
         if (free := files.free_bytes(self.folder)) < needed:
             raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
         try:
-            self._write(temporary, {name: [content] for name, content in contents.items()}, facts)
-            for path in self.flush_first:
-                if path.exists():
-                    files.flush(path)
-            if final.exists():  # the same step again, after a resume that did not trust it
-                self._remove(final)
-            os.replace(temporary, final)
-            files.flush(self.folder)
+            temporary.mkdir(parents=True)
+            self._complete(temporary, final, _write_files(temporary, contents), facts)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _write(self, temporary: Path, contents: Mapping[str, Any], facts: dict[str, Any]) -> None:
-        temporary.mkdir(parents=True)
-        written = {name: files.write(temporary / name, pieces) for name, pieces in contents.items()}
-        document = {"format": FORMAT, **facts, "files": written}
-        document["crc32"] = _crc32_of(document)
-        files.write(temporary / "state.json", [json.dumps(document, indent=1).encode()])
-        files.flush(temporary)
+    def _complete(self, temporary: Path, final: Path, written: dict[str, Any], facts: dict[str, Any]) -> None:
+        _write_facts(temporary, written, facts)
+        for path in self.flush_first:
+            if path.exists():
+                files.flush(path)
+        if final.exists():  # the same step again, after a resume that did not trust it
+            self._remove(final)
+        os.replace(temporary, final)
+        files.flush(self.folder)
 
     def _rotate(self) -> None:
         for path in self.all()[self.keep_last :]:
@@ -299,10 +369,69 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
 
-def _layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any) -> dict[str, files.Layout]:
+def _layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bool = True) -> dict[str, files.Layout]:
+    """What goes into each file: of spread tensors this rank's rows; of all else, everything on `main`, else nothing."""
+
+    def layout(named: Mapping[str, Tensor], notes: Mapping[str, str]) -> files.Layout:
+        cut = {name: shards.shard_of(tensor) for name, tensor in named.items() if shards.is_sharded(tensor)}
+        here = {name: cut[name].rows if name in cut else named[name] for name in named if main or name in cut}
+        where = {"shards": json.dumps({name: [piece.shape, piece.start] for name, piece in cut.items()})} if cut else {}
+        return files.Layout.of(here, {**notes, **where})
+
     named, tree = files.pack(state)
-    layouts = {name: files.Layout.of(content) for name, content in tensors.items()}
-    return {**layouts, "optimizer": files.Layout.of(named, {"tree": tree})}
+    layouts = {name: layout(content, {}) for name, content in tensors.items()}
+    return {**layouts, "optimizer": layout(named, {"tree": tree} if main else {})}
+
+
+def _give_way() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        # on Linux a thread has a priority of its own: where CPUs are few, training comes first
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def _write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: files.write(folder / name, [content]) for name, content in contents.items()}
+
+
+def _write_facts(folder: Path, written: dict[str, Any], facts: dict[str, Any]) -> None:
+    document = {"format": FORMAT, **facts, "files": written}
+    document["crc32"] = _crc32_of(document)
+    files.write(folder / "state.json", [json.dumps(document, indent=1).encode()])
+    files.flush(folder)
+
+
+def _write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
+    """Write this rank's files, and then, for rank 0 to see, what they are, or why they are not there."""
+    _give_way()
+    note: dict[str, Any]
+    try:
+        note = {"files": _write_files(temporary, contents)}
+    except OSError as error:
+        note = {"error": f"rank {rank}: {error.strerror or error}", "errno": error.errno}
+    with contextlib.suppress(OSError):  # rank 0 has given up
+        files.write_text(temporary / f".part-{rank}.json", json.dumps(note))
+
+
+def _part_of(temporary: Path, rank: int) -> dict[str, Any]:
+    """The files that another rank has written, once it has. They may be on another machine's way to the disk."""
+    path = temporary / f".part-{rank}.json"
+    deadline = time.monotonic() + PART_SECONDS
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            break
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"rank {rank} has not written its part of {temporary} within {PART_SECONDS:g} s. Is output_dir on a "
+                f"disk that all machines see?"
+            )
+        time.sleep(0.01)
+    path.unlink()
+    if "error" in note:
+        kind = DiskFullError if note["errno"] in (errno.ENOSPC, errno.EDQUOT) else OSError
+        raise kind(note["errno"], note["error"])
+    written: dict[str, Any] = note["files"]
+    return written
 
 
 def step_of(path: Path) -> int:
@@ -368,8 +497,12 @@ def _crc32_of(document: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(document).encode())
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint into host memory.
+def load(path: Path, *, whole: bool = True) -> Checkpoint:
+    """Read a checkpoint: its tensors are maps of the files, which are read as they are used.
+
+    Args:
+        whole: put tensors together whose rows lie in several files; else they are `shards.Pieces`, for callers that
+            want a few rows of each.
 
     Raises:
         CheckpointError: it is damaged, or holds what could run code; the message says where.
@@ -378,15 +511,30 @@ def load(path: Path) -> Checkpoint:
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
     facts = read_facts(path)
-    state: Any = None
-    tensors = {}
+    tensors: dict[str, dict[str, Any]] = {}
+    tree = ""
     for name in facts["files"]:
         found, metadata = files.read_with_metadata(path / name)
-        if "tree" in metadata:
-            state = files.unpack(found, metadata["tree"])
-        else:
-            tensors[Path(name).stem] = found
-    return Checkpoint(path, tensors, state, facts)
+        into = tensors.setdefault(_whose(name), {})
+        cut = json.loads(metadata.get("shards", "{}"))
+        for key, tensor in found.items():
+            if key in cut:
+                shape, start = cut[key]
+                into.setdefault(key, shards.Pieces(shape)).add(start, tensor)
+            else:
+                into[key] = tensor
+        tree = metadata.get("tree", tree)
+    if whole:
+        for found in tensors.values():
+            found |= {name: value[:] for name, value in found.items() if isinstance(value, shards.Pieces)}
+    return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
+
+
+def _whose(name: str) -> str:
+    """model for model.safetensors and for model-00001-of-00002.safetensors."""
+    stem = Path(name).stem
+    part = _PART.fullmatch(stem)
+    return part[1] if part else stem
 
 
 def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where: str) -> None:
@@ -477,11 +625,12 @@ def _among_inputs(
     for step, path, listed in sorted(found, key=lambda one: one[:2], reverse=True):
         try:
             broken = damage(path)  # before any other file of it is opened
-            if broken is None and "model.safetensors" not in listed:
+            weights = min((name for name in listed if _whose(name) == "model"), default="")
+            if broken is None and not weights:
                 broken = "it holds no model.safetensors"
             if broken is not None:
                 print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
-            elif model is not None and (problem := _other_model(files.shapes(path / "model.safetensors"), model)):
+            elif model is not None and (problem := _other_model(files.shapes(path / weights), model)):
                 others.append((step, f"{path} is from another model: {problem}"))
             else:
                 return path

@@ -53,17 +53,20 @@ class TrainConfig:
     """How to train. What to train is a `Task`'s business."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        "strategy nproc gpu_ids compile gradient_checkpointing global_batch_size micro_batch_size "
-        "gradient_accumulation_steps data_workers epochs max_steps time_limit eval_every log_every save_every "
-        "save_interval_minutes keep_last resume output_dir tensorboard find_unused_parameters max_restarts "
-        "hang_timeout_minutes collective_timeout_minutes nccl_p2p bucket_mb".split()
+        "strategy nproc gpu_ids cpu_offload deepspeed_config meta_init compile gradient_checkpointing "
+        "global_batch_size micro_batch_size gradient_accumulation_steps data_workers epochs max_steps time_limit "
+        "eval_every log_every save_every save_interval_minutes checkpoint_format keep_last resume output_dir "
+        "tensorboard find_unused_parameters max_restarts hang_timeout_minutes collective_timeout_minutes "
+        "nccl_p2p bucket_mb".split()
     )
     """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
     batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
 
     # Where it runs
-    strategy: Literal["auto", "single", "dp", "ddp"] = "auto"
-    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; auto: ddp where nproc > 1."""
+    strategy: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"] = "auto"
+    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: the same, with weights, gradients
+    and optimizer state shared out among them, for models that do not fit otherwise; deepspeed: ZeRO, as its JSON file
+    says; auto: ddp where nproc > 1."""
     nproc: int | Literal["auto"] = "auto"
     """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
     gpu_ids: str | None = None
@@ -72,6 +75,13 @@ class TrainConfig:
     """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), fp32 on CPU."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    cpu_offload: bool = False
+    """Under fsdp, keep weights, gradients and optimizer state in main memory, and take the optimizer's step there."""
+    deepspeed_config: str | None = None
+    """Under deepspeed, a JSON file with its settings (zero_optimization: stage, offload, …). What the kit has settings
+    for, sizes, precision, clipping, optimizer and schedule, it may not hold. None: ZeRO stage 2."""
+    meta_init: bool = False
+    """Under fsdp, build the weights on rank 0 alone; the others receive their parts: N times less main memory."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
 
@@ -143,6 +153,9 @@ class TrainConfig:
     """Steps between checkpoints, beside those that save_interval_minutes asks for. None: by the clock alone."""
     save_interval_minutes: float = 30.0
     """Minutes between checkpoints."""
+    checkpoint_format: Literal["full", "sharded"] = "full"
+    """sharded: under fsdp each rank writes its own part of a checkpoint, which spares rank 0 the room for all of it. A
+    run goes on from either, under any strategy. best/ and the final weights are one file in any case."""
     keep_last: int = 4
     """Checkpoints to keep, newest first."""
     best_metric: str = "loss"

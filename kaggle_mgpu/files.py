@@ -234,8 +234,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if length > path.stat().st_size:
             raise ValueError(f"{path.name} is no safetensors file: its header would be {length} bytes long")
         entries = json.loads(file.read(length))
-    aliases = json.loads(entries.pop("__metadata__", {}).get("aliases", "{}"))
+    notes = entries.pop("__metadata__", {})
+    aliases = json.loads(notes.get("aliases", "{}"))
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    # of a tensor that is spread over several files, the whole one's
+    found |= {name: tuple(shape) for name, (shape, _) in json.loads(notes.get("shards", "{}")).items()}
     return {**found, **{name: found[first] for name, first in aliases.items()}}
 
 

@@ -64,7 +64,8 @@ def as_it_was(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
 
     For an optimizer that has not taken a step yet.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    # frozen weights do not move: on the host, copies of a large model's would be too much
+    tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     with randomness.undisturbed():

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
+from . import shards
+
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
@@ -211,6 +213,8 @@ class EMA:
         if self._swapped:
             raise RuntimeError("EMA.update inside EMA.swap: the model holds the average itself; leave swap first")
         averages, parameters = self._pairs(self._average, dict(model.named_parameters()))
+        # of weights that are spread over the ranks each averages its own rows
+        averages, parameters = [shards.local(a) for a in averages], [shards.local(p) for p in parameters]
         copies, buffers = self._pairs(self._buffers, dict(model.named_buffers()))
         if averages:
             decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
@@ -263,7 +267,7 @@ class EMA:
             if expected != got:
                 raise ValueError(f"EMA state of {name}: expected shape {expected}, got {got}")
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            shards.copy_(tensor, state[name])
         self.num_updates = int(state[_NUM_UPDATES])
 
     @staticmethod

@@ -53,7 +53,7 @@ class Run:
         kind, kind_reason = strategy.choose(
             config.strategy, num_gpus=len(self.gpus), num_replicas=wanted, world_size=self.world
         )
-        replicas = {"single": 1, "dp": wanted, "ddp": self.world}[kind.name]
+        replicas = wanted if kind.name == "dp" else self.world
 
         # The data, and how each batch of it is split
         randomness.seed_everything(config.seed)  # a random split is then the same one in each process and session
@@ -62,6 +62,11 @@ class Run:
             raise ValueError(
                 f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
                 f"one follows from the other. Give global_batch_size instead."
+            )
+        if config.micro_batch_size == "auto" and not kind.alone:
+            raise ValueError(
+                f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give "
+                f"a number. One that is too large is halved, and the run starts again from its newest checkpoint."
             )
         self.plan = data.BatchPlan.make(
             dataset_size=data.size_of(train_set, "train_data()"),
@@ -94,13 +99,15 @@ class Run:
             device=self.device,
             num_replicas=replicas,
             find_unused_parameters=config.find_unused_parameters,
-            **_options(kind.name, config),
+            **_options(kind.name, config, task),
         )
         self.lr = self.plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
         self.warmup_steps = optim.resolve_warmup(config.warmup_steps, self.plan.max_steps)
         self.lr_at(0)  # a schedule that cannot be is found out now
-        model = self.strategy.prepare(_build(task, config))
-        self.optimizer = task.optimizer(model, config.replace(lr=self.lr))
+        with self.strategy.building():
+            model = _build(task, config)
+        self.strategy.prepare(model)
+        self.optimizer = self.strategy.attach(task.optimizer(model, config.replace(lr=self.lr)))
         self.ema = optim.EMA(model, config.ema_decay) if config.ema_decay else None
 
         self.state = TrainState()
@@ -113,6 +120,7 @@ class Run:
         self.checkpoints = checkpoint.Checkpoints(
             self.out / "checkpoints", keep_last=config.keep_last, flush_first=[self.out / progress.METRICS]
         )
+        self.in_shards = config.checkpoint_format == "sharded" and kind.name == "fsdp"
         self.start: Path | None = None
         self.attempt = Attempt(self)
         self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
@@ -143,15 +151,15 @@ class Run:
         self.start = distributed.from_main(self._starting_point)
         if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
             weights = checkpoint.read_tensors(self.out / "model.safetensors")
-            checkpoint.check_model(weights, self.strategy.model.state_dict(), str(self.out))
+            checkpoint.check_model(weights, self.strategy.described(), str(self.out))
             if self.main:
                 changed = "; the task's code has CHANGED since" if _code_then(self.out) != _code(self.task) else ""
                 print(f"already finished after {result.step} steps: {self.out}{changed}. resume='never' trains anew.")
             return dataclasses.replace(result, output_dir=str(self.out))
         self.fit_micro_batch()
         if self.start is not None:
-            saved = checkpoint.load(self.start)
-            checkpoint.check_model(saved.tensors["model"], self.strategy.model.state_dict(), f"{self.start}")
+            saved = checkpoint.load(self.start, whole=self.strategy.alone)
+            checkpoint.check_model(saved.tensors["model"], self.strategy.described(), f"{self.start}")
             self.strategy.load_full_state(self.optimizer, {**saved.state, "model": saved.tensors["model"]})
             if self.ema is not None:
                 self.ema.load_state_dict(saved.tensors["ema"])
@@ -162,7 +170,7 @@ class Run:
             elif self.start.parent != self.checkpoints.folder:
                 try:
                     weights = checkpoint.read_tensors(best)
-                    checkpoint.check_model(weights, self.strategy.model.state_dict(), str(best))
+                    checkpoint.check_model(weights, self.strategy.described(), str(best))
                     if self.main:
                         checkpoint.replace_tensors(self.out / "best" / "model.safetensors", weights)
                 except Exception as error:  # somebody else's file may hold anything
@@ -186,7 +194,7 @@ class Run:
             config=config.to_dict(),
             may_change=config.MAY_CHANGE,
             stamp=self.stamp,
-            model=self.strategy.model.state_dict(),
+            model=self.strategy.described(),
         )
         aside = self.checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
         if aside is not None:
@@ -266,7 +274,7 @@ class Run:
 
     def start_log(self) -> progress.Progress:
         """Print how the run will go and open its log."""
-        if self.main and self.state.step == 0 and self.looks_like_a_mean():
+        if self.main and self.state.step == 0 and self.strategy.alone and self.looks_like_a_mean():
             self.header.append(
                 "WARNING: Task.loss looks like a mean over the batch. It should be the SUM over its samples (reduction="
                 "'sum'): as it is, the gradient is too small and depends on how the batch is split."
@@ -276,7 +284,7 @@ class Run:
             document = {**self.config.to_dict(), "stamp": self.stamp, "code": _code(self.task)}
             checkpoint.write_text(self.out / "config.json", json.dumps(document, indent=1))
             (self.out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
-        nbytes = sum(t.nbytes for t in self.strategy.model.state_dict().values())
+        nbytes = sum(t.nbytes for t in self.strategy.described().values())
         val_size = 0 if self.val_fetch is None else data.size_of(self.val_fetch.dataset, "val_data()")
         # guesses, until they are measured: weights with two moments at 50 MB/s, a sample at a training sample's price
         self.clock = Clock(
@@ -356,8 +364,7 @@ class Run:
             state.metrics, state.evaluated = _merge(self.task, parts), state.step
             if _better(self.config, state):
                 state.best = state.metrics[self.config.best_metric]
-                if self.main:
-                    self.write_weights(self.out / "best" / "model.safetensors")
+                self.write_weights(self.out / "best" / "model.safetensors")
         record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
         record |= {f"val_{name}": value for name, value in state.metrics.items()}
         self.log.record({**record, "time": self.clock.seconds()})
@@ -367,14 +374,18 @@ class Run:
         with self.clock.pause():
             self.state.seconds = self.clock.seconds()
             everything = self.everything()
-            if self.main:
+            if self.in_shards:
+                self.checkpoints.begin_together(self.state.step, **everything)
+            elif self.main:
                 self.checkpoints.begin(self.state.step, **everything)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def everything(self) -> dict[str, Any]:
         """All that a checkpoint holds, listed once."""
-        full = self.strategy.full_state(self.optimizer)
+        full = self.strategy.held_state(self.optimizer)
         tensors = {"model": full.pop("model")} | ({"ema": self.ema.state_dict()} if self.ema else {})
+        if not self.in_shards:
+            tensors, full = self.strategy.whole(tensors), self.strategy.whole(full)
         facts = {"state": dataclasses.asdict(self.state), "stamp": self.stamp, "world_size": self.world}
         return {"tensors": tensors, "state": full, "facts": {**facts, "config": self.config.to_dict()}}
 
@@ -388,9 +399,12 @@ class Run:
                 self.log.record({"kind": "save", "step": saved.step, "seconds": saved.seconds})
 
     def write_weights(self, path: Path) -> bool:
-        """Write the weights as they are now; on a full disk say so, keep what is there and go on."""
+        """Put the weights together as they are now and write them; on a full disk say so, keep what is there, go on."""
+        weights = self.strategy.weights()
+        if not self.main:
+            return True
         try:
-            checkpoint.replace_tensors(path, self.strategy.model.state_dict())
+            checkpoint.replace_tensors(path, weights)
         except DiskFullError as error:
             self.log.note(f"{path} could not be written: {error.strerror}")
             return False
@@ -418,7 +432,9 @@ class Run:
             self.log.note(text)
             return
         self.state.seconds = self.clock.seconds()
-        saved = f"The state before that step is in {self.checkpoints.rescue(step, **self.everything())}"
+        saved = "The newest checkpoint is from before that step"
+        if self.strategy.alone:  # else no rank has all of it
+            saved = f"The state before that step is in {self.checkpoints.rescue(step, **self.everything())}"
         raise distributed.RestartError(
             f"rank {distributed.rank()} ran {text}. {saved}: run the same again and it goes on from there."
         ) from error
@@ -498,9 +514,9 @@ class Run:
             remaining_steps=remaining,
             remaining_seconds=self.clock.left(remaining),
         )
+        with self.averaged_weights():
+            written = self.write_weights(self.out / "model.safetensors")
         if self.main:
-            with self.averaged_weights():
-                written = self.write_weights(self.out / "model.safetensors")
             if finished and not written:
                 raise DiskFullError(
                     f"trained to the end, but the disk has no room for {self.out / 'model.safetensors'}. Free some "
@@ -540,10 +556,14 @@ _NOT_EVEN_ONE = (
 )
 
 
-def _options(name: str, config: TrainConfig) -> dict[str, Any]:
+def _options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
     """What only one strategy asks for."""
     if name == "ddp":
         return {"gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb}
+    if name == "fsdp":
+        return {"units": task.fsdp_units, "cpu_offload": config.cpu_offload, "meta_init": config.meta_init}
+    if name == "deepspeed":
+        return {"file": config.deepspeed_config, "max_norm": config.max_norm, "averaged": config.ema_decay is not None}
     return {}
 
 

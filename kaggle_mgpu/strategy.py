@@ -7,23 +7,24 @@ terms that is. They hold the plain model, which checkpoints and evaluation use; 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, shards
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _NOTHING = contextlib.nullcontext()
 
 
-class _Call(nn.Module):
+class Call(nn.Module):
     """Calls a function of (model, batch) as a forward pass, which is what torch's DDP and DataParallel wrap.
 
     The function sees the plain model, with its own attributes and methods. Autocast is entered here, in the thread that
@@ -38,8 +39,8 @@ class _Call(nn.Module):
         self.loss, self.metrics, self.precision, self.device_type = loss, metrics, precision, device_type
 
     def forward(self, batch: Any, what: str = "loss") -> Any:
-        if self.precision in _DTYPES:
-            with torch.autocast(self.device_type, _DTYPES[self.precision]):
+        if self.precision in HALF:
+            with torch.autocast(self.device_type, HALF[self.precision]):
                 return self._call(batch, what)
         return self._call(batch, what)
 
@@ -72,6 +73,8 @@ class Strategy:
     """
 
     name = "single"
+    alone = True
+    """Whether a rank can compute with the model without the others."""
 
     def __init__(
         self,
@@ -91,15 +94,26 @@ class Strategy:
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
 
+    def building(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the making of the model, for `prepare`."""
+        return _NOTHING
+
     def prepare(self, model: nn.Module) -> nn.Module:
         """Put the model on the device and wrap it for training; returns the plain one."""
         self.model = model.to(self.device)
-        self.call: nn.Module = _Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
+        self.call: nn.Module = Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
         self.parallel = self.wrap(self.call)
+        self.note_buffers()
+        return self.model
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Take the optimizer made for the prepared model; returns the one to go on with."""
+        return optimizer
+
+    def note_buffers(self) -> None:
         saved = self.model.state_dict(keep_vars=True)
         self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
         self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
-        return self.model
 
     def wrap(self, call: nn.Module) -> nn.Module:
         return call
@@ -168,7 +182,7 @@ class Strategy:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        norm = shards.whole(nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
         # a fused Adam divides by grad_scale as it reads the gradient: clipping then needs no pass of its own
         by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
         if max_norm is not None and not by_itself:
@@ -205,12 +219,34 @@ class Strategy:
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
         """Sums and counts of the task's metrics over this rank's batches, on the CPU in float64."""
         totals: dict[str, tuple[Tensor, Tensor]] = {}
-        for batch in batches:
+        for batch in self._in_step(batches):
             distributed.alive()
             for name, (total, count) in self.call_for_metrics(batch).items():
                 before = totals.get(name, (0.0, 0))
                 totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
         return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()}
+
+    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; a rank that has had all of its own computes along while another has more to do.
+
+        For where weights are spread over the ranks, all gather them together. Where there are fewer batches than ranks,
+        rank 0's is lent.
+        """
+        if self.alone:
+            yield from batches
+            return
+        batch: Any = None
+        coming = next(batches, None)
+        if distributed.agree(coming is None):
+            lent = distributed.broadcast(shards.each(coming, lambda tensor: tensor.cpu()))
+            batch = shards.each(lent, lambda tensor: tensor.to(self.device))
+        while distributed.agree(coming is not None):
+            if coming is not None:
+                batch = coming
+                yield batch
+            else:
+                self.call_for_metrics(batch)
+            coming = next(batches, None)
 
     def call_for_metrics(self, batch: Any) -> Any:
         return self.call(batch, "metrics")
@@ -221,8 +257,24 @@ class Strategy:
     # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
+        return self.whole(self.held_state(optimizer))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a file of weights holds, whole; all ranks must ask for it, and rank 0's answer counts."""
+        return cast(dict[str, Tensor], self.whole(saved_state(self.model)))
+
+    def described(self) -> dict[str, Tensor]:
+        """The names and shapes of `weights`; what else these tensors are is no matter."""
+        return saved_state(self.model)
+
+    def whole(self, tree: Any) -> Any:
+        """The same with each tensor that is spread over the ranks put together; all ranks must ask for it."""
+        return tree
+
+    def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """`full_state`, with tensors that are spread over the ranks as they are."""
         return {
-            "model": self.model.state_dict(),
+            "model": saved_state(self.model),
             "optimizer": named_optimizer_state(self.model, optimizer),
             "scaler": self.scaler.state_dict(),
             "skipped": int(self.skipped),
@@ -230,7 +282,7 @@ class Strategy:
 
     def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Take over what `full_state` gave, under this strategy or another."""
-        self.model.load_state_dict(state["model"])
+        load_saved_state(self.model, state["model"])
         load_named_optimizer_state(self.model, optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -417,7 +469,11 @@ def _gather(outputs: list[Any]) -> Any:
 
 
 def choose(
-    wanted: Literal["auto", "single", "dp", "ddp"], *, num_gpus: int, num_replicas: int, world_size: int
+    wanted: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"],
+    *,
+    num_gpus: int,
+    num_replicas: int,
+    world_size: int,
 ) -> tuple[type[Strategy], str]:
     """The strategy and the reason for it.
 
@@ -435,14 +491,44 @@ def choose(
         )
     if wanted == "dp" and num_gpus and num_replicas > num_gpus:
         raise ValueError(f"strategy 'dp' with nproc={num_replicas}: this machine has {num_gpus} GPUs")
-    if wanted == "ddp" and world_size == 1:
-        return Strategy, "ddp in one process is single"
+    if wanted not in ("single", "dp") and world_size == 1:
+        return Strategy, f"{wanted} in one process is single"
+    if wanted == "fsdp":
+        from .fsdp import Sharded  # here, since what it imports takes two seconds
+
+        return Sharded, "asked for"
+    if wanted == "deepspeed":
+        try:  # by name: a notebook that carries the package does without, as DeepSpeed must be installed anyway
+            return importlib.import_module(f"{__package__}.zero").ZeRO, "asked for"
+        except ModuleNotFoundError as error:
+            if error.name != f"{__package__}.zero":
+                raise
+            raise ValueError(
+                "strategy 'deepspeed' is not in the copy of kaggle_mgpu that a notebook carries: install the package "
+                "or run in a checkout, or use strategy='fsdp'"
+            ) from error
     return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
 
 
 def _clips_and_skips(optimizer: torch.optim.Optimizer) -> bool:
     # SGD's fused kernel too takes found_inf, but a skipped first step leaves its momentum uninitialised (torch 2.13)
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """What checkpoints and weight files hold of a model: its state_dict, by name.
+
+    A model with an attribute `saved_names` (a set of those names) is saved in that part only: the rest is frozen, and
+    Task.model makes it again, the same each time. So the adapters of a large model are saved without it.
+    """
+    state = model.state_dict()
+    names = getattr(model, "saved_names", None)
+    return state if names is None else {name: tensor for name, tensor in state.items() if name in names}
+
+
+def load_saved_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Take over what `saved_state` gave; names and shapes have been compared before."""
+    model.load_state_dict(state, strict=getattr(model, "saved_names", None) is None)
 
 
 def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from . import checkpoint, data, optim, progress
+from . import checkpoint, data, optim, progress, strategy
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ class Task:
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """AdamW, with weight decay on matrices only. A group's `lr_scale` multiplies the learning rate for it."""
         return optim.adamw(model, config.lr, config.weight_decay)
+
+    def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
+        """Under fsdp, the modules whose weights are gathered one at a time; None: the blocks that the model repeats.
+
+        Each must be called as a module (`block(x)`, not `block.attention(x)`), and by every rank if by any.
+        """
+        return None
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Called on rank 0 with every record before it is logged (wandb, prints)."""
@@ -136,8 +143,8 @@ class Result:
             name = "model.safetensors"
         path = Path(self.output_dir) / name
         weights = checkpoint.read_tensors(path)
-        checkpoint.check_model(weights, model.state_dict(), str(path))
-        model.load_state_dict(weights)
+        checkpoint.check_model(weights, strategy.saved_state(model), str(path))
+        strategy.load_saved_state(model, weights)
         return model.eval()
 
 

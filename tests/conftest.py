@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,3 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if importlib.util.find_spec("deepspeed") is None:
+        for item in items:
+            if item.get_closest_marker("deepspeed"):
+                item.add_marker(pytest.mark.skip(reason="needs DeepSpeed: make test-deepspeed"))

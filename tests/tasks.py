@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
 from kaggle_mgpu import Task, TrainConfig
@@ -110,3 +111,56 @@ class MeanOfMeans(Language):
 
     def count(self, batch: Any) -> int:
         return 1
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.hidden = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.hidden(self.norm(x)))
+
+
+class Tied(nn.Module):
+    """Blocks in a list, a head that shares the embedding's weights, and buffers: one saved, one not."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(16, 11)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("shift", torch.randn(16))
+        self.register_buffer("unsaved", torch.randn(16), persistent=False)
+        self.checkpointing = False
+
+    def gradient_checkpointing_enable(self) -> None:
+        self.checkpointing = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.shift + self.unsaved
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return self.head(x)
+
+
+class TiedLanguage(Language):
+    """The same task with a deeper model, and AdamW as the kit has it."""
+
+    def __init__(self, samples: int = 100, val_samples: int = 31) -> None:
+        super().__init__(samples)
+        self.val_samples = val_samples
+        self.made_on: list[str] = []
+
+    def model(self) -> nn.Module:
+        model = Tied()
+        self.made_on.append(model.head.weight.device.type)
+        return model
+
+    def val_data(self) -> Dataset[Any] | None:
+        return Sequences(self.val_samples)
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        return Task.optimizer(self, model, config)

@@ -107,8 +107,8 @@ class TestParsing:
             ("output_dir", True, "expected str, got True (bool)"),
             ("nproc", "two", "expected int|auto, got 'two' (str)"),
             ("nproc", True, "expected int|auto, got True (bool)"),
-            ("strategy", "fsdp", "expected auto|single|dp|ddp, got 'fsdp' (str)"),
-            ("strategy", 1, "expected auto|single|dp|ddp, got 1 (int)"),
+            ("strategy", "fdsp", "expected auto|single|dp|ddp|fsdp|deepspeed, got 'fdsp' (str)"),
+            ("strategy", 1, "expected auto|single|dp|ddp|fsdp|deepspeed, got 1 (int)"),
             ("eval_every", "epochs", "expected int|epoch|end, got 'epochs' (str)"),
             ("warmup_steps", "some", "expected int|float, got 'some' (str)"),
         ],
@@ -248,6 +248,7 @@ class TestFiles:
 
 # A value of each field that is not its default.
 OTHER: dict[str, Any] = {
+    "cpu_offload": True, "meta_init": True, "checkpoint_format": "sharded", "deepspeed_config": "zero.json",
     "strategy": "dp", "nproc": 3, "gpu_ids": "0,1", "precision": "bf16", "compile": True,
     "gradient_checkpointing": True, "global_batch_size": 64, "micro_batch_size": 8, "gradient_accumulation_steps": 2,
     "data_workers": 0, "epochs": 7, "max_steps": 11, "time_limit": "1h", "lr": 1e-5, "lr_scaling": "sqrt",

@@ -61,14 +61,14 @@ def sweep(root: str, strategy: str, replicas: int, task: Language) -> None:
         train(settings.replace(nproc=replicas), task)
 
 
-CASES = [("single", 1), ("dp", 2), ("dp", 3), ("ddp", 2), ("ddp", 3)]
+CASES = [("single", 1), ("dp", 2), ("dp", 3), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("invariance")
     for strategy, replicas in CASES:
-        launch(sweep, str(root), strategy, replicas, Language(SAMPLES), nproc=replicas if strategy == "ddp" else 1)
+        launch(sweep, str(root), strategy, replicas, Language(SAMPLES), nproc=1 if strategy == "dp" else replicas)
     launch(sweep, str(root), "ddp", 2, MeanOfMeans(SAMPLES), nproc=2)
     return root
 

@@ -173,6 +173,21 @@ def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, capsys: pytest.Captu
     assert relative < 1e-6
 
 
+def test_under_fsdp_no_rank_has_all_of_it_and_the_newest_checkpoint_serves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path / "tight", strategy="fsdp", nproc=2, save_every=2)
+    assert launch(train, settings, Tight(6, rank=1, since=5)).finished
+    said = capsys.readouterr().out
+    assert "rank 1 ran out of memory with micro_batch_size 12 in step 6: 6 from here on, with 2 acc" in said
+    assert "The newest checkpoint is from before that step: run the same again and it goes on from there" in said
+    starts = trained(tmp_path / "tight", "start")
+    assert [(r["step"], r["micro_batch_size"]) for r in starts] in ([(0, 12), (4, 6)], [(0, 12), (2, 6)])
+    launch(train, settings.replace(output_dir=str(tmp_path / "roomy")), Tight(99))
+    relative = (weights(tmp_path / "tight") - weights(tmp_path / "roomy")).norm() / weights(tmp_path / "roomy").norm()
+    assert relative < 1e-6
+
+
 # auto
 @pytest.mark.parametrize(("room", "expected"), [(99, 24), (26, 12), (13, 8), (11, 8), (8, 6), (2, 1), (1, 1)])
 def test_auto_finds_the_largest_with_a_tenth_to_spare(room: int, expected: int, tmp_path: Path) -> None:

@@ -402,3 +402,35 @@ def test_what_a_checkpoint_relies_on_is_on_the_disk_before_it(tmp_path: Path, mo
     save(Checkpoints(tmp_path / "checkpoints", flush_first=[records]), 1)
     name = f".writing-step-00000001-{os.getpid()}"
     assert order == [f"flush {name}", "flush metrics.jsonl", "rename step-00000001", "flush checkpoints"]
+
+
+class Adapted(Regression):
+    """Most of it is frozen and made anew each time; checkpoints hold the last layer."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith("3."))
+        model.saved_names = frozenset({"3.weight", "3.bias"})
+        return model
+
+
+def test_what_a_model_says_it_is_saved_in_part_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    config = TrainConfig(max_steps=6, eval_every=2, save_every=2, ema_decay=0.5, output_dir=str(tmp_path / "whole"))
+    whole = train(config, Adapted())
+    halves = config.replace(output_dir=str(tmp_path / "halves"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+    for name in ("result.json", "model.safetensors", "checkpoints/step-00000006"):
+        path = tmp_path / "halves" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train(halves, Adapted())
+    for name in ("model.safetensors", "best/model.safetensors", "checkpoints/step-00000006/model.safetensors"):
+        then, now = (files.read_tensors(tmp_path / run / name) for run in ("whole", "halves"))
+        assert sorted(then) == sorted(now) == ["3.bias", "3.weight"]
+        assert all(torch.equal(then[key], now[key]) for key in then)
+    torch.manual_seed(config.seed)
+    fresh = Adapted().model()
+    before = fresh[0].weight.clone()
+    whole.load(fresh)
+    assert torch.equal(fresh[3].weight, files.read_tensors(tmp_path / "whole" / "model.safetensors")["3.weight"])
+    assert torch.equal(fresh[0].weight, before)
