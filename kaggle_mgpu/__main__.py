@@ -48,6 +48,12 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
         of_recipe = names.add_parser(name, help=summary, description=summary)
         of_recipe.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
         modules[name].Config.add_arguments(of_recipe)
+        # a recipe may have commands of its own: what becomes of its weights afterwards, say
+        for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
+            about = (function.__doc__ or command).split("\n\n")[0]
+            of_command = commands.add_parser(command, help=about, description=about)
+            add_arguments(of_command)
+            of_command.set_defaults(function=function)
     return top, modules
 
 
@@ -65,11 +71,13 @@ def main(arguments: list[str] | None = None) -> int:
         top.print_help(sys.stderr)
         return 2
     given = top.parse_args(arguments)
-    recipe = modules[given.recipe]
     from .launch import launch
     from .trainer import train
 
     try:
+        if given.command != "train":
+            return int(given.function(given))
+        recipe = modules[given.recipe]
         base = recipe.Config.load(given.config) if given.config else None
         config = recipe.Config.from_arguments(given, base)
         # a recipe that does more than train (stages, inference) says so itself
