@@ -4,9 +4,10 @@
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
-Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
-exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line. An error
-that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` others;
+KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
+or stopped in good order, 1 for an error, 2 for a wrong command line. An error that this package raises is one line; of
+any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
@@ -78,8 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         if given.command != "train":
             return int(given.function(given))
         recipe = modules[given.recipe]
-        base = recipe.Config.load(given.config) if given.config else None
-        config = recipe.Config.from_arguments(given, base)
+        base = recipe.Config.load(given.config).to_dict() if given.config else {}
+        if from_environment := recipe.Config.environment():
+            shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
+            if os.environ.get("RANK", "0") == "0":
+                print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
+        config = recipe.Config.from_arguments(given, {**base, **from_environment})
         # a recipe that does more than train (stages, inference) says so itself
         run = getattr(recipe, "run", None)
         result = run(config) if run else launch(train, config, recipe.task(config))

@@ -43,14 +43,16 @@ class Config(TrainConfig):
     """How to fine-tune. A sample is a pack of max_length tokens: several conversations, or part of one."""
 
     MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
-        "model data_path val_path eval_generate_samples eval_generate_batch_size max_new_tokens".split()
+        "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens".split()
     )
+    # Of these, checkpoints are stamped with what matters: `Finetune.name` and `Finetune.backend`
 
     model: str | None = None
     """A model's folder, the end of one among the Kaggle inputs, or its name on the hub (with the internet on).
     None: a tiny Llama with random weights, made on the spot."""
-    tuning: Literal["full", "lora", "qlora"] = "lora"
-    """full: every weight, in fp32; lora: adapters in fp32 on frozen weights; qlora: adapters on 4-bit weights."""
+    tuning: Literal["auto", "full", "lora", "qlora"] = "auto"
+    """full: every weight, in fp32; lora: adapters in fp32 on frozen weights; qlora: adapters on 4-bit weights. auto:
+    lora; full for the tiny model, whose random weights hold nothing that adapters could bring out."""
     backend: Literal["auto", "hf", "bnb", "unsloth"] = "auto"
     """hf: transformers and peft; bnb: with bitsandbytes, for qlora; unsloth, where installed. auto: hf or bnb."""
     base_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -109,16 +111,21 @@ class Config(TrainConfig):
                 f"got {self.val_fraction} and {self.lora_dropout}"
             )
         fits = {"auto": ("full", "lora", "qlora"), "hf": ("full", "lora"), "bnb": ("qlora",)}
-        if self.tuning not in fits.get(self.backend, fits["auto"]):
+        if self.mode not in fits.get(self.backend, fits["auto"]):
             raise ValueError(
-                f"Config: backend={self.backend!r} does not do tuning={self.tuning!r}: hf does full and lora, bnb "
+                f"Config: backend={self.backend!r} does not do tuning={self.mode!r}: hf does full and lora, bnb "
                 f"(4-bit weights) does qlora, unsloth all three. Leave backend='auto' and it follows from tuning."
             )
 
     @property
+    def mode(self) -> str:
+        """tuning, resolved."""
+        return self.tuning if self.tuning != "auto" else "lora" if self.model is not None else "full"
+
+    @property
     def library(self) -> str:
-        """The backend, resolved."""
-        return self.backend if self.backend != "auto" else "bnb" if self.tuning == "qlora" else "hf"
+        """backend, resolved."""
+        return self.backend if self.backend != "auto" else "bnb" if self.mode == "qlora" else "hf"
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class Finetune(Task):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.backend = config.library
+        self.backend = f"{config.library} {config.mode}"
         self.no_generation = ""
         """Why answers are not generated though they are asked for; "" where they are."""
         if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp"):
@@ -250,7 +257,7 @@ class Finetune(Task):
     def prepared(self) -> Prepared:
         """Data and model. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
         if self._prepared is None:
-            if self.backend == "unsloth":
+            if self.config.library == "unsloth":
                 models.require("unsloth")  # before hours of work
             self._prepared = distributed.from_main(lambda: prepare(self.config))
             # Stamps the checkpoints: other data, or another model below the adapters, is another run
@@ -301,8 +308,8 @@ class Finetune(Task):
         """The model that adapters are put on, or that is trained whole."""
         return models.load(
             self.prepared.model,
-            tuning=self.config.tuning,
-            backend=self.backend,
+            tuning=self.config.mode,
+            backend=self.config.library,
             base_dtype=self.base_dtype,
             compute_dtype=models.DTYPES[self.precision],
             max_length=self.config.max_length,
@@ -314,9 +321,9 @@ class Finetune(Task):
         model.config.use_cache = False  # keys and values of training are used once
         self._tools["implementation"] = getattr(model.config, "_attn_implementation", "")
         picks = models.only_where_asked(model)
-        if self.config.tuning != "full":
+        if self.config.mode != "full":
             names = models.targets(model, self.config.lora_targets)
-            model = models.adapt(model, names, self.config, self.backend, self.prepared.model)
+            model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
         models.checkpoint_activations(model)
         model.picks = picks  # type: ignore[assignment]
         return model
@@ -501,7 +508,7 @@ class Finetune(Task):
         memory, names = self.plan()
         tuned = (
             f"LoRA rank {config.lora_rank} on {', '.join(names)}; base weights in "
-            + ("nf4" if config.tuning == "qlora" else str(self.base_dtype).removeprefix("torch."))
+            + ("nf4" if config.mode == "qlora" else str(self.base_dtype).removeprefix("torch."))
             if names
             else "every weight"
         )
@@ -514,7 +521,7 @@ class Finetune(Task):
         return "\n".join(
             [
                 f"model: {p.model}: {memory.parameters:,} parameters, {memory.trainable:,} of them trained "
-                f"({config.tuning}, backend {self.backend}: {tuned})",
+                f"({self.backend}: {tuned})",
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "

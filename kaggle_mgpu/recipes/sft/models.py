@@ -28,8 +28,8 @@ EXTRA = {"transformers": "sft", "peft": "sft", "bitsandbytes": "qlora"}
 # In mixtures of experts: which expert a token goes to. Adapters there unsettle the routing for little gain.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 TINY = {
-    "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -356,7 +356,7 @@ def estimate(
     about = _from_pretrained(transformers.AutoConfig, path)
     with torch.device("meta"), quiet():
         model = transformers.AutoModelForCausalLM.from_config(about)
-    names = targets(model, config.lora_targets) if config.tuning != "full" else []
+    names = targets(model, config.lora_targets) if config.mode != "full" else []
     head = head_of(model)
     conv = transformers.pytorch_utils.Conv1D
     linear = adapters = places = 0
@@ -369,12 +369,12 @@ def estimate(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     half = 2 if precision in ("fp16", "bf16") else 4
     rest = base_dtype.itemsize
-    trainable = parameters if config.tuning == "full" else adapters
+    trainable = parameters if config.mode == "full" else adapters
     weights = {
         "full": parameters * 4 + (linear * 2 if half == 2 else 0),
         "lora": parameters * rest + adapters * 4,
         "qlora": linear * (0.5 + 1 / 64 + 4 / 16384) + (parameters - linear) * rest + adapters * 4,
-    }[config.tuning]
+    }[config.mode]
     text = about.get_text_config()
     hidden, layers = text.hidden_size, text.num_hidden_layers
     heads = getattr(text, "num_attention_heads", 1)

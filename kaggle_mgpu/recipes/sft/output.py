@@ -37,13 +37,13 @@ def export(task: Finetune, result: Result, which: str = "best") -> Path:
     Returns the folder: output_dir/adapter, or output_dir.
     """
     config, prepared, out = task.config, task.prepared, Path(result.output_dir)
-    weights, folder = weights_file(result, which), out if config.tuning == "full" else out / "adapter"
-    if config.tuning != "full":
+    weights, folder = weights_file(result, which), out if config.mode == "full" else out / "adapter"
+    if config.mode != "full":
         _, names = task.plan()
         models.export_adapter(weights, folder, models.lora_config(names, config, prepared.model))
         task.tokenizer.save_pretrained(str(folder))
     facts = {
-        "tuning": config.tuning,
+        "tuning": config.mode,
         "model": prepared.model,
         "weights": str(weights.relative_to(out)),
         "compute_dtype": task.precision,
@@ -73,32 +73,32 @@ def measured(result: Result) -> dict[str, str]:
 def card(task: Finetune, result: Result, which: str) -> str:
     """The model card: what was tuned how on what, and the figures that were measured."""
     config, prepared = task.config, task.prepared
-    library = "transformers" if config.tuning == "full" else "peft"
+    library = "transformers" if config.mode == "full" else "peft"
     rows = "\n".join(f"| {name} | {value} |" for name, value in measured(result).items())
     adapters = (
         f"LoRA rank {config.lora_rank}, alpha {config.lora_alpha:g}, dropout {config.lora_dropout:g}"
-        + (", on nf4 weights (double quantisation)" if config.tuning == "qlora" else "")
-        if config.tuning != "full"
+        + (", on nf4 weights (double quantisation)" if config.mode == "qlora" else "")
+        if config.mode != "full"
         else "every weight"
     )
     use = (
         f"from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{prepared.model}")\n'
         f'model = PeftModel.from_pretrained(base, "{Path(result.output_dir).resolve() / "adapter"}")'
-        if config.tuning != "full"
+        if config.mode != "full"
         else f"python -m kaggle_mgpu merge {result.output_dir} --dtype fp16 --to FOLDER"
     )
     return f"""---
 base_model: {prepared.model}
 library_name: {library}
 pipeline_tag: text-generation
-tags: [sft{", lora" if config.tuning != "full" else ""}]
+tags: [sft{", lora" if config.mode != "full" else ""}]
 ---
 
 # {Path(prepared.model).name}, fine-tuned
 
 - base model: `{prepared.model}`
-- tuned: {config.tuning} ({adapters}), backend {task.backend}; the {which} weights of the run
+- tuned: {task.backend} ({adapters}); the {which} weights of the run
 - data: {prepared.source}, {prepared.kind}: {prepared.train:,} examples, {prepared.train_learnt:,} tokens of answers \
 learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {config.max_length} tokens, \
 {prepared.dropped:,} dropped
@@ -126,7 +126,7 @@ def farewell(task: Finetune, result: Result, folder: Path) -> str:
         f"model card: {folder / 'README.md'}",
         f"one model without adapters: python -m kaggle_mgpu merge {result.output_dir} --dtype fp16 --to FOLDER",
     ]
-    if task.config.tuning != "full":
+    if task.config.mode != "full":
         lines.insert(1, f"adapter, for plain peft: {folder}")
     return "\n".join(lines)
 
