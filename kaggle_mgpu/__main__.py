@@ -4,7 +4,7 @@
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
-Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` others;
+Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
 KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
 or stopped in good order, 1 for an error, 2 for a wrong command line. An error that this package raises is one line; of
 any other, a bug's or torch's, the traceback is shown too.

@@ -231,7 +231,7 @@ class TrainConfig:
         Raises:
             TypeError: a variable that names no field and is none of the kit's own; the message suggests the nearest.
         """
-        variables = {name: value for name, value in (os.environ if environ is None else environ).items()}
+        variables = os.environ if environ is None else environ
         known = {_PREFIX + field.name.upper(): field.name for field in dataclasses.fields(cls)}
         given = {
             name: value for name, value in variables.items() if name.startswith(_PREFIX) and name not in OF_THE_KIT

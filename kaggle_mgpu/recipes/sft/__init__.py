@@ -325,7 +325,7 @@ class Finetune(Task):
             names = models.targets(model, self.config.lora_targets)
             model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
         models.checkpoint_activations(model)
-        model.picks = picks  # type: ignore[assignment]
+        model.picks = picks
         return model
 
     # The loss
