@@ -101,12 +101,14 @@ result.plot()
 
 # %%
 tuned = task.load(result)
-after = task.evaluate(tuned) or {"loss": float("nan"), "perplexity": float("nan")}
-print(f"{'':22}  loss    perplexity  ROUGE-L")
-if before:
-    print(f"{'unigram table':22}  {task.unigram_loss():<6.3f}")
-    print(f"{'model before':22}  {before['loss']:<6.3f}  {before['perplexity']:<10.1f}  {before.get('rouge_l', 0):.3f}")
-print(f"{'model after (best)':22}  {after['loss']:<6.3f}  {after['perplexity']:<10.1f}  {after.get('rouge_l', 0):.3f}")
+after = task.evaluate(tuned)
+print(f"{'':18}  loss   perplexity  ROUGE-L")
+if after:
+    print(f"{'unigram table':18}  {task.unigram_loss():.3f}")
+    for name, found in {"model before": before, "model after (best)": after}.items():
+        print(f"{name:18}  {found['loss']:.3f}  {found['perplexity']:<10.1f}  {found.get('rouge_l', 0):.3f}")
+else:
+    print("Nothing was held out.")
 
 # %%
 for (question, expected, earlier), (_, _, now) in list(zip(answers_before, task.answers(tuned), strict=False))[:6]:
@@ -115,8 +117,8 @@ for (question, expected, earlier), (_, _, now) in list(zip(answers_before, task.
 # %% [markdown]
 # ## What is where
 #
-# The adapter is in peft's own format: `PeftModel.from_pretrained(base, folder)` loads it anywhere. For one model without
-# adapters: `python -m kaggle_mgpu merge OUTPUT_DIR --dtype fp16 --to FOLDER`, in a cell with a `!` before it.
+# The adapter is in peft's own format: `PeftModel.from_pretrained(base, folder)` loads it anywhere. One model without
+# adapters: `!python -m kaggle_mgpu merge OUTPUT_DIR --dtype fp16 --to FOLDER` in a cell.
 
 # %%
 folder = task.export(result)
