@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kaggle_mgpu.recipes.sft import data, models, rouge
 
+# on a busy machine a draw may take seconds
+patient = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 QUESTION, ANSWER = "What is 2 + 2?", "Four, naïvely: 数学."
 MESSAGES = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -239,6 +241,7 @@ def test_what_is_cut_off_is_counted(tiny: Any) -> None:
 
 
 # Packs
+@patient
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 80))
 def test_packs_hold_each_example_once_and_no_two_could_be_one(lengths: list[int], capacity: int) -> None:
     packs = data.pack(lengths, capacity)
@@ -324,6 +327,7 @@ def test_rouge_l_reads_every_script() -> None:
     assert rouge.rouge_l("привет мир", "Привет, мир!") == 1
 
 
+@patient
 @given(st.lists(st.sampled_from("abcd"), max_size=12), st.lists(st.sampled_from("abcd"), max_size=12))
 def test_common_subsequences_by_the_textbook(a: list[str], b: list[str]) -> None:
     table = np.zeros((len(a) + 1, len(b) + 1), int)
