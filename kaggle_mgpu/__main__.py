@@ -6,9 +6,10 @@
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
-Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
-exit code is 0 for a run that finished or stopped in good order, 1 for an error or a failed check, 2 for a wrong command
-line. An error that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
+KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
+or stopped in good order, 1 for an error or a failed check, 2 for a wrong command line. An error that this package
+raises is one line; of any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
             if group is groups[0]:
                 on = "GPUs to estimate for, such as T4x2, P100, L4x4, A100, H100 (default: measured on what is here)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
+        # a recipe may have commands of its own: what becomes of its weights afterwards, say
+        for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
+            about = (function.__doc__ or command).split("\n\n")[0]
+            of_command = commands.add_parser(command, help=about, description=about)
+            add_arguments(of_command)
+            of_command.set_defaults(function=function)
     return top, modules
 
 
@@ -87,13 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
         report = check.run(given.output_dir)
         print(report)
         return 0 if report.ok else 1
-    recipe = modules[given.recipe]
     from .launch import launch
     from .trainer import train
 
     try:
-        base = recipe.Config.load(given.config) if given.config else None
-        config = recipe.Config.from_arguments(given, base)
+        if given.command not in ("plan", "train"):
+            return int(given.function(given))
+        recipe = modules[given.recipe]
+        base = recipe.Config.load(given.config).to_dict() if given.config else {}
+        if from_environment := recipe.Config.environment():
+            shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
+            if os.environ.get("RANK", "0") == "0":
+                print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
+        config = recipe.Config.from_arguments(given, {**base, **from_environment})
         if given.command == "plan":
             from .plan import plan
 
