@@ -32,7 +32,11 @@ FLOORS: dict[str, set[str]] = {
     "strategy": {"distributed", "devices"},
     "checkpoint": {"distributed", "session", "files"},
     "memory": {"files", "randomness"},
-    "progress": {"devices", "distributed", "session", "config", "import_hooks"},
+    "records": set(),
+    "panel": {"records"},
+    "display": {"session", "panel", "records"},
+    "plots": {"records"},
+    "progress": {"records", "panel", "display", "plots", "import_hooks"},
     "task": {"config", "data", "optim", "checkpoint", "progress"},
     "run": {
         "task",
