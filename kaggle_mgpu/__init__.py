@@ -31,6 +31,7 @@ _ROOMS = {
     "distributed",
     "env",
     "optim",
+    "plots",
     "progress",
     "recipes",
     "session",

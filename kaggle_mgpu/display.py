@@ -223,6 +223,7 @@ def attach(
         while True:
             if tail.more() or shown is None:
                 shown = kind(View(clock=tail.clock))
+                shown.view.hint = "Looking on: to interrupt this leaves the run alone, progress.stop(…) stops it."
                 shown.id = identity = identity or shown.id
                 tail.give(shown, tail.records, shown=False)
                 age = max(0.0, time.time() - tail.path.stat().st_mtime)

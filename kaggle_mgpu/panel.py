@@ -61,6 +61,9 @@ class View:
         clock: seconds.
     """
 
+    hint = "The stop button (interrupt the kernel) saves and leaves."
+    """What to do while it runs."""
+
     def __init__(
         self,
         max_steps: int = 0,
@@ -190,7 +193,7 @@ def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
     grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(8em,100%),1fr));gap:.4em 1em;margin:.6em 0"
     rows = [*view.notes, outcome.replace("  ", " · ")]
     if not ended and view.lines:
-        rows.append("The stop button (interrupt the kernel) saves and leaves.")
+        rows.append(view.hint)
     devices = ", ".join(part for part in (view.device_line, view.processes()) if part)
     return (
         f'<div class="kaggle-mgpu" style="color-scheme:light dark;background:{_PAPER};color:{_INK};'
@@ -217,14 +220,14 @@ def _tiles(view: View, ended: bool) -> list[tuple[str, str]]:
     )
     left = view.time_left - view.clock()
     loss = "" if "loss" not in train else "nan" if train["loss"] is None else f"{train['loss']:.4g}"
-    measured = numbers(train)
+    measured, seconds = numbers(train), view.seconds()
     return [
         ("training loss", loss),
         ("validation loss", f"{evaluated['val_loss']:.4g}" if "val_loss" in numbers(evaluated) else ""),
         ("throughput", view.throughput(train)),
         ("learning rate", f"{measured['lr']:.2e}" if "lr" in measured else ""),
         ("epoch", epoch),
-        ("elapsed", format_duration(view.seconds())),
+        ("elapsed", format_duration(view.latest.get("stop", {}).get("seconds", seconds) if ended else seconds)),
         ("time to go", "" if ended else format_duration(view.eta())),
         ("session's deadline", "" if ended or math.isinf(left) else f"in {format_duration(left)}"),
         ("last checkpoint", f"step {saved['step']:,}" if saved else ""),

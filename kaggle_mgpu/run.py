@@ -302,7 +302,9 @@ class Run:
         record = {"kind": "start", "step": self.state.step, "samples": self.state.samples_seen}
         record |= {"world_size": self.world, "strategy": self.strategy.name, "precision": self.precision}
         record |= {"micro_batch_size": self.plan.micro_batch_size, "micro_batch_size_because": self.because}
-        record |= {"max_steps": self.plan.max_steps, "epochs": self.plan.max_steps / self.plan.steps_per_epoch}
+        whole, steps = divmod(self.plan.max_steps, self.plan.steps_per_epoch)
+        epochs = whole + steps * self.plan.global_batch_size / self.plan.dataset_size
+        record |= {"max_steps": self.plan.max_steps, "epochs": epochs}
         record |= {"unit": self.task.unit, "device_line": device_line}
         left = None if self.time_limit == math.inf else self.deadline.remaining()
         self.log.record({**record, "time": self.clock.seconds(), "time_left": left})

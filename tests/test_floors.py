@@ -63,6 +63,7 @@ FLOORS: dict[str, set[str]] = {
         "files",
         "checkpoint",
         "optim",
+        "plots",
         "progress",
         "randomness",
         "task",

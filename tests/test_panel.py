@@ -296,7 +296,7 @@ class TestInABrowser:
         assert (found["paper"] == "rgb(255, 255, 255)") is not dark
         assert browser.contrast(found["ink"], found["paper"]) > 10
 
-    @pytest.mark.parametrize("width", [280, 420, 900, 1600])
+    @pytest.mark.parametrize("width", [280, 1600])
     def test_nothing_sticks_out_however_narrow(self, width):
         long = "x" * 300
         html = drawn(outcome=f"stopped ({long})", status="stopped")
@@ -477,8 +477,12 @@ class TestAttach:
             run.kill()
             run.communicate()
 
-    def test_as_it_stands(self, tmp_path, capsys):
+    def test_as_it_stands(self, tmp_path, capsys, monkeypatch):
         write(tmp_path, [{**START, **records.owner()}, train(10)])  # of this process, which lives
+        shown = []
+        monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append(html))
+        progress.attach(tmp_path, follow=False, display="panel")
+        assert "Looking on: " in shown[-1]  # the stop button would not stop the run
         progress.attach(tmp_path, follow=False, display="lines")
         assert capsys.readouterr().out == "step 10/2000 (0%)  loss 0.1818  lr 3.0e-04  2 processes\n"
 
@@ -521,7 +525,7 @@ class TestWatcher:
             import sys
             from kaggle_mgpu import TrainConfig, train
             from tasks import Regression
-            given = {"max_steps": 10**6, "global_batch_size": 8, "log_every": 100, "data_workers": 0}
+            given = {"max_steps": 10**6, "global_batch_size": 8, "log_every": 10, "data_workers": 0}
             result = train(TrainConfig(output_dir=sys.argv[1], **given), Regression())
             print("RESULT", result.finished, result.reason)
         """

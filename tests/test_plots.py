@@ -26,7 +26,7 @@ class TestPlot:
         return tmp_path
 
     def test_it_draws_what_was_recorded(self, run):
-        figure = plot(run)
+        figure = plot(run, save=False)
         loss, rate, pace = figure.axes
         drawn = {line.get_label(): line for line in loss.get_lines()}
         assert set(drawn) == {"training", "validation", "resumed"}
@@ -40,7 +40,7 @@ class TestPlot:
         assert (pace.get_ylabel(), pace.get_xlabel()) == ("tokens / s", "optimizer step")
 
     def test_training_and_validation_differ_in_grey_too(self, run):
-        training, validation = plot(run).axes[0].get_lines()[:2]
+        training, validation = plot(run, save=False).axes[0].get_lines()[:2]
         assert (training.get_linestyle(), training.get_marker()) == ("-", "None")
         assert (validation.get_linestyle(), validation.get_marker()) == ("--", "o")
 
@@ -57,24 +57,26 @@ class TestPlot:
 
     def test_a_run_with_evaluations_only(self, tmp_path):
         make(tmp_path).record({"kind": "eval", "step": 0, "val_loss": 3.0})
-        assert plot(tmp_path).axes[0].get_lines()[-1].get_label() == "validation"
+        assert plot(tmp_path, save=False).axes[0].get_lines()[-1].get_label() == "validation"
 
     def test_nothing_recorded_yet(self, tmp_path):
         make(tmp_path).record({"kind": "start", "step": 0})
         with pytest.raises(ValueError, match=r"metrics.jsonl: no training record yet, .* expected the output_dir of"):
-            plot(tmp_path)
+            plot(tmp_path, save=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("story"), story())
+
+
+@pytest.fixture(scope="module")
+def axes(folder):
+    loss, rate, pace, spent, memory, busy = plot(folder).axes
+    return {"loss": loss, "rate": rate, "pace": pace, "spent": spent, "memory": memory, "busy": busy}
 
 
 class TestWholePicture:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        return write(tmp_path_factory.mktemp("story"), story())
-
-    @pytest.fixture(scope="class")
-    def axes(self, folder):
-        loss, rate, pace, spent, memory, busy = plot(folder).axes
-        return {"loss": loss, "rate": rate, "pace": pace, "spent": spent, "memory": memory, "busy": busy}
-
     def test_marks_stand_where_it_happened(self, axes):
         """In minutes, at 0.4 s a step: checkpoints every 250 steps, a resume at 500, lost memory at 800."""
         drawn = {line.get_label(): line for line in axes["pace"].get_lines()}
@@ -91,7 +93,7 @@ class TestWholePicture:
         records = [record for record in story() if record["kind"] != "note"]
         start = next(record for record in records if record["kind"] == "start" and record["step"])
         start["micro_batch_size_because"] = "32 was too much in step 501: out of memory"
-        lines = plot(write(tmp_path, records)).axes[2].get_lines()
+        lines = plot(write(tmp_path, records), save=False).axes[2].get_lines()
         assert [list(line.get_xdata()) for line in lines if line.get_label() == "out of memory"] == [
             [pytest.approx(10 / 3)]
         ]
@@ -118,7 +120,9 @@ class TestWholePicture:
         records = story(upto=100)
         for record in records:
             record.get("spent", {}).pop("communication", None)
-        labels = [text.get_text() for text in plot(write(tmp_path, records)).axes[3].get_legend().get_texts()]
+        labels = [
+            text.get_text() for text in plot(write(tmp_path, records), save=False).axes[3].get_legend().get_texts()
+        ]
         assert any(label.startswith("forward, backward, optimizer, communication ") for label in labels)
 
     def test_files(self, folder, axes):

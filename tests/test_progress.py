@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kaggle_mgpu import session
+from kaggle_mgpu import TrainConfig, clock, launch, session, trainer
 from kaggle_mgpu.progress import METRICS, Progress, read
 from runs import make, train
+from tasks import Regression
 
 
 def lines(folder):
@@ -332,14 +333,26 @@ class TestTensorBoard:
                 progress.record({"kind": "train", "step": 1, "loss": 2.5, "note": "text"})
                 progress.record({"kind": "train", "step": 2, "loss": 1.5})
                 progress.record({"kind": "eval", "step": 2, "val_loss": 0.75})
-            with Progress(sys.argv[1], **given, resumed_step=1) as progress:
-                progress.record({"kind": "train", "step": 2, "loss": 1.25})
+            settings = {"lr": 0.5, "schedule": "cosine", "max_norm": None, "layers": (1, 2)}
+            with Progress(sys.argv[1], **given, resumed_step=1, settings=settings) as progress:
+                progress.record({"kind": "train", "step": 2, "loss": 1.25, "sample": "Once upon a time"})
+                progress.close({"finished": True, "metrics": {"loss": 0.5, "perplexity": float("nan")}})
             assert "tensorflow" not in sys.modules
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
             events = EventAccumulator(sys.argv[1] + "/tensorboard")
             events.Reload()
             for tag in sorted(events.Tags()["scalars"]):
                 print("TAG", tag, [(event.step, event.value) for event in events.Scalars(tag)])
+            tags = events.Tags()
+            (said,) = events.Tensors("train/sample/text_summary")
+            print("TEXT", said.step, said.tensor_proto.string_val)
+            (image,) = events.Images("run")
+            print("IMAGE", image.width > 500, image.height > 500, image.encoded_image_string[:4])
+            from tensorboard.plugins.hparams import metadata
+            for tag, data in events.summary_metadata.items():
+                if data.plugin_data.plugin_name == "hparams" and tag == metadata.SESSION_START_INFO_TAG:
+                    content = metadata.parse_session_start_info_plugin_data(data.plugin_data.content)
+                    print("SETTINGS", {k: v.string_value or v.number_value for k, v in content.hparams.items()})
         """
         environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path / 'fake'}"}
         ended = subprocess.run(
@@ -351,7 +364,15 @@ class TestTensorBoard:
         assert ended.returncode == 0, ended.stderr
         assert [line for line in ended.stdout.splitlines() if line.startswith("TAG")] == [
             "TAG eval/val_loss []",  # of the step that is trained again: hidden
+            "TAG final/loss [(2, 0.5)]",
+            "TAG final/perplexity [(2, nan)]",
             "TAG train/loss [(1, 2.5), (2, 1.25)]",
+        ]
+        rest = [line for line in ended.stdout.splitlines() if line.split()[0] in ("TEXT", "IMAGE", "SETTINGS")]
+        assert rest == [
+            "TEXT 2 [b'Once upon a time']",
+            "IMAGE True True b'\\x89PNG'",
+            "SETTINGS {'lr': 0.5, 'schedule': 'cosine', 'layers': '(1, 2)'}",
         ]
 
     def test_a_missing_package_is_named_before_anything_is_trained(self, tmp_path, monkeypatch):
@@ -360,3 +381,39 @@ class TestTensorBoard:
         monkeypatch.delitem(sys.modules, "tensorboard.compat.notf", raising=False)
         with pytest.raises(ModuleNotFoundError, match=r"tensorboard=True, but .* pip install tensorboard"):
             make(tmp_path, tensorboard=True)
+
+
+class TestWhereTheTimeWent:
+    def test_all_of_it_is_accounted_for(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
+
+        def batches():
+            now[0] += 2.0
+            yield "batch"
+
+        run = clock.Clock()
+        assert run.next(batches()) == "batch"
+        now[0] += 5.0
+        run.count(8, 8)
+        assert run.where() == {"data": 2.0, "steps": 5.0}
+        with run.evaluating():
+            now[0] += 3.0
+        with run.pause():
+            now[0] += 1.0
+        assert run.where() == {"evaluation": 3.0, "saving": 1.0}
+        now[0] += 4.0
+        run.count(8, 8)
+        run.count(8, 8)
+        assert run.where(communication=0.5) == {"steps": 3.0, "communication": 1.0}
+        now[0] += 1.0
+        run.count(8, 8)
+        assert run.where(communication=9.0) == {"communication": 1.0}  # never more than there was
+        assert run.where() == {}
+
+    def test_two_processes_know_their_communication(self, tmp_path):
+        given = {"max_steps": 24, "global_batch_size": 8, "log_every": 8, "data_workers": 0, "nproc": 2}
+        result = launch(trainer.train, TrainConfig(output_dir=str(tmp_path), **given), Regression())
+        spent = [record["spent"] for record in result.records() if record["kind"] == "train"]
+        assert all(parts.get("communication", 0) >= 0 for parts in spent)
+        assert sum(parts.get("communication", 0) for parts in spent) > 0
