@@ -70,7 +70,7 @@ class Progress:
     settings      what TensorBoard lists as hyperparameters
     history       folder the run is resumed from if it is another one: its records are continued here
     sample        what to ask for the GPUs' state every few seconds (devices.sample); None: no thread is started, and
-                  a request to stop is not seen
+                  requests to stop are looked for at records only
     display       "panel", "bar", "lines" or "auto"
     clock         seconds; only tests need another
     Raises ModuleNotFoundError for tensorboard=True without the package.
@@ -131,6 +131,7 @@ class Progress:
         """
         if self._closed:
             return
+        self._look_for_a_request()
         if record.get("kind") == "start":
             record |= owner()
         if self._on_record is not None:
@@ -159,19 +160,24 @@ class Progress:
         if not self._closed:
             self.record({"kind": "note", "step": self._step, "text": text})
 
+    def _look_for_a_request(self) -> None:
+        if not self.stop_requested and (self._folder / STOP).exists():
+            self.stop_requested = True
+            with contextlib.suppress(OSError):
+                (self._folder / STOP).unlink()
+
     def _watch(self, sample: Callable[[], list[dict[str, Any]]]) -> None:
         """Until the end: see to requests to stop, sample the GPUs, keep the display's clock going."""
         clock = self._display.view.clock
         samples: list[list[dict[str, Any]]] = []
-        sampled, written, began = -math.inf, -math.inf, clock()
+        sampled, written, began, pause = -math.inf, -math.inf, clock(), SAMPLE_SECONDS
         while True:
-            if not self.stop_requested and (self._folder / STOP).exists():
-                self.stop_requested = True
-                with contextlib.suppress(OSError):
-                    (self._folder / STOP).unlink()
+            self._look_for_a_request()
             now = clock()
-            if now - sampled >= SAMPLE_SECONDS:
+            if now - sampled >= pause:
                 sampled, latest = now, sample()  # takes its time: the lock is not held
+                # a driver that does not answer is asked less and less often: each time may leave a process in it
+                pause = SAMPLE_SECONDS if latest else min(300.0, 2 * pause)
                 samples += [latest] * bool(latest)
                 self._display.view.gpus = latest or self._display.view.gpus
             with self._lock:

@@ -546,6 +546,31 @@ class TestWatcher:
         with pytest.raises(ValueError, match="no run goes on in this folder on this machine"):
             progress.stop(tmp_path)
 
+    def test_a_driver_that_does_not_answer_is_asked_less_and_less(self, tmp_path):
+        run, asked = make(tmp_path), []
+
+        class Seconds:
+            """The event that ends the watching, by our own clock: after ten minutes."""
+
+            def is_set(self):
+                return False
+
+            def wait(self, seconds):
+                run.clock.now += seconds
+                return run.clock.now >= 1600
+
+        run._over = Seconds()
+        run._watch(lambda: asked.append(run.clock.now - 1000) or ([gpu(0)] if run.clock.now < 1010 else []))
+        assert asked == [0, 5, 10, 20, 40, 80, 160, 320]
+
+    def test_a_request_is_seen_at_a_record_too(self, tmp_path):
+        run = make(tmp_path)
+        run.record({"kind": "start", "step": 0})
+        progress.stop(tmp_path)
+        assert not run.stop_requested
+        run.record(train(1))
+        assert run.stop_requested
+
     def test_an_old_request_does_not_stop_a_new_run(self, tmp_path):
         (tmp_path / progress.STOP).touch()
         run = make(tmp_path, sample=list)
