@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	$(BIN)/python tools/notebooks.py run text_generation $(DEMO) --output build/demo/text_generation.ipynb
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

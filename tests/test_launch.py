@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -505,7 +506,8 @@ def test_a_killed_run_goes_on_in_the_same_call(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert "rank 1 of 2 ended by SIGKILL" in shown
     assert "restart 1 of 1" in shown
-    assert "step-00000015: step 15 of 30" in shown
+    # a busy machine may not have written the newest by then
+    assert re.search(r"step-000000(05: step 5|10: step 10|15: step 15) of 30", shown)
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert "--- restart 1 ---" in (tmp_path / "killed" / "logs" / "rank1.log").read_text()
@@ -721,7 +723,11 @@ def test_in_a_notebook_lines_come_live_and_once(notebook: Notebook) -> None:
 TRAINING = """
     config = TrainConfig(global_batch_size=20, nproc=2, max_steps=100_000, output_dir={folder!r}, log_every=10)
     handler = signal.getsignal(signal.SIGINT)
-    result = launch(train, config, Regression(val_samples=0))
+    class Telling(Regression):
+        def on_record(self, record):
+            if record["kind"] == "train":
+                print("took a step")
+    result = launch(train, config, Telling(val_samples=0))
     print("REASON", result.reason, 0 < result.step < 100_000, signal.getsignal(signal.SIGINT) is handler)
 """
 
@@ -730,7 +736,8 @@ def test_in_a_notebook_an_interrupt_saves_and_the_next_launch_goes_on(notebook: 
     interrupted: list[str] = []
 
     def interrupt(text: str) -> None:
-        if "step" in text and not interrupted:
+        # a step was taken: before the first one there is nothing to save, and an interrupt is Python's own
+        if "took a step" in text and not interrupted:
             interrupted.append(text)
             notebook.manager.interrupt_kernel()
 
@@ -738,7 +745,7 @@ def test_in_a_notebook_an_interrupt_saves_and_the_next_launch_goes_on(notebook: 
     assert "REASON asked to stop True True" in notebook.run(code, on_line=interrupt)
     step = json.loads((tmp_path / "run" / "result.json").read_text())["step"]
     interrupted.clear()
-    shown = notebook.run(code, on_line=lambda text: interrupt(text.rpartition("going on")[0]))
+    shown = notebook.run(code, on_line=interrupt)
     assert f"going on from {tmp_path}/run/checkpoints/step-{step:08d}" in shown
 
 

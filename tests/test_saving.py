@@ -10,6 +10,7 @@ import random
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,8 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_once_there_is_room(disk: Path, t
         def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
             self.calls += model.training
             if self.calls == 8 and model.training:
+                while not (disk / "run" / "checkpoints" / "step-00000005").is_dir():
+                    time.sleep(0.01)  # it is written behind the steps, and a busy machine takes its time
                 with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
                     while file.write(bytes(4096)):
                         pass

@@ -5,7 +5,7 @@
     python tools/notebooks.py run text_generation -p epochs 1 --output build/x.ipynb
 
 A built notebook is one file that works by itself: its cell tagged `payload` carries the package. `check` compares what
-the files say, not their bytes, since another xz packs the same files differently. `run` is papermill with the
+the files say, not their bytes, since another bzip2 packs the same files differently. `run` is papermill with the
 misspelt parameter made an error; a run is judged by papermill's verdict and by the result.json it leaves.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bz2
 import difflib
 import hashlib
 import importlib.util
 import inspect
 import io
 import json
-import lzma
 import os
 import re
 import shutil
@@ -67,13 +67,13 @@ def _content_sha256(files: dict[str, bytes]) -> str:
 
 
 def _unpack(payload: str, expected: str) -> dict[str, bytes]:
-    """The files in a zip, packed by xz and written in base85, if their content is the expected one."""
+    """The files in a zip, packed by bzip2 and written in base85, if their content is the expected one."""
     try:
-        packed = lzma.decompress(base64.b85decode("".join(payload.split())))
+        packed = bz2.decompress(base64.b85decode("".join(payload.split())))
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             files = {name: archive.read(name) for name in archive.namelist()}
         got = _content_sha256(files)
-    except Exception as error:  # lzma, zipfile and base64 each have their own
+    except Exception as error:  # bz2, zipfile and base64 each have their own
         got = f"no readable zip ({error})"
     if got != expected:
         raise RuntimeError(
@@ -150,19 +150,61 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
     """The package's Python files, by their path in a site-packages folder.
 
     Args:
-        notebook: the text of a notebook's source: of the recipes, it then gets only those that it imports. All five
-            together would make every notebook larger than may be pushed.
+        notebook: the text of a notebook's source, which then gets the modules that it imports and those that they
+            import. The package as a whole would make every notebook larger than may be pushed.
     """
     paths = sorted(path for path in package.rglob("*.py") if "__pycache__" not in path.parts)
     if not paths:
         raise NotebookError(f"no Python files in {package}: expected the package kaggle_mgpu there")
-    wanted = None if notebook is None else set(re.findall(r"kaggle_mgpu\.recipes\.(\w+)", notebook))
-    files = {}
-    for path in paths:
-        below = path.relative_to(package).with_suffix("").parts
-        if wanted is None or below[0] != "recipes" or below[1] in {"__init__", *wanted}:
-            files[path.relative_to(package.parent).as_posix()] = path.read_bytes()
-    return files
+    files = {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
+    if notebook is None:
+        return files
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in files}
+    homes = _homes(files["kaggle_mgpu/__init__.py"])
+    code = re.sub(r"(?m)^\s*[%!].*$", "", notebook)
+    # these look for the others by name, or hand them on when asked for: they are carried, and not followed
+    carried: set[str] = {
+        name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules
+    }
+    wanted = _imported(code, "", modules, homes)
+    while wanted := wanted - carried:
+        carried |= wanted
+        wanted = set().union(
+            *(_imported(files[modules[m]].decode(), _package_of(m, modules), modules, homes) for m in wanted)
+        )
+    return {modules[name]: files[modules[name]] for name in sorted(carried)}
+
+
+def _package_of(module: str, modules: dict[str, str]) -> str:
+    return module if modules[module].endswith("/__init__.py") else module.rpartition(".")[0]
+
+
+def _homes(init: bytes) -> dict[str, str]:
+    """The names that the package hands on, and the modules that they come from: its _HOMES."""
+    for node in ast.parse(init).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _imported(source: str, package: str, modules: dict[str, str], homes: dict[str, str]) -> set[str]:
+    """Modules of kaggle_mgpu that the source imports, anywhere in it; relative imports begin at `package`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("kaggle_mgpu."):
+            names.add(node.value)  # what the worker server preloads
+    names |= {
+        f"kaggle_mgpu.{homes[name[12:]]}" for name in names if name.startswith("kaggle_mgpu.") and name[12:] in homes
+    }
+    found = {name for name in names if name in modules}
+    # a module in a package needs that package
+    return found | {name.rpartition(".")[0] for name in found if name.rpartition(".")[0] in modules}
 
 
 def payload_source(files: dict[str, bytes]) -> str:
@@ -176,15 +218,15 @@ def payload_source(files: dict[str, bytes]) -> str:
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             entry.create_system, entry.external_attr = 3, 0o644 << 16
             archive.writestr(entry, files[name])
-    # together a fifth less than zlib and base64: the notebook must stay small enough to be pushed
-    text = base64.b85encode(lzma.compress(packed.getvalue(), preset=9 | lzma.PRESET_EXTREME)).decode()
+    # of 350 kB: bzip2 85, xz 92; with base64 in place of base85 6 % more. The notebook must stay small enough to push
+    text = base64.b85encode(bz2.compress(packed.getvalue(), 9)).decode()
     wrapped = "\n".join(text[i : i + 200] for i in range(0, len(text), 200))
     init = files.get("kaggle_mgpu/__init__.py", b"").decode()
     version = re.search(r"^__version__ = [\"'](.+?)[\"']", init, re.MULTILINE)
     names = " ".join(name.removeprefix("kaggle_mgpu/") for name in sorted(files))
     digest = _content_sha256(files)
     functions = [inspect.getsource(f).rstrip() for f in (_content_sha256, _unpack, _intact, _use_payload)]
-    used = ("base64", "hashlib", "importlib.util", "io", "lzma", "os", "shutil", "stat", "sys", "tempfile", "zipfile")
+    used = ("base64", "bz2", "hashlib", "importlib.util", "io", "os", "shutil", "stat", "sys", "tempfile", "zipfile")
     return "\n\n\n".join(
         [
             f"# kaggle_mgpu {version[1] if version else 'unknown'}, {len(files)} files, sha256 {digest}: {names}\n"
@@ -390,7 +432,7 @@ def _build_command(root: Path, names: list[str]) -> None:
     for source in sources(root, names):
         path, notebook = source.with_suffix(".ipynb"), build(source, root / "kaggle_mgpu")
         if not differences(path, notebook):
-            print(f"{path}: up to date")  # rewriting it with another xz would change bytes and nothing else
+            print(f"{path}: up to date")  # rewriting it with another bzip2 would change bytes and nothing else
             continue
         text = dumps(notebook)
         path.write_text(text, encoding="utf-8")
