@@ -33,6 +33,7 @@ _ROOMS = {
     "distributed",
     "env",
     "optim",
+    "plots",
     "progress",
     "recipes",
     "session",

@@ -23,8 +23,12 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import env
+
+if TYPE_CHECKING:
+    from .task import Result
 
 
 def recipes() -> list[str]:
@@ -120,7 +124,19 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if os.environ.get("RANK", "0") == "0":
+        _draw(result)
     return 0 if result.finished or result.reason in ("time limit", "asked to stop") else 1
+
+
+def _draw(result: Result) -> None:
+    """The run's pictures. A run that went well has gone well, whatever becomes of them."""
+    try:
+        result.plot()
+    except Exception as error:
+        print(f"no picture of the run: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        print(f"pictures: {Path(result.output_dir) / 'run.png'}, run.svg", flush=True)
 
 
 def _says_all(error: Exception) -> bool:

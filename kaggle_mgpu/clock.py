@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class Clock:
@@ -23,13 +26,22 @@ class Clock:
         self.paused = 0.0
         self.first_step = self.longest_step = 0.0
         self.save, self.evaluation, self.evaluation_in_steps = save, 0.0, evaluation
+        self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since it was last asked for
+        self.spent_since, self.spent_steps = self.began, 0
 
     def seconds(self) -> float:
         """Of this run, over all sessions."""
         return self.before + time.monotonic() - self.began
 
+    def next(self, batches: Iterator[_T]) -> _T:
+        """The next batch, and how long it was waited for."""
+        start = time.monotonic()
+        batch = next(batches)
+        self.spent["data"] += time.monotonic() - start
+        return batch
+
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, what: str = "saving") -> Iterator[None]:
         """Time spent on something else than steps: it does not count as throughput."""
         start = time.monotonic()
         yield
@@ -37,12 +49,13 @@ class Clock:
         self.since += took
         self.counted += took
         self.paused += took
+        self.spent[what] += took
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """A pause for an evaluation."""
         start = time.monotonic()
-        with self.pause():
+        with self.pause("evaluation"):
             yield
         self.evaluation = max(self.evaluation, time.monotonic() - start)
 
@@ -59,6 +72,7 @@ class Clock:
             self.longest_step = max(self.longest_step, now - self.counted)
         self.counted = now
         self.steps += 1
+        self.spent_steps += 1
         self.samples += samples
         self.terms += terms
 
@@ -68,6 +82,24 @@ class Clock:
         rate = (self.samples if unit == "samples" else self.terms) / max(now - self.since, 1e-9)
         self.since, self.samples, self.terms = now, 0, 0
         return {f"{unit.replace(' ', '_')}_per_s": rate}
+
+    def where(self, communication: float | None = None) -> dict[str, float]:
+        """Seconds since this was last asked, by what they went into; they add up to all of them.
+
+        "data" is what this process waited for batches (while a GPU may have been busy with earlier steps),
+        "evaluation" and "saving" what training stood still for them, "steps" the rest: forward, backward, optimizer.
+
+        Args:
+            communication: seconds of a step in which the GPU does nothing but send gradients, where that is known: it
+                is then taken out of "steps".
+        """
+        now = time.monotonic()
+        steps = max(0.0, now - self.spent_since - sum(self.spent.values()))
+        waited = {} if communication is None else {"communication": min(steps, communication * self.spent_steps)}
+        found = {**self.spent, "steps": steps - sum(waited.values()), **waited}
+        self.spent = dict.fromkeys(self.spent, 0.0)
+        self.spent_since, self.spent_steps = now, 0
+        return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:
         """Seconds to keep back before a deadline: half as much again as `steps` steps and a save took at their longest.

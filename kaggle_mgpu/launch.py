@@ -213,6 +213,7 @@ class _Workers:
             semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
             threads=env.threads_per_worker(count),
             timeout=config.collective_timeout_minutes * 60,
+            can_draw=session.can_draw(),
             can_show=session.can_show(),
         )
         self.values: dict[int, Any] = {}

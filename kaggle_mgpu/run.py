@@ -122,7 +122,7 @@ class Run:
         )
         self.in_shards = config.checkpoint_format == "sharded" and kind.name == "fsdp"
         self.start: Path | None = None
-        self.attempt = Attempt(self)
+        self.attempt, self.because = Attempt(self), ""
         self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
         self.header = [
             f"strategy {self.strategy.name}: {kind_reason}; precision {self.precision}: {precision_reason}",
@@ -208,6 +208,7 @@ class Run:
         known = distributed.from_main(lambda: memory.remembered(folders, self.conditions()))
         if known is not None and (auto or known[0] < self.plan.micro_batch_size):
             self.plan = self.plan.with_micro_batch_size(known[0])
+            self.because = known[1]
             self.header.append(f"micro_batch_size {self.plan.micro_batch_size}: {known[1]}")
         elif auto:
             with memory.as_it_was(self.strategy.model, self.optimizer):
@@ -295,6 +296,7 @@ class Run:
             # among the inputs: saved here at once, so that this session's output is enough to go on from, however the
             # session ends, and the next needs no other's
             self.saved_step, self.saved_at = -1, -math.inf
+        device_line = ", ".join([*(gpu.name for gpu in self.gpus[: self.plan.num_replicas]), self.precision])
         self.log = progress.Progress(
             self.out,
             max_steps=self.plan.max_steps,
@@ -304,12 +306,21 @@ class Run:
             on_record=self.task.on_record,
             tensorboard=self.config.tensorboard,
             world_size=self.world,
-            device_line=", ".join([*(gpu.name for gpu in self.gpus[: self.plan.num_replicas]), self.precision]),
+            device_line=device_line,
+            settings=self.config.to_dict(),
             history=self.start.parent.parent if self.start else None,
+            sample=devices.sample if self.gpus else list,
         )
+        # what progress.attach and the pictures need to know of the run
         record = {"kind": "start", "step": self.state.step, "samples": self.state.samples_seen}
-        record |= {"world_size": self.world, "strategy": self.strategy.name}
-        self.log.record({**record, "micro_batch_size": self.plan.micro_batch_size})
+        record |= {"world_size": self.world, "strategy": self.strategy.name, "precision": self.precision}
+        record |= {"micro_batch_size": self.plan.micro_batch_size, "micro_batch_size_because": self.because}
+        whole, steps = divmod(self.plan.max_steps, self.plan.steps_per_epoch)
+        epochs = whole + steps * self.plan.global_batch_size / self.plan.dataset_size
+        record |= {"max_steps": self.plan.max_steps, "epochs": epochs}
+        record |= {"unit": self.task.unit, "device_line": device_line}
+        left = None if self.time_limit == math.inf else self.deadline.remaining()
+        self.log.record({**record, "time": self.clock.seconds(), "time_left": left})
         return self.log
 
     def batches(self) -> Iterator[data.Step]:
@@ -367,7 +378,7 @@ class Run:
                 self.write_weights(self.out / "best" / "model.safetensors")
         record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
         record |= {f"val_{name}": value for name, value in state.metrics.items()}
-        self.log.record({**record, "time": self.clock.seconds()})
+        self.log.record({**record, **self.times()})
 
     def save(self) -> None:
         """Copy the state for a checkpoint, which rank 0 then writes behind the next steps."""
@@ -396,7 +407,8 @@ class Run:
             if saved.note:
                 self.log.note(saved.note)
             if saved.path is not None:
-                self.log.record({"kind": "save", "step": saved.step, "seconds": saved.seconds})
+                times = {"seconds": saved.seconds, "time": self.clock.seconds()}
+                self.log.record({"kind": "save", "step": saved.step, **times})
 
     def write_weights(self, path: Path) -> bool:
         """Put the weights together as they are now and write them; on a full disk say so, keep what is there, go on."""
@@ -459,7 +471,11 @@ class Run:
             record = {"kind": "train", "step": logged, "samples": state.samples_seen}
             record["epoch"] = round(state.samples_seen / self.plan.dataset_size, 4)
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(self.strategy.skipped)}
-            self.log.record({**record, **self.clock.throughput(self.task.unit), "time": self.clock.seconds()})
+            self.log.record({**record, **self.clock.throughput(self.task.unit), **self.times()})
+
+    def times(self) -> dict[str, Any]:
+        """How long the run has taken, and what the time since the last record went into."""
+        return {"time": self.clock.seconds(), "spent": self.clock.where(self.strategy.communication())}
 
     def diverged(self, in_a_row: int, loss: float, lr: float, norm: Tensor) -> None:
         """Stop a run whose gradient is not finite any more."""
@@ -523,7 +539,8 @@ class Run:
                     f"space and run the same again: it goes on from the last checkpoint."
                 )
             checkpoint.write_text(self.out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
-        self.log.record({"kind": "stop", "step": state.step, "reason": reason})
+        ended = {"finished": finished, "metrics": state.metrics, "seconds": state.seconds, **self.times()}
+        self.log.record({"kind": "stop", "step": state.step, "reason": reason, **ended})
         self.log.close(dataclasses.asdict(result))
         distributed.barrier()  # nobody leaves, and nothing starts to read, before the files are there
         return result

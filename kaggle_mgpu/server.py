@@ -70,6 +70,7 @@ class Request:
     """What the names of multiprocessing's semaphores begin with: a worker may be killed before it registers one."""
     threads: int
     timeout: float
+    can_draw: bool
     can_show: bool
 
 
@@ -298,8 +299,8 @@ def _work(
 
     try:
         _become(rank, request)
-        if request.can_show:
-            session.set_channel(lambda *shown: send("show", *shown))
+        if request.can_draw:
+            session.set_channel(lambda *shown: send("show", *shown), live=request.can_show)
         import torch.distributed as dist
 
         from . import distributed

@@ -124,6 +124,7 @@ def _scan(folder: Path, seen: set[tuple[int, int]]) -> list[tuple[Path, bool]]:
 # --- display ----------------------------------------------------------------------------------------
 
 _channel: Channel | None = None
+_channel_is_live = True
 _shown: dict[str, int] = {}  # display id -> number of the cell it was last created in
 
 
@@ -157,17 +158,23 @@ def live() -> bool:
     return kind() in ("interactive", "local") and not os.environ.get("CI") and in_notebook()
 
 
-def set_channel(channel: Channel | None) -> None:
-    """In a worker: hand displays to the notebook's process through ``channel(html, text, display_id)``."""
-    global _channel
-    _channel = channel
+def set_channel(channel: Channel | None, live: bool = True) -> None:
+    """In a worker: hand displays to the notebook's process through ``channel(html, text, display_id)``.
+
+    ``live``: whether they can be updated in place there.
+    """
+    global _channel, _channel_is_live
+    _channel, _channel_is_live = channel, live
+
+
+def can_draw() -> bool:
+    """Whether :func:`show` leaves something in a notebook, be it only for those who open it afterwards."""
+    return _override() != "lines" and (_channel is not None or in_notebook())
 
 
 def can_show() -> bool:
-    """Whether :func:`show` reaches somebody's eyes; where not, write lines."""
-    if _override() == "lines":
-        return False
-    return _channel is not None or (in_notebook() and live())
+    """Whether :func:`show` reaches somebody's eyes at once; where not, write lines."""
+    return can_draw() and (live() if _channel is None else _channel_is_live)
 
 
 def show(html: str, text: str, display_id: str) -> None:

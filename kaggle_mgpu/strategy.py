@@ -255,6 +255,14 @@ class Strategy:
         """Give every rank rank 0's buffers (running statistics), as checkpoints hold those."""
 
     # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
+    def communication(self) -> float | None:
+        """Seconds of a step in which gradients were sent and nothing computed; None where that is not known.
+
+        DistributedDataParallel times its first ten steps and every hundredth after them; this is their mean. Waiting
+        for a slower rank is in it.
+        """
+        return None
+
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
         return self.whole(self.held_state(optimizer))
@@ -344,6 +352,14 @@ class Distributed(Strategy):
     def sync_buffers(self) -> None:
         for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)
+
+    def communication(self) -> float | None:
+        with contextlib.suppress(Exception):  # not a public interface: without it this is not known
+            assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
+            found = self.parallel._get_ddp_logging_data()
+            apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
+            return max(0, apart) / 1e9 if found["avg_backward_comm_time"] > 0 else None
+        return None
 
 
 def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -133,7 +133,7 @@ class Result:
         return progress.read(self.output_dir)
 
     def plot(self) -> Figure:
-        """Loss, learning rate and throughput over the run."""
+        """Loss, learning rate, throughput and where the time went; also run.png and run.svg in the folder."""
         return progress.plot(self.output_dir)
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:

@@ -30,7 +30,7 @@ def train(config: TrainConfig, task: Task) -> Result:
     """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
 
     Runs on every rank of a process group, or alone. Returns when the last step is taken, when time_limit comes near, or
-    when the process is asked to stop (SIGINT, SIGTERM: it finishes the step, saves and returns).
+    when it is asked to stop (SIGINT, SIGTERM, progress.stop: it finishes the step, saves and returns).
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine.
@@ -56,7 +56,8 @@ def train(config: TrainConfig, task: Task) -> Result:
             done = state.step >= run.plan.max_steps
             evaluation_due = run.evaluation_is_due(done)
             # each rank has its own clock and its own signals, so these are decided together
-            stop, no_time, save = poll(stop_request.is_set(), run.out_of_time(evaluation_due), run.save_is_due())
+            asked = stop_request.is_set() or run.log.stop_requested
+            stop, no_time, save = poll(asked, run.out_of_time(evaluation_due), run.save_is_due())
             if evaluation_due and not (stop or no_time):  # else the next session begins with it
                 run.evaluate()
             last = done or stop or no_time
@@ -65,7 +66,7 @@ def train(config: TrainConfig, task: Task) -> Result:
             if last:
                 break
 
-            step = next(batches)  # this rank's share of one global batch
+            step = run.clock.next(batches)  # this rank's share of one global batch
             randomness.seed_for(chance, state.step, rank)
             how.begin_step()
             losses = []

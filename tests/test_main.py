@@ -85,6 +85,8 @@ def test_the_recipes_are_found() -> None:
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 1e-2\nmax_steps: 3\nschedule: linear\n")
     run = train(tmp_path, "--config", tmp_path / "settings.yaml", "--max-steps", 5, "--nproc", 2)
+    assert run.stdout.splitlines()[-1] == f"pictures: {tmp_path}/run/run.png, run.svg"
+    assert (tmp_path / "run/run.png").read_bytes().startswith(b"\x89PNG")
     assert run.returncode == 0, run.stderr
     assert "global batch 4 = 2 per process x 2 processes x 1 accumulation step" in run.stdout
     assert "finished: step 5/5" in run.stdout

@@ -170,6 +170,11 @@ def test_a_notebook_carries_the_modules_it_uses_and_says_so_of_the_others(tmp_pa
     everything = {path.relative_to(ROOT / "kaggle_mgpu").as_posix() for path in (ROOT / "kaggle_mgpu").rglob("*.py")}
     # named, imported relatively, imported in a function, handed on by the package under another name
     assert {"recipes/text_generation.py", "config.py", "protobuf_fix.py", "task.py"} <= names < everything
+    text, where = files["kaggle_mgpu/run.py"].decode(), (ROOT / "kaggle_mgpu" / "run.py").read_text()
+    assert [line for line in text.splitlines() if line.strip()] != where.splitlines()
+    assert text.count("\n") == where.count("\n")  # tracebacks name the same lines
+    assert "# " not in text and text.splitlines()[0] == ""  # help() is for what the notebook itself imports
+    assert files["kaggle_mgpu/task.py"].decode().startswith('"""')
     few = {name: files[name] for name in files if name in ("kaggle_mgpu/__init__.py", "kaggle_mgpu/config.py")}
     for name, content in few.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -3,48 +3,19 @@
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from kaggle_mgpu import session
-from kaggle_mgpu.progress import METRICS, Progress, format_count, format_duration, plot, read
-
-
-class Clock:
-    """Time that passes when told."""
-
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-def make(folder, **given):
-    """A Progress that logs into `.said` by a clock in `.clock`."""
-    said, clock = [], Clock()
-    options = {
-        "max_steps": 100,
-        "main": True,
-        "display": "lines",
-        "log": said.append,
-        "clock": clock,
-        **given,
-    }
-    progress = Progress(folder, **options)
-    progress.said, progress.clock = said, clock
-    return progress
-
-
-def train(step, **more):
-    return {"kind": "train", "step": step, "loss": 2.0 / (1 + step), "lr": 3e-4, **more}
+from kaggle_mgpu import TrainConfig, clock, launch, session, trainer
+from kaggle_mgpu.progress import METRICS, Progress, read
+from runs import make, train
+from tasks import Regression
 
 
 def lines(folder):
@@ -273,11 +244,11 @@ class TestLines:
         progress.note("careful")
         progress.close({"finished": True, "step": 100, "metrics": {"loss": 1.9}, "seconds": 192.0})
         assert progress.said == [
-            "step 1/100 (1%)  loss 1  lr 3.0e-04  1 process",
+            "step 1/100 (1%)  loss 1  lr 3.0e-04  2 processes",
             "eval  step 2/100  val_loss 1.235  val_f1 0.5",
             "save  step 2/100  path checkpoints/step-00000002",
             "careful",
-            "finished: step 100/100  loss 1.9  in 3:12  1 process",
+            "finished: step 100/100  loss 1.9  in 3:12  2 processes",
         ]
 
     def test_how_it_ended(self, tmp_path):
@@ -291,9 +262,9 @@ class TestLines:
         progress = make(tmp_path)
         with pytest.raises(KeyError), progress:
             raise KeyError("task")
-        assert progress.said == ["stopped (broke off): step 0/100  in 0:00  1 process"]
+        assert progress.said == ["stopped (broke off: KeyError: 'task'): step 0/100  in 0:00  1 process"]
         progress.record(train(1))  # closed: no line, no error on the way out
-        assert read(tmp_path) == []
+        assert read(tmp_path) == [{"kind": "stop", "step": 0, "reason": "broke off: KeyError: 'task'"}]
 
     def test_a_run_of_no_steps(self, tmp_path):
         progress = make(tmp_path, max_steps=0)
@@ -320,152 +291,6 @@ class TestLines:
         assert (ended.stdout, ended.stderr) == ("step 1/10 (10%)  loss 1  1 process\n", "")
 
 
-class Checked(HTMLParser):
-    """Collects the text and the tags, and that every tag is closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
-class TestPanel:
-    @pytest.fixture
-    def shown(self, monkeypatch):
-        shown = []
-        monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append((html, text, display_id)))
-        return shown
-
-    def test_one_display_drawn_at_most_twice_a_second(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel")
-        for step in range(1, 101):  # ten records a second, for ten seconds
-            progress.clock.now = 1000.0 + step / 10
-            progress.record(train(step))
-        drawn = len(shown)
-        assert 15 <= drawn <= 21
-        progress.close({"finished": True, "step": 100, "seconds": 10})
-        assert len(shown) == drawn + 1  # the end is always drawn
-        assert "finished: step 100/100" in shown[-1][0]
-        assert shown[-1][1] == "finished: step 100/100  in 0:10  1 process"
-        assert len({display_id for _, _, display_id in shown}) == 1
-        assert progress.said == []  # nothing printed beside it
-
-    def test_two_runs_are_two_displays(self, tmp_path, shown):
-        make(tmp_path / "a", display="panel")
-        make(tmp_path / "b", display="panel")
-        assert shown[0][2] != shown[1][2]
-
-    def test_it_says_what_there_is(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel", device_line="Tesla T4 x2", world_size=2)
-        for step in (10, 20, 40):
-            progress.clock.now += 1
-            progress.record(train(step, samples_per_s=812.0))
-        progress.clock.now += 1
-        progress.record({"kind": "eval", "step": 40, "val_loss": 1.5})
-        page = Checked(shown[-1][0])
-        text = " | ".join(page.texts)
-        for part in (
-            "Tesla T4 x2",
-            "step 40/100 (40%)",
-            "812 samples/s",
-            "2 processes",
-            "eval  step 40/100  val_loss 1.5",
-        ):
-            assert part in text
-        widths = [re.search(r"width:([\d.]+)%", attrs.get("style", "")) for _, attrs in page.tags]
-        assert [match[1] for match in widths if match] == ["40.0"]
-        (points,) = [attrs["points"] for tag, attrs in page.tags if tag == "polyline"]
-        assert [tuple(map(float, point.split(","))) for point in points.split()] == [
-            (0, 2),
-            (200, 30.6),
-            (600, 46),
-        ]
-
-    def test_text_is_escaped(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel", device_line="<script>alert(1)</script>", max_steps=10)
-        progress.note('<img src=x onerror="alert(1)"> & more')
-        progress.clock.now += 1
-        progress.record({"kind": "eval", "step": 1, "name": "<b>bold</b>", "val_<i>": 1.0})
-        progress.close({"reason": "</div><h1>"})
-        page = Checked(shown[-1][0])
-        assert {tag for tag, _ in page.tags} == {"div"}
-        assert '<img src=x onerror="alert(1)"> & more' in page.texts
-
-    def test_colours_are_the_pages_own(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel")
-        for step in range(1, 5):
-            progress.clock.now += 1
-            progress.record(train(step))
-        colours = re.findall(r"\b(?:color|background|border|stroke|fill)(?::|=\")([^;\"]+)", shown[-1][0])
-        assert set(colours) == {"1px solid currentColor", "currentColor", "none"}
-
-    def test_a_long_run_stays_a_small_panel_with_its_last_loss(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel", max_steps=5000)
-        for step in range(1, 5001):
-            progress.clock.now += 0.1
-            progress.record(train(step, loss=math.nan if step == 7 else 5000.0 - step))
-        progress.close({"finished": True})
-        assert len(shown[-1][0]) < 6000
-        assert "training loss 0 to 4999, steps 1 to 5000" in shown[-1][0]
-        assert "nan" not in shown[-1][0]
-
-    def test_notes_are_printed_too(self, tmp_path, shown):
-        progress = make(tmp_path, display="panel")
-        progress.note("remember")
-        assert progress.said == ["remember"]
-
-    def test_a_panel_that_fails_becomes_lines_and_training_goes_on(self, tmp_path, monkeypatch):
-        def gone(*arguments):
-            raise ConnectionError("front end gone")
-
-        monkeypatch.setattr(session, "show", gone)
-        progress = make(tmp_path, display="panel")
-        progress.record(train(1))
-        progress.close({"finished": True, "step": 100, "seconds": 1})
-        assert progress.said == [
-            "the progress panel is given up (ConnectionError: front end gone); lines follow",
-            "step 1/100 (1%)  loss 1  lr 3.0e-04  1 process",
-            "finished: step 100/100  in 0:01  1 process",
-        ]
-
-    def test_in_a_notebook_it_is_one_output_and_the_plot_a_picture(self, tmp_path):
-        nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-        pytest.importorskip("ipykernel")
-        panel = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from kaggle_mgpu.progress import Progress, plot
-with Progress({str(tmp_path)!r}, max_steps=3, main=True, display="panel") as progress:
-    for step in (1, 2, 3):
-        progress.record({{"kind": "train", "step": step, "loss": 1.0 / step, "lr": 0.1}})
-    progress.close({{"finished": True, "step": 3}})
-"""
-        cells = [nbformat.v4.new_code_cell(panel), nbformat.v4.new_code_cell(f"plot({str(tmp_path)!r})")]
-        notebook = nbformat.v4.new_notebook(cells=cells)
-        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
-        (output,) = notebook.cells[0].outputs
-        assert output.output_type == "display_data"
-        assert "finished: step 3/3" in output.data["text/html"]
-        assert output.data["text/plain"].startswith("finished: step 3/3")
-        (picture,) = notebook.cells[1].outputs
-        assert "image/png" in picture.data
-
-
 class TestBar:
     def test_it_follows_the_steps_on_stderr(self, tmp_path, capsys):
         progress = make(tmp_path, display="bar", max_steps=20, resumed_step=5, device_line="cpu")
@@ -484,7 +309,7 @@ class TestBar:
             "finished: step 20/20  in 0:01  1 process",
         ]
 
-    @pytest.mark.parametrize(("can_show", "tty", "kind"), [(1, 1, "_Panel"), (0, 1, "_Bar"), (0, 0, "_Lines")])
+    @pytest.mark.parametrize(("can_show", "tty", "kind"), [(1, 1, "Panel"), (0, 1, "Bar"), (0, 0, "Lines")])
     def test_which_display_is_chosen(self, tmp_path, monkeypatch, can_show, tty, kind):
         monkeypatch.setattr(session, "can_show", lambda: bool(can_show))
         monkeypatch.setattr(session, "show", lambda *arguments: None)
@@ -508,14 +333,26 @@ class TestTensorBoard:
                 progress.record({"kind": "train", "step": 1, "loss": 2.5, "note": "text"})
                 progress.record({"kind": "train", "step": 2, "loss": 1.5})
                 progress.record({"kind": "eval", "step": 2, "val_loss": 0.75})
-            with Progress(sys.argv[1], **given, resumed_step=1) as progress:
-                progress.record({"kind": "train", "step": 2, "loss": 1.25})
+            settings = {"lr": 0.5, "schedule": "cosine", "max_norm": None, "layers": (1, 2)}
+            with Progress(sys.argv[1], **given, resumed_step=1, settings=settings) as progress:
+                progress.record({"kind": "train", "step": 2, "loss": 1.25, "sample": "Once upon a time"})
+                progress.close({"finished": True, "metrics": {"loss": 0.5, "perplexity": float("nan")}})
             assert "tensorflow" not in sys.modules
             from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
             events = EventAccumulator(sys.argv[1] + "/tensorboard")
             events.Reload()
             for tag in sorted(events.Tags()["scalars"]):
                 print("TAG", tag, [(event.step, event.value) for event in events.Scalars(tag)])
+            tags = events.Tags()
+            (said,) = events.Tensors("train/sample/text_summary")
+            print("TEXT", said.step, said.tensor_proto.string_val)
+            (image,) = events.Images("run")
+            print("IMAGE", image.width > 500, image.height > 500, image.encoded_image_string[:4])
+            from tensorboard.plugins.hparams import metadata
+            for tag, data in events.summary_metadata.items():
+                if data.plugin_data.plugin_name == "hparams" and tag == metadata.SESSION_START_INFO_TAG:
+                    content = metadata.parse_session_start_info_plugin_data(data.plugin_data.content)
+                    print("SETTINGS", {k: v.string_value or v.number_value for k, v in content.hparams.items()})
         """
         environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{tmp_path / 'fake'}"}
         ended = subprocess.run(
@@ -527,7 +364,15 @@ class TestTensorBoard:
         assert ended.returncode == 0, ended.stderr
         assert [line for line in ended.stdout.splitlines() if line.startswith("TAG")] == [
             "TAG eval/val_loss []",  # of the step that is trained again: hidden
+            "TAG final/loss [(2, 0.5)]",
+            "TAG final/perplexity [(2, nan)]",
             "TAG train/loss [(1, 2.5), (2, 1.25)]",
+        ]
+        rest = [line for line in ended.stdout.splitlines() if line.split()[0] in ("TEXT", "IMAGE", "SETTINGS")]
+        assert rest == [
+            "TEXT 2 [b'Once upon a time']",
+            "IMAGE True True b'\\x89PNG'",
+            "SETTINGS {'lr': 0.5, 'schedule': 'cosine', 'layers': '(1, 2)'}",
         ]
 
     def test_a_missing_package_is_named_before_anything_is_trained(self, tmp_path, monkeypatch):
@@ -538,100 +383,37 @@ class TestTensorBoard:
             make(tmp_path, tensorboard=True)
 
 
-class TestPlot:
-    @pytest.fixture
-    def run(self, tmp_path):
-        progress = make(tmp_path)
-        progress.record({"kind": "start", "step": 0})
-        for step in (10, 20, 30):
-            progress.record(train(step, loss=math.nan if step == 20 else 1.0 / step, tokens_per_s=100.0 * step))
-        progress.record({"kind": "eval", "step": 30, "val_loss": 0.5})
-        progress.close()
-        progress = make(tmp_path, resumed_step=30)
-        progress.record({"kind": "start", "step": 30})
-        progress.record(train(40, loss=0.25, tokens_per_s=50.0))
-        progress.close()
-        return tmp_path
+class TestWhereTheTimeWent:
+    def test_all_of_it_is_accounted_for(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
 
-    def test_it_draws_what_was_recorded(self, run):
-        figure = plot(run)
-        loss, rate, pace = figure.axes
-        drawn = {line.get_label(): line for line in loss.get_lines()}
-        assert set(drawn) == {"training", "validation", "resumed"}
-        steps, values = drawn["training"].get_data()
-        assert list(steps) == [10, 20, 30, 40]
-        assert list(values) == pytest.approx([0.1, math.nan, 1 / 30, 0.25], nan_ok=True)
-        assert [list(part) for part in drawn["validation"].get_data()] == [[30], [0.5]]
-        assert list(drawn["resumed"].get_xdata()) == [30, 30]
-        assert list(rate.get_lines()[0].get_ydata()) == [3e-4] * 4
-        assert list(pace.get_lines()[0].get_ydata()) == [1000, 2000, 3000, 50]
-        assert (pace.get_ylabel(), pace.get_xlabel()) == ("tokens / s", "optimizer step")
+        def batches():
+            now[0] += 2.0
+            yield "batch"
 
-    def test_training_and_validation_differ_in_grey_too(self, run):
-        training, validation = plot(run).axes[0].get_lines()[:2]
-        assert (training.get_linestyle(), training.get_marker()) == ("-", "None")
-        assert (validation.get_linestyle(), validation.get_marker()) == ("--", "o")
+        run = clock.Clock()
+        assert run.next(batches()) == "batch"
+        now[0] += 5.0
+        run.count(8, 8)
+        assert run.where() == {"data": 2.0, "steps": 5.0}
+        with run.evaluating():
+            now[0] += 3.0
+        with run.pause():
+            now[0] += 1.0
+        assert run.where() == {"evaluation": 3.0, "saving": 1.0}
+        now[0] += 4.0
+        run.count(8, 8)
+        run.count(8, 8)
+        assert run.where(communication=0.5) == {"steps": 3.0, "communication": 1.0}
+        now[0] += 1.0
+        run.count(8, 8)
+        assert run.where(communication=9.0) == {"communication": 1.0}  # never more than there was
+        assert run.where() == {}
 
-    def test_it_saves_without_pyplot(self, run):
-        script = """if True:
-            import sys
-            from kaggle_mgpu.progress import plot
-            plot(sys.argv[1]).savefig(sys.argv[1] + "/curves.png")
-            assert "matplotlib.pyplot" not in sys.modules
-        """
-        ended = subprocess.run([sys.executable, "-c", script, str(run)], capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr
-        assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-    def test_a_run_with_evaluations_only(self, tmp_path):
-        make(tmp_path).record({"kind": "eval", "step": 0, "val_loss": 3.0})
-        assert plot(tmp_path).axes[0].get_lines()[-1].get_label() == "validation"
-
-    def test_nothing_recorded_yet(self, tmp_path):
-        make(tmp_path).record({"kind": "start", "step": 0})
-        with pytest.raises(ValueError, match=r"metrics.jsonl: no training record yet, .* expected the output_dir of"):
-            plot(tmp_path)
-
-
-class TestFormats:
-    @pytest.mark.parametrize(
-        ("seconds", "text"),
-        [
-            (0, "0:00"),
-            (9.6, "0:10"),
-            (59.6, "1:00"),
-            (192, "3:12"),
-            (3599.7, "1:00:00"),
-            (3723, "1:02:03"),
-            (100 * 3600, "100:00:00"),
-            (-1, "0:00"),
-            (None, "?"),
-            (math.nan, "?"),
-            (math.inf, "?"),
-        ],
-    )
-    def test_durations(self, seconds, text):
-        assert format_duration(seconds) == text
-
-    @pytest.mark.parametrize(
-        ("number", "text"),
-        [
-            (0, "0"),
-            (0.8123, "0.812"),
-            (12.34, "12.3"),
-            (950, "950"),
-            (999.6, "1.0k"),
-            (1200, "1.2k"),
-            (12345, "12.3k"),
-            (123456, "123k"),
-            (999_950, "1.0M"),
-            (124_439_808, "124M"),
-            (1.5e9, "1.5B"),
-            (2e12, "2.0T"),
-            (-1200, "-1.2k"),
-            (math.inf, "inf"),
-            (math.nan, "nan"),
-        ],
-    )
-    def test_counts(self, number, text):
-        assert format_count(number) == text
+    def test_two_processes_know_their_communication(self, tmp_path):
+        given = {"max_steps": 24, "global_batch_size": 8, "log_every": 8, "data_workers": 0, "nproc": 2}
+        result = launch(trainer.train, TrainConfig(output_dir=str(tmp_path), **given), Regression())
+        spent = [record["spent"] for record in result.records() if record["kind"] == "train"]
+        assert all(parts.get("communication", 0) >= 0 for parts in spent)
+        assert sum(parts.get("communication", 0) for parts in spent) > 0

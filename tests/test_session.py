@@ -152,8 +152,10 @@ def test_a_worker_hands_displays_to_its_channel(monkeypatch: pytest.MonkeyPatch)
     assert session.can_show()
     session.show("<b>1</b>", "1", "run-7")
     assert got == [("<b>1</b>", "1", "run-7")]
+    session.set_channel(lambda *arguments: got.append(arguments), live=False)  # a Batch session's
+    assert (session.can_show(), session.can_draw()) == (False, True)
     monkeypatch.setenv("KAGGLE_MGPU_DISPLAY", "lines")
-    assert not session.can_show()
+    assert (session.can_show(), session.can_draw()) == (False, False)
 
 
 def test_display_in_a_real_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def weights(run: Result | Path, name: str = "model.safetensors") -> Tensor:
 
 def timeless(run: Result | Path) -> list[dict[str, Any]]:
     """The records of what was trained, evaluated, without times."""
-    names = ("time", "seconds", "samples_per_s", "tokens_per_s")
+    names = ("time", "seconds", "spent", "samples_per_s", "tokens_per_s")
     found = [r for r in Result.records(run) if r["kind"] in ("train", "eval")] if isinstance(run, Result) else []
     return [{key: value for key, value in record.items() if key not in names} for record in found]
 
@@ -261,6 +261,7 @@ def test_one_process_learns_and_writes_each_step_once(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == list(range(1, 41))
     assert set(lines[0]) == {
         "kind", "step", "samples", "epoch", "loss", "lr", "grad_norm", "skipped", "samples_per_s", "time",
+        "spent",
     }  # fmt: skip
     assert [line["samples"] for line in lines] == [BATCH * step for step in range(1, 41)]
     assert [line["epoch"] for line in lines] == [step / STEPS for step in range(1, 41)]
@@ -269,13 +270,18 @@ def test_one_process_learns_and_writes_each_step_once(tmp_path: Path) -> None:
     ]
     assert all(line["grad_norm"] > 0 and line["skipped"] == 0 and line["samples_per_s"] > 0 for line in lines)
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    # every second of the run went somewhere, and the last line has them all behind it
+    (end,) = records(run, "stop")
+    spent = [line["spent"] for kind in ("train", "eval", "stop") for line in records(run, kind)]
+    assert sum(sum(parts.values()) for parts in spent) == pytest.approx(end["time"], abs=0.03)
+    assert {what for parts in spent for what in parts} == {"data", "steps", "evaluation", "saving"}
     assert sum(line["loss"] for line in lines[-5:]) < 0.7 * sum(line["loss"] for line in lines[:5])
 
     torch.manual_seed(settings.seed)  # the loss of step 1 is that of the seed's weights over the order's first samples
     x, y = task.train_data()[Order(500, settings.seed, 0)[:BATCH]]
     assert lines[0]["loss"] == pytest.approx(float(task.loss(task.model(), (x, y)) / BATCH), rel=1e-5)
     evaluations = records(run, "eval")
-    assert [set(line) for line in evaluations] == 3 * [{"kind", "step", "samples", "val_loss", "time"}]
+    assert [set(line) for line in evaluations] == 3 * [{"kind", "step", "samples", "val_loss", "time", "spent"}]
     assert steps(run, "eval") == [15, 30, 40]
     assert run.metrics == {"loss": evaluations[-1]["val_loss"]}
     assert run.metrics["loss"] == pytest.approx(loss_by_hand(task, run.load(task.model())), rel=1e-6)

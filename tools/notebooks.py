@@ -153,7 +153,7 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
 
     Args:
         notebook: the text of a notebook's source, which then gets the modules that it imports and those that they
-            import, without comments. The package as a whole would make every notebook larger than may be pushed.
+            import, shortened. The package as a whole would make every notebook larger than may be pushed.
     """
     paths = sorted(path for path in package.rglob("*.py") if "__pycache__" not in path.parts)
     if not paths:
@@ -168,24 +168,32 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
     carried: set[str] = {
         name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules
     }
-    wanted = _imported(code, "", modules, homes)
+    own = wanted = _imported(code, "", modules, homes)
     while wanted := wanted - carried:
         carried |= wanted
         wanted = set().union(
             *(_imported(files[modules[m]].decode(), _package_of(m, modules), modules, homes) for m in wanted)
         )
-    return {modules[name]: _without_comments(files[modules[name]]) for name in sorted(carried)}
+    # help() answers for what the notebook itself imports
+    return {modules[name]: _shortened(files[modules[name]].decode(), name in own) for name in sorted(carried)}
 
 
-def _without_comments(source: bytes) -> bytes:
-    """The source with its comments left out, every line in its place: tracebacks name the same lines. A notebook may
-    have 150 kB, and comments are a tenth of that."""
-    lines = source.decode().split("\n")
-    for token in tokenize.generate_tokens(io.StringIO(source.decode()).readline):
+def _shortened(source: str, with_docstrings: bool) -> bytes:
+    """The source without comments, and without docstrings where they are not wanted; every line in its place, so that
+    tracebacks name the same ones. A notebook may have 150 kB; the two make up a quarter of what it carries."""
+    lines = source.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column].rstrip()
-    return "\n".join(lines).encode()
+    for node in ast.walk(ast.parse(source)) if not with_docstrings else ():
+        has_body = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if has_body and len(node.body) > 1 and ast.get_docstring(node) is not None:  # a body of nothing else keeps it
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or 0) - first.lineno + 1)
+    text = "\n".join(lines)
+    compile(text, "<shortened>", "exec")
+    return text.encode()
 
 
 def _package_of(module: str, modules: dict[str, str]) -> str:
@@ -243,7 +251,7 @@ def payload_source(files: dict[str, bytes]) -> str:
     return "\n\n\n".join(
         [
             f"# kaggle_mgpu {version[1] if version else 'unknown'}, {len(files)} files, sha256 {digest}: {names}\n"
-            + "# This cell makes the package importable; there is nothing to edit in it. Comments are left out of it.\n"
+            + "# This cell makes the package importable; there is nothing to edit in it. Comments are left out.\n"
             + "\n".join(f"import {module}" for module in used),
             *functions,
             f'_payload = """\n{wrapped}\n"""\n_sha256 = "{digest}"\n'

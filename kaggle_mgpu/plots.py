@@ -1,0 +1,328 @@
+"""Pictures of runs from their metrics.jsonl, with matplotlib; they can be read when printed in grey.
+
+    plot(output_dir)                           # one run; also run.png and run.svg in its folder
+    compare_plot(["runs/one", "runs/two"])     # several, side by side
+    style(axes, "loss")                        # a recipe's own axes, in the same style
+
+Figures by themselves, no pyplot state: a notebook shows one as a cell's last value, `savefig` saves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .records import METRICS, Record, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What a run's time goes into, in the order of the bar: the key in a record's "spent", its label, its colour and hatch.
+SPENT = {
+    "data": ("waiting for data", "tab:orange", "//"),
+    "steps": ("forward, backward, optimizer", "tab:blue", ""),
+    "communication": ("communication", "tab:red", "xx"),
+    "evaluation": ("evaluation", "tab:green", ".."),
+    "saving": ("saving", "tab:purple", "\\\\"),
+}
+_LINES = ("-", "--", ":", "-.")
+_MARKERS = "osD^vPX*"
+_LOST = "out of memory"
+
+
+def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
+    """One run: loss and learning rate over the steps; throughput and how busy the GPUs were over time; where it went.
+
+    Checkpoints, resumes and lost memory are marked. What was not recorded is left out: without GPUs there is no
+    utilisation and no memory.
+
+    Args:
+        save: also write run.png and run.svg into the folder, where it can be written to.
+
+    Raises:
+        ValueError: nothing has been recorded yet.
+    """
+    records = read(output_dir)
+    train, evals, starts, gpus = (_of(records, kind) for kind in ("train", "eval", "start", "gpus"))
+    if not train and not evals:
+        raise ValueError(
+            f"{Path(output_dir) / METRICS}: no training record yet, so nothing to plot; "
+            f"expected the output_dir of a run that has logged at least once (log_every)"
+        )
+    spent = _spent(records)
+    memory = _memory(gpus)
+    heights = [3.0, 1.0, 1.5] + [0.35] * bool(spent) + [0.25 + 0.25 * len(memory)] * bool(memory)
+    figure = _figure(8, 1.2 * sum(heights) + 1)
+    loss, rate, pace, *more = figure.subplots(len(heights), 1, height_ratios=heights)
+
+    loss.plot(*_series(train, "loss"), color="tab:blue", linewidth=1, label="training")
+    if any("val_loss" in r for r in evals):
+        loss.plot(
+            *_series(evals, "val_loss"), color="black", linestyle="--", marker="o", markersize=4, label="validation"
+        )
+    rate.plot(*_series(train, "lr"), color="black", linewidth=1)
+    rate.sharex(loss)
+    for axes in (loss, rate):
+        resumes = [r["step"] for r in starts if r.get("step", 0) > 0]
+        for index, step in enumerate(resumes):
+            axes.axvline(step, color="gray", linestyle=":", label="" if index else "resumed")
+    style(loss, "loss")
+    style(rate, "learning rate", "optimizer step")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    loss.tick_params(labelbottom=False)
+    loss.legend(frameon=False)
+
+    _over_time(pace, records)
+    if spent:
+        _where_it_went(more.pop(0), spent)
+    if memory:
+        _memory_bars(more.pop(0), memory)
+    if save:
+        save_figure(figure, Path(output_dir) / "run")
+    return figure
+
+
+def compare_plot(
+    output_dirs: Sequence[str | os.PathLike[str]],
+    *,
+    labels: Sequence[str] | None = None,
+    save: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Several runs side by side: loss over the steps and over time, and what each took and came to.
+
+    Args:
+        labels: a name for each run; default: its folder's.
+        save: a path without ending, to which .png and .svg are added.
+
+    Raises:
+        ValueError: no runs, not as many labels, or a run that has recorded nothing.
+    """
+    runs = [read(folder) for folder in output_dirs]
+    names = [Path(folder).resolve().name for folder in output_dirs] if labels is None else list(labels)
+    if not runs or len(names) != len(runs):
+        raise ValueError(f"compare_plot: expected runs and a label for each, got {len(runs)} runs, {len(names)} labels")
+    for folder, records in zip(output_dirs, runs, strict=True):
+        if not _of(records, "train"):
+            raise ValueError(f"{Path(folder) / METRICS}: no training record, so nothing to compare")
+    figure = _figure(10, 4.5 + 0.3 * len(runs))
+    grid = figure.add_gridspec(2, 2, height_ratios=[3.2, 0.6 + 0.3 * len(runs)])
+    by_step, by_time = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
+    by_time.sharey(by_step)
+    speed, whole = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    last = max(float(r.get("time", 0.0)) for records in runs for r in records)
+    scale, unit = _time_unit(last)
+    for index, (name, records) in enumerate(zip(names, runs, strict=True)):
+        train, evals = _of(records, "train"), [r for r in _of(records, "eval") if "val_loss" in r]
+        look: dict[str, Any] = {"color": f"C{index}", "linestyle": _LINES[index % len(_LINES)]}
+        marks: dict[str, Any] = {"color": f"C{index}", "linestyle": "", "marker": _MARKERS[index % len(_MARKERS)]}
+        for axes, key, factor in ((by_step, "step", 1.0), (by_time, "time", 1 / scale)):
+            for found, value, how in ((train, "loss", look), (evals, "val_loss", marks)):
+                x = [r.get(key, math.nan) * factor for r in found]
+                axes.plot(x, _series(found, value)[1], linewidth=1.2, markersize=4, **how)
+        by_step.plot([], [], label=name, **look, marker=marks["marker"], markersize=4)
+        key = _pace_key(train)
+        rates = sorted(r[key] for r in train[1:] or train if isinstance(r.get(key), int | float))
+        if rates:
+            value = rates[len(rates) // 2]
+            _labelled_bar(speed, index, value, f"{_round(value)} {key.replace('_per_s', '/s')}", f"C{index}")
+        seconds = max((float(r.get("time", 0.0)) for r in records), default=0.0)
+        final = f", validation loss {evals[-1]['val_loss']:.4g}" if evals and evals[-1]["val_loss"] is not None else ""
+        _labelled_bar(whole, index, seconds / scale, f"{seconds / scale:.3g} {unit}{final}", f"C{index}")
+    for axes in (speed, whole):
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    whole.set_yticks([])
+    style(by_step, "loss (dots: validation)", "optimizer step")
+    style(by_time, "", f"time ({unit})")
+    style(speed, "", "median throughput")
+    style(whole, "", f"whole run ({unit})")
+    by_step.legend(frameon=False)
+    if save is not None:
+        save_figure(figure, Path(save))
+    return figure
+
+
+def style(axes: Axes, ylabel: str, xlabel: str = "") -> None:
+    """The look that all pictures share."""
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write `stem`.png and `stem`.svg; nothing where the folder cannot be written to."""
+    with contextlib.suppress(OSError):
+        for ending in ("png", "svg"):
+            figure.savefig(stem.with_name(f"{stem.name}.{ending}"), dpi=110)
+
+
+def pixels(figure: Figure) -> Any:
+    """The figure as an array, height x width x 4, uint8."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:  # a notebook shows a bare Figure as text unless pyplot set it up
+            from PIL import Image  # comes with matplotlib
+
+            self.savefig(png := io.BytesIO(), format="png", dpi=80)
+            # 64 colours are a third of the bytes, and a saved notebook stays small
+            Image.open(png).convert("RGB").quantize(64).save(small := io.BytesIO(), format="png", optimize=True)
+            return small.getvalue()
+
+    return Picture(figsize=(width, height), layout="constrained")
+
+
+def _of(records: list[Record], kind: str) -> list[Record]:
+    return [record for record in records if record.get("kind") == kind]
+
+
+def _series(records: list[Record], key: str, x: str = "step") -> tuple[list[float], list[float]]:
+    """Steps and values; a value that was not finite is a gap."""
+    found = [(r[x], math.nan if r[key] is None else float(r[key])) for r in records if key in r and x in r]
+    return [at for at, _ in found], [value for _, value in found]
+
+
+def _pace_key(train: list[Record]) -> str:
+    """The task's own unit where it has one."""
+    rates = {key for record in train for key in record if key.endswith("_per_s")}
+    return min(rates - {"samples_per_s"}, default="samples_per_s")
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    return (3600.0, "hours") if seconds > 7200 else (60.0, "minutes") if seconds > 120 else (1.0, "seconds")
+
+
+def _over_time(pace: Axes, records: list[Record]) -> None:
+    """Throughput, and how busy the GPUs were, over the run's time; over its steps where no times were recorded."""
+    train, gpus = _of(records, "train"), _of(records, "gpus")
+    timed = any("time" in r for r in train)
+    x = "time" if timed else "step"
+    scale, unit = _time_unit(max((float(r.get("time", 0)) for r in records), default=0.0)) if timed else (1.0, "")
+    key = _pace_key(train)
+    at, rates = _series(train, key, x)
+    pace.plot([value / scale for value in at], rates, color="black", linewidth=1, label="throughput")
+
+    known = [(r["step"], r["time"] / scale) for r in train if "time" in r] or [(0, 0.0)]
+
+    def when(record: Record) -> float:
+        """Of a step, whenever its record was written: a save is reported once it is on the disk."""
+        import numpy as np
+
+        steps, times = np.array(known).T
+        return float(np.interp(record.get("step", 0), steps, times)) if timed else float(record.get("step", 0))
+
+    low, high, height = 0.03, 0.94, pace.get_xaxis_transform()  # time, and a fraction of the height
+    if saves := _of(records, "save"):
+        at = [when(r) for r in saves]
+        pace.plot(at, [low] * len(at), "^", color="tab:green", transform=height, label="checkpoint")
+    for index, record in enumerate(r for r in _of(records, "start") if r.get("step", 0) > 0):
+        pace.axvline(when(record), color="gray", linestyle=":", label="" if index else "resumed")
+    if lost := [r for r in records if _LOST in str(r.get("micro_batch_size_because", r.get("text", "")))]:
+        at = [when(r) for r in lost]
+        pace.plot(at, [high] * len(at), "X", color="tab:red", transform=height, label=_LOST)
+    handles, names = pace.get_legend_handles_labels()
+    if gpus and timed:
+        busy = pace.twinx()
+        for order, index in enumerate(sorted({gpu["index"] for r in gpus for gpu in r["gpus"]})):
+            own = [(r, gpu) for r in gpus for gpu in r["gpus"] if gpu["index"] == index]
+            points = [(r["time"] / scale, gpu["utilization"]) for r, gpu in own if gpu.get("utilization") is not None]
+            if points:
+                look: dict[str, Any] = {"color": "tab:blue", "linestyle": _LINES[(order + 1) % 4], "linewidth": 1}
+                busy.plot(*zip(*points, strict=True), label=f"GPU {index} busy", **look)
+        busy.set_ylim(0, 105)
+        busy.set_ylabel("utilisation (%)", color="tab:blue")
+        busy.spines["top"].set_visible(False)
+        handles, names = (a + b for a, b in zip((handles, names), busy.get_legend_handles_labels(), strict=True))
+    style(pace, key.replace("_per_s", " / s"), f"time ({unit})" if timed else "optimizer step")
+    pace.set_ylim(bottom=0)
+    if len(names) > 1:
+        pace.legend(handles, names, frameon=False, fontsize="small", ncols=3)
+
+
+def _spent(records: list[Record]) -> dict[str, float]:
+    """Seconds of the whole run by what they went into, as far as its steps stand."""
+    total: dict[str, float] = {}
+    for record in records:
+        for what, seconds in (record.get("spent") or {}).items():
+            total[what] = total.get(what, 0.0) + seconds
+    return {what: total[what] for what in SPENT if total.get(what, 0.0) > 0}
+
+
+def _where_it_went(axes: Axes, spent: dict[str, float]) -> None:
+    whole, left = sum(spent.values()), 0.0
+    known = "communication" in spent
+    for what, seconds in spent.items():
+        label, colour, hatch = SPENT[what]
+        if what == "steps" and not known:
+            label = "forward, backward, optimizer, communication"
+        if what == "communication":
+            label = "communication not hidden by backward"
+        share = 100 * seconds / whole
+        name = f"{label} {share:.{0 if share >= 1 else 1}f} %"
+        bar = axes.barh([0], [share], left=[left], color=colour, hatch=hatch, edgecolor="white", label=name)
+        if share >= 6:
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            axes.bar_label(bar, [f"{share:.0f} %"], label_type="center", fontsize="small", bbox=box)
+        left += share
+    axes.set_yticks([])
+    axes.set_xlim(0, 100)
+    style(axes, "", f"where {_duration(whole)} went (%)")
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _duration(seconds: float) -> str:
+    scale, unit = _time_unit(seconds)
+    return f"{seconds / scale:.3g} {unit}"
+
+
+def _round(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _memory(gpus: list[Record]) -> dict[int, tuple[float, float | None]]:
+    """The most of each GPU's memory that was seen in use, and what it has, in GiB."""
+    found: dict[int, tuple[float, float | None]] = {}
+    for gpu in (gpu for record in gpus for gpu in record["gpus"]):
+        if gpu.get("memory_used") is not None:
+            used, total = gpu["memory_used"] / 2**30, gpu.get("memory_total")
+            before = found.get(gpu["index"], (0.0, None))[0]
+            found[gpu["index"]] = max(before, used), None if total is None else total / 2**30
+    return dict(sorted(found.items()))
+
+
+def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> None:
+    for place, (used, total) in enumerate(memory.values()):
+        if total is not None:
+            axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
+        bar = axes.barh([place], [used], color="tab:purple", hatch="//", edgecolor="white", height=0.6)
+        axes.bar_label(bar, [f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")], fontsize="small")
+    axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
+    axes.set_ylim(len(memory) - 0.5, -0.5)
+    style(axes, "", "memory in use at most (GiB)")
+    axes.margins(x=0.15)
+
+
+def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) -> None:
+    bar = axes.barh([place], [value], color=colour, alpha=0.6, height=0.6, hatch=("", "//", "..", "xx")[place % 4])
+    axes.bar_label(bar, [f" {text}"], fontsize="small")
+    axes.margins(x=0.5)
