@@ -187,8 +187,9 @@ def _shortened(source: str, with_docstrings: bool) -> bytes:
             row, column = token.start
             lines[row - 1] = lines[row - 1][:column].rstrip()
     for node in ast.walk(ast.parse(source)) if not with_docstrings else ():
-        has_body = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if has_body and len(node.body) > 1 and ast.get_docstring(node) is not None:  # a body of nothing else keeps it
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if len(node.body) > 1 and ast.get_docstring(node) is not None:  # a body of nothing else keeps it
             first = node.body[0]
             lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or 0) - first.lineno + 1)
     text = "\n".join(lines)
