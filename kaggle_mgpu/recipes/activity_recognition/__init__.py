@@ -423,7 +423,13 @@ def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, 
         folder = Path(config.output_dir) / "compare" / strategy
         shutil.rmtree(folder, ignore_errors=True)
         changes: dict[str, Any] = {"strategy": strategy, "nproc": 1 if strategy == "single" else replicas}
-        changes |= {"max_steps": steps, "log_every": max(1, steps // 6), "eval_every": "end", "resume": "never"}
+        changes |= {
+            "max_steps": steps,
+            "log_every": max(1, steps // 6),
+            "eval_every": "end",
+            "resume": "never",
+            "tensorboard": False,
+        }
         result, memory = launch(_measured, config.replace(**changes, output_dir=str(folder)), task)
         paces = [r["samples_per_s"] for r in result.records() if r["kind"] == "train"]
         rows.append(
