@@ -475,6 +475,8 @@ def test_it_learns_and_beats_the_trivial_answers_on_an_unseen_scroll(finished):
     assert result.metrics["dice"] > 0.6
     trivial = ss.baselines(task)
     assert next(iter(trivial)) == "all is sheet"
+    assert trivial.pop("this model")["dice"] == result.metrics["volume_dice"]
+    assert len(trivial) == 2
     assert result.metrics["volume_dice"] > 0.05 + max(row["dice"] for row in trivial.values())
     out = Path(config.output_dir)
     assert json.loads((out / "result.json").read_text())["metrics"] == result.metrics
@@ -557,6 +559,12 @@ def test_other_weights_or_settings_start_the_predictions_anew(finished, tmp_path
     ss.infer(final, SurfaceSegmentation(final))
     assert not stacks.read_stack(str(mask)).all()
     assert len(first) > 0
+
+
+def test_there_is_nothing_to_predict_with_before_training(tmp_path, made):
+    config = small(tmp_path, made)
+    with pytest.raises(FileNotFoundError, match=r"run/result\.json: no such file\. Train first"):
+        ss.infer(config, SurfaceSegmentation(config))
 
 
 def test_when_the_time_is_up_the_run_does_not_look_finished(finished, tmp_path, capsys):

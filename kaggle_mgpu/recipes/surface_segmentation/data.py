@@ -166,8 +166,8 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
 class Cache:
     """Decoded volumes as .npy files that every process maps: they take disk, and of memory only what is free.
 
-    Measured on one core: 128 pages of 320 x 320 take 0.26 s to decode, twice a patch (image and label); a patch of 128^3
-    cut out of mapped files and standardised takes 5 ms in all. A pair of 320^3 is surveyed and kept in 1.3 s.
+    Measured on one core: 128 pages of 320 x 320 take 0.26 s to decode, and a patch needs those of image and label; a
+    patch of 128^3 cut out of mapped files and standardised takes 5 ms in all. A pair of 320^3 is surveyed in 1.3 s.
     """
 
     folder: str
