@@ -168,8 +168,8 @@ def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
 def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[str, float]]:
     """`measures` of two trivial answers, and of the model where it has predicted, on the first few held-out volumes.
 
-    The answers: all is sheet; what is brighter than a threshold is, the one with the best Dice on the first few training
-    volumes. Some 15 s for a held-out volume of 320^3, hence not all of them.
+    The answers: all is sheet; what is brighter than a threshold is, the one with the best Dice on the first few
+    training volumes. About 12 s for a held-out volume of 320^3, hence not all of them.
     """
     train_volumes, held, _ = surface.split
     counts = np.zeros((2, 256))
