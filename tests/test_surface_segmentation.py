@@ -513,8 +513,9 @@ def test_a_finished_run_among_the_inputs_is_not_trained_again(finished, tmp_path
     assert again.finished
     assert again.metrics == result.metrics
     assert [path.name for path in (tmp_path / "new" / "predictions" / "test").iterdir()] != []
-    with pytest.raises(pytest.fail.Exception, match="no training data is needed"):
-        ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path), max_steps=60))
+    for changes in ({"max_steps": 60}, {"resume": "never"}):
+        with pytest.raises(pytest.fail.Exception, match="no training data is needed"):
+            ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path), **changes))
 
 
 def test_two_processes_predict_and_measure_what_one_does(finished, tmp_path):

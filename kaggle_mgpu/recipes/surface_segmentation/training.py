@@ -200,6 +200,8 @@ class SurfaceSegmentation(Task):
     def _trained(self) -> bool:
         """Whether there is nothing left to train: what `train` will find is the last step of this very run."""
         c, patches = self.config, len(self.split[0]) * self.config.patches_per_volume
+        if c.resume != "auto":
+            return False
         wanted = c.max_steps or (c.epochs * -(-patches // c.global_batch_size) if c.global_batch_size else -1)
         for folder in [Path(c.output_dir), *(path.parent for path in session.find("result.json"))]:
             result, settings = read_json(folder / "result.json"), read_json(folder / "config.json")
