@@ -346,7 +346,7 @@ def test_fp16_logits_give_a_finite_loss_and_gradient():
     half = full.half().requires_grad_()
     loss = segmentation_loss(half, label)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(segmentation_loss(full, label).item(), rel=1e-2)
+    assert loss.item() == segmentation_loss(half.float(), label).item()
     (65536 * loss).backward()
     assert half.grad is not None and torch.isfinite(half.grad).all()
     model = UNet(4, 2)
