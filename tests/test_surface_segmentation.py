@@ -346,7 +346,7 @@ def test_fp16_logits_give_a_finite_loss_and_gradient():
     half = full.half().requires_grad_()
     loss = segmentation_loss(half, label)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(segmentation_loss(full, label).item(), rel=1e-2)
+    assert loss.item() == segmentation_loss(half.float(), label).item()
     (65536 * loss).backward()
     assert half.grad is not None and torch.isfinite(half.grad).all()
     model = UNet(4, 2)
@@ -475,6 +475,8 @@ def test_it_learns_and_beats_the_trivial_answers_on_an_unseen_scroll(finished):
     assert result.metrics["dice"] > 0.6
     trivial = ss.baselines(task)
     assert next(iter(trivial)) == "all is sheet"
+    assert trivial.pop("this model")["dice"] == result.metrics["volume_dice"]
+    assert len(trivial) == 2
     assert result.metrics["volume_dice"] > 0.05 + max(row["dice"] for row in trivial.values())
     out = Path(config.output_dir)
     assert json.loads((out / "result.json").read_text())["metrics"] == result.metrics
@@ -511,8 +513,9 @@ def test_a_finished_run_among_the_inputs_is_not_trained_again(finished, tmp_path
     assert again.finished
     assert again.metrics == result.metrics
     assert [path.name for path in (tmp_path / "new" / "predictions" / "test").iterdir()] != []
-    with pytest.raises(pytest.fail.Exception, match="no training data is needed"):
-        ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path), max_steps=60))
+    for changes in ({"max_steps": 60}, {"resume": "never"}):
+        with pytest.raises(pytest.fail.Exception, match="no training data is needed"):
+            ss.run(config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path), **changes))
 
 
 def test_two_processes_predict_and_measure_what_one_does(finished, tmp_path):
@@ -557,6 +560,12 @@ def test_other_weights_or_settings_start_the_predictions_anew(finished, tmp_path
     ss.infer(final, SurfaceSegmentation(final))
     assert not stacks.read_stack(str(mask)).all()
     assert len(first) > 0
+
+
+def test_there_is_nothing_to_predict_with_before_training(tmp_path, made):
+    config = small(tmp_path, made)
+    with pytest.raises(FileNotFoundError, match=r"run/result\.json: no such file\. Train first"):
+        ss.infer(config, SurfaceSegmentation(config))
 
 
 def test_when_the_time_is_up_the_run_does_not_look_finished(finished, tmp_path, capsys):

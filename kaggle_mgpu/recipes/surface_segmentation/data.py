@@ -166,7 +166,8 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
 class Cache:
     """Decoded volumes as .npy files that every process maps: they take disk, and of memory only what is free.
 
-    A 320^3 stack takes 0.47 s to decode and a patch of 128 of its pages 0.26 s; cut out of a mapped file it is 0.4 ms.
+    Measured on one core: 128 pages of 320 x 320 take 0.26 s to decode, and a patch needs those of image and label; a
+    patch of 128^3 cut out of mapped files and standardised takes 5 ms in all. A pair of 320^3 is surveyed in 1.3 s.
     """
 
     folder: str
