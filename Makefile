@@ -3,6 +3,9 @@
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
 # The first two make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
+#
+# make gpu-info, memory-check, train-distributed CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
+# line in .venv. RECIPE=text_generation, ON=T4x2 (what to plan for), NPROC=2, OUTPUT_DIR=run, ARGS="--epochs 3 …"
 
 PYTHON ?= python3
 CONSTRAINTS ?= .ci/constraints.txt
@@ -15,7 +18,19 @@ export OMP_NUM_THREADS ?= 1
 DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p global_batch_size 16 \
         -p lr 3e-3 -p max_steps 450 -p eval_every 75 -p max_new_tokens 120
 
+RECIPE ?= text_generation
+CONFIG ?=
+DEEPSPEED_CONFIG ?=
+ON ?=
+NPROC ?=
+OUTPUT_DIR ?=
+ARGS ?=
+KIT := $(BIN)/python -m kaggle_mgpu
+# a file of settings, and flags that override it
+SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
+
 .PHONY: demo test test-env test-gpu test-deepspeed lint notebooks bench clean
+.PHONY: gpu-info memory-check train-distributed train-distributed-tb train-deepspeed tensorboard
 
 $(VENV)/installed: requirements.txt tests/requirements.txt $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +40,24 @@ $(VENV)/installed: requirements.txt tests/requirements.txt $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/python tools/notebooks.py build
 	$(BIN)/python tools/notebooks.py run text_generation $(DEMO) --output build/demo/text_generation.ipynb
+
+gpu-info: $(VENV)/installed
+	$(KIT) gpus
+
+memory-check: $(VENV)/installed
+	$(KIT) plan $(RECIPE) $(SETTINGS) $(if $(ON),--on $(ON))
+
+train-distributed: $(VENV)/installed
+	$(KIT) train $(RECIPE) $(SETTINGS)
+
+train-distributed-tb: $(VENV)/installed
+	$(KIT) train $(RECIPE) --tensorboard $(SETTINGS)
+
+train-deepspeed: $(VENV)/installed
+	$(KIT) train $(RECIPE) --strategy deepspeed $(if $(DEEPSPEED_CONFIG),--deepspeed-config $(DEEPSPEED_CONFIG)) $(SETTINGS)
+
+tensorboard: $(VENV)/installed
+	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +89,9 @@ class Report:
             if line.advice:
                 text.append(f"{'':8} {'':{width}}  -> {line.advice}")
         verdict = "this machine trains right" if self.ok else f"{len(self.failed)} failed"
-        return "\n".join([*text, f"{verdict} ({self.seconds:.1f} s)"])
+        skipped = sum(line.status == "skipped" for line in self.lines)
+        also = f"; {skipped} skipped" if skipped else ""
+        return "\n".join([*text, f"{verdict}{also} ({self.seconds:.1f} s)"])
 
     def _ipython_display_(self) -> None:
         print(self)
@@ -163,7 +165,9 @@ def _memory(gpus: list[devices.GPU]) -> list[Line]:
 
 
 def _protobuf(report: env.Report) -> Line:
-    trouble = [item for item in report.items if item.action in ("refused", "broken", "too late")]
+    bad = ("refused", "broken")
+    late = [item for item in report.items if item.action == "too late" and item.name.startswith("protobuf")]
+    trouble = [item for item in report.items if item.action in bad] + late
     versions = ", ".join(f"{item.name} {item.value}" for item in report.items if item.action == "found")
     if trouble:
         found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in trouble)
@@ -213,20 +217,22 @@ def _disk(folder: Path) -> Line:
 
 
 def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
-    """The lines of what the workers did, as far as they came."""
+    """The lines of what the workers did: one on each GPU; or two on the CPU, and one more on a GPU that is alone."""
     if len(gpus) > 1:
-        done, error = _launch(folder, len(gpus))
-    else:
-        with _no_gpus():
-            done, error = _launch(folder, 2)
-        if gpus and error is None:
-            alone, error = _launch(folder, 1)
-            for name in ("devices", "on_gpu") if "workers" in alone else ():
-                done["workers"][name] += alone["workers"][name]
-            done["gradients"] = alone.get("gradients", {}) | done["gradients"]
-            done["precision"] = alone.get("precision")
-            if error is not None:
-                done = {stage: done[stage] for stage in STAGES[: STAGES.index("precision")]}
+        return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
+    with _no_gpus():
+        pair = _launch(folder, 2)
+    if not gpus:
+        return _lines(*pair, [], STAGES)
+    alone = _lines(*_launch(folder, 1), gpus, ("workers", "precision", "gradients"))
+    on_cpu = _lines(*pair, [], tuple(stage for stage in STAGES if stage != "precision"))
+    return [*on_cpu, *(replace(line, name=f"{line.name}, GPU") for line in alone)]
+
+
+def _lines(
+    done: dict[str, Any], error: Exception | None, gpus: list[devices.GPU], stages: tuple[str, ...]
+) -> list[Line]:
+    """One launch's stages: what they found, the one that the error came in, and those that were not reached."""
     judges: dict[str, Callable[[Any], list[Line]]] = {
         "workers": lambda found: [_judge_workers(found, gpus)],
         "precision": _judge_precision,
@@ -235,14 +241,13 @@ def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
         "checkpoint": _judge_checkpoint,
     }
     lines: list[Line] = []
-    broken = ""
-    for stage in STAGES:
+    broken = next((stage for stage in STAGES if stage not in done), "")
+    for stage in stages:
         if stage in done:
             lines += judges[stage](done[stage])
-        elif not broken:
-            broken = stage
+        elif stage == broken or (broken not in stages and not any(line.status == "failed" for line in lines)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-            lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[stage]))
+            lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))
         else:
             lines.append(Line(stage, "skipped", f"the workers did not come so far: see {broken}"))
     return lines

@@ -139,17 +139,18 @@ class Facts:
     def activations(self, samples: int) -> float:
         return self.fixed_bytes + samples * self.sample_bytes
 
-    def memory(self, samples: int, ema: bool = False) -> dict[str, float]:
-        """Bytes on one GPU by what they are for."""
+    def memory(self, samples: int, ema: bool = False, shards: int = 1) -> dict[str, float]:
+        """Bytes on one GPU by what they are for; all but the activations are shared out among `shards` GPUs."""
         parts = {"weights": float(self.weight_bytes), "gradients": float(self.gradient_bytes)}
-        parts |= {"optimizer": float(self.optimizer_bytes), "activations": self.activations(samples)}
-        return parts | ({"averaged weights": float(self.weight_bytes)} if ema else {})
+        parts |= {"optimizer": float(self.optimizer_bytes)} | ({"averages": float(self.weight_bytes)} if ema else {})
+        return {name: nbytes / shards for name, nbytes in parts.items()} | {"activations": self.activations(samples)}
 
 
 @dataclass(frozen=True)
 class Exchange:
     """What the GPUs tell each other in a step."""
 
+    what: str
     nbytes: int
     seconds: float
     hidden: float
@@ -275,7 +276,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         precision_reason=why,
         micro_batch_size=batch.micro_batch_size,
         max_steps=batch.max_steps,
-        memory=facts.memory(batch.micro_batch_size, config.ema_decay is not None),
+        memory=facts.memory(batch.micro_batch_size, config.ema_decay is not None, _shards(config, replicas)),
         measured_memory=max(measured.memory_bytes, default=None) if measured else None,
         step_seconds=step_seconds,
         seconds=None,
@@ -325,15 +326,21 @@ def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> 
         epochs=config.epochs,
         max_steps=config.max_steps,
     )
-    most = _most_that_fits(facts, target, config)
+    most = _most_that_fits(facts, target, config, replicas)
     return batch.with_micro_batch_size(max(1, most)) if auto and most is not None else batch
 
 
-def _most_that_fits(facts: Facts, target: Target, config: TrainConfig) -> int | None:
+def _shards(config: TrainConfig, replicas: int) -> int:
+    return replicas if str(config.strategy) == "fsdp" else 1
+
+
+def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas: int) -> int | None:
     """Samples in a micro-batch that nine tenths of a GPU hold by this reckoning; None where its memory is unknown."""
     if not target.memory_bytes or facts.sample_bytes <= 0:
         return None
-    rest = 0.9 * target.memory_bytes - sum(facts.memory(0, config.ema_decay is not None).values())
+    rest = 0.9 * target.memory_bytes - sum(
+        facts.memory(0, config.ema_decay is not None, _shards(config, replicas)).values()
+    )
     return int(rest / facts.sample_bytes)
 
 
@@ -353,18 +360,34 @@ def _estimated_step(
     micro_step = max(computing, moving, facts.operators * LAUNCH)
     optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / reached
     between = 0.0
-    if replicas > 1 and strategy == "dp":  # weights out and gradients back through the first GPU, in every micro-step
-        between = accumulation * (replicas - 1) * (facts.weight_bytes + facts.gradient_bytes) / gpu.link
-    elif replicas > 1:
-        between = _exchange(facts, replicas, micro_step, gpu.link, "").exposed
+    if replicas > 1:
+        between = _exchange(facts, replicas, micro_step, gpu.link, "", strategy, accumulation).exposed
     return micro_step * accumulation + optimizer + between
 
 
-def _exchange(facts: Facts, replicas: int, micro_step: float, link: float, source: str) -> Exchange:
-    seconds = 2 * (replicas - 1) / replicas * facts.gradient_bytes / link
-    hidden = micro_step * 2 / 3
-    last = min(1.0, BUCKET / facts.gradient_bytes) if facts.gradient_bytes else 0.0
-    return Exchange(facts.gradient_bytes, seconds, hidden, max(seconds - hidden, seconds * last), link, source)
+def _exchange(
+    facts: Facts,
+    replicas: int,
+    micro_step: float,
+    link: float,
+    source: str,
+    strategy: str = "ddp",
+    accumulation: int = 1,
+) -> Exchange:
+    """Of one step. What `strategy` sends: see torch's DistributedDataParallel, fully_shard and DataParallel."""
+    gradients, hidden = facts.gradient_bytes, micro_step * 2 / 3
+    if strategy == "dp":
+        nbytes = accumulation * (facts.weight_bytes + gradients)
+        seconds = (replicas - 1) * nbytes / link
+        what = f"weights out and gradients back through the first GPU, {_size(nbytes)} to each other one,"
+        return Exchange(what, nbytes, seconds, 0.0, seconds, link, source)
+    seconds = 2 * (replicas - 1) / replicas * gradients / link
+    what = f"an all-reduce of {_size(gradients)} of gradients"
+    if strategy == "fsdp":  # gathers the weights twice and scatters the gradients: three halves of an all-reduce
+        seconds *= 1.5
+        what = f"gathering {_size(facts.weight_bytes)} of weights twice and scattering their gradients"
+    last = min(1.0, BUCKET / gradients) if gradients else 0.0
+    return Exchange(what, gradients, seconds, hidden, max(seconds - hidden, seconds * last), link, source)
 
 
 def _add_speedup(out: Plan, facts: Facts, batch: Any, link: tuple[float, str] | None, target: Target) -> None:
@@ -378,15 +401,19 @@ def _add_speedup(out: Plan, facts: Facts, batch: Any, link: tuple[float, str] | 
         out.reasons.append(f"the {what} is not known")
         return
     share = batch.global_batch_size // batch.num_replicas
-    before = _exchange(facts, batch.num_replicas, out.step_seconds, *link).exposed if batch.num_replicas > 1 else 0.0
+    before, kind, steps = 0.0, out.strategy, batch.gradient_accumulation_steps
+    if batch.num_replicas > 1:
+        before = _exchange(facts, batch.num_replicas, out.step_seconds / steps, *link, kind, steps).exposed
+    else:
+        kind = "ddp"  # what a second GPU would be used with
     sample = max(out.step_seconds - before, 1e-9) / share
     micro = min(batch.micro_batch_size, math.ceil(batch.global_batch_size / count))
-    out.exchange = _exchange(facts, count, micro * sample, *link)
+    out.exchange = _exchange(facts, count, micro * sample, *link, kind, steps)
     alone = sample * batch.global_batch_size
     out.speedup = alone / (alone / count + out.exchange.exposed)
     e = out.exchange
     out.reasons.append(
-        f"an all-reduce of {_size(e.nbytes)} of gradients takes {_milliseconds(e.seconds)} at {e.link / 1e9:.1f} GB/s; "
+        f"{e.what} takes {_milliseconds(e.seconds)} at {e.link / 1e9:.1f} GB/s; "
         f"{_milliseconds(e.seconds - e.exposed)} of it pass behind the backward pass ({_milliseconds(e.hidden)}), "
         f"{_milliseconds(e.exposed)} lengthen a step of {_milliseconds(alone / count)}"
     )
@@ -394,7 +421,7 @@ def _add_speedup(out: Plan, facts: Facts, batch: Any, link: tuple[float, str] | 
 
 
 def _add_advice(out: Plan, facts: Facts, batch: Any, config: TrainConfig) -> None:
-    total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config)
+    total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
     held = max(total, out.measured_memory or 0)
     if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
         if most < 1:
@@ -418,6 +445,8 @@ def _add_advice(out: Plan, facts: Facts, batch: Any, config: TrainConfig) -> Non
         f"gradient_accumulation_steps={2 * batch.gradient_accumulation_steps} halves its share (and changes the run: "
         f"see lr_scaling)"
     )
+    if out.strategy not in ("ddp", "single"):
+        return
     half = max(e.seconds / 2 - e.hidden, e.seconds / 2 * min(1.0, BUCKET / e.nbytes))
     out.advice.append(
         f"gradients sent as fp16 (gradient_compression='fp16') would leave {_milliseconds(half)} of "

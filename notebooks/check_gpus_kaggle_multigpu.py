@@ -2,7 +2,7 @@
 # # Does this machine train right?
 #
 # Ten seconds that say whether the GPUs of this session compute, talk to each other and give the same gradient together
-# as one of them alone; then what a second GPU buys, measured with a small GPT.
+# as one of them alone; then what a second GPU buys, measured with a small transformer.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
 
 # %% [markdown]
@@ -16,7 +16,11 @@ from kaggle_mgpu import env
 
 env.fix()  # before anything else is imported
 
-from kaggle_mgpu import check, compare_strategies, devices, notebook_parameters, plan
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from kaggle_mgpu import Task, TrainConfig, check, compare_strategies, devices, notebook_parameters, plan
 
 print(devices.report())
 
@@ -29,17 +33,19 @@ output_dir = "check_gpus"  # checked for space; result.json is written there
 compare = "auto"  # measure single, dp and ddp: True, False, or auto, where there is a GPU
 steps = 20  # of each strategy
 plan_on = None  # plan for "T4x2", "P100", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
-n_layer = 8  # the GPT that is measured
-n_head = 8
-n_embd = 256
-block_size = 512
+depth = 8  # of the transformer that is measured: blocks,
+width = 256  # numbers per token,
+heads = 8
+length = 512  # and tokens per sample
 global_batch_size = 64
 max_steps = 2000  # of the run that is planned
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# What the cell above defines, and the one that papermill puts after it. A misspelt name is an error.
 parameters = notebook_parameters(globals())
-steps, plan_on, compare = (parameters.pop(name) for name in ("steps", "plan_on", "compare"))
+own = ("compare", "steps", "plan_on", "depth", "width", "heads", "length")
+compare, steps, plan_on, depth, width, heads, length = (parameters.pop(name) for name in own)
+config = TrainConfig.from_dict(parameters)
 gpus = devices.gpus()
 
 # %% [markdown]
@@ -56,11 +62,31 @@ report
 #
 # Before a GPU hour is spent: batch, memory, time, sessions, quota, and what a second GPU is expected to buy.
 
-# %%
-from kaggle_mgpu.recipes.text_generation import Config, TextGeneration
 
-config = Config.from_dict(parameters)
-task = TextGeneration(config)
+# %%
+class Guessing(Task):
+    """A transformer that guesses random tokens: all the work of training, and nothing to learn."""
+
+    unit = "tokens"
+
+    def model(self):
+        block = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        body = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        return nn.Sequential(nn.Embedding(1024, width), body, nn.Linear(width, 1024))
+
+    def train_data(self):
+        return TensorDataset(torch.randint(1024, (4096, length + 1)))
+
+    def loss(self, model, batch):
+        (tokens,) = batch
+        logits = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+    def count(self, batch):
+        return batch[0][:, 1:].numel()
+
+
+task = Guessing()
 print(plan(config, task, on=plan_on or (None if gpus else "T4x2")))
 
 # %% [markdown]

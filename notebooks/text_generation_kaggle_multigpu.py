@@ -19,7 +19,7 @@ env.fix()  # before anything else is imported
 import math
 from pathlib import Path
 
-from kaggle_mgpu import devices, launch, notebook_parameters, train
+from kaggle_mgpu import compare_strategies, devices, launch, notebook_parameters, train
 from kaggle_mgpu.recipes.text_generation import Config, TextGeneration, baselines
 
 # %matplotlib inline
@@ -54,14 +54,20 @@ output_dir = "text_generation"
 seed = 1337
 prompts = ["The ", "A class is", "When an exception is raised, "]
 max_new_tokens = 200
+compare_steps = 10  # where there are several GPUs, so many steps show what they bring; 0: not measured
 
 # %%
 # What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
 parameters = notebook_parameters(globals())
 prompts, max_new_tokens = parameters.pop("prompts"), parameters.pop("max_new_tokens")
+compare_steps = parameters.pop("compare_steps")
 config = Config.from_dict(parameters)
 task = TextGeneration(config)
 print(task.describe())
+
+# %%
+if compare_steps and len(devices.gpus()) > 1:
+    compare_strategies(config, task, steps=compare_steps)  # one GPU, one process for all, one process each
 
 # %% [markdown]
 # ## Training

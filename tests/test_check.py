@@ -75,7 +75,7 @@ def test_every_line_passes_and_this_process_stays_clean(tmp_path: Path) -> None:
         *(name for name in found if name in check.STAGES),
         *(name for name in found if name not in {*check.STAGES, "GPU memory"}),
     ]
-    assert text[-1].startswith("this machine trains right (")
+    assert text[-1].startswith("this machine trains right")
     assert any("dp " in row and "ddp " in row for row in text)
     assert modules == "[]"
     assert not (tmp_path / "new").exists()
@@ -233,7 +233,27 @@ def test_a_bad_protobuf_pair_and_the_exit_code(tmp_path: Path) -> None:
     rows = [row for row in done.stdout.splitlines() if row.startswith("failed")]
     assert len(rows) == 1
     assert "tensorflow: needs protobuf 5.28.3, there is 4.25.8: pip install" in rows[0]
-    assert done.stdout.splitlines()[-1].startswith("1 failed (")
+    assert done.stdout.splitlines()[-1].startswith("1 failed")
+
+
+def test_what_came_too_late_for_others_is_no_fault_of_protobufs() -> None:
+    late = env.Item("USE_TF", "0", "too late", "transformers is already imported: holds in new processes only")
+    assert check._protobuf(env.Report((late,))).status == "passed"
+    late = env.Item("protobuf GetPrototype", "", "too late", "tensorflow is already imported")
+    assert check._protobuf(env.Report((late,))).status == "failed"
+
+
+def test_one_gpu_has_lines_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes on the CPU, and one on the GPU, which here is as blind as a driver that does not fit."""
+    if devices.gpus():
+        pytest.skip("this torch sees GPUs")
+    smi(tmp_path, monkeypatch, used=100, count=1)
+    report = check.run(tmp_path)
+    found = status(report)
+    assert {found[name] for name in ("workers", "all-reduce", "gradients", "checkpoint")} == {"passed"}
+    assert [each.name for each in report.failed] == ["workers, GPU"]
+    assert "precision" not in found and "precision, GPU" in found
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") is None
 
 
 def test_a_protobuf_that_env_mends_passes() -> None:

@@ -258,6 +258,7 @@ OTHER: dict[str, Any] = {
     "resume": "never", "output_dir": "some where", "seed": 0, "tensorboard": True, "labels": ("a", "b c"),
     "sizes": (7,), "betas": (0.8, 0.9), "crops": (1, 2), "extra": {"a": 1},
     "max_restarts": 2, "hang_timeout_minutes": 2.5, "collective_timeout_minutes": 1.5, "nccl_p2p": "off",
+    "gradient_compression": "fp16", "bucket_mb": 5,
     "find_unused_parameters": True,
 }  # fmt: skip
 

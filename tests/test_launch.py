@@ -847,3 +847,10 @@ def test_workers_use_the_gpu_after_this_process_has() -> None:
         assert launch(lambda: torch.cuda.current_device(), nproc=2) == [0, 1]
     else:
         pytest.skip("needs two GPUs")
+
+
+def test_one_worker_may_be_asked_for() -> None:
+    """So that nothing of the call, a CUDA context for one, stays in this process."""
+    assert launch(os.getpid, nproc=1) == [os.getpid()]
+    (pid,) = launch(os.getpid, nproc=1, in_worker=True)
+    assert pid != os.getpid()

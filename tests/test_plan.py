@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import kaggle_mgpu.compare as compare
 from kaggle_mgpu import Task, TrainConfig, devices, plan
+from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.compare import Measured
 from kaggle_mgpu.plan import BUCKET, PUBLISHED, REACHED, Facts, Target, _exchange, _launch_facts
 from tasks import Regression
@@ -185,6 +185,24 @@ def test_an_exchange_hides_behind_the_backward_pass_but_for_its_last_bucket() ->
     assert longer.exposed == pytest.approx(1.5 - 0.2)
 
 
+def test_what_other_strategies_send_and_hold() -> None:
+    whole = _exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp")
+    assert whole.seconds == pytest.approx(1.5)
+    through_one = _exchange(facts(), 3, micro_step=3.0, link=1e8, source="", strategy="dp", accumulation=2)
+    assert (through_one.seconds, through_one.exposed) == (pytest.approx(8.0), pytest.approx(8.0))
+    assert facts().memory(2, shards=4) == {
+        "weights": 25e6, "gradients": 25e6, "optimizer": 50e6, "activations": 2e6
+    }  # fmt: skip
+    assert sum(facts().memory(2, ema=True).values()) == 5e8 + 2e6
+
+
+def test_two_gpus_under_dp_gain_less(tmp_path: Path) -> None:
+    config = TrainConfig(global_batch_size=64, gradient_accumulation_steps=4)
+    dp, ddp = (plan(config.replace(strategy=strategy), Wide(), on="T4x2") for strategy in ("dp", "ddp"))
+    assert dp.speedup is not None and ddp.speedup is not None and dp.speedup < ddp.speedup
+    assert "weights out and gradients back through the first GPU" in str(dp)
+
+
 def test_advice_where_the_exchange_is_what_takes_the_time() -> None:
     class Heavy(Wide):
         """One sample a GPU of a model with 64 MB of weights: nothing to hide behind."""
@@ -236,15 +254,17 @@ def test_here_and_now(tmp_path: Path) -> None:
         assert "processes on a CPU share its cores; name GPUs for an estimate" in str(found)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     flags = "--tokenizer byte --n-layer 1 --n-head 1 --n-embd 8 --block-size 16 --global-batch-size 4 --max-steps 9"
-    command = [sys.executable, "-m", "kaggle_mgpu", "plan", "text_generation", *flags.split()]
-    command += ["--data-path", "text.txt", "--output-dir", "run"]
-    done = subprocess.run([*command, "--on", "T4x2"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("global batch 4 = 2 per GPU x 2 GPUs x 1 accumulation step; ")
-    assert "9 steps in all" in done.stdout
-    done = subprocess.run([*command, "--on", "0"], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")
+    command = ["plan", "text_generation", *flags.split(), "--data-path", "text.txt", "--output-dir", "run"]
+    assert main([*command, "--on", "T4x2"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("global batch 4 = 2 per GPU x 2 GPUs x 1 accumulation step; ")
+    assert "9 steps in all" in said.out
+    assert main([*command, "--on", "0"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")
+    assert len(said.err.splitlines()) == 1
