@@ -50,22 +50,23 @@ def test_every_notebook_there_and_back(kaggle: KaggleServer, house: Path, tmp_pa
     tiny = TINY[name]
     (tmp_path / "input").mkdir()
     tiny.inputs(tmp_path / "input")
-    kaggle.account.add_dataset("bob/its-input", tmp_path / "input")
     kernel = kernels.kernel_from(house, notebook, "ann")
     kernel.build()
     needs = json.loads((kernel.folder / "kernel-metadata.json").read_text())
     for competition in needs["competition_sources"]:
         kaggle.account.competitions[competition] = tmp_path / "input"
-    for dataset in needs["dataset_sources"]:
+    for dataset in needs["dataset_sources"] or ["bob/its-input"]:
         kaggle.account.add_dataset(dataset, tmp_path / "input")
-    given = {"nproc": 2, **tiny.parameters}
-    parameters = flags(given)
-    tool(kaggle, house, "push", notebook, "--user", "ann", "--dataset", "bob/its-input", *parameters)
+    mounted = needs["competition_sources"] or needs["dataset_sources"]  # by itself; else as the user's own dataset
+    built = nbformat.read(kernel.folder / f"{kernel.slug}.ipynb", as_version=4)
+    known = {*notebooks.parameters(built), *notebooks.config_fields(built)}
+    given = {**({"nproc": 2} if "nproc" in known else {}), **tiny.parameters}
+    own = [] if mounted else ["--dataset", "bob/its-input"]
+    tool(kaggle, house, "push", notebook, "--user", "ann", *own, *flags(given))
     session = kaggle.account.version(kernel.id).session
     session.wait(300)
-    assert f"{kernel.id}: COMPLETE" in tool(kaggle, house, "status", kernel.id), kaggle_cli.flattened(
-        session.log_text()
-    )
+    assert session.state == "COMPLETE", kaggle_cli.flattened(session.log_text())[-5000:]
+    assert f"{kernel.id}: COMPLETE" in tool(kaggle, house, "status", kernel.id)
     tool(kaggle, house, "output", kernel.id)
     folder = kernel.results()
     outcome = kernels.Outcome.of(folder)
