@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kaggle_server.at_work import house, kaggle, root  # noqa: F401 - fixtures of several files
+
 # two workers with two threads each on two cores crawl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the scripts that tests run find the package, which is not installed

@@ -430,7 +430,12 @@ def link(folder: Path) -> None:
     folder.symlink_to(folder.parent / "elsewhere")
 
 
-@pytest.mark.parametrize("tamper", [edit, plant, remove, open_to_all, link])
+def squat(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("somebody else's")
+
+
+@pytest.mark.parametrize("tamper", [edit, plant, remove, open_to_all, link, squat])
 def test_a_folder_that_is_there_is_not_trusted(cell: Path, tmp_path: Path, tamper: Callable[[Path], None]) -> None:
     open_payload(cell, tmp_path)
     (folder,) = (tmp_path / "tmp").iterdir()

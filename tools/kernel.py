@@ -81,7 +81,7 @@ class Kernel:
             NotebookError: a parameter that the notebook does not have, an invalid notebook.
             KernelError: something that Kaggle would refuse, or take and stumble over.
         """
-        source = next(iter(notebooks.sources(self.root, [self.notebook])))
+        (source,) = notebooks.sources(self.root, [self.notebook])
         notebook = notebooks.build(source, self.root / "kaggle_mgpu")
         notebooks.check_names(notebook, self.parameters, source.name)
         if self.parameters or comment != "Parameters":
