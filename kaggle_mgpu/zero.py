@@ -219,7 +219,8 @@ class ZeRO(Strategy):
         whole = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in known.items() if not whole.get(key)}
         for name in (name for group in self.groups for name in group if known):
-            moments[name] = dict(plain)
+            # the number of steps is one tensor for all here, elsewhere each parameter counts its own
+            moments[name] = {k: value.clone() if isinstance(value, Tensor) else value for k, value in plain.items()}
             for key in (key for key in known if whole.get(key)):
                 full = utils.safe_get_full_optimizer_state(parameters[name], key)
                 moments[name][key] = full.detach().to("cpu", copy=True)
