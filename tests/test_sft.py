@@ -189,8 +189,9 @@ def test_another_mode_is_another_run(
         train(settings, Plain(settings))
 
 
-def test_fp16_with_fp32_adapters(home: Path) -> None:
-    settings = config(home, "fp16", precision="fp16", max_steps=3, lr=1e-2, eval_generate_samples=0)
+def test_fp16_with_fp32_adapters_and_the_largest_micro_batch_that_fits(home: Path) -> None:
+    changes = {"precision": "fp16", "micro_batch_size": "auto", "max_steps": 3, "lr": 1e-2, "eval_generate_samples": 0}
+    settings = config(home, "fp16", **changes)
     task = Finetune(settings)
     result = train(settings, task)
     model = task.model()
@@ -199,6 +200,35 @@ def test_fp16_with_fp32_adapters(home: Path) -> None:
     moved = [tensor.abs().max() > 0 for name, tensor in weights(result).items() if "lora_B" in name]
     assert all(moved)
     assert result.metrics["loss"] < 6
+
+
+def test_replicas_in_one_process_give_the_weights_of_one(
+    home: Path, single: dict[str, tuple[Finetune, Result]]
+) -> None:
+    settings = config(home, "replicas", tuning="lora", strategy="dp", nproc=2, eval_every="end")
+    replicated = train(settings, Plain(settings))
+    assert replicated.strategy == "dp"
+    assert replicated.metrics.keys() == {"loss", "perplexity"}
+    ours, theirs = weights(replicated), weights(single["lora"][1])
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_trains_and_leaves_an_adapter(home: Path, capsys: Any) -> None:
+    settings = config(home, "command", max_steps=1, max_length=36, eval_every="end")
+    flags = [
+        f"--{name.replace('_', '-')}={value}" for name, value in settings.diff(Config()).items() for value in value[:1]
+    ]
+    assert command_line.main(["train", "sft", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "parameters, 8,192 of them trained (hf lora: LoRA rank 4 on q_proj, k_proj, v_proj, o_proj" in said
+    assert "user/assistant: 32 examples of" in said
+    assert "cut at 36 tokens" in said
+    assert "ROUGE-L on 5 of them" in said
+    assert "GiB" in said or "MiB = weights" in said
+    assert "peak memory of rank 0:" in said
+    names = sorted(path.name for path in (home / "command" / "adapter").iterdir())
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
 
 
 # The loss
