@@ -163,7 +163,9 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
     homes = _homes(files["kaggle_mgpu/__init__.py"])
     code = re.sub(r"(?m)^\s*[%!].*$", "", notebook)
     # these look for the others by name, or hand them on when asked for: they are carried, and not followed
-    carried = {name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules}
+    carried: set[str] = {
+        name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules
+    }
     wanted = _imported(code, "", modules, homes)
     while wanted := wanted - carried:
         carried |= wanted
