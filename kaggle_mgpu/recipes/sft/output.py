@@ -95,7 +95,7 @@ pipeline_tag: text-generation
 tags: [sft{", lora" if config.mode != "full" else ""}]
 ---
 
-# {Path(prepared.model).name}, fine-tuned
+# {config.model or 'A tiny Llama'}, fine-tuned
 
 - base model: `{prepared.model}`
 - tuned: {task.backend} ({adapters}); the {which} weights of the run
