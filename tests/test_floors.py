@@ -61,6 +61,7 @@ FLOORS: dict[str, set[str]] = {
         "optim",
         "progress",
         "randomness",
+        "strategy",
         "task",
         "trainer",
         "launch",
