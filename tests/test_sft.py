@@ -525,7 +525,7 @@ def test_packages_that_are_not_there_are_named(home: Path, monkeypatch: pytest.M
         assert Finetune(config(home, "un", tuning="lora", backend="unsloth")).prepared
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"`bitsandbytes`.* pip install bitsandbytes \(or kaggle_mgpu\[qlora\]\)"):
-        Finetune(config(home, "loss", tuning="qlora")).model()
+        assert Finetune(config(home, "un", tuning="qlora")).prepared
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,7 @@ class Finetune(Task):
     def prepared(self) -> Prepared:
         """Data and model. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
         if self._prepared is None:
-            if self.config.library == "unsloth":
-                models.require("unsloth")  # before hours of work
+            models.check_installed(self.config.mode, self.config.library)
             self._prepared = distributed.from_main(lambda: prepare(self.config))
             # Stamps the checkpoints: other data, or another model below the adapters, is another run
             self.name = f"sft {self._prepared.digest}"
