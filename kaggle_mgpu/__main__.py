@@ -4,9 +4,10 @@
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
-Every field of the recipe's config is a flag; --config FILE reads a YAML or JSON file first, which flags override. The
-exit code is 0 for a run that finished or stopped in good order, 1 for an error, 2 for a wrong command line. An error
-that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
+KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
+or stopped in good order, 1 for an error, 2 for a wrong command line. An error that this package raises is one line; of
+any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
@@ -48,6 +49,12 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
         of_recipe = names.add_parser(name, help=summary, description=summary)
         of_recipe.add_argument("--config", metavar="FILE", help="YAML or JSON file with settings; flags override it")
         modules[name].Config.add_arguments(of_recipe)
+        # a recipe may have commands of its own: what becomes of its weights afterwards, say
+        for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
+            about = (function.__doc__ or command).split("\n\n")[0]
+            of_command = commands.add_parser(command, help=about, description=about)
+            add_arguments(of_command)
+            of_command.set_defaults(function=function)
     return top, modules
 
 
@@ -65,13 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
         top.print_help(sys.stderr)
         return 2
     given = top.parse_args(arguments)
-    recipe = modules[given.recipe]
     from .launch import launch
     from .trainer import train
 
     try:
-        base = recipe.Config.load(given.config) if given.config else None
-        config = recipe.Config.from_arguments(given, base)
+        if given.command != "train":
+            return int(given.function(given))
+        recipe = modules[given.recipe]
+        base = recipe.Config.load(given.config).to_dict() if given.config else {}
+        if from_environment := recipe.Config.environment():
+            shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
+            if os.environ.get("RANK", "0") == "0":
+                print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
+        config = recipe.Config.from_arguments(given, {**base, **from_environment})
         # a recipe that does more than train (stages, inference) says so itself
         run = getattr(recipe, "run", None)
         result = run(config) if run else launch(train, config, recipe.task(config))

@@ -18,6 +18,7 @@ import difflib
 import inspect
 import itertools
 import json
+import os
 import re
 import symtable
 import textwrap
@@ -223,28 +224,37 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a .yaml, .yml or .json file.
+        """Read a .yaml, .yml or .json file, and the files that it includes.
+
+        `include: base.yaml`, or a list of files, each relative to the file that names it: they are read first, in their
+        order, a later one overriding an earlier one, and the file's own values override them all.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a mapping of names to values, or not readable as YAML/JSON.
+            ValueError: not a mapping of names to values, not readable as YAML/JSON, or files that include each other.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"config file not found: {path.resolve()}")
-        kind = "JSON"
-        parse: Callable[[str], Any] = json.loads
-        if path.suffix != ".json":
-            import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
+        return cls.from_dict(_read_settings(Path(path), ()))
 
-            kind, parse = "YAML", yaml.safe_load
-        try:
-            values = parse(path.read_text(encoding="utf-8"))
-        except Exception as error:  # YAML has errors of its own, and passes on ValueErrors of the values it makes
-            raise ValueError(f"{path}: not valid {kind}: {error}") from None
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{path}: expected a mapping of names to values, got {type(values).__name__}")
-        return cls.from_dict(values)
+    @classmethod
+    def environment(cls, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+        """What the variables KAGGLE_MGPU_<FIELD> (KAGGLE_MGPU_MAX_STEPS=100) set, by field: text, not checked yet.
+
+        Only the command line asks: in a notebook the parameters are what its cell says.
+
+        Raises:
+            TypeError: a variable that names no field and is none of the kit's own; the message suggests the nearest.
+        """
+        variables = os.environ if environ is None else environ
+        known = {_PREFIX + field.name.upper(): field.name for field in dataclasses.fields(cls)}
+        given = {
+            name: value for name, value in variables.items() if name.startswith(_PREFIX) and name not in OF_THE_KIT
+        }
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]}?" if near else "Unset it, or correct its name."
+                raise TypeError(f"environment variable {name}: {cls.__name__} has no such field. {hint}")
+        return {known[name]: value for name, value in given.items()}
 
     def diff(self, other: TrainConfig | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields whose values differ, as {name: (mine, the other's)}; a field one side lacks counts as None there."""
@@ -271,11 +281,49 @@ class TrainConfig:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
     @classmethod
-    def from_arguments(cls, namespace: argparse.Namespace, base: TrainConfig | None = None) -> Self:
+    def from_arguments(cls, namespace: argparse.Namespace, base: TrainConfig | Mapping[str, Any] | None = None) -> Self:
         """The config that the flags in `namespace` make, over `base` or the defaults."""
         known = {field.name for field in dataclasses.fields(cls)}
         given = {name: value for name, value in vars(namespace).items() if name in known}
-        return cls.from_dict({**(base.to_dict() if base is not None else {}), **given})
+        under = base.to_dict() if isinstance(base, TrainConfig) else dict(base or {})
+        return cls.from_dict({**under, **given})
+
+
+_PREFIX = "KAGGLE_MGPU_"
+OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in ("DISPLAY", "KAGGLE_ROOT", "PROTOBUF", "QUIET", "SERVER"))
+"""Variables that set no field: where Kaggle's folders are, what is displayed and how, what env.fix() does."""
+
+
+def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    """The values in a file over those in the files that it includes."""
+    if not path.is_file():
+        by = f", included by {including[-1]}" if including else ""
+        raise FileNotFoundError(f"config file not found: {path.resolve()}{by}")
+    path = path.resolve()
+    if path in including:
+        chain = " -> ".join(file.name for file in (*including, path))
+        raise ValueError(f"{path}: files include each other in a circle: {chain}")
+    kind = "JSON"
+    parse: Callable[[str], Any] = json.loads
+    if path.suffix != ".json":
+        import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
+
+        kind, parse = "YAML", yaml.safe_load
+    try:
+        values = parse(path.read_text(encoding="utf-8"))
+    except Exception as error:  # YAML has errors of its own, and passes on ValueErrors of the values it makes
+        raise ValueError(f"{path}: not valid {kind}: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: expected a mapping of names to values, got {type(values).__name__}")
+    own = dict(values)
+    files = own.pop("include", [])
+    files = [files] if isinstance(files, str) else files
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"{path}: include: expected a file's name or a list of them, got {files!r}")
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged |= _read_settings(path.parent / file, (*including, path))
+    return merged | own
 
 
 def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:

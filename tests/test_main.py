@@ -75,7 +75,8 @@ def test_help_lists_every_field_with_its_meaning_and_default() -> None:
 
 
 def test_the_recipes_are_found() -> None:
-    names = [path.stem for path in Path(command_line.__file__).with_name("recipes").glob("[!_]*.py")]
+    there = Path(command_line.__file__).with_name("recipes").glob("[!_]*")
+    names = [path.stem for path in there if path.suffix == ".py" or (path / "__init__.py").is_file()]
     assert command_line.recipes() == sorted(names)
     _, modules = command_line.parser()
     assert sorted(modules) == sorted(names)

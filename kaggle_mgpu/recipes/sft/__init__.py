@@ -1,0 +1,50 @@
+"""Fine-tuning language models on conversations: full, with LoRA adapters, or with adapters on 4-bit weights (QLoRA).
+
+    from kaggle_mgpu import launch, train
+    from kaggle_mgpu.recipes.sft import Config, Finetune
+    task = Finetune(Config(model="/kaggle/input/my-model", data_path="conversations.jsonl", tuning="lora"))
+    print(task.describe())
+    result = launch(train, task.config, task)
+    task.export(result)   # output_dir/adapter, which plain peft loads
+
+Or: `python -m kaggle_mgpu train sft --model FOLDER --data-path conversations.jsonl`, then `python -m kaggle_mgpu merge
+OUTPUT_DIR --dtype fp16 --to FOLDER` for one model without adapters. Without a model and data it makes a tiny model on
+the spot and teaches it what the functions of Python's standard library do. The parts: config.py; data.py (rows,
+answers, packs) and prepare.py; models.py (loading, adapters, memory); finetune.py (loss, evaluation); generation.py and
+rouge.py; output.py (adapter, card, merge).
+"""
+
+from __future__ import annotations
+
+import datetime
+
+from kaggle_mgpu import distributed
+from kaggle_mgpu.launch import launch
+from kaggle_mgpu.task import Result, Task
+from kaggle_mgpu.trainer import train
+
+from . import data, generation, models, output, rouge
+from .config import Config
+from .finetune import Finetune
+
+__all__ = ["Config", "Finetune", "data", "generation", "models", "output", "rouge", "run"]
+
+
+def task(config: Config) -> Task:
+    """What the command line trains."""
+    return Finetune(config)
+
+
+def run(config: Config) -> Result:
+    """Train, then write the adapter and the model card. What the command line does."""
+    distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))  # under torchrun
+    made = Finetune(config)
+    assert made.prepared  # by all ranks together; what follows is rank 0's alone
+    distributed.from_main(lambda: print(made.describe(), flush=True))
+    result = launch(train, config, made)
+    distributed.from_main(lambda: print(output.farewell(made, result, made.export(result)), flush=True))
+    return result
+
+
+COMMANDS = {"merge": (output.add_arguments, output.merge_command)}
+"""Commands of its own: name -> (adds its arguments to a parser, does it and returns the exit code)."""

@@ -1,0 +1,511 @@
+"""Conversations from JSON files, as tokens of which the answers are learnt, packed without touching each other.
+
+    kind, conversations = read_conversations(Path("train.jsonl"))
+    examples, left_out = encode(tokenizer, conversations, max_length=1024)
+    batch = Packs(store, pack(lengths, 1024)).batch(torch.tensor([0, 1]))
+
+A sample is a pack: several examples one after the other, up to max_length tokens. Positions begin anew in each, and
+`segments` numbers them, from which a block-diagonal mask is made: no token sees another example's. Which examples share
+a pack depends on their lengths alone, so a run is the same on any number of GPUs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import json
+import re
+import sys
+import sysconfig
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kaggle_mgpu import distributed, session
+
+IGNORED = -100
+SUFFIXES = (".jsonl", ".json")
+Conversation = list[dict[str, str]]
+# The kinds of rows: which fields one must have, and may have. The first that fits is taken.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ()),
+    "instruction/input/output": (("instruction", "output"), ("input",)),
+    "system/user/assistant": (("user", "assistant"), ("system",)),
+    "input/target": (("input", "target"), ()),
+}
+
+
+# Rows of files
+def rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a .jsonl file, or of the list in a .json file, and its place: "train.json, line 7".
+
+    Raises:
+        ValueError: what is no JSON, with its place.
+    """
+    if file.suffix.lower() == ".jsonl":
+        with file.open("rb") as lines:
+            for number, content in enumerate(lines, 1):
+                if content.strip():
+                    try:
+                        yield f"{file}, line {number}", json.loads(content.decode("utf-8-sig"))
+                    except ValueError as error:
+                        raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from None
+        return
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected UTF-8, got byte {error.object[error.start]:#x}") from None
+    decoder, position, line = json.JSONDecoder(), 0, 1
+
+    def skip(characters: str) -> None:
+        nonlocal position, line
+        while position < len(text) and text[position] in characters:
+            line += text[position] == "\n"
+            position += 1
+
+    # row by row, since json.load would not say on which line a row begins
+    space = " \t\r\n"
+    skip(space)
+    if text[position : position + 1] != "[":
+        raise ValueError(f"{file}, line {line}: expected a list of rows, beginning with '['")
+    position += 1
+    skip(space)
+    while text[position : position + 1] != "]":
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except ValueError as error:
+            raise ValueError(f"{file}: not valid JSON: {error}") from None
+        yield f"{file}, line {line}", row
+        line += text.count("\n", position, end)
+        position = end
+        skip(space + ",")
+        if position >= len(text):
+            raise ValueError(f"{file}, line {line}: the list has no end: expected ']'")
+
+
+def kind_of(row: Any) -> str | None:
+    """Which of KINDS a row is; None: none."""
+    if not isinstance(row, dict):
+        return None
+    return next((kind for kind, (needed, _) in KINDS.items() if all(name in row for name in needed)), None)
+
+
+def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
+    """The row as messages with a role and a content. Raises ValueError where it is none, or nothing is answered."""
+    if kind == "messages":
+        found = row["messages"]
+        if not isinstance(found, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
+        ):
+            raise ValueError(f"{place}: expected messages with a role and a content, both text, got {_short(found)}")
+        conversation = [{"role": m["role"], "content": m["content"]} for m in found]
+    else:
+        needed, optional = KINDS[kind]
+        for name in (*needed, *optional):
+            if not isinstance(row.get(name, ""), str) and not (name in optional and row[name] is None):
+                raise ValueError(f"{place}: expected text in {name!r}, got {_short(row[name])}")
+        if kind == "system/user/assistant":
+            conversation = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+            asked, answer = row["user"], row["assistant"]
+        elif kind == "input/target":
+            conversation, asked, answer = [], row["input"], row["target"]
+        else:
+            given = row.get("input") or ""
+            conversation, answer = [], row["output"]
+            asked = row["instruction"] + (f"\n\n{given}" if given.strip() else "")
+        conversation += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in conversation):
+        raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
+    if conversation[0]["role"] == "assistant":
+        raise ValueError(f"{place}: begins with the assistant: expected a question before its answer")
+    return conversation
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
+    """The kind of rows and the conversations in a .json or .jsonl file, or in all those of a folder.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a row of no kind, or of another kind than the first, with its file and line.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"data_path: no {' or '.join(SUFFIXES)} file in {path}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise FileNotFoundError(f"data_path: no such file or folder: {path}")
+    kind, first, conversations = "", "", []
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"data_path: expected {' or '.join(SUFFIXES)}, got {file}")
+        for place, row in rows(file):
+            found = kind_of(row)
+            if found is None:
+                got = f"the fields {', '.join(row) or '(none)'}" if isinstance(row, dict) else _short(row)
+                raise ValueError(f"{place}: expected a row with the fields of one of {', '.join(KINDS)}; got {got}")
+            kind, first = kind or found, first or place
+            if found != kind:
+                raise ValueError(
+                    f"{place}: a row of {found}, but {first} is one of {kind}. Mixed rows are refused: their "
+                    f"answers may mean different things. Put each kind into a file of its own."
+                )
+            conversations.append(_conversation(kind, row, place))
+    if not conversations:
+        raise ValueError(f"{path}: no rows")
+    return kind, conversations
+
+
+def choose_source(data_path: str | None) -> tuple[Path | None, str]:
+    """Where the conversations come from (None: the embedded pairs), and why."""
+    if data_path is not None:
+        return Path(data_path).expanduser().resolve(), "data_path"
+    found = []
+    for suffix in SUFFIXES:
+        for file in session.find(f"*{suffix}"):
+            try:  # an earlier run's metrics and a model's configuration may be among the inputs
+                _, row = next(rows(file))
+                if kind_of(row):
+                    found.append((file.stat().st_size, file))
+            except (ValueError, OSError, StopIteration):
+                continue
+    if found:
+        return max(found)[1], f"the largest of {len(found)} files of conversations among the inputs"
+    return None, "no data_path, and no file of conversations among the inputs"
+
+
+def embedded() -> list[Conversation]:
+    """Questions and answers without a download: what the functions and classes of the standard library do, in the
+    first paragraph of their docstrings. Read from the source files, so nothing is imported. About 2 000 pairs.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    pairs: dict[str, str] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.FunctionDef | ast.ClassDef) or child.name.startswith("_"):
+                continue
+            name = f"{prefix}.{child.name}"
+            text = " ".join(re.split(r"\n\s*\n", ast.get_docstring(child) or "")[0].split())
+            # a signature, or a fragment, is no answer
+            if 20 <= len(text) <= 200 and text[-1] == "." and text[0].isalpha() and f"{child.name}(" not in text:
+                pairs.setdefault(text, f"What {'is' if isinstance(child, ast.ClassDef) else 'does'} {name}")
+            if isinstance(child, ast.ClassDef):
+                visit(child, name)
+
+    for file in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        name = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        if name.split(".")[0] in sys.stdlib_module_names and "._" not in f".{name}":
+            try:
+                visit(ast.parse(file.read_text(encoding="utf-8")), name)
+            except (SyntaxError, ValueError, OSError):  # somebody's edit; the rest will do
+                continue
+    return [
+        [
+            {"role": "user", "content": f"{question}{'?' if question.startswith('What is') else ' do?'}"},
+            {"role": "assistant", "content": answer},
+        ]
+        for answer, question in pairs.items()
+    ]
+
+
+def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
+    """(to train on, held out). Those that begin alike land on the same side; it depends on contents alone."""
+    groups: dict[str, list[int]] = {}
+    for index, conversation in enumerate(conversations):
+        end = next(i for i, message in enumerate(conversation) if message["role"] == "assistant")
+        digest = hashlib.sha256(json.dumps(conversation[:end]).encode()).hexdigest()
+        groups.setdefault(digest, []).append(index)
+    wanted, held = int(val_fraction * len(conversations)), set[int]()
+    for digest in sorted(groups):
+        if len(held) + len(groups[digest]) <= wanted:
+            held.update(groups[digest])
+    both: tuple[list[Conversation], list[Conversation]] = ([], [])
+    for index, conversation in enumerate(conversations):
+        both[index in held].append(conversation)
+    return both
+
+
+# Tokens
+@dataclass(frozen=True)
+class Example:
+    """Tokens of one conversation: `learnt` says of each whether it belongs to an answer."""
+
+    ids: list[int]
+    learnt: list[bool]
+    prompt: int
+    """How many tokens come before the last answer: what generation begins from."""
+    answer: str
+    """The text of the last answer."""
+
+
+@dataclass
+class LeftOut:
+    """What did not fit into max_length."""
+
+    truncated: int = 0
+    """Examples whose end was cut off."""
+    tokens: int = 0
+    """Tokens of answers that were cut off."""
+    dropped: int = 0
+    """Examples without any token of an answer left: their question alone is too long."""
+
+
+def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: int) -> tuple[list[Example], LeftOut]:
+    """Each conversation by the tokenizer's chat template, answers marked, cut at max_length tokens.
+
+    What is learnt is what the template adds for a message of the assistant after its generation prompt: the answer and
+    the mark that ends it. A template that renders a message otherwise once another follows (reasoning that is left out
+    of the history, say) gives an example for each answer instead of one for the conversation.
+
+    Raises:
+        ValueError: a template that does not render a conversation's beginning as the beginning of the conversation.
+    """
+    examples, left_out = [], LeftOut()
+    for number, conversation in enumerate(conversations):
+        if number % 1000 == 0:
+            distributed.alive()
+        for example in _examples(tokenizer, conversation):
+            if len(example.ids) > max_length:
+                left_out.tokens += sum(example.learnt[max_length:])
+                if not any(example.learnt[1:max_length]):
+                    left_out.dropped += 1
+                    continue
+                left_out.truncated += 1
+                ids, learnt = example.ids[:max_length], example.learnt[:max_length]
+                example = Example(ids, learnt, min(example.prompt, max_length), example.answer)
+            examples.append(example)
+    return examples, left_out
+
+
+def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
+    answers = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and m["content"].strip()]
+    for groups in ([answers], [[answer] for answer in answers]):
+        made = [_marked(tokenizer, conversation[: group[-1] + 1], group) for group in groups]
+        if None not in made:
+            return [example for example in made if example is not None]
+    last = conversation[: answers[-1] + 1]
+    raise ValueError(
+        "the tokenizer's chat template does not render a question as the beginning of the question with its answer, "
+        f"so where the answer begins cannot be told. Question: {_short(_render(tokenizer, last[:-1], True))}; "
+        f"with its answer: {_short(_render(tokenizer, last))}. Give the tokenizer another chat_template."
+    )
+
+
+def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> Example | None:
+    """The conversation with these answers learnt; None where the template does not tell where they are."""
+    whole, spans = _render(tokenizer, conversation), []
+    for i in answers:
+        before = _render(tokenizer, conversation[:i], prompt=True)
+        after = _render(tokenizer, conversation[: i + 1])
+        if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
+            return None
+        spans.append((len(before), _end(before, after, conversation[i]["content"])))
+    return _example(tokenizer, whole, spans, conversation[answers[-1]]["content"])
+
+
+def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _end(before: str, after: str, content: str) -> int:
+    """Where what is learnt ends: white space after the mark that ends an answer is the template's, not the answer's."""
+    added = after[len(before) :]
+    marked = added.rstrip()
+    return len(before) + (len(marked) if marked != content.rstrip() else len(added))
+
+
+def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answer: str) -> Example:
+    """Tokens of the text, those within the spans learnt. The text is cut at the spans where its tokens are not."""
+    cuts = sorted({0, len(text), *(end for span in spans for end in span)})
+    ids = _ids(tokenizer, text)
+    counts = [len(_ids(tokenizer, text[:cut])) for cut in cuts[:-1]] + [len(ids)]
+    starts = {start for start, _ in spans}
+    if any(_ids(tokenizer, text[:cut]) != ids[:count] for cut, count in zip(cuts[1:-1], counts[1:-1], strict=True)):
+        pieces = [_ids(tokenizer, text[a:b]) for a, b in itertools.pairwise(cuts)]
+        ids = [token for piece in pieces for token in piece]
+        counts = [0, *np.cumsum([len(piece) for piece in pieces]).tolist()]
+    learnt = [False] * len(ids)
+    for cut, a, b in zip(cuts[:-1], counts[:-1], counts[1:], strict=True):
+        if cut in starts:
+            learnt[a:b] = [True] * (b - a)
+    return Example(ids, learnt, counts[cuts.index(spans[-1][0])], answer)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    # a template writes its own special tokens
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+# On disk
+def write_examples(folder: Path, part: str, examples: Sequence[Example]) -> str:
+    """Write the examples as PART.*.npy, and their last answers as PART.json; returns a digest of what was written."""
+    ids = [np.asarray(example.ids, np.int32) for example in examples]
+    arrays = {
+        "tokens": np.concatenate(ids) if ids else np.zeros(0, np.int32),
+        "learnt": np.concatenate([np.asarray(e.learnt, bool) for e in examples]) if ids else np.zeros(0, bool),
+        "starts": np.cumsum([0, *map(len, ids)]).astype(np.int64),
+        "prompts": np.array([example.prompt for example in examples], np.int32),
+    }
+    digest = hashlib.sha256(part.encode())
+    for name, array in arrays.items():
+        digest.update(array.tobytes())
+        np.save(folder / f"{part}.{name}.npy", array)
+    (folder / f"{part}.json").write_text(json.dumps([example.answer for example in examples]), encoding="utf-8")
+    return digest.hexdigest()
+
+
+class Examples:
+    """What `write_examples` wrote, memory-mapped at first use: pickled it is a path."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self.folder, self.part = folder, part
+        self._arrays: dict[str, NDArray[Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arrays": {}}
+
+    def array(self, name: str) -> NDArray[Any]:
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self.folder / f"{self.part}.{name}.npy", mmap_mode="r")
+        return self._arrays[name]
+
+    def __len__(self) -> int:
+        return len(self.array("prompts"))
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(np.diff(self.array("starts")).tolist())
+
+    def __getitem__(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Token ids int32[length], and which are learnt bool[length]."""
+        a, b = self.array("starts")[index : index + 2]
+        return self.array("tokens")[a:b], self.array("learnt")[a:b]
+
+    def prompt(self, index: int) -> list[int]:
+        """The tokens before the last answer."""
+        return list(self[index][0][: self.array("prompts")[index]].tolist())
+
+    def answers(self) -> list[str]:
+        """The text of each example's last answer."""
+        return list(json.loads((self.folder / f"{self.part}.json").read_text(encoding="utf-8")))
+
+
+# Packs
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which examples share a pack of at most `capacity` tokens: best fit, longest first (Johnson 1974: at most 11/9 of
+    the fewest packs possible, and 6/9 of one more).
+
+    >>> pack([5, 3, 3, 2, 2], 8)
+    [[0, 1], [2, 3, 4]]
+    """
+    packs: list[list[int]] = []
+    room: dict[int, list[int]] = {}  # packs by the room left in them
+    rooms: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(rooms, lengths[index])
+        if at == len(rooms):
+            number, left = len(packs), capacity
+            packs.append([])
+        else:
+            left = rooms[at]
+            number = room[left].pop()
+            if not room[left]:
+                del rooms[at]
+        packs[number].append(index)
+        left -= lengths[index]
+        if not room.setdefault(left, []):
+            insort(rooms, left)
+        room[left].append(number)
+    return packs
+
+
+class Packs(Dataset[dict[str, Tensor]]):
+    """Packs as training samples; between them, for evaluation, batches of prompts to be answered.
+
+    Args:
+        packs: the examples of each pack.
+        generate: examples to answer, in batches; a sample is then a pack or such a batch, spread evenly among them, so
+            that the ranks share them.
+    """
+
+    def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
+        self.examples, self.packs, self.generate = examples, packs, list(generate)
+        total, asked = len(packs) + len(self.generate), len(self.generate)
+        self.asked_at = {(2 * number + 1) * total // (2 * asked): number for number in range(asked)}
+        self.pack_at = [at for at in range(total) if at not in self.asked_at]
+
+    def __len__(self) -> int:
+        return len(self.packs) + len(self.generate)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """A batch of one."""
+        return self.batch(torch.tensor([index]))
+
+    def batch(self, indices: Tensor) -> dict[str, Tensor]:
+        """A batch of B packs, padded to the longest (T tokens, a multiple of 8, which tensor cores want).
+
+        ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], where a
+        learnt token is predicted, and the token; -100 where a pack has fewer than A. generate: int64[G], numbers of
+        batches of prompts, where there are any.
+        """
+        chosen = indices.tolist()
+        generate = [self.asked_at[i] for i in chosen if i in self.asked_at]
+        if self.generate:
+            number = {at: n for n, at in enumerate(self.pack_at)}
+            chosen = [number[i] for i in chosen if i in number]
+        rows = [row_of([self.examples[i] for i in self.packs[n]]) for n in chosen]
+        width = -(-max((len(row["ids"]) for row in rows), default=0) // 8) * 8
+        learnt = max((len(row["at"]) for row in rows), default=0)
+        batch = {}
+        for name, fill, size in (
+            ("ids", 0, width), ("positions", 0, width), ("segments", 0, width), ("at", 0, learnt),
+            ("targets", IGNORED, learnt),
+        ):  # fmt: skip
+            array = np.full((len(rows), size), fill, np.int64)
+            for row, values in zip(array, rows, strict=True):
+                row[: len(values[name])] = values[name]
+            batch[name] = torch.from_numpy(array)
+        if self.generate:
+            batch["generate"] = torch.tensor(generate, dtype=torch.int64)
+        return batch
+
+
+def row_of(examples: list[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """One pack's arrays, without padding."""
+    lengths = [len(ids) for ids, _ in examples]
+    ids = np.concatenate([ids for ids, _ in examples])
+    learnt = np.concatenate([learnt for _, learnt in examples])
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    # a segment's first token has nothing before it to be predicted from
+    targets_at = np.flatnonzero(learnt & (positions > 0))
+    return {
+        "ids": ids,
+        "positions": positions,
+        "segments": np.repeat(np.arange(1, len(lengths) + 1), lengths),
+        "at": targets_at - 1,
+        "targets": ids[targets_at],
+    }
+
+
+def block_mask(segments: Tensor) -> Tensor:
+    """bool[B, 1, T, T]: which token may see which: those of its own segment, itself and what comes before."""
+    size = segments.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
+    return (segments[:, None, :, None] == segments[:, None, None, :]) & causal

@@ -1,0 +1,89 @@
+"""Answers to prompts: in batches, padded on the left, with cached keys and values; remembered while nothing changes.
+
+texts = answer(model, tokenizer, prompts, max_new_tokens=64)   # the likeliest token each time
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kaggle_mgpu import files
+
+from . import models
+
+
+def stops(tokenizer: Any, model: nn.Module, examples: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, the model's, and the special one that ends learnt answers."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    special = set(tokenizer.all_special_ids)
+    found |= {ids[-1] for ids in examples if ids and ids[-1] in special}
+    return sorted(token for token in found if token is not None)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int]
+) -> list[str]:
+    """What the model writes after each prompt (token ids), until a stop token or max_new_tokens; greedily."""
+    transformers = models.require("transformers")
+    width = max(map(len, prompts))
+    device = next(model.parameters()).device
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # on the left, so that every prompt ends where the writing begins
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    settings = transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(stop) or None,
+    )
+    training = model.training
+    model.eval()
+    try:
+        written = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
+    finally:
+        model.train(training)
+    texts = []
+    for row in written[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in stop), len(row))
+        texts.append(str(tokenizer.decode(row[:end], skip_special_tokens=True)).strip())
+    return texts
+
+
+class Answers:
+    """Answers on disk, a file for each batch of prompts: read again as long as weights, prompts and settings are the
+    same, as when a killed run comes back to an evaluation, or a notebook is run again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(
+        self, number: int, weights: str, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
+        *, max_new_tokens: int, stop: Sequence[int],
+    ) -> list[str]:  # fmt: skip
+        """`answer`, or what is remembered of it. weights: a digest of the model's."""
+        asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop)])
+        key = hashlib.sha256(asked.encode()).hexdigest()
+        file = self.folder / f"answers-{number:03d}.json"
+        try:
+            known = json.loads(file.read_text(encoding="utf-8"))
+            if known["key"] == key:
+                return list(known["texts"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        texts = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
+        files.write_text(file, json.dumps({"key": key, "texts": texts}, ensure_ascii=False))
+        return texts

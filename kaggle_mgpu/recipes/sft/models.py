@@ -1,0 +1,447 @@
+"""Models from a folder: found, loaded in the precision they need, given adapters, merged, and their memory estimated.
+
+transformers, peft and bitsandbytes are imported when they are first needed; `require` names what to install.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kaggle_mgpu import files, session
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+EXTRA = {"transformers": "sft", "peft": "sft", "bitsandbytes": "qlora"}
+# In mixtures of experts: which expert a token goes to. Adapters there unsettle the routing for little gain.
+ROUTERS = ("gate", "router", "shared_expert_gate")
+TINY = {
+    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# For a tokenizer without a template: words that it has in any case, since new tokens would need training of their own
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}### Answer:\n"
+    "{{ message['content'] }}{{ eos_token }}\n\n{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% else %}### Question:\n{{ message['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Answer:\n{% endif %}"
+)
+
+
+def require(package: str) -> Any:
+    """Import a package that the kit itself does without, quietly.
+
+    Raises:
+        ImportError: it is not there; the message names the install.
+    """
+    os.environ.setdefault("USE_TF", "0")
+    # says at import, which peft's is too, that an optional kernel is not there
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        if error.name != package:
+            raise
+        raise _missing(package) from None
+    if package == "transformers":
+        module.utils.logging.set_verbosity_error()
+        module.utils.logging.disable_progress_bar()
+    return module
+
+
+def check_installed(mode: str, library: str) -> None:
+    """Raise the same for what a way of tuning will need, before anything is read or made."""
+    needed = {"transformers": True, "peft": mode != "full"}
+    needed |= {"bitsandbytes": library == "bnb", "unsloth": library == "unsloth"}
+    for package, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise _missing(package)
+
+
+def _missing(package: str) -> ImportError:
+    extra = f" (or kaggle_mgpu[{EXTRA[package]}])" if package in EXTRA else ""
+    return ImportError(
+        f"this needs the package `{package}`, which is not installed: pip install {package}{extra}. On Kaggle: with "
+        f"the internet on, or from a wheel added as an input."
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+# Which model
+def find(name: str) -> str:
+    """The folder of a model: a path, or the end of one among Kaggle's inputs; else a name for the hub, as it is.
+
+    Raises:
+        FileNotFoundError: a folder without config.json, or with several below it.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [path / "config.json"] if (path / "config.json").is_file() else session.find("config.json", [path])
+        if len(found) == 1:
+            return str(found[0].parent.resolve())
+        several = f"several: {', '.join(str(file.parent) for file in found[:5])}" if found else "none"
+        raise FileNotFoundError(f"model: {path.resolve()}: expected one folder with a config.json, got {several}")
+    found = session.find(f"{name.strip('/')}/config.json") or session.find(f"{name.strip('/')}/*/config.json")
+    if found:
+        return str(found[-1].parent)
+    if path.is_absolute() or name.startswith("."):
+        raise FileNotFoundError(f"model: no such folder: {path}")
+    return name
+
+
+def digest(path: str) -> str:
+    """What tells one model's files from another's: its configuration, and the size and first megabyte of each file of
+    weights. A checkpoint of adapters fits exactly one model."""
+    folder, found = Path(path), hashlib.sha256()
+    if not folder.is_dir():
+        return hashlib.sha256(path.encode()).hexdigest()[:16]
+    found.update((folder / "config.json").read_bytes())
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with file.open("rb") as content:
+            found.update(f"{file.name} {file.stat().st_size}".encode() + content.read(1 << 20))
+    return found.hexdigest()[:16]
+
+
+def tokenizer(path: str) -> tuple[Any, str]:
+    """The tokenizer of a model's folder, and what there is to say about its chat template."""
+    transformers = require("transformers")
+    loaded = _from_pretrained(transformers.AutoTokenizer, path)
+    said = "the tokenizer's own chat template"
+    if not loaded.chat_template:
+        bos, eos = (json.dumps(token or "") for token in (loaded.bos_token, loaded.eos_token))
+        loaded.chat_template = f"{{% set bos_token = {bos} %}}{{% set eos_token = {eos} %}}" + PLAIN
+        said = 'the tokenizer has no chat template: "### Question:" and "### Answer:" stand for it'
+    if loaded.pad_token_id is None:
+        loaded.pad_token_id = loaded.eos_token_id if loaded.eos_token_id is not None else 0
+    return loaded, said
+
+
+def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    try:
+        with quiet():
+            return kind.from_pretrained(path, local_files_only=os.path.isdir(path), **options)
+    except OSError as error:
+        if os.path.isdir(path):
+            raise
+        raise FileNotFoundError(
+            f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
+            f"({str(error).splitlines()[0]}). On Kaggle: Add Input > Models, and give its folder; or switch the "
+            f"internet on."
+        ) from None
+
+
+def make_tiny(folder: Path, texts: Sequence[str], seed: int) -> None:
+    """A Llama of 1.7 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
+
+    For trying things out where no model is at hand. The same texts and seed make the same files.
+    """
+    transformers, tokenizers = require("transformers"), require("tokenizers")
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"], special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=marks[2], pad_token=marks[0], additional_special_tokens=marks[1:2]
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ends = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id, "bos_token_id": None}
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **ends)).save_pretrained(folder)
+
+
+# Loading and adapting
+def load(
+    path: str,
+    *,
+    tuning: str,
+    backend: str,
+    base_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    max_length: int,
+    device: torch.device,
+) -> nn.Module:
+    """The model as it is tuned, without adapters: fp32 for full, base_dtype for lora, nf4 for qlora.
+
+    Quantised weights are made on `device`, all others on the CPU.
+
+    Raises:
+        ImportError: a package is missing.
+        FileNotFoundError: neither a folder nor on the hub.
+    """
+    if backend == "unsloth":
+        unsloth = require("unsloth")
+        model, _ = unsloth.FastLanguageModel.from_pretrained(
+            model_name=path, max_seq_length=max_length, dtype=compute_dtype, load_in_4bit=tuning == "qlora",
+            full_finetuning=tuning == "full",
+        )  # fmt: skip
+        return model
+    transformers = require("transformers")
+    options: dict[str, Any] = {"dtype": torch.float32 if tuning == "full" else base_dtype}
+    if tuning == "qlora":
+        require("bitsandbytes")
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+        options["device_map"] = {"": device}
+    model = _from_pretrained(transformers.AutoModelForCausalLM, path, **options)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes 0.50 packs a layer's weights for good when it is first called in eval
+        # mode, for a bf16 kernel that passes no gradient on: training after an evaluation would learn the wrong thing.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def targets(model: nn.Module, wanted: str) -> list[str]:
+    """The names of the layers that get adapters: for "auto" every linear layer of the model but its head and routers.
+
+    So Llama, Mistral and Qwen get q, k, v, o, gate, up and down, GPT-2 its Conv1D layers, as they name them.
+
+    Raises:
+        ValueError: a name that no layer has, or a model without linear layers.
+    """
+    transformers = require("transformers")
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    head = head_of(model)
+    there: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, linear) and module is not head:
+            there[name.rpartition(".")[2]] = None
+    auto = [name for name in there if name not in ROUTERS]
+    if wanted == "auto":
+        if not auto:
+            raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer beside its head")
+        return auto
+    names = [name for name in re.split(r"[,\s]+", wanted) if name]
+    if unknown := [name for name in names if name not in there]:
+        raise ValueError(f"lora_targets: {', '.join(unknown)} is no linear layer here. There are {', '.join(there)}.")
+    return names
+
+
+def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, path: str) -> nn.Module:
+    """The model with LoRA adapters in fp32, everything else frozen. Hu et al. 2021, arXiv 2106.09685.
+
+    `saved_names` are the adapters' names: the kit's checkpoints hold nothing else.
+    """
+    if backend == "unsloth":
+        adapted = require("unsloth").FastLanguageModel.get_peft_model(
+            model, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+            target_modules=list(names), use_gradient_checkpointing=config.gradient_checkpointing,
+        )  # fmt: skip
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        # autocast_adapter_dtype: fp32 adapters on fp16 and bf16 weights, without which GradScaler refuses them
+        peft = require("peft")
+        with quiet():
+            adapted = peft.get_peft_model(model, lora_config(names, config, path), autocast_adapter_dtype=True)
+    adapted.saved_names = frozenset(name for name, p in adapted.named_parameters() if p.requires_grad)
+    return adapted
+
+
+def lora_config(names: Sequence[str], config: Any, path: str) -> Any:
+    return require("peft").LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(names),
+        base_model_name_or_path=path,
+    )
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer that makes logits, where the model tells."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def only_where_asked(model: nn.Module) -> bool:
+    """Let the head compute logits at chosen positions only: those before a learnt token, about half of them all.
+
+    Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
+    three such tensors are alive at a time. Set `head.positions = at`, int64[B, A], before a forward pass, and None
+    after it. Returns whether the model tells which layer its head is.
+    """
+    head = head_of(model)
+    if head is None:
+        return False
+
+    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        positions: Any = module.positions
+        if positions is None:
+            return None
+        hidden = inputs[0]
+        return (hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])), *inputs[1:])
+
+    head.positions = None  # type: ignore[assignment]
+    head.register_forward_pre_hook(pick)
+    return True
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Make `gradient_checkpointing_enable()` the non-reentrant kind, which ddp and frozen inputs can do with.
+
+    The reentrant kind needs an input that requires a gradient (enable_input_require_grads); this one does not, and so
+    spares the gradient of the embedding's output.
+    """
+    enable = model.gradient_checkpointing_enable
+
+    def non_reentrant(*_: Any, **__: Any) -> None:
+        with quiet():
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+    model.gradient_checkpointing_enable = non_reentrant  # type: ignore[assignment]
+
+
+# Memory
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU, before anything is loaded: from the model's configuration and the formulas below."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def sentence(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "activations")
+        return f"{size(self.total)} = " + " + ".join(f"{name} {size(getattr(self, name))}" for name in parts)
+
+
+def size(nbytes: float) -> str:
+    """
+    >>> size(2_500_000_000), size(3_000_000)
+    ('2.33 GiB', '2.9 MiB')
+    """
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def estimate(
+    path: str, config: Any, *, base_dtype: torch.dtype, precision: str, tokens: int, learnt: int
+) -> tuple[Estimate, list[str]]:
+    """Memory of training, and the layers that get adapters: the model is made on the meta device, without weights.
+
+    weights: 4 bytes a parameter for full (and 2 for autocast's copy), base_dtype's for lora; for qlora half a byte a
+    weight of a linear layer, and 0.016 for its scales (one byte for 64, four for 16384: Dettmers et al. 2023, arXiv
+    2305.14314), base_dtype's for the rest; 4 for adapters. gradients 4, AdamW 8, a trainable parameter. activations:
+    what a layer keeps for backward, as counted for Llamas with torch's saved_tensors_hooks: c h + 2 kv + 5 i numbers a
+    token (h hidden, kv keys' width, i intermediate; c 9 for full and 5 for adapters, in half precision, whose norms
+    keep fp32, 17 and 9), adapters 2 r for each target; h alone with checkpointing, and one layer whole; and three times
+    the logits of the learnt tokens. Llamas of two sizes kept 0.8 to 1.1 of it.
+
+    Args:
+        tokens: of a micro-batch. learnt: how many of them belong to answers.
+    """
+    transformers = require("transformers")
+    about = _from_pretrained(transformers.AutoConfig, path)
+    with torch.device("meta"), quiet():
+        model = transformers.AutoModelForCausalLM.from_config(about)
+    names = targets(model, config.lora_targets) if config.mode != "full" else []
+    head = head_of(model)
+    conv = transformers.pytorch_utils.Conv1D
+    linear = adapters = places = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | conv) and module is not head:
+            linear += module.weight.numel()
+            if name.rpartition(".")[2] in names:
+                adapters += config.lora_rank * sum(module.weight.shape)
+                places += 1
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    half = 2 if precision in ("fp16", "bf16") else 4
+    rest = base_dtype.itemsize
+    trainable = parameters if config.mode == "full" else adapters
+    weights = {
+        "full": parameters * 4 + (linear * 2 if half == 2 else 0),
+        "lora": parameters * rest + adapters * 4,
+        "qlora": linear * (0.5 + 1 / 64 + 4 / 16384) + (parameters - linear) * rest + adapters * 4,
+    }[config.mode]
+    text = about.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    heads = getattr(text, "num_attention_heads", 1)
+    kv = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    wide = {(True, 4): 9, (True, 2): 17, (False, 4): 5, (False, 2): 9}[config.mode == "full", half]
+    layer = wide * hidden + 2 * kv + 5 * inner + 2 * config.lora_rank * places // max(layers, 1)
+    kept = layers * hidden + layer if config.gradient_checkpointing else layers * layer
+    logits = learnt * text.vocab_size * (half + 4 + 4)
+    found = Estimate(
+        parameters, trainable, int(weights), 4 * trainable, 8 * trainable, tokens * kept * half + int(logits)
+    )
+    return found, names
+
+
+def peak_memory() -> int:
+    """Bytes that this process has used at most: of the GPU, where there is one, else of main memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# What a run leaves
+def export_adapter(weights: Path, folder: Path, config: Any) -> None:
+    """Write an adapter as peft does: adapter_config.json, adapter_model.safetensors. The model itself is not loaded.
+
+    Args:
+        weights: the kit's file, adapters by their names in the model.
+        config: peft's LoraConfig.
+    """
+    named = {name.replace(".default.", "."): tensor for name, tensor in files.read_tensors(weights).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    files.replace_tensors(folder / "adapter_model.safetensors", named)
+
+
+def fingerprint(named: Mapping[str, Tensor]) -> str:
+    """A digest of tensors, made where they are: sums of their bits, plain and by position, in whole numbers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        sums = [name.encode()]
+        for piece in tensor.detach().reshape(-1).view(kinds[tensor.element_size()]).split(1 << 22):
+            bits = piece.to(torch.int64)
+            place = torch.arange(1, len(bits) + 1, device=bits.device)
+            sums += [str(torch.stack([bits.sum(), (bits * place).sum()]).tolist()).encode()]
+        found.update(b" ".join(sums))
+    return found.hexdigest()[:32]
