@@ -20,6 +20,7 @@ from kaggle_mgpu.recipes.sft import Config, Finetune, data, generation, models, 
 from kaggle_mgpu.task import Result
 
 MODES = ("lora", "qlora", "full")
+KINDS = ("ddp", "fsdp")
 Job = tuple[Config, bool]
 
 
@@ -104,11 +105,12 @@ def single(home: Path) -> dict[str, tuple[Finetune, Result]]:
 def double(home: Path) -> dict[str, Result]:
     """The same in two processes, and what a killed run is compared with."""
     jobs: list[tuple[Config, type[Finetune]]] = [
-        (config(home, f"two-{mode}", tuning=mode, strategy="ddp", nproc=2), Plain) for mode in MODES
+        (config(home, f"{kind}-{mode}", tuning=mode, strategy=kind, nproc=2), Plain) for kind in KINDS for mode in MODES
     ]
     undisturbed = config(home, "undisturbed", lr=1e-3, lora_dropout=0.1, strategy="ddp", nproc=2)
     results = launch(several, [*jobs, (undisturbed, Finetune)], nproc=2)[0]
-    return dict(zip([*MODES, "undisturbed"], results, strict=True))
+    names = [f"{kind}-{mode}" for kind in KINDS for mode in MODES]
+    return dict(zip([*names, "undisturbed"], results, strict=True))
 
 
 def weights(result: Result, name: str = "model.safetensors") -> dict[str, Tensor]:
@@ -116,12 +118,13 @@ def weights(result: Result, name: str = "model.safetensors") -> dict[str, Tensor
 
 
 # Training
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_give_the_weights_of_one(
-    single: dict[str, tuple[Finetune, Result]], double: dict[str, Result], mode: str
+    single: dict[str, tuple[Finetune, Result]], double: dict[str, Result], mode: str, kind: str
 ) -> None:
     task, one = single[mode]
-    two = double[mode]
+    two = double[f"{kind}-{mode}"]
     assert two.world_size == 2
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()

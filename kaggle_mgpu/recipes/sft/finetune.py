@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaggle_mgpu import devices, distributed, strategy
+from kaggle_mgpu import devices, distributed, shards
 from kaggle_mgpu.data import DEFAULT_GLOBAL_BATCH_SIZE
 from kaggle_mgpu.task import Result, Task
 
@@ -186,11 +186,13 @@ class Finetune(Task):
     # Evaluation
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Any, int]]:
         found: dict[str, tuple[Any, int]] = {}
-        if len(batch["ids"]):
-            found["loss"] = (self.loss(model, batch), self.count(batch))
-        asked = batch.get("generate")
-        if asked is not None and len(asked):
-            found |= self._rouge(model, asked.tolist())
+        # under fsdp all ranks gather weights together, while each has forward passes of its own to make here
+        with shards.gathered(model):
+            if len(batch["ids"]):
+                found["loss"] = (self.loss(model, batch), self.count(batch))
+            asked = batch.get("generate")
+            if asked is not None and len(asked):
+                found |= self._rouge(model, asked.tolist())
         return found
 
     def _rouge(self, model: nn.Module, numbers: list[int]) -> dict[str, tuple[Any, int]]:
@@ -214,7 +216,7 @@ class Finetune(Task):
         distributed.alive()
         val, indices = self.examples("val"), self.sample()[number]
         stop = generation.stops(self.tokenizer, model, [val[i][0].tolist() for i in indices])
-        weights = models.fingerprint(strategy.saved_state(model)) + f" {self.prepared.digest} {self.backend}"
+        weights = models.fingerprint(models.trained(model)) + f" {self.prepared.digest} {self.backend}"
         answers = generation.Answers(Path(self.prepared.folder))
         prompts = [val.prompt(index) for index in indices]
         try:

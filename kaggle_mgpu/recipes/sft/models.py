@@ -433,6 +433,12 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     files.replace_tensors(folder / "adapter_model.safetensors", named)
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training moves, by name. Not from state_dict, which fsdp takes as a sign to let go of them."""
+    names = getattr(model, "saved_names", None)
+    return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
+
+
 def fingerprint(named: Mapping[str, Tensor]) -> str:
     """A digest of tensors, made where they are: sums of their bits, plain and by position, in whole numbers."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
