@@ -42,8 +42,8 @@ class Sharded(Strategy):
     """One process per GPU, each with a part of the weights, gradients and optimizer state.
 
     Parameters stay in their own type, fp32 as a rule; under fp16 and bf16 they are gathered in that type (beside
-    autocast, which keeps in fp32 what needs it; see `_may_be_half`), and gradients are added up in fp32. They are exchanged in
-    every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
+    autocast, which keeps in fp32 what needs it; see `_may_be_half`), and gradients are added up in fp32. They are
+    exchanged in every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
 
     Args:
         units: gives the modules that are gathered one at a time (None: `repeated_blocks`); what is in none of them is
@@ -95,7 +95,7 @@ class Sharded(Strategy):
         return model
 
     def _may_be_half(self, model: nn.Module) -> bool:
-        """Whether weights may be gathered in the type that is computed in; else autocast alone sees to it, as under ddp.
+        """Whether weights may be gathered in the type that is computed in; else autocast alone sees to it, as in ddp.
 
         torch's BatchNorm wants weights of its statistics' type, fp32; on CPUs, where autocast leaves them as they are,
         so do other normalisations, of their input's.
