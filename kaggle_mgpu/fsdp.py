@@ -41,9 +41,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 class Sharded(Strategy):
     """One process per GPU, each with a part of the weights, gradients and optimizer state.
 
-    Parameters stay in their own type, fp32 as a rule; under fp16 and bf16 they are gathered, and computed with, in that
-    type (beside autocast, which keeps in fp32 what needs it), and gradients are added up in fp32. They are exchanged in
-    every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
+    Parameters stay in their own type, fp32 as a rule; under fp16 and bf16 they are gathered in that type (beside
+    autocast, which keeps in fp32 what needs it; see `_may_be_half`), and gradients are added up in fp32. They are
+    exchanged in every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
 
     Args:
         units: gives the modules that are gathered one at a time (None: `repeated_blocks`); what is in none of them is
@@ -75,7 +75,7 @@ class Sharded(Strategy):
         self.model = model
         self.call = self.parallel = Call(model, self.loss, self.metrics, self.precision, self.device.type)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        half = HALF.get(self.precision)
+        half = HALF.get(self.precision) if self._may_be_half(model) else None
         # inputs are not cast: autocast does it where it is due, and a target or a coordinate keeps its digits
         policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
@@ -93,6 +93,15 @@ class Sharded(Strategy):
             self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
         self.note_buffers()
         return model
+
+    def _may_be_half(self, model: nn.Module) -> bool:
+        """Whether weights may be gathered in the type that is computed in; else autocast alone sees to it, as in ddp.
+
+        torch's BatchNorm wants weights of its statistics' type, fp32; on CPUs, where autocast leaves them as they are,
+        so do other normalisations, of their input's.
+        """
+        on_cpu = (nn.LayerNorm, nn.GroupNorm) if self.device.type == "cpu" else ()
+        return not any(isinstance(m, (nn.modules.batchnorm._NormBase, *on_cpu)) for m in model.modules())
 
     @torch.no_grad()
     def _materialise(self, unit: nn.Module) -> None:

@@ -110,7 +110,12 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
     For what each rank does in a number of steps of its own, as generating text is. It takes the room that the whole
     weights take. Where nothing is spread, it does nothing.
+
+    Raises:
+        RuntimeError: the weights are spread by ZeRO's stage 3.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise RuntimeError("under ZeRO stage 3 a model cannot be gathered: use strategy='fsdp', or stage 2")
     module = sys.modules.get("torch.distributed.fsdp")
     units: list[Any] = [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
     for unit in units:

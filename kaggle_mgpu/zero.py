@@ -214,10 +214,13 @@ class ZeRO(Strategy):
         states = [optimizer.state.get(piece, {}) for piece in self._partitions()]
         # before the first step there are none, on every rank alike
         known: dict[str, Any] = next((state for state in states if state), {})
+        if known:
+            self._link()
         whole = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in known.items() if not whole.get(key)}
         for name in (name for group in self.groups for name in group if known):
-            moments[name] = dict(plain)
+            # the number of steps is one tensor for all here, elsewhere each parameter counts its own
+            moments[name] = {k: value.clone() if isinstance(value, Tensor) else value for k, value in plain.items()}
             for key in (key for key in known if whole.get(key)):
                 full = utils.safe_get_full_optimizer_state(parameters[name], key)
                 moments[name][key] = full.detach().to("cpu", copy=True)
@@ -232,6 +235,16 @@ class ZeRO(Strategy):
             "scaler": self._scaler_state(),
             "skipped": int(self.skipped),
         }
+
+    def _link(self) -> None:
+        """Let stages 1 and 2 find each parameter's moments in the flat pieces.
+
+        They do so once, in the first step, when it has reached the first of the optimizer's groups, and so never find
+        those of the others (DeepSpeed 0.19).
+        """
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
 
     def _scaler_state(self) -> dict[str, Any]:
         """As GradScaler has it. DeepSpeed counts iterations, and remembers the last one that was too much."""
@@ -271,8 +284,7 @@ class ZeRO(Strategy):
                     key: torch.zeros_like(piece) if value.shape == self.shape(name) else value.clone()
                     for key, value in first.items()
                 }
-            if self.stage < 3:
-                self.zero._lazy_init_hp_params_optimizer_state()
+            self._link()
             for name, values in moments.items():
                 for key, value in values.items():
                     if value.shape == self.shape(name):
@@ -280,6 +292,9 @@ class ZeRO(Strategy):
         if self.stage == 3:
             for index in range(len(self._partitions())):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
+            if persistent := self.zero.persistent_parameters:  # small ones are kept whole: the old ones, until now
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
         else:
             self.zero.update_lp_params()
         if state["scaler"] and self.precision == "fp16":

@@ -44,7 +44,7 @@ data_path = None  # .jsonl or .json conversations, or a folder of them; None: th
 max_length = 256
 packing = True  # False for models that cannot keep packed conversations apart; they are told
 lora_rank = 16
-epochs = 6
+epochs = 4
 max_steps = None  # instead of epochs, when given
 global_batch_size = 8
 micro_batch_size = None  # packs per forward pass on one GPU; "auto": as many as fit
@@ -112,7 +112,7 @@ else:
 
 # %%
 for (question, expected, earlier), (_, _, now) in list(zip(answers_before, task.answers(tuned), strict=False))[:6]:
-    print(f"{question.strip()}\n  expected: {expected}\n  before:   {earlier[:100]!r}\n  after:    {now}\n")
+    print(f"{' '.join(question.split())}\n  expected: {expected}\n  before:   {earlier[:100]!r}\n  after:    {now}\n")
 
 # %% [markdown]
 # ## What is where

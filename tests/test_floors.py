@@ -75,6 +75,7 @@ FLOORS: dict[str, set[str]] = {
         "progress",
         "randomness",
         "shards",
+        "strategy",
         "task",
         "trainer",
         "launch",

@@ -20,6 +20,7 @@ from kaggle_mgpu.recipes.sft import Config, Finetune, data, generation, models, 
 from kaggle_mgpu.task import Result
 
 MODES = ("lora", "qlora", "full")
+KINDS = ("ddp", "fsdp")
 Job = tuple[Config, bool]
 
 
@@ -104,11 +105,12 @@ def single(home: Path) -> dict[str, tuple[Finetune, Result]]:
 def double(home: Path) -> dict[str, Result]:
     """The same in two processes, and what a killed run is compared with."""
     jobs: list[tuple[Config, type[Finetune]]] = [
-        (config(home, f"two-{mode}", tuning=mode, strategy="ddp", nproc=2), Plain) for mode in MODES
+        (config(home, f"{kind}-{mode}", tuning=mode, strategy=kind, nproc=2), Plain) for kind in KINDS for mode in MODES
     ]
     undisturbed = config(home, "undisturbed", lr=1e-3, lora_dropout=0.1, strategy="ddp", nproc=2)
     results = launch(several, [*jobs, (undisturbed, Finetune)], nproc=2)[0]
-    return dict(zip([*MODES, "undisturbed"], results, strict=True))
+    names = [f"{kind}-{mode}" for kind in KINDS for mode in MODES]
+    return dict(zip([*names, "undisturbed"], results, strict=True))
 
 
 def weights(result: Result, name: str = "model.safetensors") -> dict[str, Tensor]:
@@ -116,12 +118,13 @@ def weights(result: Result, name: str = "model.safetensors") -> dict[str, Tensor
 
 
 # Training
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_processes_give_the_weights_of_one(
-    single: dict[str, tuple[Finetune, Result]], double: dict[str, Result], mode: str
+    single: dict[str, tuple[Finetune, Result]], double: dict[str, Result], mode: str, kind: str
 ) -> None:
     task, one = single[mode]
-    two = double[mode]
+    two = double[f"{kind}-{mode}"]
     assert two.world_size == 2
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
@@ -189,8 +192,9 @@ def test_another_mode_is_another_run(
         train(settings, Plain(settings))
 
 
-def test_fp16_with_fp32_adapters(home: Path) -> None:
-    settings = config(home, "fp16", precision="fp16", max_steps=3, lr=1e-2, eval_generate_samples=0)
+def test_fp16_with_fp32_adapters_and_the_largest_micro_batch_that_fits(home: Path) -> None:
+    changes = {"precision": "fp16", "micro_batch_size": "auto", "max_steps": 3, "lr": 1e-2, "eval_generate_samples": 0}
+    settings = config(home, "fp16", **changes)
     task = Finetune(settings)
     result = train(settings, task)
     model = task.model()
@@ -199,6 +203,35 @@ def test_fp16_with_fp32_adapters(home: Path) -> None:
     moved = [tensor.abs().max() > 0 for name, tensor in weights(result).items() if "lora_B" in name]
     assert all(moved)
     assert result.metrics["loss"] < 6
+
+
+def test_replicas_in_one_process_give_the_weights_of_one(
+    home: Path, single: dict[str, tuple[Finetune, Result]]
+) -> None:
+    settings = config(home, "replicas", tuning="lora", strategy="dp", nproc=2, eval_every="end")
+    replicated = train(settings, Plain(settings))
+    assert replicated.strategy == "dp"
+    assert replicated.metrics.keys() == {"loss", "perplexity"}
+    ours, theirs = weights(replicated), weights(single["lora"][1])
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_trains_and_leaves_an_adapter(home: Path, capsys: Any) -> None:
+    settings = config(home, "command", max_steps=1, max_length=36, eval_every="end")
+    flags = [
+        f"--{name.replace('_', '-')}={value}" for name, value in settings.diff(Config()).items() for value in value[:1]
+    ]
+    assert command_line.main(["train", "sft", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "parameters, 8,192 of them trained (hf lora: LoRA rank 4 on q_proj, k_proj, v_proj, o_proj" in said
+    assert "user/assistant: 32 examples of" in said
+    assert "cut at 36 tokens" in said
+    assert "ROUGE-L on 5 of them" in said
+    assert "GiB" in said or "MiB = weights" in said
+    assert "peak memory of rank 0:" in said
+    names = sorted(path.name for path in (home / "command" / "adapter").iterdir())
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
 
 
 # The loss
@@ -495,7 +528,7 @@ def test_packages_that_are_not_there_are_named(home: Path, monkeypatch: pytest.M
         assert Finetune(config(home, "un", tuning="lora", backend="unsloth")).prepared
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"`bitsandbytes`.* pip install bitsandbytes \(or kaggle_mgpu\[qlora\]\)"):
-        Finetune(config(home, "loss", tuning="qlora")).model()
+        assert Finetune(config(home, "un", tuning="qlora")).prepared
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setitem(models.TINY, "hidden_size", 16)
         models.make_tiny(folder, [QUESTION, ANSWER, "assistant\nFour", "### Answer:\nFour"] * 5, seed=0)
     return models.tokenizer(str(folder))[0]
+
+
+def test_the_recipe_imports_nothing_heavy() -> None:
+    code = "import sys, kaggle_mgpu.recipes.sft; print({'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 # Rows

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everything import Config, Everything
-from kaggle_mgpu import TrainConfig, checkpoint, launch, progress, train
+from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, progress, train
 from kaggle_mgpu.checkpoint import read_tensors
 from kaggle_mgpu.zero import require, settings
 from tasks import Language, TiedLanguage
@@ -141,6 +141,39 @@ def test_clipped_adamw_is_singles_and_a_resume_is_exact(tmp_path: Path, stage: s
     for name, values in found[1].state["optimizer"]["state"].items():
         for key, value in values.items():
             assert relative(found[0].state["optimizer"]["state"][name][key], value) < 1e-3, (name, key)
+
+
+class Bad(Language):
+    """An infinite loss in the second step, on the last rank alone."""
+
+    name = "Language"
+    calls = 0
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.calls += model.training
+        last = distributed.rank() == distributed.world_size() - 1
+        return super().loss(model, batch) * (float("inf") if model.training and self.calls == 2 and last else 1)
+
+
+@real
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_infinities_are_left_out_and_bf16_is_near(tmp_path: Path, stage: str) -> None:
+    file = write(tmp_path, {"zero_optimization": STAGES[stage]})
+    ours = {"strategy": "deepspeed", "deepspeed_config": file}
+    train(sgd(tmp_path / "single"), Bad())
+    half = sgd(tmp_path / "half", precision="bf16", max_steps=4, lr=0.1)
+    train(half, Language())
+    jobs = [
+        (sgd(tmp_path / "skips", **ours), Bad()),
+        (half.replace(output_dir=str(tmp_path / "bf16"), **ours), Language()),
+    ]
+    launch(all_of, jobs, nproc=2)
+    assert json.loads((tmp_path / "skips" / "result.json").read_text())["skipped_steps"] == 1
+    assert relative(weights(tmp_path / "skips"), weights(tmp_path / "single")) < 1e-6
+    found, expected = (read_tensors(tmp_path / name / "model.safetensors") for name in ("bf16", "half"))
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32, "as the optimizer has them"
+        assert relative(found[name], tensor) < 5e-2, name
 
 
 @real

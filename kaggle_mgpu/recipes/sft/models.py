@@ -6,7 +6,7 @@ transformers, peft and bitsandbytes are imported when they are first needed; `re
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -58,15 +58,28 @@ def require(package: str) -> Any:
     except ImportError as error:
         if error.name != package:
             raise
-        extra = f" (or kaggle_mgpu[{EXTRA[package]}])" if package in EXTRA else ""
-        raise ImportError(
-            f"this needs the package `{package}`, which is not installed: pip install {package}{extra}. On Kaggle: "
-            f"with the internet on, or from a wheel added as an input."
-        ) from None
+        raise _missing(package) from None
     if package == "transformers":
         module.utils.logging.set_verbosity_error()
         module.utils.logging.disable_progress_bar()
     return module
+
+
+def check_installed(mode: str, library: str) -> None:
+    """Raise the same for what a way of tuning will need, before anything is read or made."""
+    needed = {"transformers": True, "peft": mode != "full"}
+    needed |= {"bitsandbytes": library == "bnb", "unsloth": library == "unsloth"}
+    for package, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise _missing(package)
+
+
+def _missing(package: str) -> ImportError:
+    extra = f" (or kaggle_mgpu[{EXTRA[package]}])" if package in EXTRA else ""
+    return ImportError(
+        f"this needs the package `{package}`, which is not installed: pip install {package}{extra}. On Kaggle: with "
+        f"the internet on, or from a wheel added as an input."
+    )
 
 
 @contextmanager
@@ -418,6 +431,12 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     files.replace_tensors(folder / "adapter_model.safetensors", named)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training moves, by name. Not from state_dict, which fsdp takes as a sign to let go of them."""
+    names = getattr(model, "saved_names", None)
+    return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from kaggle_mgpu.task import Result
 from . import models
 
 if TYPE_CHECKING:
-    from . import Finetune
+    from .finetune import Finetune
 
 EXPORT = "export.json"
 
@@ -95,7 +95,7 @@ pipeline_tag: text-generation
 tags: [sft{", lora" if config.mode != "full" else ""}]
 ---
 
-# {Path(prepared.model).name}, fine-tuned
+# {config.model or "A tiny Llama"}, fine-tuned
 
 - base model: `{prepared.model}`
 - tuned: {task.backend} ({adapters}); the {which} weights of the run

@@ -1,0 +1,98 @@
+"""The settings of fine-tuning: what is tuned how, on what, and how it is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from kaggle_mgpu.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """How to fine-tune. A sample is a pack of max_length tokens: several conversations, or part of one."""
+
+    MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
+        "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens".split()
+    )
+    # Of these, checkpoints are stamped with what matters: `Finetune.name` and `Finetune.backend`
+
+    model: str | None = None
+    """A model's folder, the end of one among the Kaggle inputs, or its name on the hub (with the internet on).
+    None: a tiny Llama with random weights, made on the spot."""
+    tuning: Literal["auto", "full", "lora", "qlora"] = "auto"
+    """full: every weight, in fp32; lora: adapters in fp32 on frozen weights; qlora: adapters on 4-bit weights. auto:
+    lora; full for the tiny model, whose random weights hold nothing that adapters could bring out."""
+    backend: Literal["auto", "hf", "bnb", "unsloth"] = "auto"
+    """hf: transformers and peft; bnb: with bitsandbytes, for qlora; unsloth, where installed. auto: hf or bnb."""
+    base_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """What frozen weights are held in. auto: the run's precision. Weights that are trained are fp32 in any case."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Their output is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters. Above 0 the weights depend on the number of GPUs."""
+    lora_targets: str = "auto"
+    """Layers with adapters, as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
+    data_path: str | None = None
+    """A .jsonl or .json file of conversations, or a folder of them: rows with messages, with (system,) user and
+    assistant, with input and target, or with instruction, (input) and output. None: the largest such file among the
+    Kaggle inputs, else questions and answers from the docstrings of Python's standard library."""
+    val_path: str | None = None
+    """Conversations to evaluate on. None: val_fraction of the data."""
+    val_fraction: float = 0.1
+    """Share of the conversations held out, those that begin alike on the same side. 0: none."""
+    max_length: int = 1024
+    """Tokens of a sample. A longer conversation is cut there, and counted."""
+    packing: bool = True
+    """Fill samples with several conversations, which do not see each other. False: one each, padded in its batch."""
+    eval_generate_samples: int = 0
+    """Answer so many of the held-out questions at each evaluation, and report ROUGE-L. 0: loss and perplexity only."""
+    eval_generate_batch_size: int = 8
+    """Questions answered at a time."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most."""
+    global_batch_size: int | None = 16
+    """Packs per optimizer step over all GPUs."""
+    epochs: int = 3
+    """Passes over the training data. Ignored when max_steps is given."""
+    lr: float = 2e-4
+    """Peak learning rate: 2e-4 is usual for adapters, a tenth of it for full."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, applied to matrices only."""
+    warmup_steps: int | float = 0.03
+    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    output_dir: str = "sft"
+    """The run's folder: config, data, metrics, logs, checkpoints, weights, adapter, result."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least_of = {
+            "lora_rank": 1, "max_length": 8, "eval_generate_samples": 0, "eval_generate_batch_size": 1,
+            "max_new_tokens": 1, "lora_alpha": 0,
+        }  # fmt: skip
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"Config.{name}: expected {least} or more, got {getattr(self, name)!r}")
+        if not 0 <= self.val_fraction <= 0.5 or not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                "Config: expected 0 <= val_fraction <= 0.5 and 0 <= lora_dropout < 1, "
+                f"got {self.val_fraction} and {self.lora_dropout}"
+            )
+        fits = {"auto": ("full", "lora", "qlora"), "hf": ("full", "lora"), "bnb": ("qlora",)}
+        if self.mode not in fits.get(self.backend, fits["auto"]):
+            raise ValueError(
+                f"Config: backend={self.backend!r} does not do tuning={self.mode!r}: hf does full and lora, bnb "
+                f"(4-bit weights) does qlora, unsloth all three. Leave backend='auto' and it follows from tuning."
+            )
+
+    @property
+    def mode(self) -> str:
+        """tuning, resolved."""
+        return self.tuning if self.tuning != "auto" else "lora" if self.model is not None else "full"
+
+    @property
+    def library(self) -> str:
+        """backend, resolved."""
+        return self.backend if self.backend != "auto" else "bnb" if self.mode == "qlora" else "hf"

@@ -1,0 +1,352 @@
+"""`Finetune`: the task that the kit trains. Its loss, its evaluation, and what there is to say about both."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kaggle_mgpu import devices, distributed, shards
+from kaggle_mgpu.data import DEFAULT_GLOBAL_BATCH_SIZE
+from kaggle_mgpu.task import Result, Task
+
+from . import data, generation, models, output, rouge
+from .config import Config
+from .prepare import Prepared, prepare
+
+
+class Finetune(Task):
+    """Next-token prediction on the answers of conversations. Batches: see `data.Packs.batch`."""
+
+    unit = "tokens"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.backend = f"{config.library} {config.mode}"
+        self.no_generation = ""
+        """Why answers are not generated though they are asked for; "" where they are."""
+        if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp"):
+            self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
+        self._prepared: Prepared | None = None
+        self._tools: dict[str, Any] = {}  # what is made when first needed, and not sent to other processes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tools": {}}
+
+    # What is trained on
+    @property
+    def prepared(self) -> Prepared:
+        """Data and model. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
+        if self._prepared is None:
+            models.check_installed(self.config.mode, self.config.library)
+            self._prepared = distributed.from_main(lambda: prepare(self.config))
+            # Stamps the checkpoints: other data, or another model below the adapters, is another run
+            self.name = f"sft {self._prepared.digest}"
+        return self._prepared
+
+    @property
+    def tokenizer(self) -> Any:
+        if "tokenizer" not in self._tools:
+            self._tools["tokenizer"] = models.tokenizer(self.prepared.model)[0]
+        return self._tools["tokenizer"]
+
+    def examples(self, part: str) -> data.Examples:
+        """part: "train" or "val"."""
+        return data.Examples(Path(self.prepared.folder), part)
+
+    def _packs(self, part: str) -> data.Packs:
+        examples = self.examples(part)
+        lengths = examples.lengths
+        packs = (
+            data.pack(lengths, self.config.max_length) if self.config.packing else [[i] for i in range(len(lengths))]
+        )
+        return data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+
+    def sample(self) -> list[list[int]]:
+        """The held-out examples that are answered: the first eval_generate_samples, in batches."""
+        count, size = min(self.config.eval_generate_samples, self.prepared.val), self.config.eval_generate_batch_size
+        return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+    def train_data(self) -> data.Packs:
+        return self._packs("train")
+
+    def val_data(self) -> data.Packs | None:
+        return self._packs("val") if self.prepared.val else None
+
+    # The model
+    @property
+    def precision(self) -> str:
+        gpus = devices.gpus() if torch.cuda.is_available() else []
+        return devices.precision(self.config.precision, gpus)[0]
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        chosen = self.config.base_dtype
+        return models.DTYPES[self.precision if chosen == "auto" else chosen]
+
+    def base(self) -> nn.Module:
+        """The model that adapters are put on, or that is trained whole."""
+        return models.load(
+            self.prepared.model,
+            tuning=self.config.mode,
+            backend=self.config.library,
+            base_dtype=self.base_dtype,
+            compute_dtype=models.DTYPES[self.precision],
+            max_length=self.config.max_length,
+            device=distributed.device(),
+        )
+
+    def model(self) -> nn.Module:
+        model: Any = self.base()
+        model.config.use_cache = False  # keys and values of training are used once
+        self._tools["implementation"] = getattr(model.config, "_attn_implementation", "")
+        picks = models.only_where_asked(model)
+        if self.config.mode != "full":
+            names = models.targets(model, self.config.lora_targets)
+            model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
+        models.checkpoint_activations(model)
+        model.picks = picks
+        return model
+
+    # The loss
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Logits fp32[B, A, vocabulary] of the tokens at batch["at"]; None there: of all, fp32[B, T, vocabulary]."""
+        segments, at = batch["segments"], batch.get("at")
+        if self.config.packing:
+            mask = data.block_mask(segments)
+            if model.config._attn_implementation != "sdpa":  # type: ignore[union-attr]
+                least = torch.finfo(torch.float32).min
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, least)
+            inputs = {"attention_mask": mask, "position_ids": batch["positions"]}
+        else:
+            inputs = {"attention_mask": (segments > 0).long()}
+        head = models.head_of(model) if at is not None and model.picks else None
+        if head is not None:
+            head.positions = at  # type: ignore[assignment]
+        try:
+            logits = model(input_ids=batch["ids"], use_cache=False, **inputs).logits
+        finally:
+            if head is not None:
+                head.positions = None  # type: ignore[assignment]
+        if at is not None and head is None:
+            logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
+        return logits.float()
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross entropy in nats, summed over the tokens of answers, in fp32: an fp16 sum would overflow at 65504."""
+        if self.config.packing and "checked" not in self._tools:
+            self._tools["checked"] = True
+            self.check_packing(model, batch["ids"].device)
+        logits = self.logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """Tokens of answers."""
+        return int((batch["targets"] != data.IGNORED).sum())
+
+    @torch.no_grad()
+    def check_packing(self, model: nn.Module, device: torch.device) -> None:
+        """Whether this model keeps packed examples apart: logits of two in a pack against each by itself.
+
+        Raises:
+            ValueError: it does not (recurrent layers, sliding windows that ignore masks, no position_ids).
+        """
+        examples = self.examples("train")
+        order = sorted(range(min(len(examples), 200)), key=lambda i: examples.lengths[i])
+        pair = [examples[i] for i in (order * 2)[:2]]
+        pair = [(ids[:64], learnt[:64]) for ids, learnt in pair]
+        training, found = model.training, []
+        model.eval()
+        try:
+            for group in (pair, pair[:1], pair[1:]):
+                rows = {name: torch.from_numpy(values)[None] for name, values in data.row_of(group).items()}
+                batch = {name: values.to(device).long() for name, values in rows.items() if name != "at"}
+                found.append(self.logits(model, batch)[0])
+            together, apart = found[0], torch.cat(found[1:])
+            difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-9))
+            said = f"logits differ by {difference:.2g} of their size from those of each by itself"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:  # what a model says that takes no mask of this kind
+            difference, said = math.inf, f"it takes no block mask ({type(error).__name__}: {error})"
+        finally:
+            model.train(training)
+            torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
+        exact = self.precision == "fp32" and self.base_dtype == torch.float32
+        if not difference < (1e-3 if exact else 5e-2):
+            raise ValueError(
+                f"packing=True, but {type(model).__name__} does not keep packed conversations apart: {said}. "
+                f"Set packing=False."
+            )
+
+    # Evaluation
+    def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Any, int]]:
+        found: dict[str, tuple[Any, int]] = {}
+        # under fsdp all ranks gather weights together, while each has forward passes of its own to make here
+        with shards.gathered(model):
+            if len(batch["ids"]):
+                found["loss"] = (self.loss(model, batch), self.count(batch))
+            asked = batch.get("generate")
+            if asked is not None and len(asked):
+                found |= self._rouge(model, asked.tolist())
+        return found
+
+    def _rouge(self, model: nn.Module, numbers: list[int]) -> dict[str, tuple[Any, int]]:
+        """ROUGE-L of the answers to some batches of prompts; and which share of them was answered."""
+        total, answered, wanted = 0.0, 0, 0
+        reference = self._tools.setdefault("references", self.examples("val").answers())
+        sample = self.sample()
+        for number in numbers:
+            wanted += len(sample[number])
+            texts = self._answers(model, number)
+            answered += len(texts)
+            for index, text in zip(sample[number], texts, strict=False):
+                total += rouge.rouge_l(text, reference[index])
+        found: dict[str, tuple[Any, int]] = {"answered": (float(answered), wanted)}
+        return {**found, "rouge_l": (total, answered)} if answered else found
+
+    def _answers(self, model: nn.Module, number: int) -> list[str]:
+        """Answers to one batch of prompts; none where the model cannot generate, which is said once."""
+        if self.no_generation:
+            return []
+        distributed.alive()
+        val, indices = self.examples("val"), self.sample()[number]
+        stop = generation.stops(self.tokenizer, model, [val[i][0].tolist() for i in indices])
+        weights = models.fingerprint(models.trained(model)) + f" {self.prepared.digest} {self.backend}"
+        answers = generation.Answers(Path(self.prepared.folder))
+        prompts = [val.prompt(index) for index in indices]
+        try:
+            return answers.get(
+                number, weights, model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, stop=stop
+            )
+        except Exception as error:
+            self.no_generation = f"{type(error).__name__}: {error}"
+            print(f"no answers can be generated ({self.no_generation}): evaluating by loss and perplexity", flush=True)
+            return []
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """loss (nats a token), perplexity = exp(loss), and rouge_l where the whole sample was answered."""
+        loss = float(metrics["loss"])
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if "rouge_l" in metrics and float(metrics["answered"]) == 1:
+            found["rouge_l"] = float(metrics["rouge_l"])
+        return found
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`metrics` over the held-out data in this process: of a model before training, say."""
+        held = self.val_data()
+        if held is None:
+            return {}
+        totals: dict[str, tuple[float, int]] = {}
+        device = next(model.parameters()).device
+        training = model.training
+        model.eval()
+        for start in range(0, len(held), 4):
+            batch = held.batch(torch.arange(start, min(start + 4, len(held))))
+            for name, (total, count) in self.metrics(model, {k: v.to(device) for k, v in batch.items()}).items():
+                before = totals.get(name, (0.0, 0))
+                totals[name] = (before[0] + float(total), before[1] + count)
+        model.train(training)
+        return self.summary({name: torch.tensor(total / count) for name, (total, count) in totals.items()})
+
+    def answers(self, model: nn.Module) -> list[tuple[str, str, str]]:
+        """(question, its answer in the data, the model's) for the sample that evaluation answers."""
+        val = self.examples("val")
+        reference = val.answers()
+        found = []
+        for number, indices in enumerate(self.sample()):
+            for index, text in zip(indices, self._answers(model, number), strict=False):
+                question = str(self.tokenizer.decode(val.prompt(index), skip_special_tokens=True))
+                found.append((question, reference[index], text))
+        return found
+
+    def unigram_loss(self) -> float:
+        """Held-out loss of a table of how often each token occurs in training answers, every token once more."""
+        counts, held = (self._counts(part) for part in ("train", "val"))
+        p = (counts + 1) / (counts.sum() + len(counts))
+        return float(-(held * p.log()).sum() / held.sum())
+
+    def _counts(self, part: str) -> Tensor:
+        examples = self.examples(part)
+        learnt = torch.from_numpy(examples.array("tokens")[examples.array("learnt")]).long()
+        return torch.bincount(learnt, minlength=len(self.tokenizer)).double()
+
+    # What there is to say
+    def plan(self) -> tuple[models.Estimate, list[str]]:
+        """Estimated memory of a GPU, and the layers with adapters."""
+        if "plan" not in self._tools:
+            config, packs = self.config, self._packs("train")
+            replicas = (len(devices.gpus()) or 1) if config.nproc == "auto" else int(config.nproc)
+            if isinstance(config.micro_batch_size, int):
+                micro = config.micro_batch_size
+            else:
+                parts = replicas * (config.gradient_accumulation_steps or 1)
+                micro = max(1, (config.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // parts)
+            lengths = packs.examples.lengths
+            longest = max(sum(lengths[i] for i in pack) for pack in packs.packs[:100])
+            learnt = self.prepared.train_learnt / max(1, self.prepared.train_tokens)
+            self._tools["plan"] = models.estimate(
+                self.prepared.model,
+                config,
+                base_dtype=self.base_dtype,
+                precision=self.precision,
+                tokens=micro * longest,
+                learnt=int(micro * longest * learnt),
+            )
+        found: tuple[models.Estimate, list[str]] = self._tools["plan"]
+        return found
+
+    def describe(self) -> str:
+        """Model, tuning, data, what did not fit, how full the packs are, and estimated memory; five lines."""
+        p, config = self.prepared, self.config
+        packs = self._packs("train").packs
+        memory, names = self.plan()
+        tuned = (
+            f"LoRA rank {config.lora_rank} on {', '.join(names)}; base weights in "
+            + ("nf4" if config.mode == "qlora" else str(self.base_dtype).removeprefix("torch."))
+            if names
+            else "every weight"
+        )
+        full = p.train_tokens / (len(packs) * config.max_length)
+        out = f"; {p.truncated} cut at {config.max_length} tokens ({p.truncated_tokens:,} tokens of answers lost)"
+        out += f", {p.dropped} dropped: no answer within them" if p.dropped else ""
+        whole = not isinstance(config.micro_batch_size, int)
+        limit = (
+            " for the largest micro-batch there may be" if whole else f" for {config.micro_batch_size} packs at a time"
+        )
+        asked = f"; ROUGE-L on {sum(map(len, self.sample()))} of them" if self.sample() else ""
+        if self.no_generation:
+            asked = f"; no answers can be generated ({self.no_generation}): evaluating by loss and perplexity"
+        return "\n".join(
+            [
+                f"model: {p.model}: {memory.parameters:,} parameters, {memory.trainable:,} of them trained "
+                f"({self.backend}: {tuned})",
+                f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
+                f"answers{out if p.truncated or p.dropped else '; none cut'}",
+                f"template: {p.template}; {len(packs):,} "
+                + (f"packs of at most {config.max_length} tokens, {full:.0%} full" if config.packing else "samples")
+                + f"; {p.val:,} examples held out{asked}",
+                f"memory of a GPU, estimated{limit}: {memory.sentence()}",
+            ]
+        )
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Adds the memory that rank 0 has used at most to every record."""
+        record["peak_memory_mib"] = round(models.peak_memory() / 2**20)
+
+    # What a run leaves
+    def load(self, result: Result, which: str = "best") -> nn.Module:
+        """The trained model, adapters and all, in this process."""
+        return result.load(self.model().to(distributed.device()), which)
+
+    def export(self, result: Result, which: str = "best") -> Path:
+        """Write output_dir/adapter as peft does, with tokenizer and model card; for full, the card alone.
+
+        Returns the folder that it wrote to.
+        """
+        return output.export(self, result, which)

@@ -1,0 +1,120 @@
+"""Before training, once, on rank 0: the conversations as tokens on disk, and the model they are for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import data, models
+from .config import Config
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Conversations as tokens, in a folder; and the model they are for."""
+
+    folder: str
+    model: str
+    """Its folder, or its name on the hub."""
+    source: str
+    digest: str
+    """Of tokens and model: what a checkpoint must have been trained on to be gone on with."""
+    kind: str
+    template: str
+    train: int
+    """Examples."""
+    val: int
+    train_tokens: int
+    train_learnt: int
+    val_learnt: int
+    truncated: int
+    truncated_tokens: int
+    dropped: int
+
+
+def prepare(config: Config) -> Prepared:
+    """Find or make the model, read and encode the conversations; write them under output_dir/data, or find them there.
+
+    Raises:
+        ValueError: rows that cannot be read, or none left.
+        FileNotFoundError: no such model or data.
+    """
+    path, reason = data.choose_source(config.data_path)
+    if path is None:
+        kind, source, conversations = "embedded", "docstrings of the standard library", data.embedded()
+    else:
+        kind, conversations = data.read_conversations(path)
+        source = str(path)
+    if config.val_path is not None:
+        training, held = conversations, data.read_conversations(Path(config.val_path).expanduser())[1]
+    else:
+        training, held = data.split(conversations, config.val_fraction)
+    texts = hashlib.sha256(json.dumps([training, held]).encode()).hexdigest()
+    out = Path(config.output_dir).resolve()
+    if config.model is None:
+        folder = out / "base" / hashlib.sha256(f"{texts} {config.seed} {models.TINY}".encode()).hexdigest()[:16]
+        if not (folder / "config.json").exists():
+            with _whole(folder) as temporary:
+                words = [message["content"] for conversation in training for message in conversation]
+                models.make_tiny(temporary, words, config.seed)
+        model = str(folder)
+    else:
+        model = models.find(config.model)
+    tokenizer, template = models.tokenizer(model)
+    of_model = models.digest(model)
+    settings = json.dumps([2, texts, of_model, tokenizer.chat_template, config.max_length])
+    folder = out / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not (folder / "facts.json").exists():
+        with _whole(folder) as temporary:
+            (temporary / "facts.json").write_text(json.dumps(_encode(temporary, tokenizer, training, held, config)))
+    facts = json.loads((folder / "facts.json").read_text())
+    digest = hashlib.sha256(f"{facts.pop('digest')} {of_model} {config.packing}".encode()).hexdigest()[:16]
+    if not facts["train"] or (held and not facts["val"]):
+        raise ValueError(
+            f"{source}: nothing to learn: of {len(training)} conversations to train on and {len(held)} held out, "
+            f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise it"
+        )
+    return Prepared(
+        folder=str(folder), model=model, source=f"{source} ({reason})", kind=kind, template=template, digest=digest,
+        **facts,
+    )  # fmt: skip
+
+
+class _whole:  # noqa: N801 (used like a function)
+    """A folder that is there with all its files or not at all: it is filled under another name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.temporary = folder, folder.with_suffix(".tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self.temporary, self.folder)
+
+
+def _encode(
+    folder: Path, tokenizer: Any, training: list[data.Conversation], held: list[data.Conversation], config: Config
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {"truncated": 0, "truncated_tokens": 0, "dropped": 0}
+    digests = []
+    for part, conversations in (("train", training), ("val", held)):
+        examples, left_out = data.encode(tokenizer, conversations, config.max_length)
+        digests.append(data.write_examples(folder, part, examples))
+        facts[part] = len(examples)
+        facts[f"{part}_learnt"] = sum(sum(example.learnt[1:]) for example in examples)
+        facts["truncated"] += left_out.truncated
+        facts["truncated_tokens"] += left_out.tokens
+        facts["dropped"] += left_out.dropped
+        if part == "train":
+            facts["train_tokens"] = sum(len(example.ids) for example in examples)
+    return {**facts, "digest": " ".join(digests)}
