@@ -103,7 +103,6 @@ class Finetune(Task):
     def model(self) -> nn.Module:
         model: Any = self.base()
         model.config.use_cache = False  # keys and values of training are used once
-        self._tools["implementation"] = getattr(model.config, "_attn_implementation", "")
         picks = models.only_where_asked(model)
         if self.config.mode != "full":
             names = models.targets(model, self.config.lora_targets)
