@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from kaggle_mgpu.task import Task
 
+from .segmentation import CamouflageSegmentation, baselines
 from .settings import PRESETS, Config, Stage, stages
-from .stages import run
-from .task import CamouflageSegmentation, baselines
+from .staged import run
 
 __all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", "run", "stages", "task"]
 

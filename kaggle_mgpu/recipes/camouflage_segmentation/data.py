@@ -59,6 +59,9 @@ class Scenes:
     def __len__(self) -> int:
         return self.count
 
+    def name(self, index: int) -> str:
+        return f"scene-{self.first + index}"
+
     def load(self, index: int) -> tuple[Image, Image]:
         pil, (image, mask) = pillow(), scene(self.first + index, self.size)
         return pil.fromarray(image), pil.fromarray(mask)
@@ -72,6 +75,9 @@ class Files:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return Path(self.pairs[index][0]).stem
 
     def load(self, index: int) -> tuple[Image, Image]:
         image, mask = self.pairs[index]
@@ -270,16 +276,19 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image, mask = self.source.load(index)
-        target = (self.size, self.size)
         if self.augment:
-            image, mask = augmented(image, mask, target)
-        else:
-            image = image.resize(target, pillow().Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return {"image": pixels, "mask": torch.from_numpy(np.array(mask))}
+            image, mask = augmented(image, mask, self.size)
+        return {"image": pixels(image, self.size), "mask": torch.from_numpy(np.array(mask))}
 
 
-def augmented(image: Image, mask: Image, target: tuple[int, int]) -> tuple[Image, Image]:
+def pixels(image: Image, size: int) -> Tensor:
+    """A Pillow image as (3, size, size) uint8."""
+    if image.size != (size, size):
+        image = image.resize((size, size), pillow().Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
     """A random part of three quarters of each side or more, mirrored half of the time, of other colours."""
     from PIL import ImageEnhance
 
@@ -289,8 +298,8 @@ def augmented(image: Image, mask: Image, target: tuple[int, int]) -> tuple[Image
     width, height = scale * image.width, scale * image.height
     x, y = left * (image.width - width), top * (image.height - height)
     box = (x, y, x + width, y + height)
-    image = image.resize(target, pil.Resampling.BILINEAR, box)
-    mask = mask.resize(target, pil.Resampling.BILINEAR, box)
+    image = image.resize((side, side), pil.Resampling.BILINEAR, box)
+    mask = mask.resize((side, side), pil.Resampling.BILINEAR, box)
     if mirror < 0.5:
         image = image.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
         mask = mask.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
@@ -317,8 +326,8 @@ def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Image (size, size, 3) and mask (size, size) of a synthetic scene: the same for the same number.
 
-    An object with a smooth random outline lies in a texture. Its own texture has the same colours and the same
-    contrast, but another direction or another grain: no brightness or colour gives it away.
+    An object with a smooth random outline lies in a texture of waves of one direction. Its own has the same colours,
+    contrast and grain, but waves of all directions: no brightness, colour or local contrast gives it away.
     """
     chance = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
@@ -330,25 +339,23 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
     distance = np.hypot(y - centre[0], x - centre[1]) - radius * outline
     inside = np.clip(0.5 - distance * size, 0, 1)
 
-    grain, direction = chance.uniform(0.10, 0.22), chance.uniform(0, np.pi)
-    if chance.random() < 0.5:
-        other = grain, direction + np.pi * chance.uniform(0.3, 0.7)
-    else:
-        other = grain * (1.8 if grain < 0.16 else 1 / 1.8), direction + np.pi * chance.uniform(-0.15, 0.15)
-    colours = chance.uniform(-1, 1, (2, 3)) * 34
+    grain, direction = chance.uniform(0.10, 0.20), chance.uniform(0, np.pi)
     image = np.broadcast_to(chance.uniform(90, 165, 3), (size, size, 3)).copy()
-    for colour in colours:
-        pair = [_texture(chance, size, *of) for of in ((grain, direction), other)]
-        image += (pair[0] * (1 - inside) + pair[1] * inside)[..., None] * colour
+    for colour in chance.uniform(-34, 34, (2, 3)):
+        around, within = _texture(chance, size, grain, direction), _texture(chance, size, grain, None)
+        image += (around * (1 - inside) + within * inside)[..., None] * colour
     shade = chance.uniform(-30, 30, 2)
     image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + chance.normal(0, 5, (size, size, 3))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), (inside >= 0.5).astype(np.uint8) * 255
 
 
-def _texture(chance: np.random.Generator, size: int, grain: float, direction: float) -> NDArray[np.float64]:
-    """Noise of waves of about `grain` cycles a pixel across `direction`; mean 0, deviation 1."""
+def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
+    """Noise of about `grain` cycles a pixel: waves across `direction`, or in all directions; mean 0, deviation 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
-    across, along = u * np.cos(direction) + v * np.sin(direction), v * np.cos(direction) - u * np.sin(direction)
-    keep = np.exp(-(((np.abs(across) - grain) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
+    if direction is None:
+        keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)
+    else:
+        across, along = u * np.cos(direction) + v * np.sin(direction), v * np.cos(direction) - u * np.sin(direction)
+        keep = np.exp(-(((np.abs(across) - grain) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
     waves = np.fft.ifft2(np.fft.fft2(chance.normal(size=(size, size))) * keep).real
     return np.asarray((waves - waves.mean()) / waves.std(), np.float64)

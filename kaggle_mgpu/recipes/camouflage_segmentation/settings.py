@@ -130,7 +130,7 @@ class Config(TrainConfig):
             raise ValueError(f"Config.top_k: expected at most num_experts, got {self.top_k}")
         if self.resume not in ("auto", "never"):
             raise ValueError(
-                f"Config.resume: expected auto or never (each stage has its own folder), got {self.resume}"
+                f"Config.resume: expected auto or never, as each stage has its own folder; got {self.resume}"
             )
 
     def settled(self, *, drawn: bool) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ class CamouflageSegmentation(Task):
         for name in PRESETS:
             mine = name == config.preset
             its = config if mine else self._given.replace(preset=name).settled(drawn=self.found.drawn)
-            parameters, flops, kept = cost(self.network(its, None).to("meta"), int(its.image_size or 0))
+            parameters, flops, kept = cost(self.network(its).to("meta"), int(its.image_size or 0))
             # weights, gradients, two moments and the average, four bytes each
             memory = batch * kept + 20 * parameters
             yield (
@@ -97,8 +99,9 @@ class CamouflageSegmentation(Task):
             )
         yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
 
-    def network(self, config: Config, weights: str | None) -> Segmenter:
-        """A segmenter as `config` (with no field left to the preset) describes it."""
+    def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
+        """A segmenter as `config` (with no field left to the preset; default: the task's own) describes it."""
+        config = config or self.config
         body = backbone(config.backbone, width=config.width or 0, weights=weights)
         top_k = config.top_k if config.routing == "topk" else None
         return Segmenter(body, width=config.decoder_width or 0, num_experts=config.num_experts or 0, top_k=top_k)
@@ -138,7 +141,7 @@ class CamouflageSegmentation(Task):
             truth = mask[:height, :width]
             probability, logits = self.probability(model, image[None], (height, width))
             row = measure(to_uint8(probability), truth.cpu().numpy())
-            row["loss"] = float(structure_loss(logits, truth[None, None].float() / 255))
+            row["loss"] = structure_loss(logits, truth[None, None].float() / 255).item()
             rows.append(row)
         names = ("loss", *(name for name in rows[0] if name != "loss"))
         return {name: (torch.as_tensor(np.sum([row[name] for row in rows], axis=0)), len(rows)) for name in names}
@@ -182,7 +185,7 @@ class CamouflageSegmentation(Task):
         if self.found.val is None:
             raise ValueError("predict: nothing is held out (val_scenes or val_fraction is 0)")
         image, mask = self.found.val.load(index)
-        pixels = Samples(self.found.val, self.config.image_size or 0, augment=False)[index]["image"]
+        pixels = data.pixels(image, self.config.image_size or 0)
         device = next(model.parameters()).device
         training = model.training
         model.eval()
@@ -190,6 +193,18 @@ class CamouflageSegmentation(Task):
             probability, _ = self.probability(model, pixels[None].to(device), (mask.height, mask.width))
         model.train(training)
         return image, np.array(mask), to_uint8(probability)
+
+    def write_predictions(self, model: nn.Module, path: str | Path) -> Path:
+        """Write a zip with each held-out image's prediction as NAME.png, 8 bits, of its mask's size: what the field's
+        evaluation tools read. One file, as Kaggle keeps few.
+        """
+        with zipfile.ZipFile(path, "w") as archive:  # PNG is compressed already
+            for index in range(0 if self.found.val is None else len(self.found.val)):
+                assert self.found.val is not None
+                _, _, prediction = self.predict(model, index)
+                data.pillow().fromarray(prediction).save(png := io.BytesIO(), format="PNG")
+                archive.writestr(f"{self.found.val.name(index)}.png", png.getvalue())
+        return Path(path)
 
     def figure(self, model: nn.Module, path: str | Path, count: int = 4) -> Path:
         """Write one PNG: a row for each of the first `count` held-out images: image, mask, prediction, error."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -15,8 +18,8 @@ from kaggle_mgpu.task import Result
 from kaggle_mgpu.trainer import train
 
 from . import data
+from .segmentation import CamouflageSegmentation, find
 from .settings import Config, Stage, stages
-from .task import CamouflageSegmentation, find
 
 
 def run(config: Config, found: data.Found | None = None) -> Result:
@@ -27,7 +30,8 @@ def run(config: Config, found: data.Found | None = None) -> Result:
     """
     limit = parse_duration(config.time_limit) if config.time_limit else math.inf
     began = time.monotonic()
-    distributed.init()  # under torchrun, where each rank is here
+    # under torchrun, where each rank is here
+    distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
     out = Path(config.output_dir)
     if distributed.is_main():
         (out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
@@ -50,9 +54,7 @@ def run(config: Config, found: data.Found | None = None) -> Result:
         if not results[-1].finished:
             break
         start = Path(timed.output_dir) / "model.safetensors"
-    if distributed.is_main():
-        combined = combine(config, planned, results)
-    return distributed.broadcast(combined if distributed.is_main() else results[-1])
+    return distributed.from_main(lambda: combine(config, planned, results))
 
 
 def combine(config: Config, planned: list[Stage], results: list[Result]) -> Result:
@@ -73,7 +75,9 @@ def combine(config: Config, planned: list[Stage], results: list[Result]) -> Resu
     copies = {"model.safetensors": last, "best/model.safetensors": best}
     for name, of in copies.items():
         if of is not None and (source := Path(of.output_dir) / name).is_file():
-            files.replace_tensors(out / name, files.read_tensors(source))
+            (target := out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, temporary := target.with_suffix(".tmp"))
+            os.replace(temporary, target)
     later = sum(stage.max_steps for stage in planned[len(results) :])
     remaining = last.remaining_steps + later
     finished = last.finished and len(results) == len(planned)
