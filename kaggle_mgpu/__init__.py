@@ -49,10 +49,18 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name in _ROOMS:
-        return import_module(f".{name}", __name__)
+    try:
+        if name in _HOMES:
+            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        if name in _ROOMS:
+            return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(f"{__name__}."):
+            raise AttributeError(
+                f"{error.name} is not in {__path__[0]}: a notebook carries only the modules that it uses. Where you "
+                f"need all of them, install the package or run in a checkout."
+            ) from None
+        raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -161,6 +161,27 @@ def test_built_notebook(repo: Path) -> None:
     assert max(map(len, payload.source.splitlines())) <= 200
 
 
+def test_a_notebook_carries_the_modules_it_uses_and_says_so_of_the_others(tmp_path: Path) -> None:
+    files = tool.package_files(
+        ROOT / "kaggle_mgpu",
+        "%matplotlib inline\nfrom kaggle_mgpu import Result\nfrom kaggle_mgpu.recipes.text_generation import Config",
+    )
+    names = {name.removeprefix("kaggle_mgpu/") for name in files}
+    everything = {path.relative_to(ROOT / "kaggle_mgpu").as_posix() for path in (ROOT / "kaggle_mgpu").rglob("*.py")}
+    # named, imported relatively, imported in a function, handed on by the package under another name
+    assert {"recipes/text_generation.py", "config.py", "protobuf_fix.py", "task.py"} <= names < everything
+    few = {name: files[name] for name in files if name in ("kaggle_mgpu/__init__.py", "kaggle_mgpu/config.py")}
+    for name, content in few.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    code = "import kaggle_mgpu; kaggle_mgpu.TrainConfig; kaggle_mgpu.devices"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True
+    )
+    assert "kaggle_mgpu.devices is not in " in done.stderr.splitlines()[-1]
+    assert done.stderr.endswith("install the package or run in a checkout.\n")
+
+
 def test_an_edit_leaves_the_other_cells_ids_alone(repo: Path) -> None:
     before = [cell.id for cell in built(repo).cells]
     source = repo / "notebooks" / "tiny.py"
@@ -198,6 +219,10 @@ def change_cell(index: int, **changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def and_then(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda repo: [change(repo) for change in changes] and None
+
+
 def append(name: str, text: str) -> Callable[[Path], None]:
     def change(repo: Path) -> None:
         (repo / name).write_text((repo / name).read_text() + text if (repo / name).exists() else text)
@@ -220,7 +245,12 @@ OUTPUT = [nbformat.v4.new_output("stream", text="hello")]
             append("kaggle_mgpu/__init__.py", "#\n"),
             "cell 2 (payload): kaggle_mgpu/__init__.py differs from the package",
         ),
-        (append("kaggle_mgpu/new.py", "#\n"), "cell 2 (payload): kaggle_mgpu/new.py is missing"),
+        (
+            and_then(
+                append("kaggle_mgpu/new.py", "#\n"), append("kaggle_mgpu/recipes/text.py", "from .. import new\n")
+            ),
+            "cell 2 (payload): kaggle_mgpu/new.py is missing",
+        ),
         (
             lambda repo: (repo / "kaggle_mgpu/recipes/text.py").unlink(),
             "kaggle_mgpu/recipes/text.py is not in the package",

@@ -150,19 +150,61 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
     """The package's Python files, by their path in a site-packages folder.
 
     Args:
-        notebook: the text of a notebook's source: of the recipes, it then gets only those that it imports. All five
-            together would make every notebook larger than may be pushed.
+        notebook: the text of a notebook's source, which then gets the modules that it imports and those that they
+            import. The package as a whole would make every notebook larger than may be pushed.
     """
     paths = sorted(path for path in package.rglob("*.py") if "__pycache__" not in path.parts)
     if not paths:
         raise NotebookError(f"no Python files in {package}: expected the package kaggle_mgpu there")
-    wanted = None if notebook is None else set(re.findall(r"kaggle_mgpu\.recipes\.(\w+)", notebook))
-    files = {}
-    for path in paths:
-        below = path.relative_to(package).with_suffix("").parts
-        if wanted is None or below[0] != "recipes" or below[1] in {"__init__", *wanted}:
-            files[path.relative_to(package.parent).as_posix()] = path.read_bytes()
-    return files
+    files = {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
+    if notebook is None:
+        return files
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in files}
+    homes = _homes(files["kaggle_mgpu/__init__.py"])
+    code = re.sub(r"(?m)^\s*[%!].*$", "", notebook)
+    # these look for the others by name, or hand them on when asked for: they are carried, and not followed
+    carried: set[str] = {
+        name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules
+    }
+    wanted = _imported(code, "", modules, homes)
+    while wanted := wanted - carried:
+        carried |= wanted
+        wanted = set().union(
+            *(_imported(files[modules[m]].decode(), _package_of(m, modules), modules, homes) for m in wanted)
+        )
+    return {modules[name]: files[modules[name]] for name in sorted(carried)}
+
+
+def _package_of(module: str, modules: dict[str, str]) -> str:
+    return module if modules[module].endswith("/__init__.py") else module.rpartition(".")[0]
+
+
+def _homes(init: bytes) -> dict[str, str]:
+    """The names that the package hands on, and the modules that they come from: its _HOMES."""
+    for node in ast.parse(init).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
+            return dict(ast.literal_eval(node.value))
+    return {}
+
+
+def _imported(source: str, package: str, modules: dict[str, str], homes: dict[str, str]) -> set[str]:
+    """Modules of kaggle_mgpu that the source imports, anywhere in it; relative imports begin at `package`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("kaggle_mgpu."):
+            names.add(node.value)  # what the worker server preloads
+    names |= {
+        f"kaggle_mgpu.{homes[name[12:]]}" for name in names if name.startswith("kaggle_mgpu.") and name[12:] in homes
+    }
+    found = {name for name in names if name in modules}
+    # a module in a package needs that package
+    return found | {name.rpartition(".")[0] for name in found if name.rpartition(".")[0] in modules}
 
 
 def payload_source(files: dict[str, bytes]) -> str:
