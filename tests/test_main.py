@@ -75,7 +75,9 @@ def test_help_lists_every_field_with_its_meaning_and_default() -> None:
 
 
 def test_the_recipes_are_found() -> None:
-    names = [path.stem for path in Path(command_line.__file__).with_name("recipes").glob("[!_]*.py")]
+    folder = Path(command_line.__file__).with_name("recipes")
+    paths = [*folder.glob("[!_]*.py"), *(path.parent for path in folder.glob("*/__init__.py"))]
+    names = [path.stem for path in paths]
     assert command_line.recipes() == sorted(names)
     _, modules = command_line.parser()
     assert sorted(modules) == sorted(names)
