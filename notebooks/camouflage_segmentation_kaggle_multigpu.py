@@ -37,8 +37,8 @@ print(devices.report())
 # %% tags=["parameters"]
 # Parameters of this notebook
 data_path = None  # a folder with COD10K; None: searched among the inputs, else synthetic scenes
-scenes = 480  # synthetic scenes to train on, where there are no files
-val_scenes = 60
+scenes = 200  # synthetic scenes to train on, where there are no files
+val_scenes = 50
 preset = "balanced"  # balanced, fast or high_resolution
 backbone = "compact"  # the recipe's own, or the name of a timm backbone
 backbone_weights = None  # of a timm backbone: a file, or "download"; None: searched among the inputs

@@ -412,7 +412,8 @@ def test_top_k_uses_as_many_experts_and_the_mixture_is_what_it_says() -> None:
 
 def test_structure_loss_is_f3nets_formula_for_each_image() -> None:
     torch.manual_seed(0)
-    logits, target = 3 * torch.randn(3, 1, 40, 50), (torch.rand(3, 1, 40, 50) > 0.7).float()
+    logits, target = 3 * torch.randn(2, 1, 352, 360), torch.zeros(2, 1, 352, 360)
+    target[0, 0, 100:180, 90:200] = target[1, 0, 300:] = 1
     w = 1 + 5 * (nn.functional.avg_pool2d(target, 31, 1, 15) - target).abs()
     p = logits.sigmoid()
     bce = -(target * p.log() + (1 - target) * (1 - p).log())

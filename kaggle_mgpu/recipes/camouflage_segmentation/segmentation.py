@@ -263,7 +263,7 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
     """The measures, over the held-out images, of three predictions that need no model.
 
     nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast: how
-    far brightness and its variation around a pixel are from the image's own.
+    far the contrast around a pixel is from the image's own.
     """
     size, found = task.config.image_size or 0, task.found
     if found.val is None:
@@ -285,14 +285,13 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
 
 
 def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(height, width), 255 where a square of an eighth of the image is least like the whole."""
+    """(height, width), 255 where the deviation in a square of an eighth of the image is least like the image's mean."""
     pixels = torch.from_numpy(grey).float()[None, None]
     side = max(3, min(grey.shape) // 8 | 1)
 
     def around(values: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(values, side, 1, side // 2, count_include_pad=False)
 
-    mean = around(pixels)
-    spread = (around(pixels**2) - mean**2).clamp(min=0).sqrt()
-    unlike = (mean - mean.mean()).abs() + (spread - spread.mean()).abs()
+    spread = (around(pixels**2) - around(pixels) ** 2).clamp(min=0).sqrt()
+    unlike = (spread - spread.mean()).abs()
     return to_uint8(unlike / unlike.max().clamp(min=1e-6))

@@ -38,9 +38,9 @@ class Config(TrainConfig):
     """Which folder in TestDataset to evaluate on. None: COD10K, or all where there is none of that name."""
     val_fraction: float = 0.1
     """Share of the images held out where the data have no test folder. 0: none."""
-    scenes: int = 480
+    scenes: int = 200
     """How many synthetic scenes to train on, where there are no files."""
-    val_scenes: int = 60
+    val_scenes: int = 50
     """How many others to hold out."""
 
     preset: Preset = "balanced"
@@ -182,6 +182,8 @@ def stages(config: Config, found: Found) -> list[Stage]:
         micro = one.micro_batch_size if isinstance(one.micro_batch_size, int) else 1
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
+        if one.warmup_steps > steps:  # meant for the last part, which is longer
+            one = one.replace(warmup_steps=steps)
         if name != planned[-1][0]:
             one = one.replace(eval_every="end")
         elif one.eval_every is None:
