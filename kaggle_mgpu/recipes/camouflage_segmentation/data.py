@@ -327,7 +327,7 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
     """Image (size, size, 3) and mask (size, size) of a synthetic scene: the same for the same number.
 
     An object with a smooth random outline lies in a texture of waves of one direction. Its own has the same colours and
-    contrast, but finer waves of all directions: no brightness, colour or local contrast gives it away.
+    contrast, but somewhat finer waves of all directions: no brightness or colour gives it away.
     """
     chance = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
@@ -339,10 +339,10 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
     distance = np.hypot(y - centre[0], x - centre[1]) - radius * outline
     inside = np.clip(0.5 - distance * size, 0, 1)
 
-    grain, direction = chance.uniform(0.08, 0.12), chance.uniform(0, np.pi)
+    grain, direction = chance.uniform(0.09, 0.14), chance.uniform(0, np.pi)
     image = np.broadcast_to(chance.uniform(90, 165, 3), (size, size, 3)).copy()
     for colour in chance.uniform(-34, 34, (2, 3)):
-        around, within = _texture(chance, size, grain, direction), _texture(chance, size, 1.8 * grain, None)
+        around, within = _texture(chance, size, grain, direction), _texture(chance, size, 1.4 * grain, None)
         image += (around * (1 - inside) + within * inside)[..., None] * colour
     shade = chance.uniform(-30, 30, 2)
     image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + chance.normal(0, 5, (size, size, 3))

@@ -262,8 +262,8 @@ def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
 def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
     """The measures, over the held-out images, of three predictions that need no model.
 
-    nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast: how
-    far the contrast around a pixel is from the image's own.
+    nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast:
+    where there is more fine detail than elsewhere.
     """
     size, found = task.config.image_size or 0, task.found
     if found.val is None:
@@ -285,13 +285,12 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
 
 
 def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(height, width), 255 where the deviation in a square of an eighth of the image is least like the image's mean."""
+    """(height, width), 255 where there is most fine detail in a square of an eighth of the image, 0 up to the mean."""
     pixels = torch.from_numpy(grey).float()[None, None]
-    side = max(3, min(grey.shape) // 8 | 1)
 
-    def around(values: Tensor) -> Tensor:
+    def around(values: Tensor, side: int) -> Tensor:
         return nn.functional.avg_pool2d(values, side, 1, side // 2, count_include_pad=False)
 
-    spread = (around(pixels**2) - around(pixels) ** 2).clamp(min=0).sqrt()
-    unlike = (spread - spread.mean()).abs()
-    return to_uint8(unlike / unlike.max().clamp(min=1e-6))
+    detail = around((pixels - around(pixels, 3)).abs(), max(3, min(grey.shape) // 8 | 1))
+    above = (detail - detail.mean()).clamp(min=0)
+    return to_uint8(above / above.max().clamp(min=1e-6))
