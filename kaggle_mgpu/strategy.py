@@ -391,7 +391,9 @@ def _replica(module: nn.Module, index: int) -> nn.Module:
         if index > 0:
             copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
-            if parameter is not None:
+            if parameter is None:  # a layer without bias still has the name
+                copy._parameters[name] = None
+            else:
                 views.setdefault(parameter, parameter.view_as(parameter))
                 setattr(copy, name, views[parameter])
     return copies[module]

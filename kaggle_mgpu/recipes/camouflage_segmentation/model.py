@@ -39,14 +39,6 @@ class Output(NamedTuple):
     """(B,): how unevenly the experts are used, per image: 1 for evenly, num_experts for one alone."""
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), for each pixel by itself."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # contiguous, or gradients of depthwise kernels come with other strides than the kernels, and ddp complains
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-
-
 def group_norm(channels: int) -> nn.GroupNorm:
     """Of about eight channels a group, over one image: what the rest of the batch holds does not matter."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
@@ -178,7 +170,7 @@ class Experts(nn.Module):
     def __init__(self, width: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
         self.top_k = top_k
-        self.norm = ChannelNorm(width)
+        self.norm = group_norm(width)
         self.router = nn.Conv2d(width, num_experts, 1)
         self.experts = nn.ModuleList(
             nn.Sequential(
@@ -271,7 +263,7 @@ class Decoder(nn.Module):
             nn.Conv2d(width, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, 1, 1)
         )
         self.final = nn.Sequential(
-            nn.Conv2d(width + 1, width, 3, padding=1), ChannelNorm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
+            nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
         )
         self.checkpointing = False
 

@@ -45,9 +45,7 @@ def run(config: Config, found: data.Found | None = None) -> Result:
         if distributed.agree(left < 1) and results:
             break
         if distributed.is_main():
-            print(
-                f"--- {stage.name} ({number} of {len(planned)}): {stage.share:.0%} of the backbone trained", flush=True
-            )
+            print(f"{stage.name} ({number} of {len(planned)}): {stage.share:.0%} of the backbone trained", flush=True)
         timed = stage.config if left == math.inf else stage.config.replace(time_limit=f"{max(left, 1):.1f}s")
         task = CamouflageSegmentation(timed, found=found, stage=stage.name, share=stage.share, start=start)
         results.append(launch(train, timed, task))
