@@ -546,6 +546,19 @@ def test_a_timm_backbones_batchnorm_does_not_depend_on_the_batch(timm: Any) -> N
     assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
 
 
+def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
+    config = tiny(tmp_path, backbone="x", backbone_weights="download", partial_epochs=0, max_steps=1)
+    assert "balanced *" in CamouflageSegmentation(config).describe()
+    timm.calls.clear()
+    assert run(config).finished
+    # pretrained weights are asked for once: stage 2 begins with stage 1's
+    assert [options["pretrained"] for _, options in timm.calls] == [True, False]
+    one, two = (read_tensors(tmp_path / "run" / name / "model.safetensors") for name in ("stage1", "stage2"))
+    statistics = {name for name in one if name.endswith(("running_mean", "running_var"))}
+    changed = {name for name in one if name.startswith("backbone") and not torch.equal(one[name], two[name])}
+    assert statistics and changed and not statistics & changed
+
+
 def test_timm_that_is_missing_or_refuses_is_said(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backbone 'unknown'.*Unknown model .* timm.list_models\(\)"):
         model.backbone("unknown", width=1)
