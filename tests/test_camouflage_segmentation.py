@@ -618,7 +618,8 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
 
 
 def test_the_presets_cost_is_printed(tmp_path: Path) -> None:
-    text = CamouflageSegmentation(Config(scenes=3, val_scenes=1, output_dir=str(tmp_path))).describe()
+    config = Config(scenes=3, val_scenes=1, routing="topk", top_k=3, output_dir=str(tmp_path))
+    text = CamouflageSegmentation(config).describe()
     assert "synthetic scenes" in text and "3 to train on, 1 held out" in text
     assert "stage1 2 (0%), stage2-1 1 (33%), stage2-2 1 (67%), stage2-3 30 (100%)" in text
     rows = {line.split()[0]: line.replace(" *", "").split()[1:] for line in text.splitlines()}

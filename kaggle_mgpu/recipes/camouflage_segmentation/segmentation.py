@@ -89,7 +89,8 @@ class CamouflageSegmentation(Task):
         yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
         for name in PRESETS:
             mine = name == config.preset
-            its = config if mine else self._given.replace(preset=name).settled(drawn=self.found.drawn)
+            # soft, which costs the same: another preset may have fewer experts than top_k
+            its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
             parameters, flops, kept = cost(self.network(its).to("meta"), int(its.image_size or 0))
             # weights, gradients, two moments and the average, four bytes each
             memory = batch * kept + 20 * parameters
