@@ -1,0 +1,26 @@
+"""Camouflage segmentation: find the animal that hides (COD10K), in two stages: backbone frozen, then unfrozen.
+
+    from kaggle_mgpu.recipes.camouflage_segmentation import CamouflageSegmentation, Config, run
+    config = Config(preset="high_resolution", backbone="edgenext_base", epochs=40)
+    print(CamouflageSegmentation(config).describe())
+    result = run(config)
+
+Or: `python -m kaggle_mgpu train camouflage_segmentation`. COD10K is found among the inputs in its usual layouts
+(data.py); without it scenes are drawn, which say that they are synthetic. Each stage is a run in a folder of its own
+under output_dir that starts from the weights of the one before: a finished one returns at once, a killed one goes on.
+"""
+
+from __future__ import annotations
+
+from kaggle_mgpu.task import Task
+
+from .segmentation import CamouflageSegmentation, baselines
+from .settings import PRESETS, Config, Stage, stages
+from .staged import run
+
+__all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", "run", "stages", "task"]
+
+
+def task(config: Config) -> Task:
+    """All of the model trained at once, in one run. The command line trains in stages: see `run`."""
+    return CamouflageSegmentation(config)

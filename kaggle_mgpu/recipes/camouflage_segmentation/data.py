@@ -1,0 +1,361 @@
+"""Camouflaged objects: image and mask files in the layouts of COD10K, or scenes that are drawn here.
+
+    found = prepare(data_path=None)   # searched among Kaggle's inputs; every pair is checked; no files: drawn scenes
+    train = Samples(found.train, size=256, augment=True)
+
+A sample is {"image": (3, size, size), "mask": (height, width)}, both uint8. For training the mask has the image's size;
+else it keeps its own, since that is what the measures are defined on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kaggle_mgpu import session
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
+"""Names of the folders of images and masks: COD10K's own, that of SINet's and its followers' archives, two common."""
+SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
+NOT_CAMOUFLAGED = "COD10K-NonCAM-"
+"""COD10K's images without a hidden object begin so; the field trains and tests without them."""
+SOFT_EDGE = 0.05
+"""Share of a mask's pixels that may lie between 0 and 255: masks that were resized have soft edges."""
+EXPECTED = (
+    "expected Train/Image and Train/GT_Object (with Test beside it: COD10K-v3), TrainDataset/Imgs and "
+    "TrainDataset/GT (with TestDataset), or Imgs and GT"
+)
+Pair = tuple[str, str]
+SCENE_SIZE = 96
+VAL_SCENES = 10**9
+"""Number of the first scene that is held out."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Scenes number `first` to `first + count - 1`."""
+
+    first: int
+    count: int
+    size: int = SCENE_SIZE
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"scene-{self.first + index}"
+
+    def load(self, index: int) -> tuple[Image, Image]:
+        pil, (image, mask) = pillow(), scene(self.first + index, self.size)
+        return pil.fromarray(image), pil.fromarray(mask)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pairs of an image's and its mask's path."""
+
+    pairs: tuple[Pair, ...]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        return Path(self.pairs[index][0]).stem
+
+    def load(self, index: int) -> tuple[Image, Image]:
+        image, mask = self.pairs[index]
+        return _decoded(image, "RGB"), _decoded(mask, "L")
+
+
+Source = Scenes | Files
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is to train on."""
+
+    train: Source
+    val: Source | None
+    where: str
+    reason: str
+    digest: str
+    """Of names and sizes: what a checkpoint must have been trained on to be gone on with."""
+
+    @property
+    def drawn(self) -> bool:
+        return isinstance(self.train, Scenes)
+
+
+def pillow() -> Any:
+    """Pillow's module Image, imported when it is needed.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ImportError("camouflage_segmentation needs the package `pillow`: pip install pillow") from None
+    return Image
+
+
+def _decoded(path: str, mode: str) -> Image:
+    try:
+        with pillow().open(path) as image:
+            converted: Image = image.convert(mode)
+            return converted
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+
+
+# Finding
+def prepare(
+    data_path: str | None, *, val_fraction: float = 0.1, test_set: str | None = None, scenes: int, val_scenes: int
+) -> Found:
+    """Find the data and check each pair of files.
+
+    Raises:
+        FileNotFoundError: no such folder, or none of the layouts in it; or an image without a mask.
+        ValueError: pairs that cannot be used, each with its path.
+    """
+    root, reason = _root(data_path)
+    if root is None:
+        digest = f"{scenes} and {val_scenes} scenes of {SCENE_SIZE}"
+        val = Scenes(VAL_SCENES, val_scenes) if val_scenes else None
+        return Found(Scenes(0, scenes), val, "synthetic scenes, drawn for this run (not photographs)", reason, digest)
+    train, val_pairs = _splits(root, test_set)
+    if not val_pairs and val_fraction:
+        reason += f"; no test folder, so {val_fraction:g} of the images are held out"
+        held = {pair for pair in train if _held_out(Path(pair[0]).name, val_fraction)}
+        train, val_pairs = [pair for pair in train if pair not in held], [pair for pair in train if pair in held]
+    if not train or (val_fraction and not val_pairs):
+        raise ValueError(f"{root}: {len(train)} images to train on and {len(val_pairs)} to hold out; expected both")
+    check([*train, *val_pairs])
+    listing = [[os.path.relpath(path, root), os.stat(path).st_size] for pair in [*train, *val_pairs] for path in pair]
+    digest = hashlib.sha256(json.dumps([len(train), listing]).encode()).hexdigest()[:16]
+    return Found(Files(tuple(train)), Files(tuple(val_pairs)) if val_pairs else None, str(root), reason, digest)
+
+
+def _root(data_path: str | None) -> tuple[Path | None, str]:
+    """The folder that holds one of the layouts, and why this one."""
+    patterns = [f"{train}/{masks}" for train, _ in SPLITS for masks in dict.fromkeys(masks for _, masks in FOLDERS)]
+    if data_path is None:
+        # only with a split: folders called images and masks may be anything's
+        for pattern in patterns:
+            if found := session.find(pattern):
+                return found[0].parents[1], f"found among the inputs by {pattern}"
+        return None, f"no data_path, and no {patterns[0]} or {patterns[1]} among the inputs"
+    path = Path(data_path).expanduser().resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"data_path: no such folder: {path}")
+    if any((path / masks).is_dir() for _, masks in FOLDERS):
+        return path, "data_path"
+    for pattern in patterns:
+        if found := session.find(pattern, roots=[path], max_depth=4):
+            return found[0].parents[1], "data_path"
+    entries = sorted(entry.name for entry in path.iterdir())[:8]
+    raise FileNotFoundError(f"data_path: {EXPECTED} in {path}; it holds {', '.join(entries) or 'nothing'}")
+
+
+def _splits(root: Path, test_set: str | None) -> tuple[list[Pair], list[Pair]]:
+    for train, test in SPLITS:
+        if (pairs := _folder_pairs(root / train)) is not None:
+            return pairs, _test_pairs(root / test, test_set)
+    return _folder_pairs(root) or [], []
+
+
+def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
+    if (pairs := _folder_pairs(folder)) is not None:
+        return pairs
+    sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
+    have = {name: pairs for name, pairs in sets.items() if pairs is not None}
+    wanted = test_set or ("COD10K" if "COD10K" in have else None)
+    if wanted is None:
+        return [pair for pairs in have.values() for pair in pairs]
+    if wanted not in have:
+        raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; there are {list(have)}")
+    return have[wanted]
+
+
+def _folder_pairs(folder: Path) -> list[Pair] | None:
+    """The pairs in a folder; None where it holds no folder of masks."""
+    for image_name, mask_name in FOLDERS:
+        images, masks = folder / image_name, folder / mask_name
+        if not masks.is_dir():
+            continue
+        if not images.is_dir():
+            if any((folder / other).is_dir() for other, beside in FOLDERS if beside == mask_name):
+                continue
+            raise FileNotFoundError(f"missing folder: {images}, whose masks are in {masks}")
+        of_stem = {path.stem: path for path in _files(masks)}
+        found = [path for path in _files(images) if not path.name.startswith(NOT_CAMOUFLAGED)]
+        missing = [path for path in found if path.stem not in of_stem]
+        if missing:
+            more = f" (and {len(missing) - 1} more images)" if len(missing) > 1 else ""
+            raise FileNotFoundError(f"{missing[0]}: no mask for it, expected {masks / missing[0].stem}.png{more}")
+        return [(str(path), str(of_stem[path.stem])) for path in found]
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+
+
+def _held_out(name: str, fraction: float) -> bool:
+    # by name, so that an image stays on its side when others are added
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < fraction * 2**32
+
+
+# Checking
+def check(pairs: Sequence[Pair]) -> None:
+    """Look at each pair before anything is trained: of images the header, of masks the values.
+
+    Raises:
+        ValueError: with the path of each file that cannot be used, up to five.
+    """
+    with ThreadPoolExecutor(8) as pool:  # Pillow decodes, and the disk reads, without the interpreter's lock
+        problems = [problem for problem in pool.map(_problem, pairs) if problem]
+    if problems:
+        more = f"\n(and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError("\n".join(problems[:5]) + more)
+
+
+def _problem(pair: Pair) -> str | None:
+    path, pil = pair[0], pillow()
+    try:
+        with pil.open(path) as image:  # reads the header only
+            size = image.size
+        path = pair[1]
+        with pil.open(path) as mask:
+            if mask.size != size:
+                return f"{path}: expected a mask of {pair[0]}'s size {_by(size)}, got {_by(mask.size)}"
+            counts = mask.convert("L").histogram()
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        return f"{path}: cannot be read as an image: {error}"
+    values = [value for value, count in enumerate(counts) if count]
+    between = 1 - (counts[0] + counts[255]) / sum(counts)
+    # a mask of 0 and 1 would be read as empty, since an object is what lies above 128
+    if between > SOFT_EDGE or 0 < values[-1] <= 128:
+        return (
+            f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} soft edge between; "
+            f"got values from {values[0]} to {values[-1]}, {between:.1%} of them neither 0 nor 255"
+        )
+    return None
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+# Samples
+class Samples(Dataset[dict[str, Tensor]]):
+    """A source's images, resized; augmented by torch's global generator, which is seeded for each sample."""
+
+    def __init__(self, source: Source, size: int, augment: bool) -> None:
+        self.source, self.size, self.augment = source, size, augment
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image, mask = self.source.load(index)
+        if self.augment:
+            image, mask = augmented(image, mask, self.size)
+        return {"image": pixels(image, self.size), "mask": torch.from_numpy(np.array(mask))}
+
+
+def pixels(image: Image, size: int) -> Tensor:
+    """A Pillow image as (3, size, size) uint8."""
+    if image.size != (size, size):
+        image = image.resize((size, size), pillow().Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
+    """A random part of three quarters of each side or more, mirrored half of the time, of other colours."""
+    from PIL import ImageEnhance
+
+    pil = pillow()
+    scale, left, top, mirror, *colours = torch.rand(7).tolist()
+    scale = 0.75 + 0.25 * scale
+    width, height = scale * image.width, scale * image.height
+    x, y = left * (image.width - width), top * (image.height - height)
+    box = (x, y, x + width, y + height)
+    image = image.resize((side, side), pil.Resampling.BILINEAR, box)
+    mask = mask.resize((side, side), pil.Resampling.BILINEAR, box)
+    if mirror < 0.5:
+        image = image.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
+        mask = mask.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
+    for change, amount in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), colours, strict=True
+    ):
+        image = change(image).enhance(0.8 + 0.4 * amount)
+    return image, mask
+
+
+def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch: image (B, 3, S, S); mask (B, H, W), padded to the largest by 0; size (B, 2), each mask's own."""
+    samples = list(samples)
+    sizes = torch.tensor([sample["mask"].shape for sample in samples])
+    height, width = sizes.amax(0).tolist()
+    masks = torch.zeros(len(samples), height, width, dtype=torch.uint8)
+    for row, sample in zip(masks, samples, strict=True):
+        row[: sample["mask"].shape[0], : sample["mask"].shape[1]] = sample["mask"]
+    return {"image": torch.stack([sample["image"] for sample in samples]), "mask": masks, "size": sizes}
+
+
+# Drawn scenes
+@functools.lru_cache(maxsize=2048)
+def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image (size, size, 3) and mask (size, size) of a synthetic scene: the same for the same number.
+
+    An object with a smooth random outline lies in a texture of waves of one direction. Its own has the same colours and
+    contrast, but somewhat finer waves of all directions: no brightness or colour gives it away.
+    """
+    chance = np.random.default_rng(number)
+    y, x = np.mgrid[:size, :size] / size
+    # the outline: a radius that changes smoothly with the angle
+    centre, radius = chance.uniform(0.3, 0.7, 2), chance.uniform(0.13, 0.26)
+    angle, outline = np.arctan2(y - centre[0], x - centre[1]), np.ones((size, size))
+    for k in range(1, 6):
+        outline += chance.uniform(0, 0.35) / k * np.cos(k * angle + chance.uniform(0, 2 * np.pi))
+    distance = np.hypot(y - centre[0], x - centre[1]) - radius * outline
+    inside = np.clip(0.5 - distance * size, 0, 1)
+
+    grain, direction = chance.uniform(0.09, 0.14), chance.uniform(0, np.pi)
+    image = np.broadcast_to(chance.uniform(90, 165, 3), (size, size, 3)).copy()
+    for colour in chance.uniform(-34, 34, (2, 3)):
+        around, within = _texture(chance, size, grain, direction), _texture(chance, size, 1.4 * grain, None)
+        image += (around * (1 - inside) + within * inside)[..., None] * colour
+    shade = chance.uniform(-30, 30, 2)
+    image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + chance.normal(0, 5, (size, size, 3))
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), (inside >= 0.5).astype(np.uint8) * 255
+
+
+def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
+    """Noise of about `grain` cycles a pixel: waves across `direction`, or in all directions; mean 0, deviation 1."""
+    v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
+    if direction is None:
+        keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)
+    else:
+        across, along = u * np.cos(direction) + v * np.sin(direction), v * np.cos(direction) - u * np.sin(direction)
+        keep = np.exp(-(((np.abs(across) - grain) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
+    waves = np.fft.ifft2(np.fft.fft2(chance.normal(size=(size, size))) * keep).real
+    return np.asarray((waves - waves.mean()) / waves.std(), np.float64)

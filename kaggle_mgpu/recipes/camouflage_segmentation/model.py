@@ -1,0 +1,388 @@
+"""A segmenter: hierarchical backbone, decoder with a mixture of experts at each scale, boundary head, and its loss.
+
+    model = Segmenter(backbone("compact", width=40), width=64, num_experts=4)
+    output = model(images)     # uint8 (B, 3, S, S), S a multiple of 32
+    output.logits[-1]          # (B, 1, S/4, S/4): the mask; before it the coarser ones that deep supervision trains
+    loss = loss_terms(output, masks, balance=0.01).sum()
+
+Nothing here depends on the rest of the batch: normalisation is over channels, routing and its balance are per image,
+and a timm backbone's BatchNorm keeps the statistics it came with. So the gradient is the same however the batch is
+split. Every expert is computed for every pixel and weighted (by 0 where top-k leaves it out): a few small convolutions
+are cheaper than gathering pixels, and no parameter is ever without a gradient, which DistributedDataParallel would
+wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+STRIDES = (4, 8, 16, 32)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, as pretrained backbones expect."""
+DILATIONS = (1, 2, 3, 5)
+"""Of the experts' kernels, in turn: they differ in how far they look."""
+
+
+class Output(NamedTuple):
+    logits: list[Tensor]
+    """(B, 1, S/s, S/s) for the strides 32, 16, 8, 4; the last is the prediction."""
+    boundary: Tensor
+    """(B, 1, S/4, S/4): logits of the object's edge."""
+    balance: Tensor
+    """(B,): how unevenly the experts are used, per image: 1 for evenly, num_experts for one alone."""
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Of about eight channels a group, over one image: what the rest of the batch holds does not matter."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
+
+
+class Block(nn.Module):
+    """ResNet's basic block (He et al. 2016) with group normalisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            group_norm(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            group_norm(width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x + self.inner(x))
+
+
+class Compact(nn.Module):
+    """The backbone that needs no package and no download: four levels of residual blocks, trained from scratch.
+
+    About 2.4 M parameters at width 32. Its features have width, 2, 4 and 8 times width channels. (ConvNeXt's blocks
+    with a stem of two 3 x 3 kernels learned the synthetic scenes three times as slowly, and took as long a step.)
+    """
+
+    def __init__(self, width: int = 32, depths: tuple[int, ...] = (2, 2, 2, 1)) -> None:
+        super().__init__()
+        self.channels = [width * 2**level for level in range(len(depths))]
+        self.levels = nn.ModuleList()
+        for level, (channels, depth) in enumerate(zip(self.channels, depths, strict=True)):
+            # a wide first kernel, as ResNet's: textures are told apart before they are sampled too coarsely
+            below = channels if level == 0 else self.channels[level - 1]
+            wide = [nn.Conv2d(3, width, 7, 2, 3, bias=False), group_norm(width), nn.GELU()] if level == 0 else []
+            down = [nn.Conv2d(below, channels, 3, 2, 1, bias=False), group_norm(channels), nn.GELU()]
+            self.levels.append(nn.Sequential(*wide, *down, *(Block(channels) for _ in range(depth))))
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for level in self.levels:
+            x = _maybe_checkpoint(self, level, x)
+            features.append(x)
+        return features
+
+
+class Timm(nn.Module):
+    """A backbone of timm's, by name; its features of strides 4 to 32.
+
+    BatchNorm keeps the running statistics it came with, in training too: they would otherwise depend on how the batch
+    is split. With random weights they are 0 and 1, so choose a backbone without BatchNorm to train from scratch.
+    """
+
+    def __init__(self, name: str, weights: str | None = None) -> None:
+        super().__init__()
+        timm = _timm(name)
+        options: dict[str, Any] = {"features_only": True, "pretrained": weights is not None}
+        if weights not in (None, "download"):
+            options["pretrained_cfg_overlay"] = {"file": weights}
+        try:
+            self.body = timm.create_model(name, **options)
+        except Exception as error:
+            raise ValueError(
+                f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
+                f"Look the name up with timm.list_models(); without internet give a file as backbone_weights."
+            ) from error
+        info = self.body.feature_info
+        strides = list(info.reduction())
+        if not set(STRIDES) <= set(strides):
+            raise ValueError(f"backbone {name!r}: expected features of strides {STRIDES}, got {strides}")
+        self.wanted = [strides.index(stride) for stride in STRIDES]
+        self.channels = [info.channels()[index] for index in self.wanted]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = self.body(x)
+        return [
+            f if f.shape[1] == channels else f.permute(0, 3, 1, 2)  # some of timm's have the channels last
+            for f, channels in zip((features[index] for index in self.wanted), self.channels, strict=True)
+        ]
+
+    def train(self, mode: bool = True) -> Timm:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def gradient_checkpointing_enable(self) -> None:
+        self.body.set_grad_checkpointing(True)
+
+
+def _timm(name: str) -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError:
+        raise ImportError(
+            f"backbone {name!r} needs the package `timm`: pip install timm, or use backbone='compact'"
+        ) from None
+
+
+def backbone(name: str, *, width: int, weights: str | None = None) -> nn.Module:
+    """`compact`, or a backbone of timm's by its name; a module with `channels`, those of its four features.
+
+    Args:
+        width: of the compact one.
+        weights: for timm's: None (random), "download", or a file.
+    """
+    return Compact(width) if name == "compact" else Timm(name, weights)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """A backbone's parts in the order of its forward pass: what is unfrozen, from the last on, one after the other."""
+    parts = [child for child in module.children() if any(True for _ in child.parameters())]
+    while len(parts) == 1 and any(True for _ in parts[0].children()):
+        parts = [child for child in parts[0].children() if any(True for _ in child.parameters())]
+    return parts
+
+
+class Experts(nn.Module):
+    """A mixture of experts for each pixel: out = x + sum of gate x expert(x).
+
+    Args:
+        top_k: how many experts a pixel uses; None: all of them, weighted softly.
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int | None) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.norm = group_norm(width)
+        self.router = nn.Conv2d(width, num_experts, 1)
+        self.experts = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=d, dilation=d, groups=width), nn.Conv2d(width, width, 1), nn.GELU(),
+                nn.Conv2d(width, width, 1),
+            )
+            for d in (DILATIONS[i % len(DILATIONS)] for i in range(num_experts))
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features, and (B,) the balance of each image."""
+        y = self.norm(x)
+        shares = self.router(y).float().softmax(1)
+        gates = shares
+        if self.top_k is not None:
+            chosen = torch.zeros_like(shares).scatter(1, shares.topk(self.top_k, dim=1).indices, 1.0)
+            gates = shares * chosen
+            # with a single expert the share itself is the gate (Fedus et al. 2021): 1 would give no gradient
+            if self.top_k > 1:
+                gates = gates / gates.sum(1, keepdim=True)
+        out = x
+        for index, expert in enumerate(self.experts):
+            out = out + gates[:, index : index + 1].to(x.dtype) * expert(y)
+        return out, balance(shares, self.top_k)
+
+
+def balance(shares: Tensor, top_k: int | None) -> Tensor:
+    """The load-balancing term of Fedus et al. 2021 (Switch Transformer, eq. 4) over the pixels of each image by itself.
+
+    num_experts x sum over experts of (share of the choices that fall on it) x (its mean share): 1 where all are used
+    alike. Over the images of a batch it would depend on how the batch is split. With soft routing both factors are the
+    mean share.
+
+    Args:
+        shares: (B, num_experts, H, W), sum 1 over the experts.
+
+    Returns:
+        (B,)
+    """
+    mean = shares.mean((2, 3))
+    if top_k is None:
+        load = mean
+    else:
+        load = torch.zeros_like(shares).scatter(1, shares.topk(top_k, dim=1).indices, 1.0 / top_k).mean((2, 3))
+    return shares.shape[1] * (load * mean).sum(1)
+
+
+class Segmenter(nn.Module):
+    """Backbone and decoder. `backbone` and `decoder` are the two halves that stages train by rates of their own."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, body: nn.Module, *, width: int, num_experts: int, top_k: int | None = None) -> None:
+        super().__init__()
+        self.backbone = body
+        self.decoder = Decoder(body.channels, width, num_experts, top_k)  # type: ignore[arg-type]
+        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Output:
+        """Args: images: uint8 (B, 3, S, S), S a multiple of 32."""
+        return self.decoder(self.backbone((images - self.mean) / self.std))
+
+    def gradient_checkpointing_enable(self) -> None:
+        self.decoder.checkpointing = True
+        if isinstance(self.backbone, Timm):
+            self.backbone.gradient_checkpointing_enable()
+        else:
+            self.backbone.checkpointing = True  # type: ignore[assignment]
+
+    def unfreeze(self, share: float) -> None:
+        """Train the decoder and the last `share` of the backbone's blocks, rounded up; freeze the other blocks."""
+        parts = blocks(self.backbone)
+        # where all are trained, so is what belongs to no block
+        self.backbone.requires_grad_(share >= 1)
+        for part in parts[len(parts) - math.ceil(share * len(parts)) :]:
+            part.requires_grad_(True)
+
+
+class Decoder(nn.Module):
+    """From the coarsest feature to the finest: add, mix by experts, predict (Lin et al. 2017's pyramid)."""
+
+    def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.mixtures = nn.ModuleList(Experts(width, num_experts, top_k) for _ in channels)
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, 3, padding=1) for _ in channels[1:])
+        self.boundary = nn.Sequential(
+            nn.Conv2d(width, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, 1, 1)
+        )
+        self.final = nn.Sequential(
+            nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
+        )
+        self.checkpointing = False
+
+    def forward(self, features: list[Tensor]) -> Output:
+        x: Tensor | None = None
+        logits, balances = [], []
+        for level in reversed(range(len(features))):
+            here = self.lateral[level](features[level])
+            x = here if x is None else here + F.interpolate(x, here.shape[2:], mode="bilinear", align_corners=False)
+            x, uneven = _maybe_checkpoint(self, self.mixtures[level], x)
+            balances.append(uneven)
+            if level:
+                logits.append(self.heads[level - 1](x))
+        assert x is not None
+        edge = self.boundary(x)
+        logits.append(self.final(torch.cat([x, edge], 1)))
+        return Output(logits, edge, torch.stack(balances).mean(0))
+
+
+def _maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
+    if owner.checkpointing and owner.training:
+        return checkpoint(part, x, use_reentrant=False)
+    return part(x)
+
+
+# Losses: each gives one number an image, so that their sum is the same however the batch is split
+def pixel_weights(target: Tensor) -> Tensor:
+    """1 + 5 |mean of the pixels around - the pixel's own| of (B, 1, H, W): up to six times 1 near the edge.
+
+    Around means a square of 31 pixels at F3Net's image size of 352, and as large a part of any other: on small images
+    31 pixels would be everywhere near the edge.
+    """
+    side = max(3, round(31 * min(target.shape[2:]) / 352) | 1)
+    # a column and then a row are the same mean for a fifteenth of the time
+    mean = F.avg_pool2d(target, (side, 1), stride=1, padding=(side // 2, 0))
+    mean = F.avg_pool2d(mean, (1, side), stride=1, padding=(0, side // 2))
+    return 1 + 5 * (mean - target).abs()
+
+
+def structure_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Weighted binary cross entropy plus weighted IoU (Wei, Wang and Huang 2020, F3Net), for each image by itself.
+
+    (F3Net's published code averages the cross entropy before it is weighted, by an outdated argument of torch's, as
+    most copies of it do; this is the formula of the paper.) In fp32 whatever the logits are: sums over an image
+    overflow fp16.
+
+    Args:
+        logits: (B, 1, H, W). target: the same, 0 to 1. weight: `pixel_weights(target)`, where it is known already.
+
+    Returns:
+        (B,)
+    """
+    logits, target = logits.float(), target.float()
+    weight = pixel_weights(target) if weight is None else weight
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    over = (1, 2, 3)
+    entropy = (weight * entropy).sum(over) / weight.sum(over)
+    found = logits.sigmoid()
+    common, either = (found * target * weight).sum(over), ((found + target) * weight).sum(over)
+    return entropy + 1 - (common + 1) / (either - common + 1)
+
+
+def boundary_of(target: Tensor) -> Tensor:
+    """(B, 1, H, W): 1 on both sides of the object's edge, one pixel wide each, else 0."""
+    solid = (target > 0.5).float()
+    return F.max_pool2d(solid, 3, 1, 1) + F.max_pool2d(-solid, 3, 1, 1)
+
+
+def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy plus Dice of the edge, (B,); in fp32."""
+    logits, edge = logits.float(), boundary_of(target.float())
+    over = (1, 2, 3)
+    entropy = F.binary_cross_entropy_with_logits(logits, edge, reduction="none").mean(over)
+    found = logits.sigmoid()
+    return entropy + 1 - (2 * (found * edge).sum(over) + 1) / ((found + edge).sum(over) + 1)
+
+
+def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tensor:
+    """The whole loss of each image, (B,).
+
+    The prediction's structure loss; 1/2, 1/4 and 1/8 of the coarser ones'; half of the boundary's; and the balance of
+    the experts.
+
+    Args:
+        target: (B, 1, S, S), 0 to 1.
+    """
+    size, weight = target.shape[2:], pixel_weights(target.float())
+    total = balance_weight * output.balance.float() + 0.5 * boundary_loss(enlarged(output.boundary, size), target)
+    for index, logits in enumerate(reversed(output.logits)):
+        total = total + 0.5**index * structure_loss(enlarged(logits, size), target, weight)
+    return total
+
+
+def enlarged(logits: Tensor, size: Any) -> Tensor:
+    """Logits at another size, bilinear, in fp32."""
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+# What it costs
+def cost(model: Segmenter, size: int) -> tuple[int, float, float]:
+    """Parameters, FLOPs of one image's forward pass, and bytes that it and its loss keep for the backward pass (fp32).
+
+    Counted on torch's meta device: nothing is computed. `model` is on it: `model.to("meta")`.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+    own = {id(p) for p in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if id(tensor) not in own and (tensor._base is None or id(tensor._base) not in own):
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # else the next one may get its address
+        return tensor
+
+    image = torch.zeros(1, 3, size, size, device="meta")
+    model.train()
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss_terms(model(image), image[:, :1], balance_weight=1.0)
+    return sum(p.numel() for p in model.parameters()), float(counter.get_total_flops()), float(sum(kept.values()))

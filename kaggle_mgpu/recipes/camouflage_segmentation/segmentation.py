@@ -1,0 +1,297 @@
+"""The task: a batch's loss, an image's measures, the optimizer's groups; predictions, figures and baselines."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kaggle_mgpu import checkpoint, distributed, files, optim, session
+from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.task import Task
+
+from . import data
+from .data import Samples
+from .metrics import measure, report
+from .model import Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
+from .settings import PRESETS, Config, stages
+
+
+class CamouflageSegmentation(Task):
+    """Where is the object? A batch: see `data.collate`.
+
+    Args:
+        found: the data; None: searched, and checked, when they are first needed.
+        stage: says whose checkpoints these are.
+        share: how much of the backbone is trained, from the top; 0: it is frozen.
+        start: the weights to start from; None: random or pretrained ones.
+    """
+
+    unit = "images"
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        found: data.Found | None = None,
+        stage: str = "everything at once",
+        share: float = 1.0,
+        start: Path | None = None,
+    ) -> None:
+        self._given, self._found = config, found
+        self.stage, self.share, self.start = stage, share, start
+        if found is not None:
+            self._use(found)
+
+    @property
+    def found(self) -> data.Found:
+        """The data. At first all ranks ask for them together: rank 0 searches and checks, the others wait."""
+        if self._found is None:
+            self._use(distributed.from_main(lambda: find(self._given)))
+        assert self._found is not None
+        return self._found
+
+    def _use(self, found: data.Found) -> None:
+        self._found = found
+        # stamps the checkpoints: a stage that began with other weights, or on other images, is another run
+        self.name = f"CamouflageSegmentation {found.digest}, {self.stage}"
+        if self.start is not None:
+            self.name += f" from {files.crc32(self.start):08x}"
+
+    @property
+    def config(self) -> Config:
+        """The config, with no field left to the preset."""
+        return self._given.settled(drawn=self.found.drawn)
+
+    def describe(self) -> str:
+        """The data and why they were chosen, the stages, and what each preset costs."""
+        found, config = self.found, self.config
+        count = 0 if found.val is None else len(found.val)
+        parts = [f"{stage.name} {stage.config.epochs} ({stage.share:.0%})" for stage in stages(config, found)]
+        return "\n".join(
+            [
+                f"images: {found.where} ({found.reason}): {len(found.train):,} to train on, {count:,} held out",
+                f"stages, epochs (share of the backbone that is trained): {', '.join(parts)}",
+                *self._costs(),
+            ]
+        )
+
+    def _costs(self) -> Iterator[str]:
+        config = self.config
+        batch = 8
+        yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
+        for name in PRESETS:
+            mine = name == config.preset
+            # soft, which costs the same: another preset may have fewer experts than top_k
+            its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
+            parameters, flops, kept = cost(self.network(its).to("meta"), int(its.image_size or 0))
+            # weights, gradients, two moments and the average, four bytes each
+            memory = batch * kept + 20 * parameters
+            yield (
+                f"{name + (' *' if mine else ''):16} {its.image_size:6}  {its.global_batch_size or '':>5}  "
+                f"{parameters / 1e6:8.2f} M  {flops / 1e9:14.2f}  {memory / 1e9:15.2f}"
+            )
+        yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
+
+    def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
+        """A segmenter as `config` (with no field left to the preset; default: the task's own) describes it."""
+        config = config or self.config
+        body = backbone(config.backbone, width=config.width or 0, weights=weights)
+        top_k = config.top_k if config.routing == "topk" else None
+        return Segmenter(body, width=config.decoder_width or 0, num_experts=config.num_experts or 0, top_k=top_k)
+
+    def model(self) -> nn.Module:
+        config = self.config
+        model = self.network(config, None if self.start else pretrained(config))
+        if self.start is not None:
+            weights = checkpoint.read_tensors(self.start)
+            checkpoint.check_model(weights, model.state_dict(), str(self.start))
+            model.load_state_dict(weights)
+        model.unfreeze(self.share)
+        return model
+
+    def train_data(self) -> Samples:
+        return Samples(self.found.train, self.config.image_size or 0, augment=True)
+
+    def val_data(self) -> Samples | None:
+        return Samples(self.found.val, self.config.image_size or 0, augment=False) if self.found.val else None
+
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return data.collate(samples)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Each image's loss (model.py), summed."""
+        target = batch["mask"][:, None].float() / 255
+        return loss_terms(model(batch["image"]), target, balance_weight=self._given.balance_weight).sum()
+
+    def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        """The measures of metrics.py, and the prediction's structure loss, at each mask's own size.
+
+        One image at a time: what a convolution gives depends in its last bit on the batch, and a threshold makes a
+        pixel of it. So no figure depends on how the images were batched. The measures, on the CPU, take longer.
+        """
+        rows = []
+        for image, mask, (height, width) in zip(batch["image"], batch["mask"], batch["size"].tolist(), strict=True):
+            truth = mask[:height, :width]
+            probability, logits = self.probability(model, image[None], (height, width))
+            row = measure(to_uint8(probability), truth.cpu().numpy())
+            row["loss"] = structure_loss(logits, truth[None, None].float() / 255).item()
+            rows.append(row)
+        names = ("loss", *(name for name in rows[0] if name != "loss"))
+        return {name: (torch.as_tensor(np.sum([row[name] for row in rows], axis=0)), len(rows)) for name in names}
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        return report({name: value.numpy() for name, value in metrics.items()})
+
+    def probability(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Of images (1, 3, S, S): where the object is, 0 to 1, and the logits, both (1, 1, *size)."""
+        logits = enlarged(model(image).logits[-1], size)
+        probability = logits.sigmoid()
+        if self._given.tta:
+            mirrored = enlarged(model(image.flip(3)).logits[-1], size).sigmoid().flip(3)
+            probability = (probability + mirrored) / 2
+        return probability, logits
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        """AdamW; the backbone's blocks have rates of their own."""
+        assert isinstance(model, Segmenter) and isinstance(config, Config)
+        own = config.backbone == "compact"
+        scale = config.backbone_lr_scale if config.backbone_lr_scale is not None else 1.0 if own else 0.1
+        decay = config.layer_decay if config.layer_decay is not None else 1.0 if own else 0.8
+        parts = list(reversed(blocks(model.backbone)))
+        rates = {id(p): scale * decay**depth for depth, part in enumerate(parts) for p in part.parameters()}
+        # what belongs to no block lies below them all
+        for parameter in model.backbone.parameters():
+            rates.setdefault(id(parameter), scale * decay ** len(parts))
+        groups: dict[tuple[float, float], dict[str, Any]] = {}
+        for group in optim.parameter_groups(model, config.weight_decay):
+            for parameter in group["params"]:
+                rate = rates.get(id(parameter), 1.0)
+                key = (rate, group["weight_decay"])
+                one = groups.setdefault(key, {"params": [], "weight_decay": key[1], "lr_scale": rate})
+                one["params"].append(parameter)
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        return torch.optim.AdamW(list(groups.values()), lr=config.lr, fused=fused)
+
+    # What the trained model says
+    def predict(self, model: nn.Module, index: int) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint8]]:
+        """A held-out image (Pillow's), its mask and its prediction, both (height, width) uint8."""
+        if self.found.val is None:
+            raise ValueError("predict: nothing is held out (val_scenes or val_fraction is 0)")
+        image, mask = self.found.val.load(index)
+        pixels = data.pixels(image, self.config.image_size or 0)
+        device = next(model.parameters()).device
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            probability, _ = self.probability(model, pixels[None].to(device), (mask.height, mask.width))
+        model.train(training)
+        return image, np.array(mask), to_uint8(probability)
+
+    def write_predictions(self, model: nn.Module, path: str | Path) -> Path:
+        """Write a zip with each held-out image's prediction as NAME.png, 8 bits, of its mask's size: what the field's
+        evaluation tools read. One file, as Kaggle keeps few.
+        """
+        with zipfile.ZipFile(path, "w") as archive:  # PNG is compressed already
+            for index in range(0 if self.found.val is None else len(self.found.val)):
+                assert self.found.val is not None
+                _, _, prediction = self.predict(model, index)
+                data.pillow().fromarray(prediction).save(png := io.BytesIO(), format="PNG")
+                archive.writestr(f"{self.found.val.name(index)}.png", png.getvalue())
+        return Path(path)
+
+    def figure(self, model: nn.Module, path: str | Path, count: int = 4) -> Path:
+        """Write one PNG: a row for each of the first `count` held-out images: image, mask, prediction, error."""
+        from matplotlib.figure import Figure
+
+        count = min(count, 0 if self.found.val is None else len(self.found.val))
+        figure = Figure(figsize=(9, 2.3 * count), layout="constrained")
+        axes = figure.subplots(count, 4, squeeze=False)
+        for index in range(count):
+            image, mask, prediction = self.predict(model, index)
+            error = np.abs(prediction.astype(int) - mask)
+            values = measure(prediction, mask)
+            shown = (image, mask, prediction, error)
+            titles = ("image", "mask", f"prediction, IoU {values['iou']:.2f}", f"error, mean {values['mae']:.3f}")
+            for axis, picture, title in zip(axes[index], shown, titles, strict=True):
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
+                axis.set_title(title, fontsize=9)
+                axis.set_axis_off()
+        figure.savefig(path, dpi=100)
+        return Path(path)
+
+
+def find(config: Config) -> data.Found:
+    """The data that the config means, checked (see `data.prepare`)."""
+    return data.prepare(
+        config.data_path,
+        val_fraction=config.val_fraction,
+        test_set=config.test_set,
+        scenes=config.scenes,
+        val_scenes=config.val_scenes,
+    )
+
+
+def pretrained(config: Config) -> str | None:
+    """Where a timm backbone's weights come from; None: they are random."""
+    if config.backbone == "compact" or config.backbone_weights == "download":
+        return None if config.backbone == "compact" else "download"
+    if config.backbone_weights is not None:
+        if not Path(config.backbone_weights).is_file():
+            raise FileNotFoundError(f"backbone_weights: no such file: {config.backbone_weights}")
+        return config.backbone_weights
+    for suffix in ("safetensors", "pth", "bin"):
+        for path in session.find(f"*{config.backbone}*.{suffix}"):
+            return str(path)
+    return None
+
+
+def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
+    """(…, height, width), 0 to 1, as the 8-bit image that the field stores and measures."""
+    image: NDArray[np.uint8] = (255 * probability.float()).round().to(torch.uint8).flatten(0, -3)[0].cpu().numpy()
+    return image
+
+
+# What the model has to beat
+def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
+    """The measures, over the held-out images, of three predictions that need no model.
+
+    nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast:
+    where there is more fine detail than elsewhere.
+    """
+    size, found = task.config.image_size or 0, task.found
+    if found.val is None:
+        raise ValueError("baselines: nothing is held out (val_scenes or val_fraction is 0)")
+    pil = data.pillow()
+    few = range(0, len(found.train), max(1, len(found.train) // 200))
+    masks = [found.train.load(index)[1].resize((size, size), pil.Resampling.BILINEAR) for index in few]
+    mean = pil.fromarray(np.mean([np.array(mask) for mask in masks], axis=0).astype(np.uint8))
+    rows: dict[str, list[dict[str, Any]]] = {"nothing": [], "mean mask": [], "local contrast": []}
+    for index in range(len(found.val)):
+        image, mask = found.val.load(index)
+        truth = np.array(mask)
+        rows["nothing"].append(measure(np.zeros_like(truth), truth))
+        rows["mean mask"].append(measure(np.array(mean.resize(mask.size, pil.Resampling.BILINEAR)), truth))
+        rows["local contrast"].append(measure(local_contrast(np.array(image.convert("L"))), truth))
+    return {
+        name: report({key: np.mean([row[key] for row in of], axis=0) for key in of[0]}) for name, of in rows.items()
+    }
+
+
+def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(height, width), 255 where there is most fine detail in a square of an eighth of the image, 0 up to the mean."""
+    pixels = torch.from_numpy(grey).float()[None, None]
+
+    def around(values: Tensor, side: int) -> Tensor:
+        return nn.functional.avg_pool2d(values, side, 1, side // 2, count_include_pad=False)
+
+    detail = around((pixels - around(pixels, 3)).abs(), max(3, min(grey.shape) // 8 | 1))
+    above = (detail - detail.mean()).clamp(min=0)
+    return to_uint8(above / above.max().clamp(min=1e-6))

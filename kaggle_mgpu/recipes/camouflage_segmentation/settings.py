@@ -1,0 +1,192 @@
+"""What a camouflage run is made of: its config, the presets that fill in what the config leaves open, its stages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from kaggle_mgpu.config import TrainConfig
+
+from .data import SCENE_SIZE, Found
+from .model import STRIDES
+
+Preset = Literal["balanced", "fast", "high_resolution"]
+PRESETS: dict[str, dict[str, int]] = {
+    "balanced": {"image_size": 256, "global_batch_size": 16, "width": 32, "decoder_width": 48, "num_experts": 4},
+    "fast": {"image_size": 224, "global_batch_size": 32, "width": 24, "decoder_width": 32, "num_experts": 2},
+    "high_resolution": {"image_size": 352, "global_batch_size": 16, "width": 40, "decoder_width": 64, "num_experts": 4},
+}
+"""What each preset sets where a field is None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
+
+
+@dataclass(frozen=True)
+class Config(TrainConfig):
+    """How to train a segmenter of camouflaged objects.
+
+    Fields that are None are set by `preset`, or as their text says. `epochs`, `lr`, `schedule` and so on are those of
+    stage 2's last part, in which everything is trained; `frozen_…` and `partial_…` are those of what comes before.
+    """
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # the data's digest must stay
+
+    data_path: str | None = None
+    """A folder with Train/Image and Train/GT_Object (COD10K-v3), TrainDataset/Imgs and TrainDataset/GT, or Imgs and
+    GT. None: searched among the Kaggle inputs; else synthetic scenes are drawn."""
+    test_set: str | None = None
+    """Which folder in TestDataset to evaluate on. None: COD10K, or all where there is none of that name."""
+    val_fraction: float = 0.1
+    """Share of the images held out where the data have no test folder. 0: none."""
+    scenes: int = 200
+    """How many synthetic scenes to train on, where there are no files."""
+    val_scenes: int = 50
+    """How many others to hold out."""
+
+    preset: Preset = "balanced"
+    """Sets image_size, global_batch_size, width, decoder_width and num_experts where they are None. fast: a larger
+    batch of smaller images; high_resolution: 352 pixels."""
+    image_size: int | None = None
+    """Pixels of each side that images are resized to, a multiple of 32. None: the preset's (synthetic scenes: 96,
+    which they have)."""
+    backbone: str = "compact"
+    """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
+    backbone_weights: str | None = None
+    """Pretrained weights of a timm backbone: a file, or `download` (needs internet). None: a file among the inputs
+    whose name has the backbone's in it, else random weights."""
+    width: int | None = None
+    """Channels of the compact backbone's first level; the others have 2, 4 and 8 times as many."""
+    decoder_width: int | None = None
+    """Channels of the decoder."""
+    num_experts: int | None = None
+    """Experts in each of the decoder's four mixtures."""
+    routing: Literal["soft", "topk"] = "soft"
+    """soft: each pixel uses all experts, weighted; topk: its top_k best ones."""
+    top_k: int = 2
+    """Experts a pixel uses where routing is topk."""
+    balance_weight: float = 0.01
+    """Weight of the term that keeps the experts in even use, computed for each image by itself."""
+
+    frozen_epochs: int = 2
+    """Stage 1: epochs with the backbone frozen. 0: no stage 1."""
+    frozen_lr: float = 1e-3
+    """Its peak learning rate."""
+    frozen_batch_size: int | None = None
+    """Its global batch. None: global_batch_size."""
+    frozen_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Its schedule, after the warm-up."""
+    unfreeze_parts: int = 3
+    """Stage 2 unfreezes the backbone from the top in so many parts, each a run of its own; in the last one
+    everything is trained."""
+    partial_epochs: int = 1
+    """Epochs of each part before the last. 0: there is only the last one."""
+    backbone_lr_scale: float | None = None
+    """The backbone's learning rate, as a multiple of the decoder's. None: 1 for compact, which begins with random
+    weights, 0.1 for timm's."""
+    layer_decay: float | None = None
+    """Each block of the backbone has so much of the rate of the one above it. None: 1 for compact, 0.8 for timm's."""
+
+    epochs: int = 30
+    """Passes over the training data in the last part."""
+    max_steps: int | None = None
+    """Optimizer steps of each stage and part, instead of their epochs: for a quick look."""
+    lr: float = 1e-3
+    """Peak learning rate of stage 2."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay, applied to matrices only."""
+    warmup_steps: int | float = 0.05
+    """Steps of linear warm-up in each stage and part; below 1 it is a fraction of it."""
+    ema_decay: float | None = 0.999
+    """Average the weights with this decay; evaluation, and the stage that comes next, then use the average."""
+    eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
+    """When to evaluate in the last part (the others: at their end). None: ten times on synthetic scenes, four times
+    on files: the measures are exact, at the masks' own size, and take 0.35 s for an image of COD10K's size."""
+    best_metric: str = "s_measure"
+    """The validation metric that decides which weights are kept in best/."""
+    best_mode: Literal["min", "max"] = "max"
+    """Whether best_metric is better when smaller or larger."""
+    tta: bool = False
+    """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
+    output_dir: str = "camouflage_segmentation"
+    """The run's folder: a folder for each stage and part, and what they came to together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least_of = {
+            "scenes": 1, "val_scenes": 0, "image_size": 32, "width": 2, "decoder_width": 2, "num_experts": 1,
+            "top_k": 1, "frozen_epochs": 0, "frozen_batch_size": 1, "unfreeze_parts": 1, "partial_epochs": 0,
+            "frozen_lr": 0, "balance_weight": 0, "backbone_lr_scale": 0, "layer_decay": 0,
+        }  # fmt: skip
+        for name, least in least_of.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
+        for name, factor in {"image_size": STRIDES[-1], "width": 2, "decoder_width": 2}.items():
+            if (getattr(self, name) or 0) % factor:
+                raise ValueError(f"Config.{name}: expected a multiple of {factor}, got {getattr(self, name)}")
+        if not 0 <= self.val_fraction <= 0.5:
+            raise ValueError(f"Config.val_fraction: expected 0 to 0.5, got {self.val_fraction}")
+        if self.routing == "topk" and self.top_k > (self.num_experts or PRESETS[self.preset]["num_experts"]):
+            raise ValueError(f"Config.top_k: expected at most num_experts, got {self.top_k}")
+        if self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"Config.resume: expected auto or never, as each stage has its own folder; got {self.resume}"
+            )
+
+    def settled(self, *, drawn: bool) -> Config:
+        """A copy with no field left to the preset.
+
+        Args:
+            drawn: whether the data are synthetic scenes.
+        """
+        values = dict(PRESETS[self.preset])
+        if drawn:
+            values["image_size"] = SCENE_SIZE
+        if self.micro_batch_size not in (None, "auto") and self.gradient_accumulation_steps is not None:
+            del values["global_batch_size"]  # it follows from these two
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return self.replace(**missing) if missing else self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of several."""
+
+    name: str
+    config: Config
+    share: float
+    """How much of the backbone is trained, from the top."""
+    max_steps: int
+
+
+def stages(config: Config, found: Found) -> list[Stage]:
+    """Stage 1 and the parts of stage 2, each with its own folder, length, rate, batch and schedule."""
+    config = config.settled(drawn=found.drawn)
+    parts = config.unfreeze_parts if config.partial_epochs else 1
+    frozen: dict[str, Any] = {
+        "epochs": config.frozen_epochs,
+        "lr": config.frozen_lr,
+        "min_lr": min(config.min_lr, config.frozen_lr),
+        "schedule": config.frozen_schedule,
+        "global_batch_size": config.frozen_batch_size or config.global_batch_size,
+    }
+    planned: list[tuple[str, float, dict[str, Any]]] = [("stage1", 0.0, frozen)] if config.frozen_epochs else []
+    for part in range(1, parts + 1):
+        last = part == parts
+        name = "stage2" if parts == 1 else f"stage2-{part}"
+        planned.append((name, part / parts, {"epochs": config.epochs if last else config.partial_epochs}))
+    made = []
+    for name, share, changes in planned:
+        one = config.replace(output_dir=str(Path(config.output_dir) / name), **changes)
+        replicas = one.workers_wanted or 1
+        micro = one.micro_batch_size if isinstance(one.micro_batch_size, int) else 1
+        batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
+        steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
+        if one.warmup_steps > steps:  # meant for the last part, which is longer
+            one = one.replace(warmup_steps=steps)
+        if name != planned[-1][0]:
+            one = one.replace(eval_every="end")
+        elif one.eval_every is None:
+            one = one.replace(eval_every=max(1, math.ceil(steps / (10 if found.drawn else 4))))
+        made.append(Stage(name, one, share, steps))
+    return made

@@ -1,0 +1,102 @@
+"""Stages: runs one after the other, each from the weights of the one before, and what they came to together."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+from kaggle_mgpu import distributed, files, progress
+from kaggle_mgpu.config import parse_duration
+from kaggle_mgpu.launch import launch
+from kaggle_mgpu.task import Result
+from kaggle_mgpu.trainer import train
+
+from . import data
+from .segmentation import CamouflageSegmentation, find
+from .settings import Config, Stage, stages
+
+
+def run(config: Config, found: data.Found | None = None) -> Result:
+    """Train stage after stage; what they came to together is in output_dir, as of one run.
+
+    A stage that stops early (time limit, or asked to) ends it; run the same again and it goes on there.
+    time_limit is that of all stages together.
+    """
+    limit = parse_duration(config.time_limit) if config.time_limit else math.inf
+    began = time.monotonic()
+    # under torchrun, where each rank is here
+    distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
+    out = Path(config.output_dir)
+    if distributed.is_main():
+        (out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
+    if found is None:
+        found = distributed.from_main(lambda: find(config))
+    planned = stages(config, found)
+    results: list[Result] = []
+    start: Path | None = None
+    for number, stage in enumerate(planned, 1):
+        left = limit - (time.monotonic() - began)
+        if distributed.agree(left < 1) and results:
+            break
+        if distributed.is_main():
+            print(f"{stage.name} ({number} of {len(planned)}): {stage.share:.0%} of the backbone trained", flush=True)
+        timed = stage.config if left == math.inf else stage.config.replace(time_limit=f"{max(left, 1):.1f}s")
+        task = CamouflageSegmentation(timed, found=found, stage=stage.name, share=stage.share, start=start)
+        results.append(launch(train, timed, task))
+        if not results[-1].finished:
+            break
+        start = Path(timed.output_dir) / "model.safetensors"
+    return distributed.from_main(lambda: combine(config, planned, results))
+
+
+def combine(config: Config, planned: list[Stage], results: list[Result]) -> Result:
+    """Write what the stages came to into output_dir, as if they had been one run, and return it.
+
+    metrics.jsonl has all stages' records, steps counted on; the weights are those of the last stage that ran, and the
+    best of all stages.
+    """
+    out, last = Path(config.output_dir), results[-1]
+    records, offset = [], 0
+    for stage, result in zip(planned, results, strict=False):
+        its = progress.read(stage.config.output_dir)
+        records += [{**r, "stage": stage.name, "step": r.get("step", 0) + offset} for r in its]
+        offset += result.step
+    files.write_text(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    sign = 1 if config.best_mode == "max" else -1
+    best = max((r for r in results if r.best is not None), key=lambda r: sign * (r.best or 0), default=None)
+    copies = {"model.safetensors": last, "best/model.safetensors": best}
+    for name, of in copies.items():
+        if of is not None and (source := Path(of.output_dir) / name).is_file():
+            (target := out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, temporary := target.with_suffix(".tmp"))
+            os.replace(temporary, target)
+    later = sum(stage.max_steps for stage in planned[len(results) :])
+    remaining = last.remaining_steps + later
+    finished = last.finished and len(results) == len(planned)
+    seconds = None
+    if last.remaining_seconds is not None and last.remaining_steps:
+        seconds = last.remaining_seconds * remaining / last.remaining_steps
+    whole = dataclasses.replace(
+        last,
+        output_dir=str(out),
+        finished=finished,
+        reason=last.reason if finished or not last.finished else "time limit",
+        step=sum(result.step for result in results),
+        max_steps=sum(result.max_steps for result in results) + later,
+        samples_seen=sum(result.samples_seen for result in results),
+        best=None if best is None else best.best,
+        seconds=sum(result.seconds for result in results),
+        skipped_steps=sum(result.skipped_steps for result in results),
+        remaining_steps=remaining,
+        remaining_seconds=seconds,
+    )
+    files.write_text(out / "result.json", json.dumps(dataclasses.asdict(whole), indent=1))
+    if not finished:
+        print(f"stopped in {planned[len(results) - 1].name} ({whole.reason}): run the same again and it goes on there")
+    return whole
