@@ -97,7 +97,7 @@ def compare_strategies(
         try:
             got = measure(shared.replace(strategy=name, nproc=count), task, steps)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             rows.append(Row(name, count, note="out of memory"))
             continue
@@ -227,7 +227,8 @@ def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in rows]
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had no room for what was measured."""
     from . import memory
 
     return memory.out_of_memory(error)

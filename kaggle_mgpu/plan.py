@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import math
 import re
-import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
 from . import check, compare, devices, session
 from .config import TrainConfig
+from .facts import Facts, count
 from .launch import launch
 from .task import Task
 
@@ -115,35 +115,6 @@ class Target:
         """As `devices` has them, for the choice of precision."""
         capability = self.published.capability if self.published else None
         return [devices.GPU(i, self.name, int(self.memory_bytes or 0), capability) for i in range(self.count)]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a model and its data are, counted over a forward and backward pass of a few samples."""
-
-    dataset_size: int
-    val_samples: int
-    parameters: int
-    weight_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    operations: float
-    """Of forward and backward, per sample."""
-    operators: int
-    """Launched in forward and backward, whatever the number of samples."""
-    fixed_bytes: float
-    """Kept for backward, whatever the number of samples: copies of the weights in half precision, say."""
-    sample_bytes: float
-    """Kept for backward, per sample."""
-
-    def activations(self, samples: int) -> float:
-        return self.fixed_bytes + samples * self.sample_bytes
-
-    def memory(self, samples: int, ema: bool = False, shards: int = 1) -> dict[str, float]:
-        """Bytes on one GPU by what they are for; all but the activations are shared out among `shards` GPUs."""
-        parts = {"weights": float(self.weight_bytes), "gradients": float(self.gradient_bytes)}
-        parts |= {"optimizer": float(self.optimizer_bytes)} | ({"averages": float(self.weight_bytes)} if ema else {})
-        return {name: nbytes / shards for name, nbytes in parts.items()} | {"activations": self.activations(samples)}
 
 
 @dataclass(frozen=True)
@@ -240,7 +211,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     if target.published is None and not target.here and config.precision == "auto":
         why = f"{target.name} is unknown here"
     replicas = _replicas(config, target)
-    facts = _launch_facts(config, task, precision)
+    facts = count(config, task, precision != "fp32")
     batch = _batch(config, facts, target, replicas)
     strategy = config.strategy if config.strategy != "auto" else ("ddp" if replicas > 1 else "single")
     evaluated = _evaluations(config, batch) * facts.val_samples
@@ -248,10 +219,17 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     measured, at_best, link, source = None, None, None, ""
     if target.here:
         name = "nproc" if strategy != "single" else None
-        measured = compare.measure(config.replace(**({name: replicas} if name else {})), task, steps)
-        batch = batch.with_micro_batch_size(measured.micro_batch_size)
-        step_seconds: float | None = measured.step_seconds
-        source = f"measured here over {len(measured.seconds)} steps"
+        step_seconds: float | None = None
+        try:
+            measured = compare.measure(config.replace(**({name: replicas} if name else {})), task, steps)
+        except Exception as error:
+            if not compare.out_of_memory(error):
+                raise
+            source = f"out of memory with micro_batch_size {batch.micro_batch_size}"
+        else:
+            batch = batch.with_micro_batch_size(measured.micro_batch_size)
+            step_seconds = measured.step_seconds
+            source = f"measured here over {len(measured.seconds)} steps"
         if len(gpus) > 1 and replicas > 1:
             found = _launch_bandwidth(config, replicas)
             link = (
@@ -423,6 +401,10 @@ def _add_speedup(out: Plan, facts: Facts, batch: Any, link: tuple[float, str] | 
 def _add_advice(out: Plan, facts: Facts, batch: Any, config: TrainConfig) -> None:
     total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
     held = max(total, out.measured_memory or 0)
+    if out.target.here and out.step_seconds is None:
+        out.advice.append(
+            "micro_batch_size='auto' finds what fits; more of gradient_accumulation_steps makes up for it"
+        )
     if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
         if most < 1:
             out.advice.append(
@@ -477,93 +459,8 @@ def _duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-# --- in a worker ------------------------------------------------------------------------------------
-
-
-def _launch_facts(config: TrainConfig, task: Task, precision: str) -> Facts:
-    with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
-        quiet = config.replace(
-            strategy="single", nproc=1, compile=False, output_dir=folder, resume="never", max_restarts=0,
-            global_batch_size=1, micro_batch_size=1, gradient_accumulation_steps=1,
-        )  # fmt: skip
-        facts: list[Facts] = launch(_facts, quiet, task, precision != "fp32", nproc=1, in_worker=True)
-    return facts[0]
-
-
 def _launch_bandwidth(config: TrainConfig, count: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = launch(
         check.all_reduce_bandwidth, nproc=count, gpu_ids=config.gpu_ids, in_worker=True
     )
     return found[0]
-
-
-def _facts(config: TrainConfig, task: Task, half: bool) -> Facts:
-    """Count over passes of two and of four samples: what grows is per sample, what does not is fixed."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from . import data, distributed
-    from .run import Run
-
-    class Launches(TorchDispatchMode):
-        """Counts the operators that do something: a view is a new look at the same memory."""
-
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += not func.is_view
-            return func(*args, **(kwargs or {}))
-
-    here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
-    # the sizes are what counts: fp16 and bf16 have the same
-    config = config.replace(precision=(here if here != "fp32" else "bf16") if half else "fp32")
-    run = Run(config, task)
-    how, model = run.strategy, run.strategy.model
-    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    size = run.plan.dataset_size
-    few = min(4, size)
-    sizes = sorted({min(2, few), few})
-    order = data.Order(size, config.seed, 0)[:few]
-    operations, kept = [], []
-    for samples in sizes:
-        distributed.alive()
-        batch = data.move(run.fetch[order[:samples]], how.input_device)
-        # torch counts what the plain attention does; the fused kernels of a CPU it passes over
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            how.forward(batch).backward()
-        operations.append(counter.get_total_flops())
-        model.zero_grad(set_to_none=True)
-        model.zero_grad(set_to_none=True)
-        held: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        launches = Launches()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), launches:
-            loss = how.forward(batch)
-        kept.append(sum(held.values()))
-        with launches:
-            loss.backward()
-    run.optimizer.step()
-    moments = [v for state in run.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
-    apart = sizes[-1] - sizes[0]
-    per_sample = (kept[-1] - kept[0]) / apart if apart else float(kept[0])
-    val = 0 if run.val_fetch is None else data.size_of(run.val_fetch.dataset, "val_data()")
-    return Facts(
-        dataset_size=size,
-        val_samples=val,
-        parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
-        gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
-        optimizer_bytes=sum(tensor.nbytes for tensor in moments),
-        operations=operations[-1] / sizes[-1],
-        operators=launches.count,
-        fixed_bytes=max(0.0, kept[-1] - sizes[-1] * per_sample),
-        sample_bytes=max(0.0, per_sample),
-    )

@@ -60,7 +60,8 @@ FLOORS: dict[str, set[str]] = {
     # its workers do what a run does, one thing at a time
     "check": {"env", "session", "devices", "launch", "distributed", "strategy", "checkpoint"},
     "compare": {"run", "task", "config", "data", "distributed", "optim", "memory", "devices", "launch"},
-    "plan": {"compare", "check", "run", "task", "config", "data", "distributed", "devices", "launch", "session"},
+    "facts": {"run", "task", "config", "data", "distributed", "memory", "devices", "launch"},
+    "plan": {"facts", "compare", "check", "task", "config", "data", "devices", "launch", "session"},
     "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
     "recipes": {
         "session",

@@ -15,7 +15,8 @@ import kaggle_mgpu.compare as compare
 from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.compare import Measured
-from kaggle_mgpu.plan import BUCKET, PUBLISHED, REACHED, Facts, Target, _exchange, _launch_facts
+from kaggle_mgpu.facts import Facts, count
+from kaggle_mgpu.plan import BUCKET, PUBLISHED, REACHED, Target, _exchange
 from tasks import Regression
 
 planning = sys.modules["kaggle_mgpu.plan"]  # the package's own `plan` is the function
@@ -39,7 +40,7 @@ class Wide(Task):
 
 
 def test_what_is_counted() -> None:
-    facts = _launch_facts(TrainConfig(), Wide(), "fp32")
+    facts = count(TrainConfig(), Wide(), half=False)
     matrix = WIDTH * WIDTH
     assert (facts.dataset_size, facts.val_samples, facts.parameters) == (SAMPLES, VAL, 2 * matrix)
     assert (facts.weight_bytes, facts.gradient_bytes) == (8 * matrix, 8 * matrix)
@@ -55,7 +56,7 @@ def test_what_is_counted() -> None:
 
 
 def test_half_precision_keeps_copies_of_the_weights_and_half_of_the_rest() -> None:
-    facts = _launch_facts(TrainConfig(), Wide(), "fp16")
+    facts = count(TrainConfig(), Wide(), half=True)
     # both inputs in half, tanh's own output again, and square's (fp32 under autocast: its input in half and fp32)
     assert facts.fixed_bytes > 0
     assert facts.sample_bytes < 3 * WIDTH * 4
@@ -65,7 +66,7 @@ def test_half_precision_keeps_copies_of_the_weights_and_half_of_the_rest() -> No
 def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:
     config = TrainConfig(global_batch_size=100, gradient_accumulation_steps=2, epochs=3, eval_every=7)
     found = plan(config, Wide(), on="T4x2")
-    facts = _launch_facts(config, Wide(), "fp16")
+    facts = count(config, Wide(), half=True)
     gpu = PUBLISHED["T4"]
     assert found.sentence == (
         "global batch 100 = 25 per GPU x 2 GPUs x 2 accumulation steps; 1,000 samples, 10 steps an epoch, "
@@ -156,7 +157,7 @@ def test_the_micro_batch_that_is_to_be_found_is_reckoned() -> None:
             return model(x).square().sum()
 
     found = plan(TrainConfig(micro_batch_size="auto", global_batch_size=4096), Long(), on="P100")
-    facts = _launch_facts(TrainConfig(), Long(), "fp32")
+    facts = count(TrainConfig(), Long(), half=False)
     assert found.precision == "fp32"
     assert found.micro_batch_size == 512
     assert facts.activations(512) < 0.9 * PUBLISHED["P100"].memory_bytes < facts.activations(2048)
@@ -238,6 +239,21 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "measured peak 4.0 GiB" in text
     assert "2 GPUs over 1   1.93x expected; " in text
     assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
+
+
+def test_what_does_not_fit_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Wide):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            if len(batch[0]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().loss(model, batch)
+
+    facts = count(TrainConfig(), Large(), half=False)
+    assert (facts.sample_bytes, facts.fixed_bytes) == (3 * WIDTH * 4, 0), "counted with a single sample"
+    found = plan(TrainConfig(global_batch_size=20, nproc=1), Large(), steps=1)
+    assert (found.step_seconds, found.seconds) == (None, None)
+    assert "time            unknown: out of memory with micro_batch_size 20" in str(found)
+    assert found.advice[0].startswith("micro_batch_size='auto' finds what fits")
 
 
 def test_here_and_now(tmp_path: Path) -> None:
