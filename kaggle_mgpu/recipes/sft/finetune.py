@@ -29,7 +29,7 @@ class Finetune(Task):
         self.backend = f"{config.library} {config.mode}"
         self.no_generation = ""
         """Why answers are not generated though they are asked for; "" where they are."""
-        if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp"):
+        if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp", "fsdp"):
             self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
         self._prepared: Prepared | None = None
         self._tools: dict[str, Any] = {}  # what is made when first needed, and not sent to other processes
