@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kaggle_mgpu.recipes.sft import data, models, rouge
+from kaggle_mgpu.recipes.sft import data, models, reading, rouge
 
 # on a busy machine a draw may take seconds
 patient = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
@@ -57,7 +57,7 @@ def test_each_kind_of_row_becomes_a_conversation(tmp_path: Path, kind: str, suff
     file = tmp_path / f"rows{suffix}"
     lines = [json.dumps(row) for row in ROWS[kind]]
     file.write_text("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\ufeff" + "\n\n".join(lines))
-    found, conversations = data.read_conversations(file)
+    found, conversations = reading.read_conversations(file)
     assert found == kind
     assert len(conversations) == len(ROWS[kind])
     for conversation in conversations:
@@ -68,7 +68,7 @@ def test_each_kind_of_row_becomes_a_conversation(tmp_path: Path, kind: str, suff
 
 def test_a_system_message_comes_first(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"system": "Be brief.", "user": QUESTION, "assistant": ANSWER}))
-    _, (conversation,) = data.read_conversations(tmp_path)
+    _, (conversation,) = reading.read_conversations(tmp_path)
     assert conversation == [{"role": "system", "content": "Be brief."}, *MESSAGES]
 
 
@@ -91,7 +91,7 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
     text = f"{GOOD}\n\n{GOOD}\n{line}" if suffix == ".jsonl" else f"[{GOOD},\n\n{GOOD},\n{line}\n]"
     file.write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"{file}, {says.replace('FILE', str(file))}")):
-        data.read_conversations(file)
+        reading.read_conversations(file)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, says: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=says):
-        data.read_conversations(tmp_path / name)
+        reading.read_conversations(tmp_path / name)
 
 
 def test_files_of_a_folder_must_agree(tmp_path: Path) -> None:
@@ -119,28 +119,28 @@ def test_files_of_a_folder_must_agree(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"b\.json, line 2: a row of messages, but .*a\.jsonl, line 1 is one of input/ta"
     ):
-        data.read_conversations(tmp_path)
+        reading.read_conversations(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        data.read_conversations(tmp_path / "none")
+        reading.read_conversations(tmp_path / "none")
 
 
 def test_the_largest_file_of_conversations_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KAGGLE_MGPU_KAGGLE_ROOT", str(tmp_path))
-    assert data.choose_source(None) == (None, "no data_path, and no file of conversations among the inputs")
+    assert reading.choose_source(None) == (None, "no data_path, and no file of conversations among the inputs")
     folder = tmp_path / "input" / "datasets" / "me" / "mine"
     folder.mkdir(parents=True)
     (folder / "small.json").write_text(f"[{GOOD}]")
     (folder / "train.jsonl").write_text(f"{GOOD}\n" * 9)
     (folder / "metrics.jsonl").write_text('{"loss": 1.5}\n' * 99)
     (folder / "config.json").write_text('{"model_type": "llama"}' + " " * 999)
-    assert data.choose_source(None) == (
+    assert reading.choose_source(None) == (
         folder / "train.jsonl",
         "the largest of 2 files of conversations among the inputs",
     )
 
 
 def test_the_embedded_pairs() -> None:
-    pairs = data.embedded()
+    pairs = reading.embedded()
     assert len(pairs) > 1500
     by_question = {question["content"]: answer["content"] for question, answer in pairs}
     assert by_question["What does textwrap.dedent do?"].startswith("Remove any common leading whitespace")
@@ -151,12 +151,12 @@ def test_conversations_that_begin_alike_are_held_out_together() -> None:
     conversations = [
         [{"role": "user", "content": f"q{i // 3}"}, {"role": "assistant", "content": str(i)}] for i in range(300)
     ]
-    training, held = data.split(conversations, 0.1)
+    training, held = reading.split(conversations, 0.1)
     assert 24 <= len(held) <= 30
     assert not {c[0]["content"] for c in training} & {c[0]["content"] for c in held}
-    again = data.split(conversations[::-1], 0.1)[1]
+    again = reading.split(conversations[::-1], 0.1)[1]
     assert sorted(map(str, held)) == sorted(map(str, again)), "contents decide, not their order"
-    assert data.split(conversations, 0) == (conversations, [])
+    assert reading.split(conversations, 0) == (conversations, [])
 
 
 # Answers, token by token

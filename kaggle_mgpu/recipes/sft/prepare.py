@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import data, models
+from . import data, models, reading
 from .config import Config
 
 
@@ -44,16 +44,16 @@ def prepare(config: Config) -> Prepared:
         ValueError: rows that cannot be read, or none left.
         FileNotFoundError: no such model or data.
     """
-    path, reason = data.choose_source(config.data_path)
+    path, reason = reading.choose_source(config.data_path)
     if path is None:
-        kind, source, conversations = "embedded", "docstrings of the standard library", data.embedded()
+        kind, source, conversations = "embedded", "docstrings of the standard library", reading.embedded()
     else:
-        kind, conversations = data.read_conversations(path)
+        kind, conversations = reading.read_conversations(path)
         source = str(path)
     if config.val_path is not None:
-        training, held = conversations, data.read_conversations(Path(config.val_path).expanduser())[1]
+        training, held = conversations, reading.read_conversations(Path(config.val_path).expanduser())[1]
     else:
-        training, held = data.split(conversations, config.val_fraction)
+        training, held = reading.split(conversations, config.val_fraction)
     texts = hashlib.sha256(json.dumps([training, held]).encode()).hexdigest()
     out = Path(config.output_dir).resolve()
     if config.model is None:
@@ -103,7 +103,7 @@ class _whole:  # noqa: N801 (used like a function)
 
 
 def _encode(
-    folder: Path, tokenizer: Any, training: list[data.Conversation], held: list[data.Conversation], config: Config
+    folder: Path, tokenizer: Any, training: list[reading.Conversation], held: list[reading.Conversation], config: Config
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {"truncated": 0, "truncated_tokens": 0, "dropped": 0}
     digests = []
