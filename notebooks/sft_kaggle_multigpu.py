@@ -73,11 +73,12 @@ print(task.describe())
 # What the model knows as it comes: its loss on held-out answers, and what it says to a few held-out questions.
 
 # %%
-torch.manual_seed(config.seed)
-untrained = task.model()
+untrained = task.untrained()
 before = task.evaluate(untrained)
 answers_before = task.answers(untrained)
-del untrained
+del untrained  # its memory is training's now
+if torch.cuda.is_available():
+    torch.cuda.empty_cache()
 print({name: round(value, 4) for name, value in before.items()})
 
 # %% [markdown]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from everything import Config, Everything
 from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, progress, train
 from kaggle_mgpu.checkpoint import read_tensors
+from kaggle_mgpu.strategy import choose
 from kaggle_mgpu.zero import require, settings
 from tasks import Language, TiedLanguage
 from test_invariance import by_hand
@@ -87,6 +88,12 @@ def test_a_missing_file_package_or_compiler_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"on CPUs needs a C\+\+ compiler"):
         require(torch.device("cpu"))
+
+
+def test_a_notebooks_copy_of_the_package_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kaggle_mgpu.zero", None)
+    with pytest.raises(ValueError, match=r"^strategy 'deepspeed' is not in the copy of kaggle_mgpu that a notebook"):
+        choose("deepspeed", num_gpus=0, num_replicas=2, world_size=2)
 
 
 # With it

@@ -29,7 +29,7 @@ class Finetune(Task):
         self.backend = f"{config.library} {config.mode}"
         self.no_generation = ""
         """Why answers are not generated though they are asked for; "" where they are."""
-        if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp"):
+        if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp", "fsdp"):
             self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
         self._prepared: Prepared | None = None
         self._tools: dict[str, Any] = {}  # what is made when first needed, and not sent to other processes
@@ -245,11 +245,12 @@ class Finetune(Task):
         device = next(model.parameters()).device
         training = model.training
         model.eval()
-        for start in range(0, len(held), 4):
-            batch = held.batch(torch.arange(start, min(start + 4, len(held))))
-            for name, (total, count) in self.metrics(model, {k: v.to(device) for k, v in batch.items()}).items():
-                before = totals.get(name, (0.0, 0))
-                totals[name] = (before[0] + float(total), before[1] + count)
+        with self._as_in_training(device):
+            for start in range(0, len(held), 4):
+                batch = held.batch(torch.arange(start, min(start + 4, len(held))))
+                for name, (total, count) in self.metrics(model, {k: v.to(device) for k, v in batch.items()}).items():
+                    before = totals.get(name, (0.0, 0))
+                    totals[name] = (before[0] + float(total), before[1] + count)
         model.train(training)
         return self.summary({name: torch.tensor(total / count) for name, (total, count) in totals.items()})
 
@@ -259,10 +260,17 @@ class Finetune(Task):
         reference = val.answers()
         found = []
         for number, indices in enumerate(self.sample()):
-            for index, text in zip(indices, self._answers(model, number), strict=False):
+            with self._as_in_training(next(model.parameters()).device):
+                texts = self._answers(model, number)
+            for index, text in zip(indices, texts, strict=False):
                 question = str(self.tokenizer.decode(val.prompt(index), skip_special_tokens=True))
                 found.append((question, reference[index], text))
         return found
+
+    def _as_in_training(self, device: torch.device) -> torch.autocast:
+        """Autocast where the run has it."""
+        dtype = models.DTYPES[self.precision]
+        return torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
 
     def unigram_loss(self) -> float:
         """Held-out loss of a table of how often each token occurs in training answers, every token once more."""
@@ -339,6 +347,11 @@ class Finetune(Task):
         record["peak_memory_mib"] = round(models.peak_memory() / 2**20)
 
     # What a run leaves
+    def untrained(self) -> nn.Module:
+        """The model as training finds it, in this process; its adapters change nothing yet."""
+        torch.manual_seed(self.config.seed)
+        return self.model().to(distributed.device()).eval()
+
     def load(self, result: Result, which: str = "best") -> nn.Module:
         """The trained model, adapters and all, in this process."""
         return result.load(self.model().to(distributed.device()), which)

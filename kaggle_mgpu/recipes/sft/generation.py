@@ -52,8 +52,9 @@ def answer(
     model.eval()
     try:
         written = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-        )
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
+            synced_gpus=False,  # transformers would keep the ranks of an fsdp model in step: here each has it whole
+        )  # fmt: skip
     finally:
         model.train(training)
     texts = []
