@@ -78,7 +78,8 @@ def main() -> None:
             meter.step(pred=prediction, gt=mask)
         em, both = e.get_results()["em"], overlap.get_results()
         values[name] = {
-            "s_measure": float(s.get_results()["sm"]),
+            # 0 / 0 where the object's centre lies in the last row or column: no value to compare with
+            "s_measure": None if np.isnan(structure := float(s.get_results()["sm"])) else structure,
             "e_adaptive": float(em["adp"]),
             "e_curve": [float(value) for value in em["curve"]],
             "weighted_f": float(f.get_results()["wfm"]),

@@ -64,8 +64,9 @@ class Block(nn.Module):
 class Compact(nn.Module):
     """The backbone that needs no package and no download: four levels of residual blocks, trained from scratch.
 
-    About 2.4 M parameters at width 32. Its features have width, 2, 4 and 8 times width channels. (ConvNeXt's blocks
-    with a stem of two 3 x 3 kernels learned the synthetic scenes three times as slowly, and took as long a step.)
+    With the balanced decoder 2.5 M parameters at width 32. Its features have width, 2, 4 and 8 times width channels.
+    (ConvNeXt's blocks over a stem of two 3 x 3 kernels learn textures from scratch more slowly: IoU 0.24 where these
+    had 0.51, after 200 steps of 8 synthetic scenes, one block a level, width 16, plain cross entropy.)
     """
 
     def __init__(self, width: int = 32, depths: tuple[int, ...] = (2, 2, 2, 1)) -> None:
