@@ -187,7 +187,8 @@ class Plan:
             )
         bound = "" if self.target.here else "up to "
         gain = f"{bound}{self.speedup:.2f}x expected" if self.speedup is not None else "unknown"
-        rows.append((f"{self.speedup_of} GPUs over 1", "; ".join([gain, *self.reasons])))
+        rows.append((f"{self.speedup_of} GPUs over 1", gain))
+        rows += [("", reason) for reason in self.reasons]
         rows += [("advice" if i == 0 else "", text) for i, text in enumerate(self.advice)]
         return "\n".join([*lines, *(f"{name:15} {text}" for name, text in rows)])
 

@@ -106,7 +106,7 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
     text = str(found)
     assert "global batch 8 = 4 per GPU x 2 GPUs" in text
     assert "time            unknown: no figures of B300 are kept here; known: T4, P100, L4, A100, H100" in text
-    assert "2 GPUs over 1   unknown; the time of a step is not known" in text
+    assert f"2 GPUs over 1   unknown\n{'':15} the time of a step is not known" in text
     assert " of " not in text.split("memory per GPU")[1].splitlines()[0], "its memory is not known either"
 
 
@@ -237,7 +237,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
     text = str(found)
     assert "measured peak 4.0 GiB" in text
-    assert "2 GPUs over 1   1.93x expected; " in text
+    assert "2 GPUs over 1   1.93x expected\n" in text
     assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
 
 
