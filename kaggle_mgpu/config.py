@@ -294,7 +294,7 @@ class TrainConfig:
 
 
 _PREFIX = "KAGGLE_MGPU_"
-OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in ("DISPLAY", "KAGGLE_ROOT", "PROTOBUF", "QUIET", "SERVER"))
+OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
 """Variables that set no field: where Kaggle's folders are, what is displayed and how, what env.fix() does."""
 
 

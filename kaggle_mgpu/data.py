@@ -9,6 +9,7 @@ about a sample (augmentation) is a function of (seed, epoch, sample), whichever 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -318,10 +319,21 @@ def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: i
     return 0 if fetch.whole is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
 
 
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+"""Characters: what Linux allows a socket's path, less what multiprocessing appends."""
+
+
 def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
     """Batches for an iterable of what `Fetch` takes, in its order, fetched here or by `workers` loader processes."""
     if workers == 0 and not pin_memory:
         return (fetch[indices] for indices in index_batches)
+    if workers > 0 and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        # a loader process would say so in its log alone, and training would wait for its batch for good
+        raise ValueError(
+            f"the path of the temporary folder, {tempfile.gettempdir()}, has {len(tempfile.gettempdir())} characters: "
+            f"loader processes make sockets in it, whose paths may have 107, so expected at most {LONGEST_TMPDIR}. Set "
+            f"TMPDIR to a shorter path, or data_workers=0."
+        )
     loader: DataLoader[Any] = DataLoader(
         fetch,
         batch_size=None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 import traceback
 import tracemalloc
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -512,6 +514,19 @@ class TestBatches:
         assert [samples for _, _, samples, _ in steps] == [8, 8, 7, 8, 8, 7, 8]
         assert [terms for *_, terms in steps] == [8, 8, 7, 8, 8, 7, 8]
         assert {weight for _, weights, *_ in steps for weight in weights} == {1.0}
+
+    def test_a_temporary_folder_too_long_for_sockets_is_an_error_before_loaders_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deep = tmp_path / ("x" * 90)
+        deep.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(deep))
+        fetch = Fetch(TensorDataset(torch.arange(4)), default_collate, seed=1)
+        with pytest.raises(
+            ValueError, match=r"expected at most 75\. Set TMPDIR to a shorter path, or data_workers=0\."
+        ):
+            load(fetch, [np.array([0])], workers=1, pin_memory=False)
+        assert len(list(load(fetch, [np.array([0])], workers=0, pin_memory=False))) == 1
 
     @pytest.mark.parametrize("seen", [0, 16, 46 + 8])
     def test_loader_workers_give_the_same_in_the_same_order(self, seen: int) -> None:

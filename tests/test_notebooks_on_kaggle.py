@@ -38,7 +38,29 @@ class Tiny:
 
 
 TINY = {
-    "text_generation": Tiny({**TEXT, "max_steps": 6}, corpus, ("model.safetensors", "metrics.jsonl")),
+    "text_generation": Tiny({**TEXT, "max_steps": 6}, corpus, ("model.safetensors", "metrics.jsonl", "run.png")),
+    "activity_recognition": Tiny(
+        {"max_steps": 6, "global_batch_size": 16, "width": 8, "eval_every": 3, "log_every": 2, "compare_steps": 3},
+        leaves=("model.safetensors", "test.json", "confusion.png"),
+    ),
+    "surface_segmentation": Tiny(
+        {"patch_size": 16, "width": 4, "patches_per_volume": 2, "max_steps": 6, "global_batch_size": 4}
+        | {"overlap": 0.25},
+        leaves=("model.safetensors", "submission.zip"),
+    ),
+    "camouflage_segmentation": Tiny(
+        {"scenes": 16, "val_scenes": 4, "image_size": 32, "width": 8, "decoder_width": 8, "num_experts": 2}
+        | {"unfreeze_parts": 1, "max_steps": 2, "global_batch_size": 8, "pictures": 2},
+        leaves=("model.safetensors",),
+    ),
+    "sft": Tiny(
+        {"max_steps": 4, "max_length": 64, "eval_every": "end", "eval_generate_samples": 2, "max_new_tokens": 4}
+        | {"global_batch_size": 4},
+        leaves=("model.safetensors", "README.md"),
+    ),
+    "check_gpus": Tiny(
+        {"compare": False, "depth": 1, "width": 16, "heads": 2, "length": 16, "global_batch_size": 4},
+    ),
 }
 
 

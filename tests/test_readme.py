@@ -61,6 +61,7 @@ ROWS = re.findall(
 )
 QUOTES = [quote for message, _ in ROWS for quote in re.findall(r"`([^`]+)`", message) if message != "message"]
 PACKAGE = sorted((ROOT / "kaggle_mgpu").rglob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 
 def pieces(text: str) -> list[str]:
@@ -90,7 +91,7 @@ def raised() -> list[str]:
     return texts
 
 
-SOURCE = "\n".join(constants(ast.parse(path.read_text(encoding="utf-8"))) for path in PACKAGE)
+SOURCE = "\n".join(constants(ast.parse(path.read_text(encoding="utf-8"))) for path in [*PACKAGE, *TOOLS])
 
 
 @pytest.mark.parametrize("quote", QUOTES)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -60,7 +61,9 @@ class Session:
         """Names in the checkpoint folder after a kill in a save."""
         self.log: list[dict[str, object]] = []
         self.written = threading.Condition()
-        for name in ("home", "tmp", "src", "kaggle/working", "kaggle/input"):
+        # as short as Kaggle's /tmp, and as little kept: sockets in it may have 107 characters
+        self.temporary = tempfile.TemporaryDirectory(prefix="kaggle-", ignore_cleanup_errors=True)
+        for name in ("home", "src", "kaggle/working", "kaggle/input"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for name, source in inputs.items():
             target = folder / "kaggle" / "input" / name
@@ -71,7 +74,7 @@ class Session:
         environment = {
             "PATH": f"{Path(python).parent}{os.pathsep}/usr/bin{os.pathsep}/bin",
             "HOME": str(folder / "home"),
-            "TMPDIR": str(folder / "tmp"),
+            "TMPDIR": self.temporary.name,
             "LANG": "C.UTF-8",
             "OMP_NUM_THREADS": "1",
             "MPLCONFIGDIR": str(folder.parent / "matplotlib"),  # Kaggle's image has its fonts listed already
