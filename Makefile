@@ -60,7 +60,7 @@ tensorboard: $(VENV)/installed
 	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

@@ -21,9 +21,15 @@ for name in (*KAGGLE, *OURS):
     os.environ.pop(name, None)
 
 
+# The files that take longest, longest first: begun last, one of them would run on beside an idle core
+SLOWEST = ["relay", "notebooks_on_kaggle", "launch", "resume", "kernels", "fresh_environment", "sft", "nodes", "fsdp"]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from kaggle_mgpu import devices
 
+    order = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: the rest stays as it is
     if not devices.gpus():
         for item in items:
             if item.get_closest_marker("gpu"):

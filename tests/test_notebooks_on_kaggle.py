@@ -93,7 +93,9 @@ def test_every_notebook_there_and_back(kaggle: KaggleServer, house: Path, tmp_pa
     folder = kernel.results()
     outcome = kernels.Outcome.of(folder)
     assert outcome.finished, outcome.text
-    assert all(result.get("world_size", 2) == 2 for result in outcome.results.values()), outcome.results
+    # the notebook's own, not those of stages or of runs that it compares
+    own_results = [result for path, result in outcome.results.items() if path.count("/") <= 1]
+    assert own_results and all(result.get("world_size", 2) == 2 for result in own_results), outcome.results
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert len(files) < 500
     for end in tiny.leaves:
