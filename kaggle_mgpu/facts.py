@@ -90,7 +90,9 @@ def count(config: TrainConfig, task: Task, half: bool) -> Facts:
 def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
     """Two passes, of two and of four samples: what grows is per sample, what does not is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
-    run = Run(config.replace(precision=(here if here != "fp32" else "bf16") if half else "fp32"), task)
+    # where auto means fp32 (a P100, a CPU): what this machine computes in 16 bits at all
+    small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
+    run = Run(config.replace(precision=small if half else "fp32"), task)
     model, size = run.strategy.model, run.plan.dataset_size
     try:
         passes = [_pass(run, samples) for samples in sorted({min(2, size), min(4, size)})]

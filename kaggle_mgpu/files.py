@@ -9,10 +9,13 @@ Everything is written through `write`: large pieces, which release the interpret
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -254,9 +257,18 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, [content], len(content))
 
 
+_LEFT_BEHIND = 3600.0
+"""Seconds after which nobody is writing a file any more."""
+
+
 def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
+    # a name of this process's own: two that write the same file at the same time would take each other's away
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - _LEFT_BEHIND:
+                left.unlink()
     try:
         write(temporary, pieces)
     except OSError as error:

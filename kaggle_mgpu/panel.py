@@ -268,7 +268,7 @@ def _gpu(gpu: Record) -> str:
     heat = "" if warm is None else f"{warm:.0f} °C"
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:0 1em;margin-top:.2em">'
-        f'<div style="flex:0 0 4em">GPU {gpu.get("index", "?")}</div>{cells}'
+        f'<div style="flex:0 0 4em">GPU {html.escape(str(gpu.get("index", "?")))}</div>{cells}'
         f'<div style="flex:0 0 4em;text-align:right">{heat}</div></div>'
     )
 

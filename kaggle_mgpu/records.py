@@ -37,7 +37,22 @@ def parse(text: str) -> list[Record]:
     for line in text.splitlines():
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+    return [record for record in records if isinstance(record, dict) and _sound(record)]
+
+
+_NUMBERS = (
+    "step samples epoch time seconds time_left max_steps world_size epochs pid loss lr grad_norm val_loss".split()
+)
+
+
+def _sound(record: Record) -> bool:
+    """Whether it can be drawn: the file may be another's, found among the inputs, and hold anything."""
+    gpus = record.get("gpus", [])
+    numbers = [record.get(name) for name in _NUMBERS]
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
+        return False
+    numbers += [value for gpu in gpus for value in gpu.values()]
+    return all(value is None or isinstance(value, int | float) for value in numbers)
 
 
 def comparable(records: Iterable[Record]) -> list[Record]:

@@ -417,3 +417,15 @@ class TestWhereTheTimeWent:
         spent = [record["spent"] for record in result.records() if record["kind"] == "train"]
         assert all(parts.get("communication", 0) >= 0 for parts in spent)
         assert sum(parts.get("communication", 0) for parts in spent) > 0
+
+
+def test_records_of_somebody_else_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
+    good = {"kind": "train", "step": 1, "loss": None}
+    bad: list[dict[str, object]] = [
+        {"kind": "train", "step": "abc"},
+        {"kind": "start", "step": 0, "time_left": "x"},
+        {"kind": "gpus", "step": 0, "gpus": [{"index": "<img src=x onerror=alert(1)>"}]},
+        {"kind": "gpus", "step": 0, "gpus": "all"},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in [*bad, good]))
+    assert read(tmp_path) == [good]

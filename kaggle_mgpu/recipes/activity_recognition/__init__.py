@@ -357,7 +357,8 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
             f"The test set is for when it has finished: run the same again"
         )
     which = "best" if result.best is not None else "final"
-    model = result.load(task.model(), which).to("cuda" if torch.cuda.is_available() else "cpu")
+    # on the CPU, where it takes seconds: a CUDA context here would stay on the GPU for all that this notebook does
+    model = result.load(task.model(), which)
     x, y = task.part("test")
     predicted = predict(model, x).argmax(1)
     classes = task.windows.classes
