@@ -4,7 +4,7 @@
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
 # The first two make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
 #
-# make gpu-info, memory-check, train-distributed CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
+# make gpu-info, memory-check, train-distributed RECIPE=sft CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
 # line in .venv. RECIPE=text_generation, ON=T4x2 (what to plan for), NPROC=2, OUTPUT_DIR=run, ARGS="--epochs 3 …"
 
 PYTHON ?= python3

@@ -8,8 +8,8 @@
 
 Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
 KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
-or stopped in good order, 1 for an error or a failed check, 2 for a wrong command line. An error that this package
-raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+or stopped in good order, 1 for an error or a failed check, 2 for flags that do not exist, 130 after a second interrupt.
+An error that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
@@ -45,11 +45,17 @@ LIGHT = ("gpus", "check")
 def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The argument parser, and the recipes' modules by name."""
     top = argparse.ArgumentParser(
-        prog="python -m kaggle_mgpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kaggle_mgpu",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("gpus", help="the GPUs there are, and the mode that follows")
-    of_check = commands.add_parser("check", help="ten seconds that say whether this machine trains right")
+    # no flag by its beginning: --epoch for --epochs would be a misspelt name that is taken
+    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
+    of_check = commands.add_parser(
+        "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
+    )
     of_check.add_argument("--output-dir", metavar="DIR", help="where runs will be kept (default: the working folder)")
     modules: dict[str, ModuleType] = {}
     if not with_recipes:
@@ -61,7 +67,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
         modules[name] = importlib.import_module(f".recipes.{name}", __package__)
         summary = (modules[name].__doc__ or name).split("\n\n")[0]
         for group in groups:
-            of_recipe = group.add_parser(name, help=summary, description=summary)
+            of_recipe = group.add_parser(name, allow_abbrev=False, help=summary, description=summary)
             of_recipe.add_argument(
                 "--config", metavar="FILE", help="YAML or JSON file with settings; flags override it"
             )
@@ -72,7 +78,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
         # a recipe may have commands of its own: what becomes of its weights afterwards, say
         for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
             about = (function.__doc__ or command).split("\n\n")[0]
-            of_command = commands.add_parser(command, help=about, description=about)
+            of_command = commands.add_parser(command, allow_abbrev=False, help=about, description=about)
             add_arguments(of_command)
             of_command.set_defaults(function=function)
     return top, modules
@@ -117,8 +123,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(plan(config, recipe.task(config), on=given.plan_on))
             return 0
         # a recipe that does more than train (stages, inference) says so itself
-        run = getattr(recipe, "run", None)
-        result = run(config) if run else launch(train, config, recipe.task(config))
+        if run := getattr(recipe, "run", None):
+            result = run(config)
+        else:
+            task = recipe.task(config)
+            if hasattr(task, "describe") and "RANK" not in os.environ:
+                print(task.describe(), flush=True)
+            result = launch(train, config, task)
     except Exception as error:
         if not _says_all(error):
             raise
@@ -152,7 +163,11 @@ def _says_all(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # in training an interrupt is heard and saves; here there was nothing to save, or no time
+        print("stopped", file=sys.stderr)
+        code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -235,9 +235,15 @@ class TrainConfig:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a mapping of names to values, not readable as YAML/JSON, or files that include each other.
+            TypeError: a name that no field has.
+            ValueError: not a mapping of names to values, not readable as YAML/JSON, a value that a field cannot take,
+                or files that include each other.
         """
-        return cls.from_dict(_read_settings(Path(path), ()))
+        settings = _read_settings(Path(path), ())
+        try:
+            return cls.from_dict(settings)
+        except (TypeError, ValueError) as error:  # whose settings these are
+            raise type(error)(f"{path}: {error}") from None
 
     @classmethod
     def environment(cls, environ: Mapping[str, str] | None = None) -> dict[str, str]:

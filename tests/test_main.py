@@ -101,7 +101,10 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) ->
     [
         (["--lr", "fast"], "ValueError: Config.lr: expected float, got 'fast' (str)"),
         (["--config", "{}/none.yaml"], "FileNotFoundError: config file not found: {}/none.yaml"),
-        (["--config", "{}/typo.json"], "TypeError: Config has no parameter 'max_step'. Did you mean 'max_steps'?"),
+        (
+            ["--config", "{}/typo.json"],
+            "TypeError: {}/typo.json: Config has no parameter 'max_step'. Did you mean 'max_steps'?",
+        ),
         (["--data-path", "{}/none.txt"], "FileNotFoundError: data_path: no such file or folder: {}/none.txt"),
         (
             ["--micro-batch-size", "9", "--nproc", "2"],  # raised in the workers
@@ -161,3 +164,9 @@ def test_an_unknown_flag(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "unrecognized arguments: --epochz 3" in run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_is_not_known_by_its_beginning(tmp_path: Path) -> None:
+    run = train(tmp_path, "--max-step", "3")
+    assert run.returncode == 2
+    assert "unrecognized arguments: --max-step 3" in run.stderr

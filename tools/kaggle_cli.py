@@ -99,6 +99,8 @@ def call(*arguments: str | Path, timeout: float | None = None) -> str:
         raise KaggleError(f"{what}: no answer within {timeout:g} s") from None
     if done.returncode != 0:
         said = redacted((done.stderr.strip() + "\n" + done.stdout.strip()).strip())
+        if "Authentication required" in said:  # and a page on how to sign up
+            raise KaggleError(f"{what}: no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle")
         raise KaggleError(f"{what}: {_ending(said) or f'it failed without a word (exit code {done.returncode})'}")
     return done.stdout
 

@@ -124,10 +124,10 @@ class Kernel:
         return self.root / "runs" / self.slug / (f"v{version}" if version else "latest")
 
 
-def kernel_from(root: Path, name: str, user: str | None, title: str | None = None) -> Kernel:
+def kernel_from(root: Path, name: str, user: str | None, title: str | None = None, here: bool = False) -> Kernel:
     """The kernel meant by a notebook's name, such as text_generation, or by owner/slug.
 
-    The user is the given one, else the one in the top-level kernel-metadata.json.
+    The user is the given one, else the one in the top-level kernel-metadata.json; what runs `here` needs none.
     """
     top = read_json(root / "kernel-metadata.json")
     if "/" in name:
@@ -136,7 +136,7 @@ def kernel_from(root: Path, name: str, user: str | None, title: str | None = Non
         return Kernel(record.get("notebook", slug.replace("-", "_")), owner, titled(slug), root)
     (source,) = notebooks.sources(root, [name])
     owner = user or str(top.get("id", "")).split("/")[0]
-    if owner in ("", PLACEHOLDER):
+    if owner in ("", PLACEHOLDER) and not here:
         raise KernelError(
             "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
         )

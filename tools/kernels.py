@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "init":
             return _init(root, arguments)
-        kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
+        here = arguments.command == "sweep" and not arguments.push
+        kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None), here)
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}

@@ -201,7 +201,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_command(given: argparse.Namespace) -> int:
-    """Do it, and say what came of it."""
+    """One model without adapters, out of a finished run of the recipe sft."""
     difference = merge(given.output_dir, given.dtype, given.to)
-    print(f"{given.to}: one model in {given.dtype}; its logits differ by at most {difference:.1g} of the largest")
+    apart = f"its logits differ from the trained model's by at most {difference:.1g} of the largest"
+    print(f"{given.to}: one model in {given.dtype}; {apart}")
     return 0
