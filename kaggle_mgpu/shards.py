@@ -118,12 +118,26 @@ def gathered(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("under ZeRO stage 3 a model cannot be gathered: use strategy='fsdp', or stage 2")
     module = sys.modules.get("torch.distributed.fsdp")
     units: list[Any] = [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
+    before = [kept for unit in units for kept in _set_when_resharded(unit)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     try:
         yield
     finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
+
+
+def _set_when_resharded(unit: Any) -> list[tuple[Any, str, Any]]:
+    """What `set_reshard_after_forward` changes, with its values, which torch gives no other way to read.
+
+    They differ: the root keeps its weights after a forward pass. Newer versions have several groups in a unit.
+    """
+    state = unit._get_fsdp_state()
+    one = getattr(state, "_fsdp_param_group", None)
+    groups = getattr(state, "_fsdp_param_groups", [one] if one is not None else [])
+    places = [(state, "_auto_reshard_after_forward"), *((group, "post_forward_mesh_info") for group in groups)]
+    return [(owner, name, getattr(owner, name)) for owner, name in places if hasattr(owner, name)]

@@ -61,7 +61,9 @@ class Task:
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
         """Sums and counts over a batch of val_data; over all batches and ranks sum / count is reported.
 
-        Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them.
+        Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
+        equally often for every batch, whatever is in it, or within `shards.gathered(model)`: where weights are spread
+        over the ranks, each call is one that all of them make together.
         """
         return {"loss": (self.loss(model, batch), self.count(batch))}
 

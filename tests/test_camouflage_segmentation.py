@@ -27,6 +27,7 @@ from torch import nn
 from kaggle_mgpu import data as kit_data
 from kaggle_mgpu import optim, progress
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
+from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.camouflage_segmentation import (
     PRESETS,
     CamouflageSegmentation,
@@ -37,6 +38,7 @@ from kaggle_mgpu.recipes.camouflage_segmentation import (
     model,
     run,
     segmentation,
+    staged,
     stages,
 )
 from kaggle_mgpu.trainer import train
@@ -537,6 +539,18 @@ def test_any_timm_backbone_by_name(timm: Any, tmp_path: Path) -> None:
     assert "pretrained_cfg_overlay" not in timm.calls[-1][1]
 
 
+def test_a_pickle_of_weights_is_read_as_weights_alone(timm: Any, tmp_path: Path) -> None:
+    tensor = torch.arange(3.0)
+    torch.save({"model": {"module.a": tensor, "n": 1}, "epoch": 3}, tmp_path / "w.pth")
+    model.backbone("x", width=1, weights=str(tmp_path / "w.pth"))
+    overlay = timm.calls[-1][1]["pretrained_cfg_overlay"]
+    assert overlay.keys() == {"state_dict"} and overlay["state_dict"].keys() == {"a"}
+    assert torch.equal(overlay["state_dict"]["a"], tensor)
+    torch.save({"model": Path("code")}, tmp_path / "w.bin")
+    with pytest.raises(ValueError, match=r"w.bin: cannot be read as weights alone: .* Give a .safetensors file"):
+        model.backbone("x", width=1, weights=str(tmp_path / "w.bin"))
+
+
 def test_a_timm_backbones_batchnorm_does_not_depend_on_the_batch(timm: Any) -> None:
     net = model.Segmenter(model.backbone("x", width=1), width=8, num_experts=2).train()
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
@@ -574,6 +588,9 @@ def test_pretrained_weights_are_a_file_a_download_or_found_among_the_inputs(tmp_
     assert segmentation.pretrained(config) is None
     path = tmp_path / "kaggle" / "input" / "weights" / "edgenext_base_usi.safetensors"
     path.parent.mkdir(parents=True)
+    for suffix in (".pth", ".bin"):
+        path.with_suffix(suffix).write_bytes(b"")
+    assert segmentation.pretrained(config) is None
     path.write_bytes(b"")
     assert (
         segmentation.pretrained(config)
@@ -710,6 +727,33 @@ def test_predictions_are_measured_at_each_masks_own_size(tmp_path: Path) -> None
     assert this.figure(net, tmp_path / "f.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_predictions_are_whole_or_not_there_and_equal_names_stay_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair(tmp_path / "data" / "TrainDataset", ("Imgs", "GT"), "a")
+    for name in ("CAMO", "NC4K"):
+        pair(tmp_path / "data" / "TestDataset" / name, ("Imgs", "GT"), "one")
+    this = CamouflageSegmentation(tiny(tmp_path, data_path=str(tmp_path / "data")))
+    net, path = this.model().eval(), tmp_path / "p.zip"
+    path.write_bytes(b"before")
+    with monkeypatch.context() as patch:
+        patch.setattr(this, "predict", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            this.write_predictions(net, path)
+    assert path.read_bytes() == b"before"
+    with zipfile.ZipFile(this.write_predictions(net, path)) as archive:
+        assert archive.namelist() == ["CAMO/one.png", "NC4K/one.png"]
+
+
+def test_an_image_is_what_its_name_says_and_no_program_for_another_program(tmp_path: Path) -> None:
+    root = cod10k(tmp_path)
+    path = root / "Train/Image/COD10K-CAM-Train-0.jpg"
+    Image.open(path).save(path, format="EPS")
+    assert path.read_bytes().startswith(b"%!PS")
+    with pytest.raises(ValueError, match=f"{path}: cannot be read as an image: cannot identify"):
+        prepare(root)
+
+
 def test_baselines_need_no_model() -> None:
     rows = baselines(CamouflageSegmentation(Config(scenes=30, val_scenes=6)))
     assert rows["nothing"]["iou"] == 0 < rows["mean mask"]["iou"] < 0.5
@@ -727,7 +771,39 @@ def test_two_replicas_in_one_process_take_a_batch_of_masks_of_several_sizes(tmp_
     assert results[0].metrics == pytest.approx(results[1].metrics, abs=1e-9)
 
 
+def test_two_ranks_with_parts_of_the_weights_evaluate_as_one_does(tmp_path: Path) -> None:
+    # five images in batches of two: the ranks' last batches have two and one
+    results = []
+    for name, how in {"fsdp": {"strategy": "fsdp", "nproc": 2}, "single": {"strategy": "single"}}.items():
+        config = tiny(tmp_path, val_scenes=5, micro_batch_size=2, max_steps=1, lr=0.0, tta=True, ema_decay=None, **how)
+        config = config.replace(output_dir=str(tmp_path / name)).settled(drawn=True)
+        results.append(launch(train, config, CamouflageSegmentation(config)))
+    assert [(result.strategy, result.world_size) for result in results] == [("fsdp", 2), ("single", 1)]
+    assert results[0].metrics == pytest.approx(results[1].metrics, abs=1e-6)
+
+
 # Stages
+def test_a_run_that_died_between_stages_does_not_look_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, launched = tiny(tmp_path, partial_epochs=0), []
+
+    def dies(function: Any, *arguments: Any) -> Any:
+        left = json.loads((tmp_path / "run" / "result.json").read_text())
+        launched.append((left["finished"], left["step"], left["max_steps"]))
+        return launch(function, *arguments) if len(launched) == 1 else 1 / 0
+
+    for first in (False, True):
+        monkeypatch.setattr(staged, "launch", dies)
+        launched.clear()
+        with pytest.raises(ZeroDivisionError):
+            run(config)
+        assert launched == [(False, 0, 4), (False, 2, 4)]
+        assert json.loads((tmp_path / "run" / "stage1" / "result.json").read_text())["finished"]
+        assert not json.loads((tmp_path / "run" / "result.json").read_text())["finished"]
+        monkeypatch.undo()
+        if not first:
+            assert run(config).finished
+
+
 def test_stages_follow_one_another_and_finished_ones_return_at_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -815,7 +891,8 @@ def test_killed_in_stage_2_it_goes_on_there_with_the_same_bits(tmp_path: Path) -
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (other / "result.json").exists()
+    left = json.loads((other / "result.json").read_text())
+    assert (left["finished"], left["step"], left["max_steps"]) == (False, 12, 24)
     seen = {p: p.stat().st_mtime_ns for p in (other / "stage1").rglob("*.*") if p.parent.name != "logs"}
     process, _ = start("other")
     assert process.wait(120) == 0, (tmp_path / "other.log").read_text()

@@ -313,6 +313,38 @@ def test_with_the_model_gathered_each_rank_computes_as_often_as_it_likes(tmp_pat
     assert [r["val_loss"] for r in records[0]] == [r["val_loss"] for r in records[1]]
 
 
+def kept_whole(_: object) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    class Root(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    for used in (True, False):
+        model = Root()
+        for block in model:
+            fully_shard(block)
+        fully_shard(model)
+        x = torch.ones(2, 4)
+        with torch.no_grad():
+            if used:
+                model(x)
+            with shards.gathered(model):
+                assert not any(map(shards.is_sharded, model.parameters()))
+            assert all(map(shards.is_sharded, model.parameters()))
+            model(x)
+        assert all(map(shards.is_sharded, model[0].parameters()))
+        assert not shards.is_sharded(model.scale), "torch keeps the root's for the backward pass"
+
+
+def test_what_a_unit_keeps_after_its_forward_pass_is_as_before(tmp_path: Path) -> None:
+    launch(kept_whole, TrainConfig(output_dir=str(tmp_path), strategy="fsdp", nproc=2), nproc=2)
+
+
 def test_pieces_are_put_together_as_far_as_asked() -> None:
     whole = torch.arange(14.0).reshape(7, 2)
     pieces = shards.Pieces([7, 2])

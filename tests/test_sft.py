@@ -285,6 +285,22 @@ def test_a_model_that_cannot_keep_packs_apart_is_found_out(home: Path, monkeypat
     assert torch.isfinite(apart.loss(recurrent, apart.train_data().batch(torch.arange(2))))
 
 
+def test_packs_are_checked_in_an_evaluation_whatever_the_batch_holds(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # under fsdp the check is something that all ranks do together
+    task = Finetune(config(home, "prompts", tuning="full"))
+    held, checked = task.val_data(), []
+    assert held is not None
+    monkeypatch.setattr(task, "check_packing", lambda *_: checked.append(1))
+    monkeypatch.setattr(task, "_answers", lambda *_: [])
+    prompts = held.batch(torch.tensor([next(iter(held.asked_at))]))
+    assert not len(prompts["ids"])
+    for _ in range(2):
+        task.metrics(task.model(), prompts)
+    assert checked == [1]
+
+
 def test_padding_does_not_matter_without_packing(home: Path) -> None:
     task = Finetune(config(home, "padded", tuning="full", packing=False))
     model, samples = task.model().eval(), task.train_data()

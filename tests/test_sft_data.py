@@ -247,6 +247,35 @@ def test_what_is_cut_off_is_counted(tiny: Any) -> None:
     assert left_out == data.LeftOut(dropped=1, tokens=sum(whole.learnt))
 
 
+def test_of_a_conversation_that_is_cut_the_last_answer_that_begins_is_the_last(tiny: Any) -> None:
+    turns = [(f"Question {i}?", f"The answer to number {i}.") for i in range(3)]
+    conversation = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    (whole,), _ = data.encode(tiny, [conversation], 1000)
+    starts = [i for i, learnt in enumerate(whole.learnt) if learnt and not whole.learnt[i - 1]]
+    assert (whole.prompt, whole.answer) == (starts[2], turns[2][1])
+    for length, last in ((starts[2] + 1, 2), (starts[2], 1), (starts[1] + 2, 1), (starts[1], 0), (starts[0] + 1, 0)):
+        (cut,), _ = data.encode(tiny, [conversation], length)
+        assert (cut.prompt, cut.answer, len(cut.ids)) == (starts[last], turns[last][1], length)
+        assert tiny.decode(cut.ids[: cut.prompt]).endswith(f"Question {last}?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_another_tokenizer_or_template_is_another_model(tiny: Any, tmp_path: Path) -> None:
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    found = {models.digest(str(tmp_path))}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "merges.txt"):
+        file = tmp_path / name
+        file.write_text((file.read_text() if file.exists() else "") + " ")
+        found.add(models.digest(str(tmp_path)))
+    assert len(found) == 6
+    (tmp_path / "README.md").write_text("")
+    assert models.digest(str(tmp_path)) in found
+
+
 # Packs
 @patient
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 80))

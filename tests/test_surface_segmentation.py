@@ -447,6 +447,8 @@ def test_a_submission_is_checked_byte_by_byte(tmp_path):
     refused(r"v0\.tif: page 0: expected LZW \(compression 5\), got compression 8")
     (tmp_path / "v0.tif").write_bytes(b"II*\0")
     refused(r"v0\.tif: not a readable TIFF stack")
+    Image.new("L", (7, 6)).save(tmp_path / "v0.tif", format="EPS")  # which Pillow would hand to Ghostscript
+    refused(r"v0\.tif: not a readable TIFF stack: cannot identify")
     del masks["v1"]
     refused(r"v1\.tif is missing")
     path.write_bytes(before[:-40])

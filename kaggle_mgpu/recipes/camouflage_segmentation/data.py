@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+"""What such a file may hold: Pillow goes by the content, and would hand a PostScript file to a program of its own."""
 FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
 """Names of the folders of images and masks: COD10K's own, that of SINet's and its followers' archives, two common."""
 SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
@@ -87,6 +89,25 @@ class Files:
 Source = Scenes | Files
 
 
+def distinct_names(source: Source) -> list[str]:
+    """The name of each image, by which a file may be called; where some are equal, each with its test set's: SET/NAME.
+
+    Images of one name in one folder (a.jpg and a.png) are numbered.
+    """
+    names = [source.name(index) for index in range(len(source))]
+    if isinstance(source, Files) and len(set(names)) < len(names):
+        # SET/Imgs/NAME.jpg
+        names = [f"{Path(image).parents[1].name}/{name}" for (image, _), name in zip(source.pairs, names, strict=True)]
+    taken: set[str] = set()
+    for index, name in enumerate(names):
+        number = 1
+        while names[index] in taken:
+            number += 1
+            names[index] = f"{name}-{number}"
+        taken.add(names[index])
+    return names
+
+
 @dataclass(frozen=True)
 class Found:
     """What there is to train on."""
@@ -118,7 +139,7 @@ def pillow() -> Any:
 
 def _decoded(path: str, mode: str) -> Image:
     try:
-        with pillow().open(path) as image:
+        with pillow().open(path, formats=FORMATS) as image:
             converted: Image = image.convert(mode)
             return converted
     except Exception as error:  # Pillow's decoders raise nearly anything
@@ -240,10 +261,10 @@ def check(pairs: Sequence[Pair]) -> None:
 def _problem(pair: Pair) -> str | None:
     path, pil = pair[0], pillow()
     try:
-        with pil.open(path) as image:  # reads the header only
+        with pil.open(path, formats=FORMATS) as image:  # reads the header only
             size = image.size
         path = pair[1]
-        with pil.open(path) as mask:
+        with pil.open(path, formats=FORMATS) as mask:
             if mask.size != size:
                 return f"{path}: expected a mask of {pair[0]}'s size {_by(size)}, got {_by(mask.size)}"
             counts = mask.convert("L").histogram()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,26 @@ class Compact(nn.Module):
         return features
 
 
+def state_dict(path: str) -> dict[str, Tensor]:
+    """The weights in a file of torch.save's, the averaged ones where there are such, by timm's names for both.
+
+    Raises:
+        ValueError: it cannot be read, or not without running code that is in it.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+            if isinstance(found.get(key), dict):
+                found = found[key]
+                break
+        return {name.removeprefix("module."): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    except Exception as error:
+        raise ValueError(
+            f"backbone_weights: {path}: cannot be read as weights alone: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}. Give a .safetensors file."
+        ) from error
+
+
 class Timm(nn.Module):
     """A backbone of timm's, by name; its features of strides 4 to 32.
 
@@ -100,8 +121,9 @@ class Timm(nn.Module):
         super().__init__()
         timm = _timm(name)
         options: dict[str, Any] = {"features_only": True, "pretrained": weights is not None}
-        if weights not in (None, "download"):
-            options["pretrained_cfg_overlay"] = {"file": weights}
+        if weights is not None and weights != "download":
+            own = Path(weights).suffix in (".safetensors", ".npz")  # any other kind is a pickle
+            options["pretrained_cfg_overlay"] = {"file": weights} if own else {"state_dict": state_dict(weights)}
         try:
             self.body = timm.create_model(name, **options)
         except Exception as error:
@@ -109,6 +131,8 @@ class Timm(nn.Module):
                 f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
                 f"Look the name up with timm.list_models(); without internet give a file as backbone_weights."
             ) from error
+        for name in ("pretrained_cfg", "default_cfg"):  # else they hold on to the weights as they came
+            getattr(self.body, name, {}).pop("state_dict", None)
         info = self.body.feature_info
         strides = list(info.reduction())
         if not set(STRIDES) <= set(strides):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kaggle_mgpu import checkpoint, distributed, files, optim, session
+from kaggle_mgpu import checkpoint, distributed, files, optim, session, shards
 from kaggle_mgpu.config import TrainConfig
 from kaggle_mgpu.task import Task
 
@@ -138,12 +139,13 @@ class CamouflageSegmentation(Task):
         pixel of it. So no figure depends on how the images were batched. The measures, on the CPU, take longer.
         """
         rows = []
-        for image, mask, (height, width) in zip(batch["image"], batch["mask"], batch["size"].tolist(), strict=True):
-            truth = mask[:height, :width]
-            probability, logits = self.probability(model, image[None], (height, width))
-            row = measure(to_uint8(probability), truth.cpu().numpy())
-            row["loss"] = structure_loss(logits, truth[None, None].float() / 255).item()
-            rows.append(row)
+        with shards.gathered(model):  # the ranks' last batches have as many images as are left
+            for image, mask, (height, width) in zip(batch["image"], batch["mask"], batch["size"].tolist(), strict=True):
+                truth = mask[:height, :width]
+                probability, logits = self.probability(model, image[None], (height, width))
+                row = measure(to_uint8(probability), truth.cpu().numpy())
+                row["loss"] = structure_loss(logits, truth[None, None].float() / 255).item()
+                rows.append(row)
         names = ("loss", *(name for name in rows[0] if name != "loss"))
         return {name: (torch.as_tensor(np.sum([row[name] for row in rows], axis=0)), len(rows)) for name in names}
 
@@ -197,15 +199,20 @@ class CamouflageSegmentation(Task):
 
     def write_predictions(self, model: nn.Module, path: str | Path) -> Path:
         """Write a zip with each held-out image's prediction as NAME.png, 8 bits, of its mask's size: what the field's
-        evaluation tools read. One file, as Kaggle keeps few.
+        evaluation tools read. One file, as Kaggle keeps few; whole or not at all. Images of several test sets that have
+        the same name lie in folders, each named as its test set.
         """
-        with zipfile.ZipFile(path, "w") as archive:  # PNG is compressed already
-            for index in range(0 if self.found.val is None else len(self.found.val)):
-                assert self.found.val is not None
+        path = Path(path)
+        temporary = path.with_name(f".writing-{path.name}")
+        with zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
+            for index, name in enumerate([] if self.found.val is None else data.distinct_names(self.found.val)):
                 _, _, prediction = self.predict(model, index)
                 data.pillow().fromarray(prediction).save(png := io.BytesIO(), format="PNG")
-                archive.writestr(f"{self.found.val.name(index)}.png", png.getvalue())
-        return Path(path)
+                archive.writestr(f"{name}.png", png.getvalue())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return path
 
     def figure(self, model: nn.Module, path: str | Path, count: int = 4) -> Path:
         """Write one PNG: a row for each of the first `count` held-out images: image, mask, prediction, error."""
@@ -240,17 +247,17 @@ def find(config: Config) -> data.Found:
 
 
 def pretrained(config: Config) -> str | None:
-    """Where a timm backbone's weights come from; None: they are random."""
+    """Where a timm backbone's weights come from; None: they are random.
+
+    By itself only a .safetensors file is taken: another kind is a pickle, which the user has to name.
+    """
     if config.backbone == "compact" or config.backbone_weights == "download":
         return None if config.backbone == "compact" else "download"
     if config.backbone_weights is not None:
         if not Path(config.backbone_weights).is_file():
             raise FileNotFoundError(f"backbone_weights: no such file: {config.backbone_weights}")
         return config.backbone_weights
-    for suffix in ("safetensors", "pth", "bin"):
-        for path in session.find(f"*{config.backbone}*.{suffix}"):
-            return str(path)
-    return None
+    return next((str(path) for path in session.find(f"*{config.backbone}*.safetensors")), None)
 
 
 def to_uint8(probability: Tensor) -> NDArray[np.uint8]:

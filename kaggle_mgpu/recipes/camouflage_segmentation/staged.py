@@ -32,18 +32,18 @@ def run(config: Config, found: data.Found | None = None) -> Result:
     began = time.monotonic()
     # under torchrun, where each rank is here
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
-    out = Path(config.output_dir)
-    if distributed.is_main():
-        (out / "result.json").unlink(missing_ok=True)  # until there is a new one, this run is not finished
+    planned: list[Stage] = []
+    results: list[Result] = []
+    _under_way(config, planned, results)
     if found is None:
         found = distributed.from_main(lambda: find(config))
     planned = stages(config, found)
-    results: list[Result] = []
     start: Path | None = None
     for number, stage in enumerate(planned, 1):
         left = limit - (time.monotonic() - began)
         if distributed.agree(left < 1) and results:
             break
+        _under_way(config, planned, results)
         if distributed.is_main():
             print(f"{stage.name} ({number} of {len(planned)}): {stage.share:.0%} of the backbone trained", flush=True)
         timed = stage.config if left == math.inf else stage.config.replace(time_limit=f"{max(left, 1):.1f}s")
@@ -53,6 +53,31 @@ def run(config: Config, found: data.Found | None = None) -> Result:
             break
         start = Path(timed.output_dir) / "model.safetensors"
     return distributed.from_main(lambda: combine(config, planned, results))
+
+
+def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> None:
+    """Until all stages are done, result.json says so: who looks for one must not take a finished stage's for it."""
+    if not distributed.is_main():
+        return
+    of_last = dataclasses.asdict(results[-1]) if results else {}
+    step, max_steps = sum(result.step for result in results), sum(stage.max_steps for stage in planned)
+    result = Result(
+        output_dir=config.output_dir,
+        finished=False,
+        reason="under way, or killed",
+        step=step,
+        max_steps=max_steps,
+        samples_seen=sum(result.samples_seen for result in results),
+        metrics=of_last.get("metrics", {}),
+        best=of_last.get("best"),
+        seconds=sum(result.seconds for result in results),
+        world_size=of_last.get("world_size", distributed.world_size()),
+        strategy=of_last.get("strategy", config.strategy),
+        precision=of_last.get("precision", config.precision),
+        skipped_steps=sum(result.skipped_steps for result in results),
+        remaining_steps=max_steps - step,
+    )
+    files.write_text(Path(config.output_dir) / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
 def combine(config: Config, planned: list[Stage], results: list[Result]) -> Result:

@@ -15,7 +15,7 @@ import itertools
 import json
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,16 @@ class Example:
     """How many tokens come before the last answer: what generation begins from."""
     answer: str
     """The text of the last answer."""
+    earlier: tuple[tuple[int, str], ...] = ()
+    """The same of the answers before it."""
+
+    def cut(self, length: int) -> Example:
+        """Its first tokens; the last answer is then the last that begins among them, with all of its text."""
+        turns = [turn for turn in (*self.earlier, (self.prompt, self.answer)) if turn[0] < length]
+        (prompt, answer), earlier = turns[-1], tuple(turns[:-1])
+        return replace(
+            self, ids=self.ids[:length], learnt=self.learnt[:length], prompt=prompt, answer=answer, earlier=earlier
+        )
 
 
 @dataclass
@@ -78,8 +88,7 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: in
                     left_out.dropped += 1
                     continue
                 left_out.truncated += 1
-                ids, learnt = example.ids[:max_length], example.learnt[:max_length]
-                example = Example(ids, learnt, min(example.prompt, max_length), example.answer)
+                example = example.cut(max_length)
             examples.append(example)
     return examples, left_out
 
@@ -107,7 +116,7 @@ def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> E
         if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
             return None
         spans.append((len(before), _end(before, after, conversation[i]["content"])))
-    return _example(tokenizer, whole, spans, conversation[answers[-1]]["content"])
+    return _example(tokenizer, whole, spans, [conversation[i]["content"] for i in answers])
 
 
 def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
@@ -122,7 +131,7 @@ def _end(before: str, after: str, content: str) -> int:
     return len(before) + (len(marked) if marked != content.rstrip() else len(added))
 
 
-def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answer: str) -> Example:
+def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: list[str]) -> Example:
     """Tokens of the text, those within the spans learnt. The text is cut at the spans where its tokens are not."""
     cuts = sorted({0, len(text), *(end for span in spans for end in span)})
     ids = _ids(tokenizer, text)
@@ -136,7 +145,9 @@ def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answer: st
     for cut, a, b in zip(cuts[:-1], counts[:-1], counts[1:], strict=True):
         if cut in starts:
             learnt[a:b] = [True] * (b - a)
-    return Example(ids, learnt, counts[cuts.index(spans[-1][0])], answer)
+    prompts = [counts[cuts.index(start)] for start, _ in spans]
+    *earlier, (prompt, answer) = zip(prompts, answers, strict=True)
+    return Example(ids, learnt, prompt, answer, tuple(earlier))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

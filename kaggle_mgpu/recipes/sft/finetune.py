@@ -137,15 +137,18 @@ class Finetune(Task):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Cross entropy in nats, summed over the tokens of answers, in fp32: an fp16 sum would overflow at 65504."""
-        if self.config.packing and "checked" not in self._tools:
-            self._tools["checked"] = True
-            self.check_packing(model, batch["ids"].device)
+        self._check_packing_once(model, batch)
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens of answers."""
         return int((batch["targets"] != data.IGNORED).sum())
+
+    def _check_packing_once(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        if self.config.packing and "checked" not in self._tools:
+            self._tools["checked"] = True
+            self.check_packing(model, batch["ids"].device)
 
     @torch.no_grad()
     def check_packing(self, model: nn.Module, device: torch.device) -> None:
@@ -187,6 +190,8 @@ class Finetune(Task):
         found: dict[str, tuple[Any, int]] = {}
         # under fsdp all ranks gather weights together, while each has forward passes of its own to make here
         with shards.gathered(model):
+            # all ranks now, whatever their batches hold: one that came to it by itself later would wait for the others
+            self._check_packing_once(model, batch)
             if len(batch["ids"]):
                 found["loss"] = (self.loss(model, batch), self.count(batch))
             asked = batch.get("generate")

@@ -31,6 +31,10 @@ TINY = {
     "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
+TOKENIZER = (
+    "tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "merges.txt", "vocab.json",
+    "vocab.txt", "chat_template*",
+)  # fmt: skip
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,12 +116,15 @@ def find(name: str) -> str:
 
 
 def digest(path: str) -> str:
-    """What tells one model's files from another's: its configuration, and the size and first megabyte of each file of
-    weights. A checkpoint of adapters fits exactly one model."""
+    """What tells one model's files from another's: its configuration, its tokenizer, and the size and first megabyte of
+    each file of weights. A checkpoint of adapters fits exactly one model."""
     folder, found = Path(path), hashlib.sha256()
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
     found.update((folder / "config.json").read_bytes())
+    for file in sorted({file for pattern in TOKENIZER for file in folder.glob(pattern) if file.is_file()}):
+        content_of = file.read_bytes()
+        found.update(f"{file.name} {len(content_of)}".encode() + content_of)
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with file.open("rb") as content:
             found.update(f"{file.name} {file.stat().st_size}".encode() + content.read(1 << 20))

@@ -67,7 +67,7 @@ def prepare(config: Config) -> Prepared:
         model = models.find(config.model)
     tokenizer, template = models.tokenizer(model)
     of_model = models.digest(model)
-    settings = json.dumps([2, texts, of_model, tokenizer.chat_template, config.max_length])
+    settings = json.dumps([3, texts, of_model, tokenizer.chat_template, config.max_length])
     folder = out / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     if not (folder / "facts.json").exists():
         with _whole(folder) as temporary:

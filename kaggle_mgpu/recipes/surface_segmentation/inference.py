@@ -197,7 +197,7 @@ def _wrong_in(content: bytes, expected: tuple[int, int, int]) -> list[str]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as stack:
+        with Image.open(io.BytesIO(content), formats=["TIFF"]) as stack:
             shape = (int(getattr(stack, "n_frames", 1)), stack.height, stack.width)
             if shape != expected:
                 return [f"expected the shape {expected}, got {shape}"]
