@@ -4,9 +4,9 @@
 
 What has been done is in build/kernels/SLUG/relay.json, written before and after every push, so the relay can be stopped
 and started again at any time. A session is judged by the steps of its newest checkpoints, not by its state alone: one
-that Kaggle killed at its limit and that saved on the way has got on. It stops, with the reason, when a session made no
-progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a session that is not
-the relay's. Started again after that, it goes on.
+that Kaggle killed at its limit and that saved on the way has got on, and so has one that predicted more after training.
+It stops, with the reason, when a session made no progress, was cancelled or failed by itself, when Kaggle refuses a
+push, and when the kernel runs a session that is not the relay's. Started again after that, it goes on.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     """On every rank: predict what has no prediction yet, measure the held-out volumes, pack submission.zip.
 
     Predictions are stamped with the checksum of the weights and with all that shapes them: others start anew.
+    Those of an earlier session are taken over from the inputs where their stamp is the same.
     """
     out, main = Path(config.output_dir), distributed.is_main()
     began = time.monotonic()
