@@ -16,8 +16,10 @@ import pytest
 import kaggle_cli
 import kernel as kernels
 import notebooks
+import sweep
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, ROOT, SLUG, TOOL, counting, push, tool, wait_until
+from kernels import main as tools_main
 
 
 # What is pushed
@@ -287,6 +289,70 @@ def test_flattened() -> None:
     assert kaggle_cli.flattened("plain\n") == "plain\n"
 
 
+# What came out
+def said(folder: Path, finished: bool, step: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps({"finished": finished, "step": step}))
+
+
+def test_the_runs_own_result_decides(tmp_path: Path) -> None:
+    assert kernels.Outcome.of(tmp_path).text == "there is no result.json"
+    said(tmp_path / "run" / "stage1", True, 5)
+    (tmp_path / "run" / "stage2" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "run" / "stage2" / "checkpoints" / "step-00000003" / "state.json").write_text("{}")
+    outcome = kernels.Outcome.of(tmp_path)  # killed in the second stage
+    assert (outcome.finished, outcome.step) == (False, 8)
+    assert "there is no result.json of the run itself: it was ended in a stage" in outcome.text
+    said(tmp_path / "run", True, 10)
+    outcome = kernels.Outcome.of(tmp_path)
+    assert (outcome.finished, outcome.step) == (True, 10)
+    assert list(outcome.results) == ["run/result.json", "run/stage1/result.json"]
+    said(tmp_path / "run" / "compare", False, 3)
+    assert kernels.Outcome.of(tmp_path).finished
+    said(tmp_path / "other", False, 1)
+    assert not kernels.Outcome.of(tmp_path).finished
+    said(tmp_path, True, 11)
+    assert kernels.Outcome.of(tmp_path).finished and kernels.Outcome.of(tmp_path).step == 11
+
+
+def test_the_result_is_looked_for_where_output_dir_is(root: Path, tmp_path: Path) -> None:
+    said(tmp_path / "runs" / "a", True, 4)
+    assert not kernels.Outcome.of(tmp_path).finished
+    for given in ("runs/a", "./runs/a/", "/kaggle/working/runs/a"):
+        assert counting(root, output_dir=given).outcome(tmp_path).finished
+    kernel = counting(root)
+    kernels.write_json(kernel.record, {"parameters": {"output_dir": "runs/a"}})
+    assert kernel.outcome(tmp_path).finished
+    kernels.write_json(kernel.record, {"parameters": {"output_dir": "runs"}})
+    assert not kernel.outcome(tmp_path).finished
+
+
+def test_predicted_volumes_are_progress(tmp_path: Path) -> None:
+    said(tmp_path / "run", False, 9)
+    kernels.write_json(tmp_path / "run" / "predictions" / "count.json", {"predicted": 3})
+    assert kernels.Outcome.of(tmp_path).predicted == 3
+    assert re.search(kernels.SMALL, "run/predictions/count.json")
+
+
+def test_wait_right_after_a_push_does_not_believe_the_session_before(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = counting(root)
+    assert not kernel.just_pushed
+    monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: None)
+    monkeypatch.setattr(kaggle_cli, "push", lambda _: kaggle_cli.Pushed(2, "url"))
+    kernel.push()
+    assert kernel.just_pushed
+    states = iter(["COMPLETE", "QUEUED", "RUNNING", "ERROR"])
+    monkeypatch.setattr(kaggle_cli, "status", lambda _: kaggle_cli.Status(next(states)))
+    monkeypatch.setattr(kaggle_cli, "output", lambda *_: [])
+    monkeypatch.setattr(kernels.time, "sleep", lambda _: None)
+    assert tools_main(["--root", str(root), "wait", kernel.id, "--interval", "60"]) == 1
+    assert next(states, "") == ""
+    kernels.write_json(kernel.record, {**kernels.read_json(kernel.record), "time": 0.0})
+    assert not kernel.just_pushed
+
+
 # Sweeps
 def test_sweep(kaggle: KaggleServer, root: Path) -> None:
     given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2,3,4]", "-p", "words=w", "--interval", "0.4"]
@@ -311,3 +377,21 @@ def test_sweep_here(kaggle: KaggleServer, root: Path, monkeypatch: pytest.Monkey
     assert "| 2 | yes | 2 |  | 0.5 |  |\n| 3 | no | 2 |  |  |  |" in said
     assert "OSError: the sensor is gone" in re.sub(r"\x1b\[[\d;]*m", "", said)
     assert (root / "runs" / SLUG / "sweep.md").read_text() in said
+
+
+def test_a_sweep_does_not_take_a_session_that_failed_after_training_for_finished(
+    kaggle: KaggleServer, root: Path, tmp_path: Path
+) -> None:
+    source = root / "notebooks" / "counting_kaggle_multigpu.py"
+    content = COUNTING + '\n# %%\nraise OSError("no picture of it")\n'
+    source.write_text(content)
+    given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2]", "--interval", "0.4"]
+    assert "| 2 | no | 2 |  | 0.5 |  |" in tool(kaggle, root, *given, "--push", code=1)
+    source.write_text(content.replace('os.environ["KAGGLE_MGPU_KAGGLE_ROOT"]', repr(str(tmp_path))))
+    assert "| 2 | no | 2 |  | 0.5 |  |" in tool(kaggle, root, *given, code=1)
+
+
+def test_the_table_of_a_sweep_has_the_runs_own_metrics() -> None:
+    results = {"run/result.json": {"metrics": {"loss": 1}}, "run/stage1/result.json": {"metrics": {"loss": 2}}}
+    shown = sweep.table(["lr"], [{"lr": 1}], [kernels.Outcome(True, 5, "", results)])
+    assert shown.splitlines()[2] == "| 1 | yes | 5 |  | 1 |  |"

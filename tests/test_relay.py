@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+import kaggle_cli
+import relay
 from kaggle_mgpu import progress
 from kaggle_server import KaggleServer
-from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, flags, push, tool
+from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
 
 
 def relayed(kaggle: KaggleServer, root: Path, *more: str, code: int = 0) -> str:
@@ -110,6 +114,31 @@ def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: P
     source = root / "notebooks" / "counting_kaggle_multigpu.py"
     source.write_text(COUNTING.replace("if step == fail_at", "if False"))
     assert "finished: step 4, after 2 sessions" in relayed(kaggle, root)
+
+
+def test_predictions_are_progress_and_are_carried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = relay._Relay(counting(root), "dataset", 0.1, True, lambda _: None)
+    folder = root / "runs" / SLUG / "v2"
+    for name in ("test/a.tif", "stamp.json", "count.json"):
+        (folder / "run" / "predictions" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "predictions" / name).touch()
+    sessions = [relay.Session(1, 1, state="ERROR", step=9, predicted=2, folder="runs/x")]
+    sessions += [relay.Session(2, 2, state="ERROR", step=9, predicted=3, folder=f"runs/{SLUG}/v2")]
+    at_work.state.sessions = sessions
+    at_work.judge(sessions[1])  # it got on, in predicting
+    assert at_work.state.best is sessions[1]
+    uploaded: list[str] = []
+
+    def upload(_dataset: str, _title: str, carried: Path, _note: str) -> None:
+        uploaded.extend(path.relative_to(carried).as_posix() for path in sorted(carried.rglob("*.*")))
+
+    monkeypatch.setattr(kaggle_cli, "upload", upload)
+    monkeypatch.setattr(kaggle_cli, "dataset_status", lambda _: "ready")
+    at_work.upload("ann/state", folder, sessions[1])
+    assert uploaded == [f"run/predictions/{name}" for name in ("count.json", "stamp.json", "test/a.tif")]
+    sessions[1].predicted = 2
+    with pytest.raises(relay.StopError, match="ended with ERROR at step 9, and made no progress"):
+        at_work.judge(sessions[1])
 
 
 def test_a_relay_leaves_somebody_elses_session_alone(kaggle: KaggleServer, root: Path) -> None:

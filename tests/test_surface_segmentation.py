@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     inference,
     metrics,
     stacks,
+    stages,
     synthetic,
 )
 from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Patches, Tiles, Volume
@@ -178,6 +180,26 @@ def test_a_malformed_volume_is_named_before_training(tmp_path, scrolls):
     (scrolls / "test_images" / "synthetic_5.tif").write_bytes(whole[:1000])
     with pytest.raises(ValueError, match=r"test_images/synthetic_5\.tif: not a readable TIFF stack"):
         prepared(small(tmp_path, scrolls))
+
+
+def test_too_large_a_page_is_named_and_other_warnings_are_nobodys_error(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    stacks.write_stack(path, volume((2, 30, 30)))
+    with stacks._opened(str(path)):
+        warnings.warn("of another thread", stacklevel=1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.tif: not a readable TIFF stack: .*decompression bomb"):
+        stacks.read_stack(str(path))
+
+
+def test_what_killed_processes_left_in_the_cache_is_removed(tmp_path):
+    home = Path(Cache.at(str(tmp_path), 1).folder)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getpid()):
+        (home / f".writing-{pid}-a.image.npy").touch()
+    Cache.at(str(tmp_path), 1)
+    assert [path.name for path in home.iterdir()] == [f".writing-{os.getpid()}-a.image.npy"]
 
 
 def test_labels_of_another_shape_or_out_of_range_are_named_before_training(tmp_path, scrolls):
@@ -581,6 +603,63 @@ def test_when_the_time_is_up_the_run_does_not_look_finished(finished, tmp_path, 
     assert json.loads((copy / "result.json").read_text())["finished"] is False
     result = ss.run(config)
     assert result.finished
+    assert json.loads((copy / "result.json").read_text())["finished"] is True
+
+
+def test_between_training_and_prediction_it_does_not_look_finished(tmp_path, made, monkeypatch):
+    config = small(tmp_path, made, max_steps=1)
+    monkeypatch.setattr(stages, "infer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ss.run(config)
+    said = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (said["finished"], said["step"], said["max_steps"]) == (False, 1, 1)
+
+
+def test_predictions_among_the_inputs_are_not_made_again(finished, tmp_path, monkeypatch, capsys):
+    """Of an earlier session that had time for two volumes of three."""
+    config, _, result = finished
+    earlier = tmp_path / "kaggle" / "input" / "notebooks" / "me" / "earlier" / "run"
+    shutil.copytree(config.output_dir, earlier)
+    (earlier / "predictions" / "test" / "synthetic_5.tif").unlink()
+    (earlier / "result.json").write_text(json.dumps({**vars(result), "finished": False}))
+    new = config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path))
+    again = ss.run(new)
+    said = capsys.readouterr().out
+    assert "2 of 3 volumes were predicted by an earlier session" in said
+    assert "predicted synthetic_5.tif" in said and "predicted synthetic_4.tif" not in said
+    assert (again.finished, again.metrics) == (True, result.metrics)
+    assert json.loads((tmp_path / "new" / "predictions" / "count.json").read_text()) == {"predicted": 3}
+    # not those of other settings
+    ss.infer(new.replace(overlap=0.5), SurfaceSegmentation(new.replace(overlap=0.5)))
+    assert "were predicted by an earlier session" not in capsys.readouterr().out
+
+
+def test_on_kaggle_the_submission_is_in_the_working_folder_wherever_the_run_is(finished, tmp_path, monkeypatch):
+    config, _, _ = finished
+    working = tmp_path / "kaggle" / "working"
+    shutil.copytree(config.output_dir, working)
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    monkeypatch.chdir(working)
+    whole = (working / "submission.zip").read_bytes()
+    for output_dir in (str(working), "."):
+        here = config.replace(output_dir=output_dir)
+        assert ss.infer(here, SurfaceSegmentation(here)).finished
+        assert (working / "submission.zip").read_bytes() == whole
+    shutil.copytree(config.output_dir, working / "run")
+    (working / "submission.zip").write_bytes(b"another")
+    here = config.replace(output_dir="run")
+    ss.infer(here, SurfaceSegmentation(here))
+    assert (working / "submission.zip").read_bytes() == whole
+    assert not list(working.rglob(".writing-*"))
+
+
+def test_a_picture_that_fails_is_a_note_and_no_failed_run(finished, tmp_path, monkeypatch, capsys):
+    config, _, _ = finished
+    copy = Path(shutil.copytree(config.output_dir, tmp_path / "run"))
+    config = config.replace(output_dir=str(copy))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert ss.infer(config, SurfaceSegmentation(config)).finished
+    assert "slices.png was not drawn: ModuleNotFoundError" in capsys.readouterr().out
     assert json.loads((copy / "result.json").read_text())["finished"] is True
 
 

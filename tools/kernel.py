@@ -34,6 +34,9 @@ FORMS = {
     "kernel_sources": (r"[\w-]+/[\w-]{5,}(/\d+)?", "owner/slug"),
     "model_sources": (r"[\w-]+/[\w.-]+/[\w.-]+/[\w.-]+/\d+", "owner/model/framework/variation/version"),
 }
+WORKING = Path("/kaggle/working")
+SETTLING = 300.0
+"""Seconds after a push in which an end that Kaggle tells of may be that of the session before."""
 SPELLING = {"multigpu": "MultiGPU", "gpus": "GPUs", "sft": "SFT"}
 
 
@@ -109,7 +112,7 @@ class Kernel:
                 f"(python tools/kernels.py wait {self.id}), or push with --again."
             )
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
-        note["sha256"] = digest
+        note |= {"sha256": digest, "time": time.time()}
         try:
             pushed = kaggle_cli.push(self.folder)
         except kaggle_cli.SourcesError as error:
@@ -117,6 +120,18 @@ class Kernel:
             raise
         write_json(self.record, {**note, **vars(pushed)})
         return pushed
+
+    def outcome(self, folder: Path) -> Outcome:
+        """What the output in `folder` says about a run with this kernel's parameters, or with those pushed last."""
+        given = {**read_json(self.record).get("parameters", {}), **self.parameters}.get("output_dir")
+        if given is None or (Path(given).is_absolute() and not Path(given).is_relative_to(WORKING)):
+            return Outcome.of(folder)
+        return Outcome.of(folder, os.path.relpath(WORKING / given, WORKING))
+
+    @property
+    def just_pushed(self) -> bool:
+        """Whether that was so short a time ago that Kaggle may still tell of the session before."""
+        return 0 <= time.time() - read_json(self.record).get("time", 0.0) < SETTLING
 
     def results(self, version: int | None = None) -> Path:
         """Where the output of a version goes: the last one that was pushed from here, unless one is given."""
@@ -241,34 +256,48 @@ class Outcome:
     """What a kernel's output says about its training."""
 
     finished: bool
-    """Whether there is a result.json and every one says so (a notebook with stages leaves several)."""
+    """Whether the run's own result.json says so: those of its stages, or of runs it compares, lie deeper."""
     step: int
     """Of the newest checkpoints of all its runs, or of their end where they are finished, added up."""
     text: str
     results: dict[str, dict[str, Any]]
-    """By their path."""
+    """By their path, the run's own first."""
+    predicted: int = 0
+    """What has been predicted after training, as predictions/count.json says."""
 
     @classmethod
-    def of(cls, folder: Path) -> Outcome:
+    def of(cls, folder: Path, output_dir: str | None = None) -> Outcome:
+        """Of the files in `folder`. The run's own result.json is in its `output_dir`; where that is not given, directly
+        in the folder, else in each folder in it."""
         results: dict[str, dict[str, Any]] = {}
         steps: dict[Path, int] = {}
         for path in sorted(folder.rglob("checkpoints/step-*/state.json")):
             run, found = path.parents[2], re.fullmatch(r"step-(\d+)", path.parent.name)
             steps[run] = max(steps.get(run, 0), int(found[1]) if found else 0)
-        for path in sorted(folder.rglob("result.json")):
+        paths = sorted(folder.rglob("result.json"), key=lambda path: (len(path.parts), path))
+        for path in reversed(paths):  # deepest first: what is finished stands for all that is below it
             result = read_json(path)
-            results[path.relative_to(folder).as_posix()] = result
             if result.get("finished"):
+                steps = {run: step for run, step in steps.items() if not run.is_relative_to(path.parent)}
                 steps[path.parent] = int(result.get("step") or 0)
+        results = {path.relative_to(folder).as_posix(): read_json(path) for path in paths}
         lines = [
             f"{name}: step {said.get('step')} of {said.get('max_steps')}, {said.get('reason')}, {said.get('metrics')}"
             for name, said in results.items()
         ]
-        finished = bool(results) and all(said.get("finished") is True for said in results.values())
-        return cls(finished, sum(steps.values()), "\n".join(lines) or "there is no result.json", results)
+        if output_dir is not None:
+            own = [path for path in paths if path.parent == folder / output_dir]
+        else:
+            own = [path for path in paths if path.parent == folder] or [p for p in paths if p.parent.parent == folder]
+        finished = bool(own) and all(results[p.relative_to(folder).as_posix()].get("finished") is True for p in own)
+        if not own:
+            lines.append("there is no result.json" + (" of the run itself: it was ended in a stage" if paths else ""))
+        counts = [read_json(path).get("predicted") for path in folder.rglob("predictions/count.json")]
+        predicted = sum(count for count in counts if isinstance(count, int))
+        return cls(finished, sum(steps.values()), "\n".join(lines), results, predicted)
 
 
-SMALL = r"(^|/)(result\.json|checkpoints/step-\d+/state\.json)$"
+SMALL = r"(^|/)(result\.json|predictions/count\.json|checkpoints/step-\d+/state\.json)$"
 """The files by which a session is judged, for `kaggle kernels output --file-pattern`."""
 
 

@@ -41,7 +41,6 @@ from kernel import (
     SOURCES,
     Kernel,
     KernelError,
-    Outcome,
     assignments,
     kernel_from,
     log_end,
@@ -91,15 +90,17 @@ def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
     files = kaggle_cli.output(kernel.id, folder)
     if not files:
         raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
-    print(f"{Outcome.of(folder).text}\n{len(files)} files in {folder}")
+    print(f"{kernel.outcome(folder).text}\n{len(files)} files in {folder}")
     return 0
 
 
 def _wait(kernel: Kernel, arguments: argparse.Namespace) -> int:
-    status = wait_for(kernel.id, arguments.interval, lambda text: print(text, flush=True))
+    status = wait_for(
+        kernel.id, arguments.interval, lambda text: print(text, flush=True), just_pushed=kernel.just_pushed
+    )
     folder = kernel.results(arguments.version)
     kaggle_cli.output(kernel.id, folder, SMALL)
-    outcome = Outcome.of(folder)
+    outcome = kernel.outcome(folder)
     print(outcome.text)
     if status.state == "COMPLETE" and outcome.finished:
         return 0
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     command("logs", _logs, "the log as plain lines, live where it is running")
     for name, function, text in (
         ("output", _output, "fetch all files and the log of the newest version into runs/SLUG/vN/"),
-        ("wait", _wait, "until it has ended; exit code 0 only for COMPLETE with every result.json finished"),
+        ("wait", _wait, "until it has ended; exit code 0 only for COMPLETE with the run's result.json finished"),
     ):
         made = command(name, function, text)
         made.add_argument("--version", type=int, help="the N of vN (default: the last version pushed from here)")

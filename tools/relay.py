@@ -4,9 +4,9 @@
 
 What has been done is in build/kernels/SLUG/relay.json, written before and after every push, so the relay can be stopped
 and started again at any time. A session is judged by the steps of its newest checkpoints, not by its state alone: one
-that Kaggle killed at its limit and that saved on the way has got on. It stops, with the reason, when a session made no
-progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a session that is not
-the relay's. Started again after that, it goes on.
+that Kaggle killed at its limit and that saved on the way has got on, and so has one that predicted more after training.
+It stops, with the reason, when a session made no progress, was cancelled or failed by itself, when Kaggle refuses a
+push, and when the kernel runs a session that is not the relay's. Started again after that, it goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import kaggle_cli
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, Outcome, log_end, read_json, wait_for, write_json
+from kernel import SMALL, Kernel, KernelError, log_end, read_json, wait_for, write_json
 from notebooks import NotebookError
 
 FAILED_ITSELF = re.compile(r"PapermillExecutionError|CellExecutionError|DeadKernelError", re.IGNORECASE)
@@ -48,9 +48,16 @@ class Session:
     state: str = "PUSHING"
     step: int = -1
     """Outcome.step at its end."""
+    predicted: int = 0
+    """Outcome.predicted at its end."""
     finished: bool = False
     folder: str = ""
     """Where its output is, under runs/."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """To be compared: first the training, then what is predicted with it."""
+        return self.step, self.predicted
 
 
 @dataclass
@@ -78,7 +85,7 @@ class State:
     @property
     def best(self) -> Session | None:
         """The session that got furthest; of several the newest."""
-        return max(self.sessions, key=lambda s: (s.step, s.number), default=None)
+        return max(self.sessions, key=lambda s: (*s.progress, s.number), default=None)
 
 
 def run(
@@ -209,7 +216,7 @@ class _Relay:
         for checkpoints in sorted(folder.rglob("checkpoints")):
             steps = sorted(path.name for path in checkpoints.glob("step-*"))[-2:]
             newest += [f"{re.escape(checkpoints.relative_to(folder).as_posix())}/{step}/" for step in steps]
-        pattern = "|".join([*newest, r"(^|/)best/", r"(^|/)(metrics\.jsonl|config\.json)$"])
+        pattern = "|".join([*newest, r"(^|/)(best|predictions)/", r"(^|/)(metrics\.jsonl|config\.json)$"])
         self.say(f"fetching the checkpoints of session {session.number}")
         kaggle_cli.output(self.kernel.id, folder, pattern)
         for state in sorted(folder.rglob("checkpoints/step-*/state.json")):
@@ -220,7 +227,7 @@ class _Relay:
         """Make what was fetched the newest version of a private dataset, and wait until Kaggle has it ready."""
         carried = self.kernel.folder / "carry"
         shutil.rmtree(carried, ignore_errors=True)
-        wanted = ("checkpoints/", "best/", "metrics.jsonl", "config.json", "result.json")
+        wanted = ("checkpoints/", "best/", "predictions/", "metrics.jsonl", "config.json", "result.json")
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and any(part in f"/{name}" for part in (f"/{each}" for each in wanted)):
@@ -257,9 +264,9 @@ class _Relay:
             if kaggle_cli.output(self.kernel.id, folder, SMALL):  # the log at least, once Kaggle has put it away
                 break
             time.sleep(self.interval)
-        outcome = Outcome.of(folder)
+        outcome = self.kernel.outcome(folder)
         session.folder = folder.relative_to(self.kernel.root).as_posix()
-        session.step, session.state = outcome.step, status.state
+        session.step, session.predicted, session.state = outcome.step, outcome.predicted, status.state
         session.finished = outcome.finished and status.state == "COMPLETE"
         self.save()
         message = f" ({status.message})" if status.message else ""
@@ -274,14 +281,14 @@ class _Relay:
         if session.finished:
             return
         folder = self.kernel.root / session.folder
-        before = max((other.step for other in self.state.sessions[:-1]), default=0)
+        before, predicted = max((other.progress for other in self.state.sessions[:-1]), default=(0, 0))
         ended = f"session {session.number} ended with {session.state}"
         if session.state.startswith("CANCEL"):
             raise StopError(f"{ended}: somebody cancelled it ({session.url})")
         log = (folder / "log.txt").read_text(encoding="utf-8") if (folder / "log.txt").is_file() else ""
         if session.state == "ERROR" and FAILED_ITSELF.search(log):
             raise StopError(f"{ended}, by an error of its own. The log ends:\n{log_end(folder)}")
-        if session.step <= before:
+        if session.progress <= (before, predicted):
             hint = ""
             if self.state.carry == "kernel" and before > 0 and "going on from" not in log:
                 hint = (

@@ -66,11 +66,14 @@ def _here(
         name = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]
         folder = kernel.root / "runs" / kernel.slug / f"sweep-{name}"
         say(f"run {number} of {len(settings)}: {_shown(swept, given)}, in {folder}")
+        failed = False
         try:
             notebooks.run(built, given, folder / "notebook.ipynb", folder)
         except notebooks.NotebookError as error:
             say(str(error))
-        outcomes.append(Outcome.of(folder))
+            failed = True
+        outcome = dataclasses.replace(kernel, parameters=given).outcome(folder)
+        outcomes.append(dataclasses.replace(outcome, finished=outcome.finished and not failed))
     return outcomes
 
 
@@ -112,7 +115,10 @@ def _on_kaggle(
             # just after a push an end may be that of the session before
             if not status.active and time.monotonic() - begun[number] >= 2 * interval:
                 kaggle_cli.output(each.id, each.results(), SMALL)
-                outcomes[number] = Outcome.of(each.results())
+                outcome = each.outcome(each.results())
+                # a cell after training may have failed
+                done = outcome.finished and status.state == "COMPLETE"
+                outcomes[number] = dataclasses.replace(outcome, finished=done)
                 running.remove(number)
                 say(f"{each.id} ({_shown(swept, each.parameters)}): {status.state}\n{outcomes[number].text}")
         if running:
@@ -133,10 +139,10 @@ def _shown(swept: list[str], given: dict[str, Any]) -> str:
 
 
 def table(swept: list[str], settings: list[dict[str, Any]], outcomes: list[Outcome]) -> str:
-    """Markdown: a row for each combination, with the metrics of its last result."""
+    """Markdown: a row for each combination, with the metrics of its own result, not of its stages'."""
     rows = []
     for outcome in outcomes:
-        said = list(outcome.results.values())[-1] if outcome.results else {}
+        said = next(iter(outcome.results.values())) if outcome.results else {}
         rows.append({"finished": "yes" if outcome.finished else "no", "step": outcome.step, "best": said.get("best")})
         rows[-1] |= {**(said.get("metrics") or {}), "seconds": said.get("seconds")}
     columns = list(dict.fromkeys(name for row in rows for name in row))

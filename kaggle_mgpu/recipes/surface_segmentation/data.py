@@ -183,6 +183,10 @@ class Cache:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if home.is_symlink() or home.stat().st_uid != os.getuid():
             raise PermissionError(f"{home} is not this user's own folder: give another cache_dir")
+        for torn in home.glob(".writing-*"):  # by a process that was killed; a running one may still be at it
+            pid = torn.name.split("-")[1]
+            if not Path("/proc", pid).exists():
+                torn.unlink(missing_ok=True)
         return cls(str(home), int(max_gb * 1e9))
 
     def path(self, volume: Volume, what: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 import os
 import time
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaggle_mgpu import distributed
+from kaggle_mgpu.files import write_text
 from kaggle_mgpu.recipes.surface_segmentation.data import crop
 from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
 from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of, write_stack
@@ -122,16 +124,26 @@ def predict(
     threshold: float = 0.5,
     min_component: int = 0,
     seconds_left: float = math.inf,
+    count: Path | None = None,
 ) -> int:
     """Predict, on every rank, the volumes that have no prediction yet; how many are left when the time is up.
 
     Whole volumes are shared out, so what comes out is what one rank alone would give; only where there are fewer
     volumes than ranks all of them work on each. A prediction is written whole or not at all: a killed session goes on
     with the volumes that are missing. Memory: 2 bytes for each voxel of the volume, and `sliding_window`'s.
+
+    Args:
+        count: a file for {"predicted": N}, by which a session's progress is known without its predictions.
     """
+
+    def note() -> None:
+        if count is not None and distributed.is_main():
+            write_text(count, json.dumps({"predicted": sum(job.path.is_file() for job in jobs)}))
+
     began, slowest = time.monotonic(), 0.0
     pending = distributed.from_main(lambda: [job for job in jobs if not job.path.is_file()])
     together = 0 < len(pending) < distributed.world_size()
+    note()
     cut = math.log(threshold / (1 - threshold))
     for job in pending if together else pending[distributed.rank() :: distributed.world_size()]:
         late = seconds_left - (time.monotonic() - began) < 1.5 * slowest
@@ -144,10 +156,12 @@ def predict(
             mask[first : first + len(logits)] = logits > cut
         if not together or distributed.is_main():
             write_stack(job.path, without_specks(mask, min_component))
+        note()
         slowest = max(slowest, time.monotonic() - start)
         if distributed.is_main():
             print(f"predicted {job.path.name} in {time.monotonic() - start:.1f} s", flush=True)
     distributed.barrier()
+    note()  # the other ranks' last ones too
     return distributed.from_main(lambda: sum(not job.path.is_file() for job in jobs))
 
 

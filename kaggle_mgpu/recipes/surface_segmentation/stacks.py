@@ -41,17 +41,20 @@ def shape_of(path: str) -> tuple[int, int, int]:
 def _opened(path: str) -> Iterator[Any]:
     from PIL import Image
 
-    with warnings.catch_warnings():
-        # of a file that is cut off pillow only warns, and reads the pages there are
-        warnings.simplefilter("error")
-        try:
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             with Image.open(path, formats=["TIFF"]) as stack:
                 _check_page(stack, path, 0, stack.size)
                 yield stack
-        except FileNotFoundError:
-            raise
-        except (OSError, SyntaxError, EOFError, KeyError, TypeError, Warning) as error:
-            raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
+        # of a file that is cut off pillow only warns, and reads the pages there are
+        for warning in said:
+            if "PIL" in Path(warning.filename).parts:
+                raise OSError(str(warning.message))
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, EOFError, KeyError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
 
 
 def _check_page(page: Any, path: str, number: int, size: tuple[int, int]) -> None:

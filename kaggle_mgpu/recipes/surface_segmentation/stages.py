@@ -11,11 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from kaggle_mgpu import devices, distributed, session
 from kaggle_mgpu.config import parse_duration
-from kaggle_mgpu.files import crc32, read_tensors, write_text
+from kaggle_mgpu.files import flush, read_tensors, write_text
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.surface_segmentation import stacks
 from kaggle_mgpu.recipes.surface_segmentation.data import Volume
@@ -47,6 +49,9 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
     result: Result = launch(train, config, surface)
     if not result.finished:
         return result
+    # until the predictions are whole: a session may be killed before the first of them
+    if distributed.is_main():
+        _write(Path(config.output_dir), _unpredicted(result))
     limit = parse_duration(config.time_limit) - (time.monotonic() - began) if config.time_limit else math.inf
     # under dp one process trains on all GPUs; each GPU predicts in a process of its own
     nproc = config.nproc if config.strategy == "dp" else None
@@ -59,6 +64,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     """On every rank: predict what has no prediction yet, measure the held-out volumes, pack submission.zip.
 
     Predictions are stamped with the checksum of the weights and with all that shapes them: others start anew.
+    Those of an earlier session are taken over from the inputs where their stamp is the same.
     """
     out, main = Path(config.output_dir), distributed.is_main()
     began = time.monotonic()
@@ -71,26 +77,27 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
     size = surface.patch_size
     stamp = {
-        "weights": crc32(weights),
+        "weights": _checksum(weights),
         "settings": [size, config.overlap, config.threshold, config.min_component],
         "volumes": _digest([*held, *test]),
     }
 
     def begin() -> None:
         # whoever looks at result.json while this is not done must not take it for done
-        _write(out, dataclasses.replace(result, finished=False, reason="trained; the predictions are not complete"))
+        _write(out, _unpredicted(result))
         for torn in folder.rglob(".writing-*"):  # by a session that was killed
             torn.unlink()
         if read_json(folder / "stamp.json") != stamp:
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "test").mkdir(parents=True)
             write_text(folder / "stamp.json", json.dumps(stamp))
+        _carry_over(folder, stamp, [job.path for job in jobs])
 
-    distributed.from_main(begin)
-    forward = _forward(config, surface.model(), weights)
     jobs = [
         Job(v.image, folder / part / f"{v.id}.tif") for part, vs in (("held_out", held), ("test", test)) for v in vs
     ]
+    distributed.from_main(begin)
+    forward = _forward(config, surface.model(), weights)
     left = predict(
         forward,
         jobs,
@@ -100,6 +107,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         min_component=config.min_component,
         # what comes after the predictions takes time too: a few seconds a volume
         seconds_left=min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began),
+        count=folder / "count.json",
     )
     if left:
         result = dataclasses.replace(result, finished=False, reason="time limit")
@@ -113,20 +121,67 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         count = validate_submission(out / "submission.zip", Path(test[0].image).parent)
         where = out / "submission.zip"
         if session.on_kaggle():  # where the competition looks for it
-            where = Path(shutil.copy(where, session.working() / "submission.zip"))
+            where = _copied(where, session.working() / "submission.zip")
         print(f"{where}: {count} volumes, checked", flush=True)
     metrics = {**result.metrics, **{f"volume_{name}": value for name, value in figures.items()}}
     result = dataclasses.replace(result, finished=True, reason="finished", metrics=metrics)
     if main:
-        if held:
-            figure(surface).savefig(out / "slices.png", dpi=110)
         _write(out, result)
+        if held:
+            _draw(surface, out / "slices.png")
     distributed.barrier()
     return result
 
 
 def _write(out: Path, result: Result) -> None:
     write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+
+
+def _checksum(weights: Path) -> int:
+    """Of the tensors by their names: in the file of another session the same ones may come in another order."""
+    value = 0
+    for name, tensor in sorted(read_tensors(weights).items()):
+        value = zlib.crc32(name.encode(), value)
+        value = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
+    return value
+
+
+def _unpredicted(result: Result) -> Result:
+    return dataclasses.replace(result, finished=False, reason="trained; the predictions are not complete")
+
+
+def _copied(source: Path, target: Path) -> Path:
+    """Copy a file, whole or not at all, unless it is there already; where it is then."""
+    if not (target.exists() and target.samefile(source)):
+        temporary = target.with_name(f".writing-{target.name}")
+        shutil.copyfile(source, temporary)
+        flush(temporary)
+        os.replace(temporary, target)
+    return target
+
+
+def _carry_over(folder: Path, stamp: dict[str, Any], wanted: list[Path]) -> None:
+    """Copy what an earlier session among the inputs has predicted with these very weights and settings."""
+    copied = 0
+    for path in session.find("predictions/stamp.json"):
+        if path.parent.resolve() == folder.resolve() or read_json(path) != stamp:
+            continue
+        for target in wanted:
+            source = path.parent / target.relative_to(folder)
+            if source.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copied(source, target)
+                copied += 1
+    if copied:
+        print(f"{copied} of {len(wanted)} volumes were predicted by an earlier session, among the inputs", flush=True)
+
+
+def _draw(surface: SurfaceSegmentation, path: Path) -> None:
+    """A picture at the end of hours of work must not make them a failed run."""
+    try:
+        figure(surface).savefig(path, dpi=110)
+    except Exception as error:
+        print(f"{path} was not drawn: {type(error).__name__}: {error}. All else of the run is whole.", flush=True)
 
 
 def _digest(volumes: list[Volume]) -> str:
