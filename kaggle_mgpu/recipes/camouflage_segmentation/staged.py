@@ -37,6 +37,8 @@ def run(config: Config, found: data.Found | None = None) -> Result:
     _under_way(config, planned, results)
     if found is None:
         found = distributed.from_main(lambda: find(config))
+        if distributed.is_main():  # else the notebook has shown it
+            print(CamouflageSegmentation(config, found=found).describe(), flush=True)
     planned = stages(config, found)
     start: Path | None = None
     for number, stage in enumerate(planned, 1):

@@ -44,7 +44,10 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
 
     Until the predictions are whole, result.json says `finished: false`.
     """
-    surface = surface or SurfaceSegmentation(config)
+    if surface is None:  # else the notebook has shown it
+        surface = SurfaceSegmentation(config)
+        if "RANK" not in os.environ:  # under torchrun all ranks must look at the data together
+            print(surface.describe(), flush=True)
     began = time.monotonic()
     result: Result = launch(train, config, surface)
     if not result.finished:
