@@ -395,3 +395,11 @@ def test_the_table_of_a_sweep_has_the_runs_own_metrics() -> None:
     results = {"run/result.json": {"metrics": {"loss": 1}}, "run/stage1/result.json": {"metrics": {"loss": 2}}}
     shown = sweep.table(["lr"], [{"lr": 1}], [kernels.Outcome(True, 5, "", results)])
     assert shown.splitlines()[2] == "| 1 | yes | 5 |  | 1 |  |"
+
+
+def test_a_sweep_here_finds_files_by_the_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("a")
+    given = {"data_path": "in/a.txt", "output_dir": "in/a.txt", "lr": 1e-3, "tokenizer": "in", "other": "in/none.txt"}
+    assert sweep._from_here(given) == {**given, "data_path": str(tmp_path / "in" / "a.txt")}

@@ -494,7 +494,7 @@ def test_run_refuses_a_notebook_that_is_not_built(repo: Path, capsys: pytest.Cap
 def test_run_executes_and_judges(repo: Path, tmp_path: Path) -> None:
     built(repo)
     command = [str(TOOL), "--root", str(repo), "run", "tiny", "--output", str(tmp_path / "made" / "x.ipynb")]
-    given = ["-p", "epochs", "5", "-p", "lr", "2e-4", "-p", "data_path", "a/b.txt"]
+    given = ["-p", "epochs", "5", "-p", "lr=2e-4", "-p", "data_path", "a/b.txt"]
     done = call(tmp_path, *command, *given)
     assert done.returncode == 0, done.stderr
     assert f"kernel {sys.executable} epochs 5 lr 0.0002 data 'a/b.txt' genuine" in done.stdout

@@ -517,7 +517,12 @@ def _run_command(root: Path, arguments: argparse.Namespace) -> None:
             raise NotebookError("\n".join([*lines, f"It would not run what the sources say. First: {BUILD}"]))
     if not path.is_file():
         raise NotebookError(f"no such notebook: {path}")
-    given: dict[str, Any] = {name: literal(value) for name, value in arguments.parameter}
+    given: dict[str, Any] = {}
+    for words in arguments.parameter:  # NAME VALUE, as papermill has it, or NAME=VALUE, as tools/kernels.py has it
+        name, value = words if len(words) == 2 else words[0].partition("=")[::2]
+        if len(words) > 2 or (len(words) == 1 and "=" not in words[0]):
+            raise NotebookError(f"-p {' '.join(words)}: expected NAME VALUE or NAME=VALUE")
+        given[name] = literal(value)
     for text in arguments.yaml:
         values = _library("yaml").safe_load(text)
         if not isinstance(values, dict):
@@ -527,9 +532,8 @@ def _run_command(root: Path, arguments: argparse.Namespace) -> None:
     if output == path:
         raise NotebookError(f"--output: {output} is the notebook itself; expected another file")
     said = run(path, given, output, (arguments.cwd or output.parent).resolve())
-    print(
-        f"finished: {said.get('finished')}, step {said.get('step')} of {said.get('max_steps')}, {said.get('metrics')}"
-    )
+    steps = f", step {said['step']} of {said.get('max_steps')}, {said.get('metrics')}" if "step" in said else ""
+    print(f"finished: {said.get('finished')}{steps}")
     print(f"executed notebook: {output}")
 
 
@@ -544,7 +548,7 @@ def main(argv: list[str] | None = None) -> int:
         commands.add_parser(command, help=text).add_argument("names", nargs="*", help="default: all notebooks")
     runner = commands.add_parser("run", help="execute a notebook with papermill")
     runner.add_argument("notebook", help="a name such as text_generation, or the path of an .ipynb")
-    runner.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    runner.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar=("NAME=VALUE", "VALUE"))
     runner.add_argument("-y", "--yaml", action="append", default=[], metavar="'NAME: VALUE'")
     runner.add_argument("--output", type=Path, help="the executed notebook (default: build/NAME.ipynb)")
     runner.add_argument("--cwd", type=Path, help="where it runs (default: the folder of the output)")

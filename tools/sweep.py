@@ -13,8 +13,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kaggle_cli
@@ -68,13 +70,23 @@ def _here(
         say(f"run {number} of {len(settings)}: {_shown(swept, given)}, in {folder}")
         failed = False
         try:
-            notebooks.run(built, given, folder / "notebook.ipynb", folder)
+            notebooks.run(built, _from_here(given), folder / "notebook.ipynb", folder)
         except notebooks.NotebookError as error:
             say(str(error))
             failed = True
         outcome = dataclasses.replace(kernel, parameters=given).outcome(folder)
         outcomes.append(dataclasses.replace(outcome, finished=outcome.finished and not failed))
     return outcomes
+
+
+def _from_here(given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with the paths of files made whole: each run has a folder of its own to work in."""
+    return {
+        name: str(Path(value).resolve())
+        if isinstance(value, str) and name != "output_dir" and os.sep in value and Path(value).exists()
+        else value
+        for name, value in given.items()
+    }
 
 
 def _on_kaggle(
