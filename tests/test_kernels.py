@@ -67,6 +67,16 @@ def test_a_parameter_that_the_notebook_does_not_have(kaggle: KaggleServer, root:
     assert kaggle.requests == []
 
 
+@pytest.mark.parametrize(
+    ("parameter", "said"),
+    [("epochs=many", "Config.epochs: expected int, got 'many'"), ("lr=-1", "Config.lr: expected 0.0 or more, got -1")],
+)
+def test_a_value_that_the_config_does_not_take(kaggle: KaggleServer, house: Path, parameter: str, said: str) -> None:
+    refused = tool(kaggle, house, "push", "text_generation", "--user", "ann", "-p", parameter, code=1)
+    assert refused.startswith(f"text_generation_kaggle_multigpu.py: {said}")
+    assert kaggle.requests == []
+
+
 def test_whose_kernel(kaggle: KaggleServer, root: Path) -> None:
     said = tool(kaggle, root, "push", "counting", code=1)
     assert "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME" in said

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -137,6 +139,49 @@ class Kernel:
         """Where the output of a version goes: the last one that was pushed from here, unless one is given."""
         version = version or read_json(self.record).get("version")
         return self.root / "runs" / self.slug / (f"v{version}" if version else "latest")
+
+
+_TRY = """
+import dataclasses, importlib, json, sys
+try:
+    Config = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}").Config
+except ImportError:
+    sys.exit()  # no torch here: then the session will tell
+given = json.load(sys.stdin)
+fields = {field.name for field in dataclasses.fields(Config)}
+try:
+    Config.from_dict({name: value for name, value in given.items() if name in fields})
+except (TypeError, ValueError) as error:
+    print(error)
+"""
+
+
+def check_values(kernel: Kernel) -> None:
+    """Whether the notebook's Config takes the parameters' values: found out now, and not in a session.
+
+    Values that are lists are left out: a sweep's, one of which each run gets.
+
+    Raises:
+        KernelError: it does not, with its own words.
+    """
+    (source,) = notebooks.sources(kernel.root, [kernel.notebook])
+    recipe = re.search(
+        r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", source.read_text(encoding="utf-8"), re.M
+    )
+    given = {name: value for name, value in kernel.parameters.items() if not isinstance(value, list)}
+    if recipe is None or not given:
+        return
+    paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-c", _TRY, recipe[1]],
+        input=json.dumps(given),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if said := done.stdout.strip():
+        raise KernelError(f"{source.name}: {said}")
 
 
 def kernel_from(root: Path, name: str, user: str | None, title: str | None = None, here: bool = False) -> Kernel:

@@ -42,6 +42,7 @@ from kernel import (
     Kernel,
     KernelError,
     assignments,
+    check_values,
     kernel_from,
     log_end,
     metadata,
@@ -190,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None), here)
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
+            check_values(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
         code: int = arguments.function(kernel, arguments)
         return code
