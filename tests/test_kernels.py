@@ -273,7 +273,7 @@ def test_refusals_are_errors_with_kaggles_own_words(kaggle: KaggleServer, root: 
     wrong = {**kaggle.environment(), "KAGGLE_KEY": "0" * 32}
     done = subprocess.run(command, env=wrong, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "Authentication required" in done.stderr
+    assert done.stderr.count("\n") == 1 and "no Kaggle credentials. Run `kaggle auth login`" in done.stderr
     assert "0" * 32 not in done.stdout + done.stderr
 
 
