@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,7 +261,9 @@ _LEFT_BEHIND = 3600.0
 """Seconds after which nobody is writing a file any more."""
 
 
-def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Within it a temporary file's name beside `path`; the file then takes its place, flushed: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of this process's own: two that write the same file at the same time would take each other's away
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
@@ -270,15 +272,23 @@ def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
             if left.stat().st_mtime < time.time() - _LEFT_BEHIND:
                 left.unlink()
     try:
-        write(temporary, pieces)
-    except OSError as error:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
+    try:
+        with whole(path) as temporary:
+            write(temporary, pieces)
+    except OSError as error:
         if full := no_room(path, error):
             full.strerror = f"the disk is full: {needed:,} bytes needed, {free_bytes(path.parent):,} free"
             raise full from None
         raise
-    os.replace(temporary, path)
-    flush(path.parent)
 
 
 def flush(path: Path) -> None:

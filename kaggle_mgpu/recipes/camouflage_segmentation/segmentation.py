@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,15 +202,11 @@ class CamouflageSegmentation(Task):
         the same name lie in folders, each named as its test set.
         """
         path = Path(path)
-        temporary = path.with_name(f".writing-{path.name}")
-        with zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
+        with files.whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
             for index, name in enumerate([] if self.found.val is None else data.distinct_names(self.found.val)):
                 _, _, prediction = self.predict(model, index)
                 data.pillow().fromarray(prediction).save(png := io.BytesIO(), format="PNG")
                 archive.writestr(f"{name}.png", png.getvalue())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         return path
 
     def figure(self, model: nn.Module, path: str | Path, count: int = 4) -> Path:

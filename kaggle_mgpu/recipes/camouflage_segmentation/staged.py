@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -100,9 +99,8 @@ def combine(config: Config, planned: list[Stage], results: list[Result]) -> Resu
     copies = {"model.safetensors": last, "best/model.safetensors": best}
     for name, of in copies.items():
         if of is not None and (source := Path(of.output_dir) / name).is_file():
-            (target := out / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, temporary := target.with_suffix(".tmp"))
-            os.replace(temporary, target)
+            with files.whole(out / name) as temporary:
+                shutil.copyfile(source, temporary)
     later = sum(stage.max_steps for stage in planned[len(results) :])
     remaining = last.remaining_steps + later
     finished = last.finished and len(results) == len(planned)

@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import os
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kaggle_mgpu import distributed
-from kaggle_mgpu.files import write_text
+from kaggle_mgpu.files import whole, write_text
 from kaggle_mgpu.recipes.surface_segmentation.data import crop
 from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
 from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of, write_stack
@@ -168,15 +167,11 @@ def predict(
 # submission.zip
 def write_submission(path: Path, predictions: dict[str, Path]) -> None:
     """Pack one `<id>.tif` a volume, as they are: whole or not at all, the same predictions giving the same bytes."""
-    temporary = path.with_name(f".writing-{path.name}")
-    with zipfile.ZipFile(temporary, "w") as archive:
+    with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in sorted(predictions):
             entry = zipfile.ZipInfo(f"{name}.tif", date_time=(1980, 1, 1, 0, 0, 0))
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, predictions[name].read_bytes())
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def validate_submission(path: str | Path, test_images: str | Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kaggle_mgpu.files import whole
 
 SUFFIXES = (".tif", ".tiff")
 
@@ -69,14 +70,7 @@ def write_stack(path: Path, volume: NDArray[np.uint8]) -> None:
     """Write a volume (pages, height, width) as a TIFF stack of LZW pages: whole or not at all."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     pages = [Image.fromarray(page) for page in volume]
-    try:
-        with temporary.open("w+b") as file:  # pillow reads back what it has written, to append
-            pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # pillow reads back what it has written, to append
+    with whole(path) as temporary, temporary.open("w+b") as file:
+        pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")

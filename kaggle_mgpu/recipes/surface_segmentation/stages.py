@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kaggle_mgpu import devices, distributed, session
 from kaggle_mgpu.config import parse_duration
-from kaggle_mgpu.files import flush, read_tensors, write_text
+from kaggle_mgpu.files import read_tensors, whole, write_text
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.surface_segmentation import stacks
 from kaggle_mgpu.recipes.surface_segmentation.data import Volume
@@ -156,10 +156,8 @@ def _unpredicted(result: Result) -> Result:
 def _copied(source: Path, target: Path) -> Path:
     """Copy a file, whole or not at all, unless it is there already; where it is then."""
     if not (target.exists() and target.samefile(source)):
-        temporary = target.with_name(f".writing-{target.name}")
-        shutil.copyfile(source, temporary)
-        flush(temporary)
-        os.replace(temporary, target)
+        with whole(target) as temporary:
+            shutil.copyfile(source, temporary)
     return target
 
 
