@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import devices, env, session
+from . import devices, env, session, worker_server
 
 Status = Literal["passed", "failed", "skipped"]
 
 TIMEOUT = 60.0
-"""Seconds without a sign of life after which the workers hang. NCCL's first collective takes a few."""
+"""Seconds without a sign of life after which the workers are taken to hang. NCCL's first collective takes a few."""
 SHARED_MEMORY = 256 << 20
 """Bytes that /dev/shm should have free: four loader processes, each two batches of up to 20 MB ahead, and NCCL's
 buffers between GPUs without peer access. Docker's default of 64 MB is what people meet."""
@@ -38,8 +38,6 @@ MEMORY_FREE = 0.5
 TOLERANCE = 1e-4
 """Relative difference of two float32 gradients that add the same terms in another order: 1e-6 is usual, a gradient of
 the wrong scale is off by 0.01 at least with the uneven counts here."""
-ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
-"""Bytes that are added up to measure the bandwidth, by kind of device."""
 STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
 """What the workers do, in this order."""
 
@@ -126,8 +124,8 @@ def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "
     """
     started = time.monotonic()
     report = env.fix(verbose=False, start_workers=False)
-    if not env.server_runs():
-        env.start_server()  # imports torch while this process looks at the rest
+    if not worker_server.running():
+        worker_server.start()  # imports torch while this process looks at the rest
     folder = Path(output_dir) if output_dir is not None else session.working()
     gpus = devices.gpus()
     lines = [_gpus(gpus), *_memory(gpus), _protobuf(report), _shared_memory(shared_memory), _disk(folder)]
@@ -315,15 +313,8 @@ def _judge_gradients(found: dict[str, float]) -> list[Line]:
     wrong = {name: difference for name, difference in found.items() if not difference < TOLERANCE}
     if wrong:
         text = ", ".join(f"{name} differs by {difference:.2g}" for name, difference in wrong.items())
-        expected = f"; expected less than {TOLERANCE:g} of its length"
-        return [
-            Line(
-                "gradients",
-                "failed",
-                f"against one device with the whole batch: {text}{expected}",
-                _ADVICE["gradients"],
-            )
-        ]
+        found_wrong = f"against one device with the whole batch: {text}; expected less than {TOLERANCE:g} of its length"
+        return [Line("gradients", "failed", found_wrong, _ADVICE["gradients"])]
     text = ", ".join(f"{name} {difference:.1g}" for name, difference in found.items())
     return [Line("gradients", "passed", f"relative difference to one device's: {text}")]
 
@@ -339,14 +330,14 @@ def _judge_checkpoint(found: dict[str, str]) -> list[Line]:
 
 def _in_worker(notes: str, folder: str) -> None:
     """Every stage on every rank; rank 0 notes what each one found."""
-    from . import distributed
+    from . import distributed, probes  # here, since they import torch
 
     stages: dict[str, Callable[[], Any]] = {
-        "workers": _about,
-        "precision": _precision,
-        "all-reduce": all_reduce_bandwidth,
-        "gradients": _gradients,
-        "checkpoint": lambda: _checkpoint(folder) if distributed.is_main() else None,
+        "workers": probes.workers,
+        "precision": probes.precision,
+        "all-reduce": probes.all_reduce_bandwidth,
+        "gradients": probes.gradients,
+        "checkpoint": lambda: probes.save_and_load(folder) if distributed.is_main() else None,
     }
     for name in STAGES:
         distributed.alive()
@@ -354,167 +345,3 @@ def _in_worker(notes: str, folder: str) -> None:
         distributed.barrier()
         if distributed.is_main():
             (Path(notes) / f"{name}.json").write_text(json.dumps(found))
-
-
-def _about() -> dict[str, Any]:
-    import torch
-
-    from . import distributed
-
-    device = distributed.device()
-    on_gpu = device.type == "cuda"
-    names = distributed.gather(torch.cuda.get_device_name(device) if on_gpu else "the CPU")
-    count = distributed.world_size()
-    return {"count": count, "devices": names, "on_gpu": distributed.gather(on_gpu), "torch": torch.__version__}
-
-
-def _precision() -> dict[str, Any]:
-    """A matrix product in each precision the device is good for, against float64: relative differences."""
-    import torch
-
-    from . import distributed
-
-    device = distributed.device()
-    gpus = devices.gpus() if device.type == "cuda" else []
-    chosen, reason = devices.precision("auto", gpus)
-    kinds = {"fp32": torch.float32} | ({"fp16": torch.float16, "bf16": torch.bfloat16} if gpus else {})
-    if chosen == "fp16":
-        del kinds["bf16"]  # emulated: nobody uses it
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
-    differences = {}
-    for name, kind in kinds.items():
-        product = (a.to(device, kind) @ b.to(device, kind)).cpu().double()
-        difference = float((product - a @ b).norm() / (a @ b).norm())
-        differences[name] = max(distributed.gather(difference if difference == difference else float("inf")))
-    return {"precision": chosen, "reason": reason, "differences": differences}
-
-
-def all_reduce_bandwidth() -> dict[str, Any]:
-    """Bytes per second that an all-reduce moves between the ranks of this world, measured on all of them.
-
-    `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
-    for a ring is what each link carries, whatever the number of ranks n.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from . import distributed
-
-    world, device = distributed.world_size(), distributed.device()
-    nbytes = ALL_REDUCE[device.type]
-    peers = None
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        others = [index for index in range(torch.cuda.device_count()) if index != device.index]
-        mine = all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
-        peers = not distributed.agree(not mine)
-    if world == 1:
-        return {"backend": "none", "ranks": 1, "gigabytes_per_s": 0.0, "right": True, "peers": None}
-    numbers = torch.empty(nbytes // 4, device=device)
-    right, best = True, float("inf")
-    for _ in range(5):  # the first sets up the connections
-        numbers.fill_(distributed.rank() + 1.0)
-        distributed.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        dist.all_reduce(numbers)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-        right = right and bool((numbers == world * (world + 1) / 2).all())
-        distributed.alive()
-    rate = min(distributed.gather(nbytes * 2 * (world - 1) / world / best / 1e9))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    wrong = distributed.agree(not right)
-    return {"backend": backend, "ranks": world, "gigabytes_per_s": rate, "right": not wrong, "peers": peers}
-
-
-def _gradients() -> dict[str, float]:
-    """How far each strategy's gradient is from one device's with the whole batch, relative to its length.
-
-    Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
-    wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
-    """
-    import torch
-
-    from . import distributed, strategy
-
-    world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
-    cpu = torch.device("cpu")
-    generator = torch.Generator().manual_seed(7)
-    replicas = max(2, torch.cuda.device_count() if device.type == "cuda" else world)
-    samples = 8 * replicas
-    counts = torch.randint(1, 10, (samples,), generator=generator)
-    batch = {"x": torch.randn(samples, 9, 16, generator=generator), "count": counts}
-    terms = int(counts.sum())
-
-    def gradient(kind: type[strategy.Strategy], parts: list[Any], on: torch.device, replicas: int = 1) -> torch.Tensor:
-        how = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
-        if kind is not strategy.Distributed:
-            how.world_size = 1  # the other ranks have no part in it
-        torch.manual_seed(3)
-        model = how.prepare(torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Tanh(), torch.nn.Linear(24, 4)))
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        for i, part in enumerate(parts):
-            with how.micro_step(sync=i == len(parts) - 1):
-                how.backward({name: tensor.to(how.input_device) for name, tensor in part.items()}, 1.0, lambda: terms)
-        how.step(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=None)
-        return (before - torch.nn.utils.parameters_to_vector(model.parameters()).detach()).cpu().double()
-
-    def part(start: int, stop: int) -> dict[str, torch.Tensor]:
-        return {name: tensor[start:stop] for name, tensor in batch.items()}
-
-    # all ranks start alike, and nobody is in a collective while rank 0 computes alone
-    found = {}
-    reference = gradient(strategy.Strategy, [batch], cpu)
-    own = gradient(strategy.Strategy, [batch], device) if device.type == "cuda" else reference
-    if device.type == "cuda":
-        found["GPU against CPU"] = _difference(own, reference)
-    if rank == 0 and (world > 1 or device.type == "cpu"):
-        count = torch.cuda.device_count() if device.type == "cuda" else replicas
-        found["dp"] = _difference(gradient(strategy.Replicated, [part(0, 5), part(5, samples)], device, count), own)
-    distributed.barrier()
-    if world > 1:
-        first, last = samples * rank // world, samples * (rank + 1) // world
-        parts = [part(first, first + 3), part(first + 3, last)]
-        found["ddp"] = _difference(gradient(strategy.Distributed, parts, device), own)
-    everybody = distributed.gather(found)
-    return {name: max(theirs.get(name, 0.0) for theirs in everybody) for name in everybody[0]}
-
-
-def _loss(model: Any, batch: Any) -> Any:
-    import torch
-
-    x, count = batch["x"], batch["count"]
-    real = torch.arange(x.shape[1], device=x.device) < count[:, None]
-    return (model(x).square().sum(-1) * real).sum()
-
-
-def _difference(gradient: Any, reference: Any) -> float:
-    difference = float((gradient - reference).norm() / reference.norm())
-    return difference if difference == difference else float("inf")
-
-
-def _checkpoint(folder: str) -> dict[str, str]:
-    """A megabyte, saved as a run saves it and loaded again."""
-    import torch
-
-    from . import checkpoint
-
-    began = time.monotonic()
-    numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
-    made = not Path(folder).exists()
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".kaggle_mgpu-check-") as place:
-            saved = checkpoint.Checkpoints(Path(place)).save(1, tensors={"model": {"w": numbers}}, state={}, facts={})
-            if (damage := checkpoint.damage(saved)) is not None:
-                return {"error": f"{saved} is damaged: {damage}", "found": ""}
-            if not torch.equal(checkpoint.load(saved).tensors["model"]["w"], numbers):
-                return {"error": f"what was loaded from {saved} is not what was saved", "found": ""}
-        if made:
-            Path(folder).rmdir()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "found": ""}
-    return {"error": "", "found": f"1 MiB saved and loaded in {time.monotonic() - began:.2f} s in {folder}"}

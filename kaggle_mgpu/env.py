@@ -17,23 +17,17 @@ changes a variable that the user has set.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
-if TYPE_CHECKING:
-    import socket
-    import subprocess
-
-from kaggle_mgpu import import_hooks, protobuf_fix
+from kaggle_mgpu import import_hooks, protobuf_fix, worker_server
 
 Action = Literal[
     "found", "set", "kept", "removed", "shimmed", "filtered", "installed", "refused", "too late", "left", "broken"
@@ -149,8 +143,8 @@ def fix(
         items += [*_fix_implementation(), _fix_get_prototype(before), *_impossible()]
     items += _fix_lines(before, quiet)
     if start_workers or (start_workers is None and "ipykernel" in sys.modules and os.path.exists("/dev/nvidia1")):
-        if not server_runs():
-            start_server()
+        if not worker_server.running():
+            worker_server.start()
         items.append(Item("worker server", "", "set", "imports torch in the background, for launch"))
     report = Report(tuple(items), _cell() if verbose else None)
     if verbose:
@@ -342,94 +336,6 @@ def _fix_lines(before: Any, quiet: bool) -> list[Item]:
         return [Item(name, "", "too late", "tensorflow is already imported: what it wrote stays")]
     why = f"known ones dropped, others shown after it; all stay in {import_hooks.folder()} should the process die"
     return [Item(name, "", "filtered", why)]
-
-
-# --- the worker server ------------------------------------------------------------------------------
-
-
-@dataclass
-class Server:
-    """The process that ``launch`` has its workers from, as the one who started it sees it; see server.py."""
-
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-    log: BinaryIO
-    owner: int
-    """The process that started it: a fork of that one must start its own."""
-    mark: str
-    """An environment variable with its value, which all processes below the server have."""
-    variables: dict[str, str]
-    """Those of this environment that only a start reads."""
-    watched: dict[str, tuple[str, int]] | None = None
-    """Once it is ready: the files it has imported, as {module: (path, st_mtime_ns)}."""
-
-    def stop(self) -> None:
-        """End it, and with it every process below it."""
-        if self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
-            # supervisors and workers end with it, by the operating system; children of workers may not, but they
-            # have its mark: forks the environment that it was started with, programs that of the worker
-            for path in Path("/proc").glob("[0-9]*/environ"):
-                with contextlib.suppress(OSError):
-                    if self.mark.encode() in path.read_bytes():
-                        os.kill(int(path.parent.name), signal.SIGKILL)
-        self.control.close()
-        self.log.close()
-
-
-server: Server | None = None
-SERVER_MARK = "KAGGLE_MGPU_SERVER"
-
-# Read when libraries load, too early for a worker, which is forked from a process that has loaded them. All others
-# (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) are a worker's as they are at its launch.
-_READ_AT_START = re.compile(
-    r"(LD|OMP|GOMP|MKL|OPENBLAS|MALLOC|ATEN|PYTORCH)_|PYTHON(?!PATH)|TORCH(?!INDUCTOR_CACHE_DIR|_NCCL)"
-)
-
-
-def read_at_start() -> dict[str, str]:
-    """The variables whose change a running server cannot follow."""
-    return {name: value for name, value in os.environ.items() if _READ_AT_START.match(name)}
-
-
-def server_runs() -> bool:
-    """Whether this process has a server that has not ended."""
-    return server is not None and server.owner == os.getpid() and server.process.poll() is None
-
-
-def start_server() -> None:
-    """Start the server, in place of the one before; takes milliseconds, its imports go on in the background."""
-    import atexit
-    import socket
-    import subprocess
-    import tempfile
-    import uuid
-
-    global server
-    if server is None:
-        atexit.register(lambda: server.stop() if server is not None else None)
-    else:
-        server.stop()
-    server = None
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (the server's as long as it lives)
-    # what this process would find, but nothing of the current folder may shadow a module (-P; last on the path)
-    path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
-    program = f"from kaggle_mgpu.server import main; main({theirs.fileno()})"
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
-        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path), SERVER_MARK: mark},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,  # an interrupt meant for the notebook is not for it
-    )
-    theirs.close()
-    server = Server(process, ours, log, os.getpid(), f"{SERVER_MARK}={mark}", read_at_start())
 
 
 # --- processors -------------------------------------------------------------------------------------

@@ -81,13 +81,13 @@ class Sharded(Strategy):
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
-        # one block at a time is whole on the device
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes would lay out a CPU's 4-bit weights anew in the first evaluation, in place: those that
                 # are gathered at that moment, and not this rank's part, from which the next ones come
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         units = self.units(model)
+        # one block at a time is whole on the device; last comes the root, with what is in none of them
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
             self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
@@ -147,10 +147,6 @@ class Sharded(Strategy):
         found = super().evaluate(batches)
         self._root.reshard()  # torch keeps it for a backward pass, which does not come
         return found
-
-    def sync_buffers(self) -> None:
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)
 
     def whole(self, tree: Any) -> Any:
         """Rank 0 has it in host memory; what the others return is worth nothing, and takes no room."""

@@ -12,52 +12,24 @@ raised here, as itself.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import datetime
-import functools
 import itertools
-import linecache
-import mmap
 import os
-import pickle
 import signal
-import socket
-import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
-from . import devices, env, pickling, server, session
+from . import devices
 from .config import TrainConfig
-from .server import END, PULSE, SIGNAL, WorkerError
+from .worker_server import WorkerError
+from .workers import HangError, WorkerDiedError, Workers, WorkerTraceback, is_consequence
 
-GRACE_SECONDS = 1.0
-"""How long a failed worker may take to end, and the others to report the failure that this one may follow from."""
-END_SECONDS = 10.0
-"""How long workers that have given their value may take to end."""
-CELL_CHARACTERS = 100_000
-"""How much of rank 0's output is shown in the cell; its log has all of it."""
-
-
-class WorkerDiedError(WorkerError):
-    """A worker was killed, crashed or left without a value; the message says how, and ends with its last lines."""
-
-
-class HangError(WorkerError):
-    """No rank got on for too long; the message says which is behind, and carries the Python stack of each."""
-
-
-class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as concurrent.futures' is)
-    """The traceback of an exception as the worker saw it; the `__cause__` of the exception raised here."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
+__all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
 
 def launch(
@@ -88,22 +60,21 @@ def launch(
         WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
     """
-    from_arguments = (value for value in [*args, *kwargs.values()] if isinstance(value, TrainConfig))
-    config = next(from_arguments, None)
-    settings = config if config is not None else TrainConfig()
-    alone = getattr(function, "returns_rank0", False)
+    config = next((value for value in [*args, *kwargs.values()] if isinstance(value, TrainConfig)), None)
+    settings = config or TrainConfig()
+    one_value = getattr(function, "returns_rank0", False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from . import distributed  # not above: it imports torch, which this process may do without
 
         distributed.init(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
         value = function(*args, **kwargs)
-        return value if alone else distributed.gather(value)
+        return value if one_value else distributed.gather(value)
     gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
     if count == 1 and not in_worker:
         with _visible_gpus(gpus if gpu_ids or settings.gpu_ids else []):
             value = function(*args, **kwargs)
-        return value if alone else [value]
+        return value if one_value else [value]
 
     logs = Path(settings.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
@@ -113,14 +84,14 @@ def launch(
     with _interrupts() as interrupts:
         for attempt in itertools.count():
             call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, started)
-            workers = _Workers(call, count, gpus, logs, settings, attempt)
+            workers = Workers(call, count, gpus, logs, settings, attempt)
             try:
                 values = workers.run(interrupts, limit, from_start=timeout is not None)
-                return values[0] if alone else values
+                return values[0] if one_value else values
             except Exception as error:
                 # what raises a RestartError has seen to it that the next attempt is another one: these do not count
                 again, which = type(error).__name__ == "RestartError", ""
-                if isinstance(error, WorkerDiedError | HangError) or _is_consequence(error):
+                if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
                     died += 1
                     again, which = died <= restarts, f": restart {died} of {restarts}"
                 if interrupts or not again:
@@ -186,327 +157,10 @@ def _resumed(call: Any, config: TrainConfig | None, started: float) -> Any:
     saved = Path(config.output_dir).glob("checkpoints/*/state.json")
     if not any(path.stat().st_mtime >= started for path in saved):
         return call
-    function, args, kwargs = call
     changed = config.replace(resume="auto")
-    swap = functools.partial(lambda value: changed if value is config else value)
+
+    def swap(value: Any) -> Any:
+        return changed if value is config else value
+
+    function, args, kwargs = call
     return function, tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}
-
-
-# --- one set of workers -----------------------------------------------------------------------------
-
-
-class _Workers:
-    """N worker processes, from their start to the last value or the first error."""
-
-    def __init__(
-        self, call: Any, count: int, gpus: list[devices.GPU], logs: Path, config: TrainConfig, attempt: int
-    ) -> None:
-        self.count, self.log_paths = count, [logs / f"rank{rank}.log" for rank in range(count)]
-        self.call = pickling.dumps(call, "the function, with its arguments,")
-        self.request = server.Request(
-            count=count,
-            variables=_variables(count, gpus, config),
-            path=list(sys.path),
-            folder=_folder(),
-            # IPython keeps the source of cells there; files are read where they are
-            sources={name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
-            semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
-            threads=env.threads_per_worker(count),
-            timeout=config.collective_timeout_minutes * 60,
-            can_draw=session.can_draw(),
-            can_show=session.can_show(),
-        )
-        self.values: dict[int, Any] = {}
-        self.failures: dict[int, BaseException] = {}
-        self.ended: set[int] = set()
-        logs.mkdir(parents=True, exist_ok=True)
-        for path in self.log_paths:
-            if attempt == 0:
-                path.write_bytes(b"")
-            else:
-                with open(path, "a") as log:
-                    log.write(f"--- restart {attempt} ---\n")
-
-    def run(self, interrupts: list[float], limit: float, from_start: bool) -> list[Any]:
-        """Have the workers make the call and see it through. Nothing of theirs is left when this returns."""
-        with contextlib.ExitStack() as stack:
-            self.output = stack.enter_context(_Output(self.log_paths[0]))
-            self._start(stack, interrupts)
-            told = False
-            try:
-                while len(self.values) < self.count:
-                    self._next(0.1)
-                    if self.failures:
-                        self._hear_them_out()
-                        raise self._first_failure()
-                    if len(interrupts) > 1:
-                        raise KeyboardInterrupt
-                    if interrupts and not told:
-                        # in sessions of their own, the workers have not heard of it: `train` saves and returns
-                        told = True
-                        self._signal(signal.SIGINT)
-                    self._check_pulse(limit, from_start)
-                self._wait_for_the_end(END_SECONDS)
-            finally:
-                self._signal(signal.SIGKILL)
-                self._wait_for_the_end(END_SECONDS)
-                if env.server is not None and not env.server_runs():
-                    env.server.stop()  # it was killed: what it had under it ends too
-                server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
-                self._show_output()
-        return [self.values[rank] for rank in range(self.count)]
-
-    def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
-        self.links: list[connection.Connection] = []
-        with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
-            call, request = _memory(self.call), _memory(pickle.dumps(self.request))
-            pulse = _memory(PULSE.pack(-1, 0, 0) * self.count)
-            self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
-            given: list[Any] = [request, call, pulse]
-            for path in self.log_paths:
-                ours, link = connection.Pipe()
-                self.links.append(stack.enter_context(ours))
-                given += [link, open(path, "ab")]  # noqa: SIM115
-            for item in given:
-                theirs.enter_context(item)
-            for _ in range(3):
-                control = server.ready(interrupts).control
-                self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                stack.enter_context(self.channel)
-                with channel, contextlib.suppress(OSError):
-                    socket.send_fds(control, [b"launch"], [item.fileno() for item in [channel, *given]])
-                while not connection.wait([self.channel], 0.1):
-                    if interrupts:
-                        raise KeyboardInterrupt
-                if self.channel.recv(END.size):
-                    self.started = time.monotonic_ns()
-                    return
-                env.start_server()  # it was killed just now
-        raise WorkerError("the worker server was killed three times before it had started a worker")
-
-    def _next(self, timeout: float) -> None:
-        """Deal with whatever comes next from any worker."""
-        waiting: list[Any] = [self.channel, *(link for link in self.links if not link.closed)]
-        for ready in connection.wait(waiting, timeout):
-            if ready is self.channel:
-                self._hear_of_an_end()
-            else:
-                self._receive(self.links.index(ready))  # type: ignore[arg-type]
-        self._show_output()
-
-    def _show_output(self) -> None:
-        """What rank 0 has written; but not the traceback of its error, which it announces before it writes it."""
-        size = self.output.size()
-        while not self.links[0].closed and self.links[0].poll():
-            self._receive(0)
-        self.output.show(size)
-
-    def _hear_of_an_end(self) -> None:
-        try:
-            message = self.channel.recv(END.size)
-        except ConnectionError:
-            message = b""
-        for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
-            while not self.links[rank].closed and self.links[rank].poll():  # its last words may not be read yet
-                self._receive(rank)
-            if rank not in self.values and rank not in self.failures and rank not in self.ended:
-                self.failures[rank] = WorkerDiedError(self._death(rank, status))
-            self.ended.add(rank)
-
-    def _receive(self, rank: int) -> None:
-        link = self.links[rank]
-        try:
-            kind, *content = link.recv()
-        except (EOFError, OSError):
-            link.close()
-            return
-        if kind == "show":
-            self.output.show(self.output.size())
-            with contextlib.suppress(Exception):  # whatever the front end does, training goes on
-                session.show(*content)
-        elif kind == "value":
-            try:
-                self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
-            except Exception as error:
-                what = f"rank {rank}'s return value cannot be read here: {type(error).__name__}: {error}"
-                self.failures[rank] = TypeError(f"{what}. Return plain values, tensors or a path.")
-        elif kind == "error":
-            self.failures[rank] = self._error(rank, *content)
-
-    def _error(self, rank: int, pickled: bytes | None, line: str, trace: str, log_size: int) -> BaseException:
-        if rank == 0:
-            self.output.end = log_size  # the traceback that follows is shown with the exception
-        error: BaseException = WorkerError(f"rank {rank}: {line}")
-        with contextlib.suppress(Exception):  # its class may not unpickle here
-            error = error if pickled is None else pickle.loads(pickled)
-        if isinstance(error, SystemExit):  # would end this process, silently
-            error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
-        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}")
-        return error
-
-    def _hear_them_out(self) -> None:
-        """The failed write their tracebacks; and what came first may follow from another's failure, still to come."""
-        until = time.monotonic() + GRACE_SECONDS
-        while (left := until - time.monotonic()) > 0:
-            known = not all(_is_consequence(error) for error in self.failures.values())
-            complete = len(self.values) + len(self.failures) == self.count
-            if (known or complete) and self.ended.issuperset(self.failures):
-                return
-            self._next(min(left, 0.1))
-
-    def _first_failure(self) -> BaseException:
-        """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""
-        ranked = sorted(self.failures.items(), key=lambda item: (_is_consequence(item[1]), item[0]))
-        return ranked[0][1]
-
-    def _death(self, rank: int, status: int | None) -> str:
-        if status is None:
-            how = "with the server of its launch, which was killed"
-        elif os.WIFSIGNALED(status):
-            name = signal.Signals(os.WTERMSIG(status)).name
-            likely = {
-                "SIGKILL": "killed, most often for want of memory: lower micro_batch_size or data_workers",
-                "SIGSEGV": "a crash in native code",
-                "SIGABRT": "given up by native code",
-                "SIGBUS": "most often /dev/shm is full: lower data_workers",
-            }.get(name, "ended by a signal")
-            how = f"by {name} ({likely})"
-        else:
-            how = f"with exit code {os.WEXITSTATUS(status)}, without an exception"
-        path = self.log_paths[rank]
-        lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
-        tail = "\n  ".join(lines) or "(nothing)"
-        return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
-
-    # Hangs
-    def _check_pulse(self, limit: float, from_start: bool) -> None:
-        pulses = [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
-        silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
-        if silent < limit or not (from_start or any(step >= 0 for step, _, _ in pulses)):
-            return
-        if any(path.exists() and time.time() - path.stat().st_mtime < limit for path in self.log_paths):
-            return  # a line is a sign of life too
-        behind = min(range(self.count), key=lambda rank: pulses[rank][:2])
-        level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
-        where = [
-            f"rank {rank}: " + (f"step {step}, {beats} signs of life since" if step >= 0 else f"{beats} signs of life")
-            for rank, (step, beats, _) in enumerate(pulses)
-        ]
-        stacks = [f"Stack of rank {rank}:\n{self._stack(rank)}" for rank in range(self.count)]
-        raise HangError(
-            f"no rank has got on for {silent:.0f} s (timeout {limit:g} s); "
-            + ("all are equally far" if level else f"rank {behind} is behind")
-            + f" ({'; '.join(where)}).\n"
-            + "\n".join(stacks)
-        )
-
-    def _stack(self, rank: int) -> str:
-        """What faulthandler writes into the rank's log when asked to."""
-        path = self.log_paths[rank]
-        with contextlib.suppress(OSError), open(path, "rb") as log:
-            before = size = log.seek(0, os.SEEK_END)
-            if rank == 0:
-                self.output.end = before
-            self._signal(signal.SIGQUIT, rank)
-            until = time.monotonic() + 2.0
-            while time.monotonic() < until:
-                time.sleep(0.1)
-                if size == (size := path.stat().st_size) > before:
-                    return log.read(20_000).decode(errors="replace").strip()
-        return "(it does not answer: stopped, or in the kernel)"
-
-    # The end
-    def _signal(self, number: signal.Signals, rank: int = -1) -> None:
-        with contextlib.suppress(OSError):
-            self.channel.send(SIGNAL.pack(number, rank))
-
-    def _wait_for_the_end(self, seconds: float) -> None:
-        """Until the supervisor has gone, and with it everything it watches over; at most so long."""
-        until = time.monotonic() + seconds
-        with contextlib.suppress(OSError):
-            while (left := until - time.monotonic()) > 0:
-                if connection.wait([self.channel], left) and not self.channel.recv(END.size):
-                    return
-
-
-class _Output:
-    """Rank 0's log as it grows, shown in the cell: the worker never waits for the notebook, and nothing comes twice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
-        self.file.seek(0, os.SEEK_END)
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.shown, self.end = 0, sys.maxsize
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.shown >= CELL_CHARACTERS:
-            size = min(self.end, self.size())
-            self.file.seek(max(self.file.tell(), size - 2000))
-            lines = self.file.read(max(0, size - self.file.tell())).decode(errors="replace").splitlines()[1:]
-            print("\n".join(["…", *lines[-20:]]), flush=True)
-        self.file.close()
-
-    def size(self) -> int:
-        return os.fstat(self.file.fileno()).st_size
-
-    def show(self, size: int) -> None:
-        """Show what is new in the first `size` bytes, as long as the cell has room."""
-        if self.shown >= CELL_CHARACTERS:
-            return
-        room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())
-        text = self.decoder.decode(self.file.read(max(0, room)))
-        if not text:
-            return
-        self.shown += len(text)
-        sys.stdout.write(text)
-        if self.shown >= CELL_CHARACTERS:
-            print(
-                f"\n… more than {CELL_CHARACTERS} characters: {self.path} has it all, the last lines follow at the end"
-            )
-        sys.stdout.flush()
-
-
-def _variables(count: int, gpus: list[devices.GPU], config: TrainConfig) -> dict[str, str]:
-    """This process's environment variables, with what the workers need beside."""
-    variables = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONUNBUFFERED": "1"}
-    # what workers start as programs finds what they find
-    variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    defaults = {
-        "OMP_NUM_THREADS": str(env.threads_per_worker(count)),
-        # all workers are on this machine. Otherwise gloo looks its name up, and NCCL takes the first network card:
-        # both fail or stall in a session without internet
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
-    if config.nccl_p2p == "off" or (config.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
-        defaults["NCCL_P2P_DISABLE"] = "1"
-    if gpus:
-        # all of them for each worker, which takes its own by LOCAL_RANK; numbered as nvidia-smi numbers them
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    return {**defaults, **variables}
-
-
-def _folder() -> str | None:
-    try:
-        return os.getcwd()
-    except FileNotFoundError:  # deleted in the meantime
-        return None
-
-
-def _memory(content: bytes) -> Any:
-    """A nameless file in memory, which can be handed to other processes."""
-    file = os.fdopen(os.memfd_create("kaggle_mgpu"), "w+b")
-    file.write(content)
-    file.seek(0)
-    return file
-
-
-def _is_consequence(error: BaseException) -> bool:
-    """Whether this is what a rank sees of another's end: a collective that failed."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    words = ("Connection closed by peer", "Connection reset", "[Gloo]", "gloo/transport", "NCCL")
-    return "DistError" in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

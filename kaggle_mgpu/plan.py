@@ -21,7 +21,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import check, compare, devices, session
+from . import compare, devices, probes, session
 from .config import TrainConfig
 from .facts import Facts, count
 from .launch import launch
@@ -464,6 +464,6 @@ def _duration(seconds: float | None) -> str:
 
 def _launch_bandwidth(config: TrainConfig, count: int) -> dict[str, Any]:
     found: list[dict[str, Any]] = launch(
-        check.all_reduce_bandwidth, nproc=count, gpu_ids=config.gpu_ids, in_worker=True
+        probes.all_reduce_bandwidth, nproc=count, gpu_ids=config.gpu_ids, in_worker=True
     )
     return found[0]

@@ -2,10 +2,11 @@
 
     the notebook ── server ── one supervisor for each launch ── its workers
 
-`env.start_server` starts the server. It imports what a first training step needs, touches no GPU and starts no thread,
-so it can be forked at any time. A launch's supervisor forks the workers, passes signals on to them, reports how each of
-them ended, and then ends whatever they left behind. Whatever happens to one of these processes, those to its right end
-too: the server notices that the notebook is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
+The notebook's side is worker_server.py, which starts the server, and workers.py, which asks it for workers. The server
+imports what a first training step needs, touches no GPU and starts no thread, so it can be forked at any time. A
+launch's supervisor forks the workers, passes signals on to them, reports how each of them ended, and then ends whatever
+they left behind. Whatever happens to one of these processes, those to its right end too: the server notices that the
+notebook is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import datetime
 import faulthandler
 import gc
 import importlib
-import importlib.util
 import linecache
 import mmap
 import multiprocessing
@@ -31,27 +31,27 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import env, pickling, session
+from . import env, pickling, session, worker_server
 
 PRELOAD = (
-    # DistributedDataParallel and the optimizers import torch._dynamo, and with it sympy, when they are first used
-    "torch torch.distributed torch.nn.parallel.distributed torch.utils.data torch._dynamo "
-    "torch.profiler._cupti_monitor torch.utils.serialization numpy.ctypeslib cloudpickle safetensors.torch "
-    "kaggle_mgpu.trainer"
-).split()
+    "torch", "torch.distributed", "torch.nn.parallel.distributed", "torch.utils.data",
+    # DistributedDataParallel and the optimizers import it, and with it sympy, when they are first used
+    "torch._dynamo",
+    "torch.profiler._cupti_monitor", "torch.utils.serialization", "numpy.ctypeslib", "cloudpickle", "safetensors.torch",
+    "kaggle_mgpu.trainer", "kaggle_mgpu.data_parallel",
+)  # fmt: skip
+"""What a first training step needs. Each of the kit's by itself: a notebook's copy is put together by their names."""
 
 END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
 PULSE = struct.Struct("qqq")  # a rank's signs of life: step, signs since, time.monotonic_ns
 
-START_SECONDS = 300.0
-"""How long the server's imports may take."""
 SWEEP_SECONDS = 2.0
 """How long what the workers have left behind may take to end when asked."""
 
@@ -335,9 +335,9 @@ def _work(
 
 def _become(rank: int, request: Request) -> None:
     """Take over the notebook's state at the time of the launch, and what tells this worker from the others."""
-    mark = os.environ[env.SERVER_MARK]
+    mark = os.environ[worker_server.MARK]
     os.environ.clear()
-    os.environ.update({**request.variables, "RANK": str(rank), "LOCAL_RANK": str(rank), env.SERVER_MARK: mark})
+    os.environ.update({**request.variables, "RANK": str(rank), "LOCAL_RANK": str(rank), worker_server.MARK: mark})
     if request.folder is not None:
         os.chdir(request.folder)
     sys.path[:] = request.path
@@ -368,64 +368,3 @@ def _traceback(error: BaseException) -> str:
     """As the user's function sees it: without the frame that called it, which is the first."""
     where = error.__traceback__.tb_next if error.__traceback__ and error.__traceback__.tb_next else error.__traceback__
     return "".join(traceback.format_exception(type(error), error, where))
-
-
-# --- the notebook's side ----------------------------------------------------------------------------
-
-
-class WorkerError(RuntimeError):
-    """A worker's failure that is no exception that could be raised here."""
-
-
-def ready(interrupts: Sequence[float]) -> env.Server:
-    """The server, started if there is none, or if what it has imported is not what would be imported now.
-
-    Raises:
-        WorkerError: it does not start; the message has what it said.
-        KeyboardInterrupt: there was an interrupt while it imported.
-    """
-    fresh = 0
-    while True:
-        if not env.server_runs() or env.server is None or env.server.variables != env.read_at_start():
-            env.start_server()
-            fresh += 1
-        assert env.server is not None
-        if _has_imported(env.server, interrupts, patient=fresh < 3):
-            # a fresh one is as good as can be, also where it and this process would never import the same
-            if fresh or _is_current(env.server.watched or {}):
-                return env.server
-            env.start_server()
-            fresh += 1
-
-
-def _has_imported(found: env.Server, interrupts: Sequence[float], patient: bool) -> bool:
-    """Wait until the server says what it has imported; False if it was killed."""
-    deadline = time.monotonic() + START_SECONDS
-    while found.watched is None:
-        if interrupts:
-            raise KeyboardInterrupt
-        if select.select([found.control], [], [], 0.1)[0]:
-            if message := found.control.recv(1 << 20):
-                found.watched = pickle.loads(message)
-                break
-            code = found.process.wait(10)
-            if code < 0 and patient:
-                return False
-            found.log.seek(0)
-            said = found.log.read().decode(errors="replace").strip()
-            raise WorkerError(f"the worker server ended with code {code}:\n{said}")
-        if time.monotonic() > deadline:
-            raise WorkerError(f"the worker server has not imported torch within {START_SECONDS:g} s")
-    return True
-
-
-def _is_current(watched: dict[str, tuple[str, int]]) -> bool:
-    """Whether a process started now would import the same files, unchanged."""
-    for name, (path, modified) in watched.items():
-        try:
-            spec = importlib.util.find_spec(name)  # what this process has imported, where it has
-            if spec is None or spec.origin != path or os.stat(path).st_mtime_ns != modified:
-                return False
-        except (ValueError, ImportError, OSError):
-            return False
-    return True

@@ -1,16 +1,15 @@
-"""How one micro-batch becomes gradients, and gradients a step: on one GPU, replicated, or in step with other processes.
+"""How one micro-batch becomes gradients, and gradients a step: what all strategies share, and which one a run takes.
 
 All strategies give the same gradient: the sum of the loss over every term of the global batch, divided by how many
 terms that is. They hold the plain model, which checkpoints and evaluation use; what wraps it is used to call it only.
+`Strategy` itself is one process with one device; the others are data_parallel.py (dp, ddp), fsdp.py and zero.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import math
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
@@ -64,9 +63,11 @@ class Call(nn.Module):
 class Strategy:
     """One process, one device; the base of the others.
 
+    A step is `micro_step` around `backward` for each micro-batch, then `step`.
+
     Args:
         loss: sum of the loss over a batch's terms, `(model, batch) -> scalar`.
-        metrics: `(model, batch) -> {name: (sum, count)}`.
+        metrics: `(model, batch) -> {name: (sum, count)}`; sums may be tensors of any shape.
         precision: fp32, fp16 (autocast with loss scaling) or bf16 (autocast).
         num_replicas: copies of the model in this process.
         find_unused_parameters: under ddp, allow for parameters that a step does not use.
@@ -111,11 +112,13 @@ class Strategy:
         return optimizer
 
     def note_buffers(self) -> None:
+        """Make room for a copy of the buffers that checkpoints hold, for `begin_step`."""
         saved = self.model.state_dict(keep_vars=True)
         self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
         self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
 
     def wrap(self, call: nn.Module) -> nn.Module:
+        """What a training step calls in place of `call`."""
         return call
 
     @property
@@ -130,8 +133,14 @@ class Strategy:
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
         """Add this micro-batch's part of the gradient. Returns the sum of its loss, detached.
 
-        Backward starts from weight / terms instead of 1: cheaper than dividing the loss, and the same gradient.
-        DistributedDataParallel divides by the world size when it adds gradients up, hence the factor.
+        Gradients are divided by the world size when they are added up over the ranks, hence the factor.
+
+        Args:
+            weight: 0 for a micro-batch that only keeps this rank in step with the others, else 1.
+            terms: gives the number of terms in the global batch.
+
+        Raises:
+            ValueError: there are none.
         """
         loss = self.forward(batch)
         distributed.alive()  # the ranks wait for each other in backward: the one behind has not come this far
@@ -141,10 +150,13 @@ class Strategy:
                 "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
                 "term (all of it masked, say) out of the training data."
             )
-        # a new tensor each time: autograd may hand it on as a parameter's gradient, which is then written to
-        start = torch.full_like(loss, weight * self.world_size / number)
-        loss.backward(self.scaler.scale(start))
+        self.backward_from(loss, weight * self.world_size / number)
         return loss.detach() if weight == 1 else loss.detach() * weight
+
+    def backward_from(self, loss: Tensor, start: float) -> None:
+        """The backward pass, from `start` instead of 1: cheaper than to multiply the loss, and the same gradient."""
+        # a new tensor each time: autograd may hand it on as a parameter's gradient, which is then written to
+        loss.backward(self.scaler.scale(torch.full_like(loss, start)))
 
     def forward(self, batch: Any) -> Tensor:
         """Sum of the loss over the batch's terms, ready for backward."""
@@ -171,6 +183,7 @@ class Strategy:
         optimizer.zero_grad(set_to_none=True)
 
     def forward_alone(self, batch: Any) -> Tensor:
+        """`forward` without the other processes."""
         return self.call(batch)
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
@@ -249,20 +262,23 @@ class Strategy:
             coming = next(batches, None)
 
     def call_for_metrics(self, batch: Any) -> Any:
+        """{name: (sums, counts)}, one row of each for every replica in this process."""
         return self.call(batch, "metrics")
 
     def sync_buffers(self) -> None:
         """Give every rank rank 0's buffers (running statistics), as checkpoints hold those."""
+        if self.world_size > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
 
-    # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
     def communication(self) -> float | None:
-        """Seconds of a step in which gradients were sent and nothing computed; None where that is not known.
+        """Seconds of a step in which gradients were sent and nothing computed, waiting for a slower rank included.
 
-        DistributedDataParallel times its first ten steps and every hundredth after them; this is their mean. Waiting
-        for a slower rank is in it.
+        None where that is not known.
         """
         return None
 
+    # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
         return self.whole(self.held_state(optimizer))
@@ -297,193 +313,6 @@ class Strategy:
         self.skipped.fill_(state["skipped"])
 
 
-class Distributed(Strategy):
-    """One process per GPU, gradients averaged by DistributedDataParallel while backward still runs."""
-
-    name = "ddp"
-    checked = False
-
-    def __init__(self, *args: Any, gradient_compression: str = "none", bucket_mb: int = 25, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
-
-    def wrap(self, call: nn.Module) -> nn.Module:
-        on_gpu = self.device.type == "cuda"
-        # a broadcast before every forward pass buys nothing: sync_buffers does it where buffers are read (the option
-        # changed its name in torch 2.13)
-        accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-        per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
-        wrapped = nn.parallel.DistributedDataParallel(
-            call,
-            device_ids=[self.device.index] if on_gpu else None,
-            # gradients are views of the buckets that are sent: one gradient's worth of memory less
-            gradient_as_bucket_view=True,
-            find_unused_parameters=self.find_unused_parameters,
-            bucket_cap_mb=self.bucket_mb,
-            **{per_forward: False},  # type: ignore[arg-type]
-        )
-        if self.gradient_compression == "fp16":
-            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-
-            wrapped.register_comm_hook(None, fp16_compress_hook)
-        elif not on_gpu and self.world_size > 2:
-            # a lambda, since torch rejects annotations that are text, as this file's are
-            wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
-        return wrapped
-
-    def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
-        assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
-        return _NOTHING if sync else self.parallel.no_sync()
-
-    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
-        if not (self.checked or self.find_unused_parameters):
-            # torch would say so in the second step, by number, and advise an option of its own
-            unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
-            if unused:
-                more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-                raise ValueError(
-                    f"no gradient reached {', '.join(unused[:3])}{more}: the loss does not use them, and ddp waits for "
-                    f"every parameter. Take them out of the model, freeze them with requires_grad_(False), or set "
-                    f"find_unused_parameters=True, which costs time in each step."
-                )
-            self.checked = True
-        return super().step(optimizer, max_norm=max_norm)
-
-    def sync_buffers(self) -> None:
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)
-
-    def communication(self) -> float | None:
-        with contextlib.suppress(Exception):  # not a public interface: without it this is not known
-            assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
-            found = self.parallel._get_ddp_logging_data()
-            apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
-            return max(0, apart) / 1e9 if found["avg_backward_comm_time"] > 0 else None
-        return None
-
-
-def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients over the ranks so that no bit of the sum depends on how they lie in the bucket.
-
-    DistributedDataParallel lays its buckets out anew after its first step, and gloo adds three or more numbers in an
-    order that depends on where they lie: a resumed run, whose first step is another one, would differ in the last bit.
-    With two ranks there is only one order, and GPUs promise no such thing.
-    """
-    own = bucket.buffer()
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-
-    def added(_: torch.futures.Future[Any]) -> Tensor:
-        total = own.copy_(parts[0])
-        for part in parts[1:]:
-            total.add_(part)
-        return total.div_(len(parts))
-
-    gathered = dist.all_gather(parts, own, async_op=True)
-    return gathered.get_future().then(added)
-
-
-class Replicated(Strategy):
-    """One process, one replica of the model per GPU and thread. Each computes its own loss: scalars are gathered."""
-
-    name = "dp"
-
-    def wrap(self, call: nn.Module) -> nn.Module:
-        if self.device.type == "cuda":
-            return nn.DataParallel(call, device_ids=list(range(self.num_replicas)))
-        return CPUReplicas(call, self.num_replicas)
-
-    @property
-    def input_device(self) -> torch.device:
-        return torch.device("cpu")  # scattered from there straight to each GPU
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.parallel(batch, "losses").sum()
-
-    def forward_alone(self, batch: Any) -> Tensor:
-        return self.forward(batch)
-
-    def call_for_metrics(self, batch: Any) -> Any:
-        return self.parallel(batch, "metrics")
-
-
-class CPUReplicas(nn.Module):
-    """What nn.DataParallel does, for replicas that share one CPU: there nn.DataParallel itself is a pass-through.
-
-    Scatter, torch's own replica modules, a thread for each, gather: so that dp can be tried and tested without a GPU.
-    """
-
-    def __init__(self, module: nn.Module, num_replicas: int) -> None:
-        super().__init__()
-        self.module, self.num_replicas = module, num_replicas
-
-    def forward(self, batch: Any, what: str = "loss") -> Any:
-        parts = _scatter(batch, self.num_replicas)
-        if len(parts) == 1:
-            return _gather([self.module(parts[0], what)])
-        replicas = [_replica(self.module, index) for index in range(len(parts))]
-        outputs: list[Any] = [None] * len(parts)
-        grad = torch.is_grad_enabled()
-
-        def run(index: int) -> None:
-            try:
-                with torch.set_grad_enabled(grad):
-                    outputs[index] = replicas[index](parts[index], what)
-            except Exception as error:
-                outputs[index] = error
-
-        for index in range(len(parts)):
-            thread = threading.Thread(target=run, args=(index,))
-            thread.start()
-            thread.join()  # one after the other: they share the CPU's random generator, and dropout must repeat
-        for output in outputs:
-            if isinstance(output, Exception):
-                raise output
-        return _gather(outputs)
-
-
-def _scatter(value: Any, parts: int) -> list[Any]:
-    if isinstance(value, Tensor):
-        return list(value.chunk(parts))
-    if isinstance(value, dict) and value:
-        columns = {key: _scatter(item, parts) for key, item in value.items()}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
-    if isinstance(value, list | tuple) and value:
-        make = getattr(value, "_make", type(value))  # a namedtuple wants its fields one by one
-        return [make(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
-    return [value] * parts
-
-
-def _replica(module: nn.Module, index: int) -> nn.Module:
-    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it.
-
-    As on GPUs, what the first replica writes into its buffers stays, and what the others write is lost.
-    """
-    copies: dict[nn.Module, nn.Module] = {}
-    views: dict[Tensor, Tensor] = {}
-    for original in module.modules():
-        copies[original] = original._replicate_for_data_parallel()
-    for original, copy in copies.items():
-        for name, child in original._modules.items():
-            copy._modules[name] = None if child is None else copies[child]
-        if index > 0:
-            copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
-        for name, parameter in original._parameters.items():
-            if parameter is None:  # a layer without bias still has the name
-                copy._parameters[name] = None
-            else:
-                views.setdefault(parameter, parameter.view_as(parameter))
-                setattr(copy, name, views[parameter])
-    return copies[module]
-
-
-def _gather(outputs: list[Any]) -> Any:
-    if isinstance(outputs[0], Tensor):
-        return torch.cat(outputs)
-    return {
-        name: tuple(torch.cat(pair) for pair in zip(*(o[name] for o in outputs), strict=True)) for name in outputs[0]
-    }
-
-
 def choose(
     wanted: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"],
     *,
@@ -496,9 +325,11 @@ def choose(
     Raises:
         ValueError: the strategy cannot run with this many processes.
     """
+    from . import data_parallel  # here, since this room is below it
+
     if wanted == "auto":
         if world_size > 1:
-            return Distributed, f"{world_size} processes"
+            return data_parallel.Distributed, f"{world_size} processes"
         return Strategy, "one process"
     if wanted in ("single", "dp") and world_size > 1:
         raise ValueError(
@@ -523,10 +354,16 @@ def choose(
                 "strategy 'deepspeed' is not in the copy of kaggle_mgpu that a notebook carries: install the package "
                 "or run in a checkout, or use strategy='fsdp'"
             ) from error
-    return {"single": Strategy, "dp": Replicated, "ddp": Distributed}[wanted], "asked for"
+    plain = {"single": Strategy, "dp": data_parallel.Replicated, "ddp": data_parallel.Distributed}
+    return plain[wanted], "asked for"
+
+
+KERNEL = ("fused", "foreach", "capturable")
+"""What an optimizer's group says of the kernel that computes its step: this machine's choice, not the checkpoint's."""
 
 
 def _clips_and_skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's kernel divides gradients by `grad_scale`, and skips the step where `found_inf` is set."""
     # SGD's fused kernel too takes found_inf, but a skipped first step leaves its momentum uninitialised (torch 2.13)
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))
 
@@ -581,8 +418,7 @@ def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimize
     number = {name: index for index, name in enumerate(name for group in mine for name in group)}
     groups = []
     for now, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        # which kernel computes the step is this machine's choice, not the checkpoint's
-        kernel = {key: now[key] for key in ("fused", "foreach", "capturable") if key in now}
+        kernel = {key: now[key] for key in KERNEL if key in now}
         groups.append({**then, **kernel, "params": [number[name] for name in then["params"]]})
     optimizer.load_state_dict(
         {"state": {number[name]: values for name, values in state["state"].items()}, "param_groups": groups}

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import distributed
-from .strategy import Strategy, saved_state
+from .strategy import KERNEL, Strategy, saved_state
 
 # What the kit decides; DeepSpeed's own defaults (a clipping at 1.0, say) must not
 OURS = (
@@ -145,14 +145,12 @@ class ZeRO(Strategy):
         self.engine.set_gradient_accumulation_boundary(sync)
         return contextlib.nullcontext()
 
-    def backward(self, batch: Any, weight: float, terms: Any) -> Tensor:
-        loss = self.engine(batch)
-        distributed.alive()
-        if not (number := terms()):
-            raise ValueError("Task.count gave 0 for every batch of this step, so its loss has no mean.")
-        # gradients are divided by the world size when they are added up, hence the factor
-        self.engine.backward(loss * (weight * self.world_size / number))
-        return loss.detach() if weight == 1 else loss.detach() * weight
+    def forward(self, batch: Any) -> Tensor:
+        loss: Tensor = self.engine(batch)
+        return loss
+
+    def backward_from(self, loss: Tensor, start: float) -> None:
+        self.engine.backward(loss * start)  # which scales it, and knows of no other start than 1
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """DeepSpeed clips and steps, or leaves out a step whose gradient is not finite."""
@@ -163,10 +161,6 @@ class ZeRO(Strategy):
         self.skipped += infinite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
         return torch.tensor(float("inf") if infinite else float(self.engine.get_global_grad_norm()))
-
-    def sync_buffers(self) -> None:
-        for buffer in self.model.buffers():
-            dist.broadcast(buffer, src=0)
 
     # State, parameter by parameter
     def described(self) -> dict[str, Tensor]:
@@ -273,9 +267,7 @@ class ZeRO(Strategy):
             elif name in parameters:
                 self._put(parameters[name], value, None)
         for group, then in zip(optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
-            # which kernel computes the step is this machine's choice
-            ours = ("params", "fused", "foreach", "capturable")
-            group.update({key: value for key, value in then.items() if key not in ours})
+            group.update({key: value for key, value in then.items() if key not in ("params", *KERNEL)})
         moments: dict[str, dict[str, Any]] = state["optimizer"]["state"]
         if first := next(iter(moments.values()), {}):
             (name, *_) = moments

@@ -85,31 +85,31 @@ def test_every_line_passes_and_this_process_stays_clean(tmp_path: Path) -> None:
 # Faults. Each is planted in the workers, or in what they stand on
 def last_step_alone(notes: str, folder: str) -> None:
     """Every rank keeps its own gradient: they are never added up."""
-    from kaggle_mgpu import strategy
+    from kaggle_mgpu import data_parallel
 
-    strategy.Distributed.micro_step = lambda self, *, sync: self.parallel.no_sync()  # type: ignore
+    data_parallel.Distributed.micro_step = lambda self, *, sync: self.parallel.no_sync()  # type: ignore
     REAL(notes, folder)
 
 
 def world_size_forgotten(notes: str, folder: str) -> None:
     """DistributedDataParallel divides by the world size; whoever does not know gets a gradient that is too small."""
-    from kaggle_mgpu import strategy
+    from kaggle_mgpu import data_parallel
 
-    prepare = strategy.Distributed.prepare
+    prepare = data_parallel.Distributed.prepare
 
     def forgetful(self: Any, model: Any) -> Any:
         self.world_size = 1
         return prepare(self, model)
 
-    strategy.Distributed.prepare = forgetful  # type: ignore
+    data_parallel.Distributed.prepare = forgetful  # type: ignore
     REAL(notes, folder)
 
 
 def mean_of_replicas(notes: str, folder: str) -> None:
     """What DataParallel's gathered losses are usually made into."""
-    from kaggle_mgpu import strategy
+    from kaggle_mgpu import data_parallel
 
-    strategy.Replicated.forward = lambda self, batch: self.parallel(batch, "losses").mean()  # type: ignore
+    data_parallel.Replicated.forward = lambda self, batch: self.parallel(batch, "losses").mean()  # type: ignore
     REAL(notes, folder)
 
 
@@ -164,7 +164,9 @@ def dies_at_once(notes: str, folder: str) -> None:
 
 
 def dies_in_the_all_reduce(notes: str, folder: str) -> None:
-    check.all_reduce_bandwidth = dies_before("all-reduce")
+    from kaggle_mgpu import probes
+
+    probes.all_reduce_bandwidth = dies_before("all-reduce")
     REAL(notes, folder)
 
 

@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parents[1] / "kaggle_mgpu"
 
 # room -> the rooms it may import
 FLOORS: dict[str, set[str]] = {
-    # below the first floor: env's two halves, each one sitting to read
+    # below the first floor: parts of env, each one sitting to read
     "import_hooks": set(),
     "protobuf_fix": set(),
-    "env": {"import_hooks", "protobuf_fix"},
+    "worker_server": set(),
+    "env": {"import_hooks", "protobuf_fix", "worker_server"},
     "session": set(),
     "config": set(),
     "files": set(),
@@ -27,13 +28,15 @@ FLOORS: dict[str, set[str]] = {
     "distributed": {"session"},
     "optim": {"shards"},
     "pickling": set(),
-    "server": {"env", "session", "pickling", "distributed"},
-    "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
+    "server": {"worker_server", "env", "session", "pickling", "distributed"},
+    "workers": {"server", "worker_server", "pickling", "devices", "session", "config", "env"},
+    "launch": {"workers", "worker_server", "devices", "distributed", "config"},
     "data": {"distributed", "randomness"},
-    # fsdp is above it, and imported by `choose` alone, when asked for; so is zero, by its name
-    "strategy": {"distributed", "devices", "shards", "fsdp"},
-    "zero": {"strategy", "distributed"},
+    # the others are above it, and imported by `choose` alone: fsdp when asked for, and so is zero, by its name
+    "strategy": {"distributed", "shards", "data_parallel", "fsdp"},
+    "data_parallel": {"strategy"},
     "fsdp": {"strategy", "distributed", "shards"},
+    "zero": {"strategy", "distributed"},
     "checkpoint": {"distributed", "session", "files", "shards"},
     "memory": {"files", "randomness"},
     "records": set(),
@@ -58,10 +61,11 @@ FLOORS: dict[str, set[str]] = {
         "randomness",
     },
     # its workers do what a run does, one thing at a time
-    "check": {"env", "session", "devices", "launch", "distributed", "strategy", "checkpoint"},
+    "probes": {"devices", "distributed", "strategy", "data_parallel", "checkpoint"},
+    "check": {"worker_server", "env", "session", "devices", "launch", "distributed", "probes"},
     "compare": {"run", "task", "config", "data", "distributed", "optim", "memory", "devices", "launch"},
     "facts": {"run", "task", "config", "data", "distributed", "memory", "devices", "launch"},
-    "plan": {"facts", "compare", "check", "task", "config", "data", "devices", "launch", "session"},
+    "plan": {"facts", "compare", "probes", "task", "config", "data", "devices", "launch", "session"},
     "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
     "recipes": {
         "session",
@@ -83,7 +87,9 @@ FLOORS: dict[str, set[str]] = {
     },
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch", "check"}
+STDLIB_ONLY = set(
+    "import_hooks protobuf_fix worker_server env session devices pickling server workers launch check".split()
+)
 FREE = {"__init__", "__main__"}
 
 

@@ -24,8 +24,9 @@ import torch
 from jupyter_client.manager import KernelManager
 from safetensors.torch import load_file
 
-from kaggle_mgpu import TrainConfig, distributed, env, launch, train
-from kaggle_mgpu.launch import CELL_CHARACTERS, HangError, WorkerDiedError, WorkerError, WorkerTraceback
+from kaggle_mgpu import TrainConfig, distributed, launch, train, worker_server
+from kaggle_mgpu.launch import HangError, WorkerDiedError, WorkerError, WorkerTraceback
+from kaggle_mgpu.workers import CELL_CHARACTERS
 from tasks import Regression
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,7 @@ LONG = 1000.0  # seconds: no test waits so long, so what would is known to have 
 
 def children() -> list[psutil.Process]:
     """What this process has started and has not ended, except the server itself."""
-    apart = {env.server.process.pid} if env.server else set()
+    apart = {worker_server.current.process.pid} if worker_server.current else set()
     for kernel in [notebook.process for notebook in Notebook.running]:
         apart |= {kernel.pid, *(process.pid for process in kernel.children(recursive=True))}
     return [process for process in psutil.Process().children(recursive=True) if process.pid not in apart]
@@ -128,7 +129,7 @@ def test_a_launch_within_a_worker_runs_in_place() -> None:
 
 def test_workers_find_this_process_as_it_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch(distributed.rank, nproc=2)
-    server = env.server and env.server.process.pid
+    server = worker_server.current and worker_server.current.process.pid
     (tmp_path / "written_in_a_cell.py").write_text("value = 7")
     monkeypatch.setenv("SET_IN_A_CELL", "yes")
     monkeypatch.delenv("HOME", raising=False)
@@ -145,16 +146,16 @@ def test_workers_find_this_process_as_it_is_now(tmp_path: Path, monkeypatch: pyt
 
     for rank, value in enumerate(launch(function, nproc=2)):
         assert value == ([str(rank), str(rank), "2", "2"], ["yes", None, str(tmp_path), 7], 0, [""])
-    assert server == (env.server and env.server.process.pid)
+    assert server == (worker_server.current and worker_server.current.process.pid)
 
 
 def test_a_variable_that_only_a_start_reads_starts_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(distributed.rank, nproc=2)
-    server = env.server and env.server.process.pid
+    server = worker_server.current and worker_server.current.process.pid
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     level = launch(lambda: torch.distributed.get_debug_level().name, nproc=2)
     assert level == ["DETAIL", "DETAIL"]
-    assert server != (env.server and env.server.process.pid)
+    assert server != (worker_server.current and worker_server.current.process.pid)
 
 
 def test_a_changed_package_starts_another_server(tmp_path: Path) -> None:
@@ -296,10 +297,10 @@ def test_children_of_workers_end_with_them() -> None:
 
 def test_the_server_may_be_killed_at_any_time(tmp_path: Path) -> None:
     launch(distributed.rank, nproc=2)
-    assert env.server is not None
-    env.server.process.kill()
+    assert worker_server.current is not None
+    worker_server.current.process.kill()
     assert launch(distributed.rank, nproc=2) == [0, 1]
-    server = env.server.process
+    server = worker_server.current.process
 
     def function() -> None:
         child = subprocess.Popen(["sleep", "1000"], start_new_session=True)

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kaggle_mgpu import distributed, launch
-from kaggle_mgpu.strategy import (
-    CPUReplicas,
-    Distributed,
-    Replicated,
-    Strategy,
-    choose,
-    load_named_optimizer_state,
-    named_optimizer_state,
-)
+from kaggle_mgpu.data_parallel import CPUReplicas, Distributed, Replicated
+from kaggle_mgpu.strategy import Strategy, choose, load_named_optimizer_state, named_optimizer_state
 
 Pair = namedtuple("Pair", "x y")
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kaggle_mgpu import env, launch
+from kaggle_mgpu import launch, worker_server
 from kaggle_mgpu.launch import HangError, WorkerDiedError
 
 INSIDE = ["exception", "kill", "segfault", "exit", "hang"]
@@ -99,7 +99,7 @@ def left_behind() -> dict[str, int]:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    return env.server is not None and process.pid == env.server.process.pid
+    return worker_server.current is not None and process.pid == worker_server.current.process.pid
 
 
 def _sockets(process: psutil.Process) -> list[Any]:

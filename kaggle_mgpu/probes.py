@@ -1,0 +1,177 @@
+"""What the ranks measure of a machine: products of matrices, an all-reduce, each strategy's gradient, a checkpoint.
+
+    launch(probes.all_reduce_bandwidth, nproc=2, in_worker=True)[0]["gigabytes_per_s"]
+
+Each is called on every rank of a launch and returns plain values, alike on all ranks (but `save_and_load`, which one
+rank calls). `check` judges what they find; `plan` asks for the bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import checkpoint, devices, distributed
+from .data_parallel import Distributed, Replicated
+from .strategy import Strategy
+
+ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
+"""Bytes that are added up to measure the bandwidth, by kind of device."""
+
+
+def workers() -> dict[str, Any]:
+    """How many there are (count), on which devices, whether each has a GPU (on_gpu), and torch's version."""
+    device = distributed.device()
+    on_gpu = device.type == "cuda"
+    names = distributed.gather(torch.cuda.get_device_name(device) if on_gpu else "the CPU")
+    count = distributed.world_size()
+    return {"count": count, "devices": names, "on_gpu": distributed.gather(on_gpu), "torch": torch.__version__}
+
+
+def precision() -> dict[str, Any]:
+    """A matrix product in each precision the device is good for, against float64: relative differences.
+
+    Returns:
+        `precision` and `reason`, what "auto" means here; `differences`, of the rank that is furthest off.
+    """
+    device = distributed.device()
+    gpus = devices.gpus() if device.type == "cuda" else []
+    chosen, reason = devices.precision("auto", gpus)
+    kinds = {"fp32": torch.float32} | ({"fp16": torch.float16, "bf16": torch.bfloat16} if gpus else {})
+    if chosen == "fp16":
+        del kinds["bf16"]  # emulated: nobody uses it
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
+    differences = {}
+    for name, kind in kinds.items():
+        product = (a.to(device, kind) @ b.to(device, kind)).cpu().double()
+        differences[name] = max(distributed.gather(_difference(product, a @ b)))
+    return {"precision": chosen, "reason": reason, "differences": differences}
+
+
+def all_reduce_bandwidth() -> dict[str, Any]:
+    """Bytes per second that an all-reduce moves between the ranks of this world, measured on all of them.
+
+    `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
+    for a ring is what each link carries, whatever the number of ranks n.
+
+    Returns:
+        With it `backend`, `ranks`, whether the sum was `right`, and `peers`: whether each GPU reads each other one's
+        memory, None where there are fewer than two.
+    """
+    world, device = distributed.world_size(), distributed.device()
+    nbytes = ALL_REDUCE[device.type]
+    peers = None
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+        mine = all(torch.cuda.can_device_access_peer(device.index, other) for other in others)
+        peers = not distributed.agree(not mine)
+    if world == 1:
+        return {"backend": "none", "ranks": 1, "gigabytes_per_s": 0.0, "right": True, "peers": None}
+    numbers = torch.empty(nbytes // 4, device=device)
+    right, best = True, float("inf")
+    for _ in range(5):  # the first sets up the connections; the best counts
+        numbers.fill_(distributed.rank() + 1.0)
+        distributed.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+        right = right and bool((numbers == world * (world + 1) / 2).all())
+        distributed.alive()
+    rate = min(distributed.gather(nbytes * 2 * (world - 1) / world / best / 1e9))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    wrong = distributed.agree(not right)
+    return {"backend": backend, "ranks": world, "gigabytes_per_s": rate, "right": not wrong, "peers": peers}
+
+
+def gradients() -> dict[str, float]:
+    """How far each strategy's gradient is from one device's with the whole batch, relative to its length, by name.
+
+    Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
+    wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
+    """
+    world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(7)
+    replicas = max(2, torch.cuda.device_count() if device.type == "cuda" else world)
+    samples = 8 * replicas
+    counts = torch.randint(1, 10, (samples,), generator=generator)
+    batch = {"x": torch.randn(samples, 9, 16, generator=generator), "count": counts}
+    terms = int(counts.sum())
+
+    def gradient(kind: type[Strategy], parts: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
+        how = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
+        if kind is not Distributed:
+            how.world_size = 1  # the other ranks have no part in it
+        torch.manual_seed(3)
+        model = how.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        for i, part in enumerate(parts):
+            with how.micro_step(sync=i == len(parts) - 1):
+                how.backward({name: tensor.to(how.input_device) for name, tensor in part.items()}, 1.0, lambda: terms)
+        how.step(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=None)
+        return (before - nn.utils.parameters_to_vector(model.parameters()).detach()).cpu().double()
+
+    def part(start: int, stop: int) -> dict[str, Tensor]:
+        return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+    # all ranks start alike, and nobody is in a collective while rank 0 computes alone
+    found = {}
+    reference = gradient(Strategy, [batch], cpu)
+    own = gradient(Strategy, [batch], device) if device.type == "cuda" else reference
+    if device.type == "cuda":
+        found["GPU against CPU"] = _difference(own, reference)
+    if rank == 0 and (world > 1 or device.type == "cpu"):
+        count = torch.cuda.device_count() if device.type == "cuda" else replicas
+        found["dp"] = _difference(gradient(Replicated, [part(0, 5), part(5, samples)], device, count), own)
+    distributed.barrier()
+    if world > 1:
+        first, last = samples * rank // world, samples * (rank + 1) // world
+        parts = [part(first, first + 3), part(first + 3, last)]
+        found["ddp"] = _difference(gradient(Distributed, parts, device), own)
+    everybody = distributed.gather(found)
+    return {name: max(theirs.get(name, 0.0) for theirs in everybody) for name in everybody[0]}
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    x, count = batch["x"], batch["count"]
+    real = torch.arange(x.shape[1], device=x.device) < count[:, None]
+    loss: Tensor = (model(x).square().sum(-1) * real).sum()
+    return loss
+
+
+def _difference(found: Tensor, right: Tensor) -> float:
+    """Relative to the length of the right one; inf for nan."""
+    difference = float((found - right).norm() / right.norm())
+    return float("inf") if math.isnan(difference) else difference
+
+
+def save_and_load(folder: str) -> dict[str, str]:
+    """A megabyte, saved in `folder` as a run saves it and loaded again: what was `found`, or the `error`."""
+    began = time.monotonic()
+    numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+    made = not Path(folder).exists()
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".kaggle_mgpu-check-") as place:
+            saved = checkpoint.Checkpoints(Path(place)).save(1, tensors={"model": {"w": numbers}}, state={}, facts={})
+            if (damage := checkpoint.damage(saved)) is not None:
+                return {"error": f"{saved} is damaged: {damage}", "found": ""}
+            if not torch.equal(checkpoint.load(saved).tensors["model"]["w"], numbers):
+                return {"error": f"what was loaded from {saved} is not what was saved", "found": ""}
+        if made:
+            Path(folder).rmdir()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "found": ""}
+    return {"error": "", "found": f"1 MiB saved and loaded in {time.monotonic() - began:.2f} s in {folder}"}
