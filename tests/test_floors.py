@@ -65,7 +65,8 @@ FLOORS: dict[str, set[str]] = {
     "check": {"worker_server", "env", "session", "devices", "launch", "distributed", "probes"},
     "compare": {"run", "task", "config", "data", "distributed", "optim", "memory", "devices", "launch"},
     "facts": {"run", "task", "config", "data", "distributed", "memory", "devices", "launch"},
-    "plan": {"facts", "compare", "probes", "task", "config", "data", "devices", "launch", "session"},
+    "estimate": {"facts", "data", "devices"},
+    "plan": {"estimate", "facts", "compare", "probes", "task", "config", "data", "devices", "launch", "session"},
     "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
     "recipes": {
         "session",

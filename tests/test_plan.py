@@ -15,8 +15,9 @@ import kaggle_mgpu.compare as compare
 from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.compare import Measured
+from kaggle_mgpu.estimate import BUCKET, PUBLISHED, REACHED, Target, exchange
 from kaggle_mgpu.facts import Facts, count
-from kaggle_mgpu.plan import BUCKET, PUBLISHED, REACHED, Target, _exchange
+from kaggle_mgpu.probes import all_reduce_bandwidth
 from tasks import Regression
 
 planning = sys.modules["kaggle_mgpu.plan"]  # the package's own `plan` is the function
@@ -178,18 +179,18 @@ def facts(**changes: Any) -> Facts:
 
 
 def test_an_exchange_hides_behind_the_backward_pass_but_for_its_last_bucket() -> None:
-    got = _exchange(facts(), 2, micro_step=3.0, link=1e8, source="")
+    got = exchange(facts(), 2, micro_step=3.0, link=1e8, source="")
     assert (got.seconds, got.hidden) == (1.0, 2.0)
     assert got.exposed == pytest.approx(BUCKET / 10**8)
-    longer = _exchange(facts(), 4, micro_step=0.3, link=1e8, source="")
+    longer = exchange(facts(), 4, micro_step=0.3, link=1e8, source="")
     assert longer.seconds == pytest.approx(1.5)
     assert longer.exposed == pytest.approx(1.5 - 0.2)
 
 
 def test_what_other_strategies_send_and_hold() -> None:
-    whole = _exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp")
+    whole = exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp")
     assert whole.seconds == pytest.approx(1.5)
-    through_one = _exchange(facts(), 3, micro_step=3.0, link=1e8, source="", strategy="dp", accumulation=2)
+    through_one = exchange(facts(), 3, micro_step=3.0, link=1e8, source="", strategy="dp", accumulation=2)
     assert (through_one.seconds, through_one.exposed) == (pytest.approx(8.0), pytest.approx(8.0))
     assert facts().memory(2, shards=4) == {
         "weights": 25e6, "gradients": 25e6, "optimizer": 50e6, "activations": 2e6
@@ -227,7 +228,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     rate = {"gigabytes_per_s": 0.01, "peers": False}
     monkeypatch.setattr(devices, "select", lambda _: gpus)
     monkeypatch.setattr(compare, "measure", lambda config, task, steps: measured)
-    monkeypatch.setattr(planning, "_launch_bandwidth", lambda config, count: rate)
+    monkeypatch.setattr(planning, "launch", lambda function, **_: [rate] if function is all_reduce_bandwidth else None)
     found = plan(TrainConfig(global_batch_size=20), Wide())
     assert (found.strategy, found.precision, found.step_seconds, found.measured_memory) == ("ddp", "bf16", 0.1, 4 << 30)
     assert found.sentence.startswith("global batch 20 = 5 per GPU x 2 GPUs x 2 accumulation steps")
