@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from kaggle_mgpu.checkpoint import CheckpointError
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes import text_generation as tg
-from kaggle_mgpu.recipes.text_generation import (
-    GPT,
-    ByteTokenizer,
-    Config,
-    KVCache,
-    TextGeneration,
-    TokenBlocks,
-)
+from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration
+from kaggle_mgpu.recipes.text_generation.corpus import TokenBlocks, choose_source, prepare
+from kaggle_mgpu.recipes.text_generation.documents import cut_text, embedded_documents, plan_split, read_documents
+from kaggle_mgpu.recipes.text_generation.generation import probabilities
+from kaggle_mgpu.recipes.text_generation.model import KVCache, _rotate
+from kaggle_mgpu.recipes.text_generation.ngrams import Ngrams, ngram_losses
+from kaggle_mgpu.recipes.text_generation.tokenizer import BPETokenizer, ByteTokenizer
 from kaggle_mgpu.trainer import train
 
 NON_ASCII = "naïve café — 数学 🙂 “quotes”\n\tdone"
@@ -70,20 +69,20 @@ def test_txt_and_folder_in_sorted_order_with_bom_and_windows_lines(tmp_path):
     (tmp_path / "a.TXT").write_text("first")
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "notes.md").write_text("not text for us")
-    assert list(tg.read_documents(tmp_path)) == ["first", "second\nline"]
-    assert list(tg.read_documents(tmp_path / "a.TXT")) == ["first"]
+    assert list(read_documents(tmp_path)) == ["first", "second\nline"]
+    assert list(read_documents(tmp_path / "a.TXT")) == ["first"]
 
 
 def test_txt_that_is_not_utf8_says_where(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text, got byte 0xe9 at 3"):
-        list(tg.read_documents(tmp_path / "a.txt"))
+        list(read_documents(tmp_path / "a.txt"))
 
 
 def test_jsonl_reads_the_field_and_names_a_bad_line(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "one"}\n\n{"body": "tw\\u00f6 \\ud800"}\n', encoding="utf-8")
-    assert list(tg.read_documents(path, "body")) == ["one", "twö ?"]
+    assert list(read_documents(path, "body")) == ["one", "twö ?"]
     for bad, message in {
         '{"body": "x"': r"a\.jsonl, line 2: not valid JSON",
         '{"text": "x"}': r"a\.jsonl, line 2: expected an object with the field 'body' .* got 'text'",
@@ -92,7 +91,7 @@ def test_jsonl_reads_the_field_and_names_a_bad_line(tmp_path):
     }.items():
         path.write_text('{"body": "one"}\n' + bad + "\n")
         with pytest.raises(ValueError, match=message):
-            list(tg.read_documents(path, "body"))
+            list(read_documents(path, "body"))
 
 
 def test_parquet_reads_the_column_and_names_a_bad_row(tmp_path):
@@ -100,12 +99,12 @@ def test_parquet_reads_the_column_and_names_a_bad_row(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
     parquet.write_table(arrow.table({"id": [1, 2], "text": ["one", "two"]}), path)
-    assert list(tg.read_documents(path)) == ["one", "two"]
+    assert list(read_documents(path)) == ["one", "two"]
     with pytest.raises(ValueError, match=r"a\.parquet: expected a column 'body' .* got \['id', 'text'\]"):
-        list(tg.read_documents(path, "body"))
+        list(read_documents(path, "body"))
     parquet.write_table(arrow.table({"text": ["one", None]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: expected a string in 'text', got NoneType"):
-        list(tg.read_documents(path))
+        list(read_documents(path))
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "tokenizers"])
@@ -115,7 +114,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
     (tmp_path / "a.parquet").write_bytes(b"")
     data = str(tmp_path / "a.parquet") if package == "pyarrow" else None
     with pytest.raises(ImportError, match=f"needs the package `{package}`: pip install {package}"):
-        tg.prepare(small(tmp_path, data_path=data, tokenizer="bpe"))
+        prepare(small(tmp_path, data_path=data, tokenizer="bpe"))
 
 
 def test_auto_falls_back_to_bytes_and_says_so(tmp_path, monkeypatch):
@@ -128,12 +127,12 @@ def test_auto_falls_back_to_bytes_and_says_so(tmp_path, monkeypatch):
 def test_paths_that_hold_no_text_are_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"data_path: no \.txt, \.jsonl, \.parquet file in .*empty"):
-        list(tg.read_documents(tmp_path / "empty"))
+        list(read_documents(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"data_path: no such file or folder: .*nowhere"):
-        list(tg.read_documents(tmp_path / "nowhere"))
+        list(read_documents(tmp_path / "nowhere"))
     (tmp_path / "a.md").write_text("x")
     with pytest.raises(ValueError, match=r"data_path: expected one of .* got .*a\.md"):
-        list(tg.read_documents(tmp_path / "a.md"))
+        list(read_documents(tmp_path / "a.md"))
 
 
 @pytest.mark.parametrize("text", ["", "short"])
@@ -154,13 +153,13 @@ def test_inputs_are_searched_and_the_largest_folder_of_text_wins(tmp_path):
         (inputs / slug).mkdir(parents=True)
         for name, text in files.items():
             (inputs / slug / name).write_text(text)
-    path, reason = tg.choose_source(small(tmp_path))
+    path, reason = choose_source(small(tmp_path))
     assert path == inputs / "books"
     assert "most .txt/.jsonl/.parquet bytes, of 2" in reason
 
 
 def test_embedded_text_is_english_and_repeats_no_long_paragraph():
-    documents = tg.embedded_documents()
+    documents = embedded_documents()
     assert sum(len(d.encode()) for d in documents) > 200_000
     assert sum(d.count(" the ") for d in documents) > 2000
     paragraphs = [" ".join(p.split()) for d in documents for p in d.split("\n\n")]
@@ -176,7 +175,7 @@ def test_embedded_text_is_english_and_repeats_no_long_paragraph():
 )
 def test_split_holds_out_about_what_was_asked_and_cuts_one_document_at_most(documents, fraction):
     digests = [(f"{name}-{size}", size) for name, size in documents]
-    cuts = tg.plan_split(digests, fraction)
+    cuts = plan_split(digests, fraction)
     sizes = [size for _, size in documents]
     held = sum(sizes) - sum(cuts)
     assert all(0 <= cut <= size for cut, size in zip(cuts, sizes, strict=True))
@@ -186,15 +185,15 @@ def test_split_holds_out_about_what_was_asked_and_cuts_one_document_at_most(docu
 
 def test_split_by_document_does_not_depend_on_their_order():
     documents = [(f"{i * 7919 % 100:02d}", 10 + i % 5) for i in range(100)]
-    held = {d for d, cut in zip(documents, tg.plan_split(documents, 0.1), strict=True) if cut == 0}
+    held = {d for d, cut in zip(documents, plan_split(documents, 0.1), strict=True) if cut == 0}
     again = documents[::-1]
-    assert held == {d for d, cut in zip(again, tg.plan_split(again, 0.1), strict=True) if cut == 0}
+    assert held == {d for d, cut in zip(again, plan_split(again, 0.1), strict=True) if cut == 0}
     assert 7 <= len(held) <= 10
 
 
 def test_equal_documents_land_on_the_same_side():
     documents = [(name, 10) for name in "abcdefghijklmnopqrst" * 2]
-    cuts = tg.plan_split(documents, 0.19)  # room for seven documents: three pairs
+    cuts = plan_split(documents, 0.19)  # room for seven documents: three pairs
     assert sum(cut == 0 for cut in cuts) == 6
     assert cuts[:20] == cuts[20:]
 
@@ -203,7 +202,7 @@ def test_equal_documents_land_on_the_same_side():
 @given(st.text(max_size=60), st.integers(0, 200))
 def test_cut_text_loses_nothing_and_breaks_no_character(text, cut):
     text = text.encode("utf-8", "replace").decode()
-    head, tail = tg.cut_text(text, cut)
+    head, tail = cut_text(text, cut)
     assert head + tail == text
     assert len(head.encode()) <= cut or head == text
 
@@ -256,26 +255,26 @@ def test_a_pickled_dataset_carries_its_path_and_not_its_tokens(tmp_path):
 def test_a_second_run_reuses_the_files_and_a_changed_text_gets_new_ones(tmp_path):
     config = small(tmp_path, data_path=str(lines(tmp_path)), tokenizer="bpe", vocab_size=300)
     pytest.importorskip("tokenizers")
-    first = tg.prepare(config)
+    first = prepare(config)
     before = {f: f.stat().st_mtime_ns for f in Path(first.folder).iterdir()}
     assert {f.name for f in before} == {"train.bin", "val.bin", "corpus.json", "tokenizer.json"}
     half = Path(first.folder).with_suffix(".tmp")
     half.mkdir()
-    assert tg.prepare(config.replace(block_size=32)) == first
+    assert prepare(config.replace(block_size=32)) == first
     assert {f: f.stat().st_mtime_ns for f in Path(first.folder).iterdir()} == before
-    assert tg.prepare(config.replace(val_fraction=0.2)).folder != first.folder
-    assert tg.prepare(config.replace(tokenizer="byte")).folder != first.folder
+    assert prepare(config.replace(val_fraction=0.2)).folder != first.folder
+    assert prepare(config.replace(tokenizer="byte")).folder != first.folder
     lines(tmp_path, 201)
-    assert tg.prepare(config).folder != first.folder
+    assert prepare(config).folder != first.folder
 
 
 def test_what_a_killed_preparation_left_is_replaced(tmp_path):
     config = small(tmp_path, data_path=str(lines(tmp_path)))
-    folder = Path(tg.prepare(config).folder)
+    folder = Path(prepare(config).folder)
     want = (folder / "train.bin").read_bytes()
     folder.rename(folder.with_suffix(".tmp"))
     (folder.with_suffix(".tmp") / "train.bin").write_bytes(b"half")
-    assert (Path(tg.prepare(config).folder) / "train.bin").read_bytes() == want
+    assert (Path(prepare(config).folder) / "train.bin").read_bytes() == want
     assert not folder.with_suffix(".tmp").exists()
 
 
@@ -292,7 +291,7 @@ def test_bytes_decode_skips_separators_and_broken_characters():
 
 def test_bpe_round_trip_with_text_it_never_saw(tmp_path):
     pytest.importorskip("tokenizers")
-    corpus = tg.prepare(small(tmp_path, data_path=str(lines(tmp_path)), tokenizer="bpe", vocab_size=280))
+    corpus = prepare(small(tmp_path, data_path=str(lines(tmp_path)), tokenizer="bpe", vocab_size=280))
     tokenizer = corpus.tokenizer()
     assert tokenizer.n_vocab == corpus.n_vocab <= 280
     ids = tokenizer.encode(NON_ASCII)
@@ -300,16 +299,16 @@ def test_bpe_round_trip_with_text_it_never_saw(tmp_path):
     assert tokenizer.decode([tokenizer.separator, *ids]) == NON_ASCII
     assert len(tokenizer.encode("the only book")) < len("the only book")
     path = tmp_path / "again.json"
-    tg.BPETokenizer.train(iter(["line 1 of the only book\n"] * 3), 280, path)
+    BPETokenizer.train(iter(["line 1 of the only book\n"] * 3), 280, path)
     first = path.read_bytes()
-    tg.BPETokenizer.train(iter(["line 1 of the only book\n"] * 3), 280, path)
+    BPETokenizer.train(iter(["line 1 of the only book\n"] * 3), 280, path)
     assert path.read_bytes() == first
 
 
 def test_bpe_is_not_trained_on_held_out_text(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "a.txt").write_text("line of words\n" * 90 + "zyxwvut zyxwvut\n" * 9)
-    corpus = tg.prepare(small(tmp_path, data_path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=280))
+    corpus = prepare(small(tmp_path, data_path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=280))
     assert len(corpus.tokenizer().encode("zyxwvut")) == 7
     assert len(corpus.tokenizer().encode("line of words")) < 7
 
@@ -317,7 +316,7 @@ def test_bpe_is_not_trained_on_held_out_text(tmp_path):
 def test_long_texts_are_encoded_in_pieces_that_join_up(tmp_path):
     text = "x" * 1_500_000 + "\n" + "a line\n" * 100_000
     (tmp_path / "a.txt").write_text(text)
-    corpus = tg.prepare(small(tmp_path, data_path=str(tmp_path / "a.txt"), val_fraction=0))
+    corpus = prepare(small(tmp_path, data_path=str(tmp_path / "a.txt"), val_fraction=0))
     assert ByteTokenizer().decode(corpus.blocks("train", 16).tokens) == text
 
 
@@ -353,7 +352,7 @@ def test_rotary_positions_turn_by_distance_alone():
     q, k = torch.randn(16), torch.randn(16)
 
     def score(i, j):
-        return torch.dot(*(tg._rotate(x, model.cos[at], model.sin[at]) for x, at in ((q, i), (k, j)))).item()
+        return torch.dot(*(_rotate(x, model.cos[at], model.sin[at]) for x, at in ((q, i), (k, j)))).item()
 
     assert score(9, 4) == pytest.approx(score(20, 15), abs=1e-4)
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
@@ -483,31 +482,31 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_model_as_it_was():
 )
 def test_top_k_and_top_p_keep_the_likeliest_and_their_proportions(values, top_k, top_p, temperature):
     logits = torch.tensor(values)
-    full = tg.probabilities(logits, temperature)
+    full = probabilities(logits, temperature)
     assert torch.allclose(full, (logits / temperature).softmax(0), atol=1e-6)
-    p = tg.probabilities(logits, temperature, top_k, top_p)
+    p = probabilities(logits, temperature, top_k, top_p)
     kept = p > 0
     assert p.sum() == pytest.approx(1, abs=1e-5)
     assert 1 <= kept.sum() <= top_k
     assert p[logits.argmax()] > 0
     assert not (~kept).any() or full[kept].min() >= full[~kept].max()
     assert torch.allclose(p[kept] / p[kept].sum(), full[kept] / full[kept].sum(), atol=1e-5)
-    only_p = tg.probabilities(logits, temperature, None, top_p)
+    only_p = probabilities(logits, temperature, None, top_p)
     held = full[only_p > 0]
     assert held.sum() >= top_p - 1e-5
     assert held.sum() - held.min() < top_p + 1e-5
 
 
 def test_temperature_zero_is_greedy_and_nonsense_is_refused():
-    assert tg.probabilities(torch.tensor([0.0, 3.0, 1.0]), 0).tolist() == [0, 1, 0]
+    assert probabilities(torch.tensor([0.0, 3.0, 1.0]), 0).tolist() == [0, 1, 0]
     for options in ((-1.0,), (1.0, 0), (1.0, None, 0.0), (1.0, None, 1.5)):
         with pytest.raises(ValueError, match="expected temperature >= 0, top_k >= 1 and 0 < top_p <= 1"):
-            tg.probabilities(torch.zeros(3), *options)
+            probabilities(torch.zeros(3), *options)
 
 
 # Baselines
 def test_ngrams_by_hand():
-    tables = tg.Ngrams(np.array([0, 1, 0, 1, 1], "uint16"), n_vocab=3)
+    tables = Ngrams(np.array([0, 1, 0, 1, 1], "uint16"), n_vocab=3)
     # targets 1 0 1 1: p(0) = 2/7, p(1) = 4/7, p(2) = 1/7 with k = 1; pairs 01 twice, 10 once, 11 once
     unigram, bigram = tables.losses(np.array([0, 1, 2], "uint16"), k=1.0, m=2.0)
     assert unigram == pytest.approx(-(math.log(4 / 7) + math.log(1 / 7)) / 2)
@@ -522,7 +521,7 @@ def test_ngrams_by_hand():
 
 def test_a_bigram_table_learns_a_chain_that_a_unigram_cannot():
     stream = np.tile(np.arange(50, dtype="uint16"), 40)
-    unigram, bigram = tg.ngram_losses(stream, stream[:500], 50)
+    unigram, bigram = ngram_losses(stream, stream[:500], 50)
     assert unigram == pytest.approx(math.log(50), rel=0.01)
     assert bigram < 0.1
 

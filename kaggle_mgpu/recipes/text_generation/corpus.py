@@ -1,0 +1,245 @@
+"""Text made ready for training: two memory-mapped files of tokens, written once, and the blocks cut from them.
+
+    corpus = prepare(config)
+    inputs, targets = corpus.blocks("train", 512).batch(torch.arange(8))
+
+One process prepares; any number reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from kaggle_mgpu import session
+
+from .documents import SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
+from .settings import Config
+from .tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, tokenizers_package
+
+IGNORED = -100
+"""A target that is not there: torch's cross_entropy passes it over."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prepared text: a folder with train.bin, val.bin, corpus.json and, for bpe, tokenizer.json."""
+
+    folder: str
+    source: str
+    reason: str
+    """Why this source."""
+    digest: str
+    """Of the tokens and the split: what a checkpoint must have been trained on to be gone on with."""
+    kind: str
+    """Of the tokenizer: byte or bpe."""
+    n_vocab: int
+    """The separator included."""
+    documents: int
+    train_bytes: int
+    val_bytes: int
+    train_tokens: int
+    val_tokens: int
+
+    def tokenizer(self) -> Tokenizer:
+        return ByteTokenizer() if self.kind == "byte" else BPETokenizer(Path(self.folder) / "tokenizer.json")
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Nats per validation token as bits per byte of validation text."""
+        return loss * (self.val_tokens - 1) / max(1, self.val_bytes) / math.log(2)
+
+    def blocks(self, part: str, block_size: int, random_shift: bool = False) -> TokenBlocks:
+        """Blocks of block_size tokens of a part, "train" or "val"."""
+        return TokenBlocks(Path(self.folder) / f"{part}.bin", _dtype(self.n_vocab), block_size, random_shift)
+
+
+class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
+    """Blocks of a token file: block i predicts tokens i*B+1 ... (i+1)*B from the ones before, so every token
+    but the first (a separator) is predicted exactly once. In the last block what is missing is a target of
+    -100: ignored. With `random_shift` each begins up to B - 1 tokens later, drawn from torch's generator.
+    """
+
+    def __init__(self, path: Path, dtype: str, block_size: int, random_shift: bool = False) -> None:
+        self.path, self.dtype, self.block_size = str(path), dtype, block_size
+        self.random_shift = random_shift
+        self.n_tokens = Path(path).stat().st_size // np.dtype(dtype).itemsize
+        self._tokens: NDArray[Any] | None = None
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """The whole stream, memory-mapped at first use: a pickled memmap would carry all its bytes."""
+        if self._tokens is None:
+            self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        return self._tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokens": None}
+
+    def __len__(self) -> int:
+        return -(-(self.n_tokens - 1) // self.block_size)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, both (len(indices), block_size) int64."""
+        first = indices.numpy() * self.block_size
+        if self.random_shift:
+            first = first + torch.randint(self.block_size, (len(first),)).numpy()
+            first = np.minimum(first, max(0, self.n_tokens - 1 - self.block_size))
+        at = first[:, None] + np.arange(self.block_size + 1)
+        tokens = torch.from_numpy(self.tokens[np.minimum(at, self.n_tokens - 1)].astype(np.int64))
+        targets = tokens[:, 1:].masked_fill(torch.from_numpy(at[:, 1:] >= self.n_tokens), IGNORED)
+        return tokens[:, :-1].contiguous(), targets
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.batch(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+
+def _dtype(n_vocab: int) -> str:
+    """Of a token file."""
+    return "uint16" if n_vocab <= 65536 else "uint32"
+
+
+def choose_source(config: Config) -> tuple[Path | None, str]:
+    """Where the text comes from (None: the embedded text), and why."""
+    if config.data_path is not None:
+        return Path(config.data_path).expanduser().resolve(), "data_path"
+    sizes: dict[Path, int] = {}
+    for suffix in SUFFIXES:
+        for file in session.find(f"*{suffix}", limit=100_000):
+            if file.is_file() and _has_text(file, config.text_field):
+                sizes[file.parent] = sizes.get(file.parent, 0) + file.stat().st_size
+    if sizes:
+        folder = max(sorted(sizes), key=lambda folder: sizes[folder])
+        return folder, f"the input folder with most {'/'.join(SUFFIXES)} bytes, of {len(sizes)}"
+    return None, f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs"
+
+
+def _has_text(file: Path, text_field: str) -> bool:
+    # an earlier run's metrics.jsonl may be among the inputs, and tables of numbers
+    try:
+        return file.suffix == ".txt" or next(read_documents(file, text_field), None) is not None
+    except (ValueError, ImportError):
+        return False
+
+
+def prepare(config: Config) -> Corpus:
+    """Write the token files under output_dir/data, or find them there. One process at a time.
+
+    The folder's name is a digest of the text and of all settings that matter, so a second run reuses it and a
+    changed text is not mistaken for the old one. Each split is `separator document separator document ...
+    separator`.
+
+    Raises:
+        ValueError: too little text for one block.
+    """
+    path, reason = choose_source(config)
+    source = "Python's help topics (pydoc_data.topics, PSF licence)" if path is None else str(path)
+
+    def documents() -> Iterator[str]:
+        yield from embedded_documents() if path is None else read_documents(path, config.text_field)
+
+    kind = config.tokenizer
+    if kind == "auto":
+        try:
+            tokenizers_package()
+            kind = "bpe"
+        except ImportError:
+            kind = "byte"
+            reason += "; bytes, since the package `tokenizers` is not installed"
+    listing = [(hashlib.sha256(data).hexdigest(), len(data)) for data in (text.encode() for text in documents())]
+    n_vocab = config.vocab_size if kind == "bpe" else ByteTokenizer.n_vocab
+    settings = json.dumps([1, kind, n_vocab, config.val_fraction, listing])  # 1: the version of the files
+    folder = Path(config.output_dir).resolve() / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    if not (folder / "corpus.json").exists():
+        # It appears under its name only when complete; a killed session may have left half of one
+        temporary = folder.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write(temporary, documents, listing, plan_split(listing, config.val_fraction), kind, n_vocab)
+        os.replace(temporary, folder)
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    corpus = Corpus(folder=str(folder), source=source, reason=reason, **facts)
+    if corpus.train_tokens <= config.block_size or (config.val_fraction and corpus.val_bytes == 0):
+        raise ValueError(
+            f"{source}: too little text: {corpus.documents} documents give {corpus.train_tokens - 1} tokens "
+            f"to train on and {corpus.val_bytes} bytes to hold out; expected at least block_size = "
+            f"{config.block_size} tokens and 1 byte. Give more text, a smaller block_size, or val_fraction=0."
+        )
+    return corpus
+
+
+def _write(
+    folder: Path,
+    documents: Callable[[], Iterator[str]],
+    listing: list[tuple[str, int]],
+    cuts: list[int],
+    kind: str,
+    n_vocab: int,
+) -> None:
+    """Write train.bin, val.bin, tokenizer.json (bpe) and, last, corpus.json.
+
+    Args:
+        documents: gives all of them, each time it is called.
+        listing: digest and size of each, in bytes.
+        cuts: how many leading bytes of each are for training.
+    """
+
+    def split() -> Iterator[tuple[str, str]]:
+        for text, cut, (_, size) in zip(documents(), cuts, listing, strict=True):
+            yield (text, "") if cut == size else cut_text(text, cut)
+
+    tokenizer: Tokenizer = ByteTokenizer()
+    if kind == "bpe":
+        BPETokenizer.train((train for train, _ in split()), n_vocab, folder / "tokenizer.json")
+        tokenizer = BPETokenizer(folder / "tokenizer.json")
+    facts: dict[str, Any] = {"kind": kind, "n_vocab": tokenizer.n_vocab, "documents": len(listing)}
+    dtype = _dtype(tokenizer.n_vocab)
+    names = ("train", "val")
+    separator = np.array([tokenizer.separator], dtype)
+    n_bytes, n_tokens = dict.fromkeys(names, 0), dict.fromkeys(names, 1)
+    digest = hashlib.sha256(kind.encode())
+    files = {name: (folder / f"{name}.bin").open("wb") for name in names}
+    try:
+        for file in files.values():
+            separator.tofile(file)
+        for texts in split():
+            for name, text in zip(names, texts, strict=True):
+                if not text:
+                    continue
+                # A piece of whole lines at a time: a list of a whole book's ids would be many times its size
+                for piece in re.findall(r"(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}", text):
+                    ids = np.array(tokenizer.encode(piece), dtype)
+                    ids.tofile(files[name])
+                    digest.update(ids.tobytes())
+                    n_tokens[name] += len(ids)
+                separator.tofile(files[name])
+                digest.update(f"end of {name}".encode())
+                n_tokens[name] += 1
+                n_bytes[name] += len(text.encode("utf-8"))
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files.values():
+            file.close()
+    facts["digest"] = digest.hexdigest()[:16]
+    for name in names:
+        facts |= {f"{name}_bytes": n_bytes[name], f"{name}_tokens": n_tokens[name]}
+    with (folder / "corpus.json").open("w", encoding="utf-8") as record:
+        json.dump(facts, record)
+        record.flush()
+        os.fsync(record.fileno())

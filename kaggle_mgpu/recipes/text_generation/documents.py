@@ -1,0 +1,141 @@
+"""Where the text is from: .txt, .jsonl and .parquet files, or Python's help; and which of it is held out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def embedded_documents() -> list[str]:
+    """The English text of `pydoc_data.topics` (Python's help(), PSF licence), about 0.37 MB.
+
+    Topics quote one another (a fifth of the text): a paragraph that an earlier, longer topic has is left out,
+    since held-out text that was trained on would be a lie.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    kept: dict[str, str] = {}
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = re.split(r"\n(?:[ \t]*\n)+", topics[name].strip("\n"))
+        keys = [" ".join(paragraph.split()) for paragraph in paragraphs]
+        text = "\n\n".join(p for p, key in zip(paragraphs, keys, strict=True) if key not in seen)
+        seen.update(keys)
+        if len(text) >= 500:
+            kept[name] = text + "\n"
+    return [kept[name] for name in sorted(kept)]
+
+
+def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
+    """The documents of a .txt, .jsonl or .parquet file, or of all such files in a folder, by sorted path.
+
+    Raises:
+        FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise FileNotFoundError(f"data_path: no such file or folder: {path}")
+    for file in files:
+        rows = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower())
+        if rows is None:
+            raise ValueError(f"data_path: expected one of {', '.join(SUFFIXES)}, got {file}")
+        for place, text in rows(file, text_field):
+            if not isinstance(text, str):
+                raise ValueError(f"{place}: expected a string in {text_field!r}, got {type(text).__name__}")
+            # JSON can hold half of a surrogate pair, which no UTF-8 file and no tokenizer can
+            text = text.encode("utf-8", "replace").decode("utf-8")
+            if text.strip():
+                yield text
+
+
+# Each of the three gives (place, text) for every row
+def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    try:
+        yield str(file), file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
+        ) from None
+
+
+def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{place}: not valid JSON: {error}") from None
+            if not isinstance(row, dict) or text_field not in row:
+                have = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+                raise ValueError(f"{place}: expected an object with the field {text_field!r} (text_field), got {have}")
+            yield place, row[text_field]
+
+
+def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ImportError(f"{file}: reading parquet needs the package `pyarrow`: pip install pyarrow") from None
+    table = parquet.ParquetFile(file)
+    if text_field not in table.schema_arrow.names:
+        raise ValueError(f"{file}: expected a column {text_field!r} (text_field), got {table.schema_arrow.names}")
+    row = 0
+    for batch in table.iter_batches(columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+            row += 1
+            yield f"{file}, row {row}", text
+
+
+def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> list[int]:
+    """How many leading bytes of each document are for training; the rest is held out. Depends on contents alone.
+
+    Whole documents are held out, picked by their digest so that equal ones land on the same side, as many as
+    fit into `val_fraction` of the bytes. Where that is less than half of what was asked for (one book, a few
+    long files), the tail of the whole text is held out instead.
+
+    Args:
+        documents: (hex digest, size in bytes) of each.
+    """
+    cuts = [size for _, size in documents]
+    wanted = int(val_fraction * sum(cuts))
+    same: dict[str, list[int]] = {}
+    for i, (digest, _) in enumerate(documents):
+        same.setdefault(digest, []).append(i)
+    taken = 0
+    for digest in sorted(same):
+        size = sum(documents[i][1] for i in same[digest])
+        if taken + size <= wanted:
+            taken += size
+            for i in same[digest]:
+                cuts[i] = 0
+    if 2 * taken < wanted:
+        cuts = [size for _, size in documents]
+        for i in reversed(range(len(cuts))):
+            part = min(wanted, cuts[i])
+            cuts[i] -= part
+            wanted -= part
+    return cuts
+
+
+def cut_text(text: str, cut: int) -> tuple[str, str]:
+    """The text in two at byte `cut` or a little before: at a line if one ends near, in no character."""
+    data = text.encode("utf-8")
+    if 0 < cut < len(data):
+        line = data.rfind(b"\n", max(0, cut - 1000), cut) + 1
+        cut = line or cut
+        while data[cut] & 0xC0 == 0x80:
+            cut -= 1
+    return data[:cut].decode("utf-8"), data[cut:].decode("utf-8")

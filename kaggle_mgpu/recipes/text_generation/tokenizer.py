@@ -1,0 +1,86 @@
+"""Text to ids and back: UTF-8 bytes, or byte-level BPE trained on the text itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. `n_vocab` counts `separator`, the last id, which no text encodes to."""
+
+    n_vocab: int
+    separator: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes; nothing to train, nothing to install."""
+
+    n_vocab = 257
+    separator = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class BPETokenizer:
+    """Byte-level BPE from a tokenizer.json of the `tokenizers` package, and a separator after its last id."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._bpe = tokenizers_package().Tokenizer.from_file(str(path))
+        self.separator: int = self._bpe.get_vocab_size()
+        self.n_vocab = self.separator + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._bpe.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._bpe.decode([i for i in ids if i < self.separator]))
+
+    @staticmethod
+    def train(texts: Iterator[str], n_vocab: int, path: Path) -> None:
+        """Train on `texts` (the first 100 M characters are enough) and write tokenizer.json to `path`.
+
+        Args:
+            n_vocab: ids in all, the separator included.
+        """
+
+        def some() -> Iterator[str]:
+            left = 100_000_000
+            for text in texts:
+                yield text[:left]
+                left -= len(text)
+                if left <= 0:
+                    return
+
+        t = tokenizers_package()
+        bpe = t.Tokenizer(t.models.BPE())
+        bpe.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = t.decoders.ByteLevel()
+        # All 256 bytes are in the vocabulary, so that nothing is ever unknown
+        alphabet = sorted(t.pre_tokenizers.ByteLevel.alphabet())
+        trainer = t.trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator(some(), trainer)
+        bpe.save(str(path))
+
+
+def tokenizers_package() -> Any:
+    """The package `tokenizers`, imported where it is first needed.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError(
+            "tokenizer='bpe' needs the package `tokenizers`: pip install tokenizers, or use tokenizer='byte'"
+        ) from None
+    return tokenizers

@@ -1,0 +1,83 @@
+"""The task: next-token prediction on the blocks of a corpus."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kaggle_mgpu import distributed
+from kaggle_mgpu.task import Task
+
+from .corpus import IGNORED, Corpus, TokenBlocks, prepare
+from .generation import generate
+from .model import GPT
+from .settings import Config
+
+
+class TextGeneration(Task):
+    """Next-token prediction. A batch: (inputs, targets), both (blocks, block_size) int64; -100 is ignored."""
+
+    unit = "tokens"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._corpus: Corpus | None = None
+
+    @property
+    def corpus(self) -> Corpus:
+        """The prepared text. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
+        if self._corpus is None:
+            self._corpus = distributed.from_main(lambda: prepare(self.config))
+            # Stamps the checkpoints: another text or tokenizer gives the same ids another meaning
+            self.name = f"TextGeneration {self._corpus.digest}"
+        return self._corpus
+
+    def describe(self) -> str:
+        """Source, why it was chosen, documents, bytes, tokens, split and tokenizer, in three lines."""
+        c = self.corpus
+        ratio = c.train_bytes / (c.train_tokens - 1)
+        return (
+            f"text: {c.source} ({c.reason}): {c.documents:,} documents, "
+            f"{c.train_bytes + c.val_bytes:,} bytes\n"
+            f"tokenizer: {c.kind}, {c.n_vocab:,} ids, {ratio:.2f} bytes a token\n"
+            f"train {c.train_tokens - 1:,} tokens, validation {c.val_tokens - 1:,} tokens "
+            f"({c.val_bytes:,} bytes held out), in {c.folder}"
+        )
+
+    def model(self) -> nn.Module:
+        c = self.config
+        return GPT(self.corpus.n_vocab, c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout)
+
+    def train_data(self) -> TokenBlocks:
+        return self.corpus.blocks("train", self.config.block_size, self.config.random_shift)
+
+    def val_data(self) -> TokenBlocks | None:
+        return self.corpus.blocks("val", self.config.block_size) if self.config.val_fraction else None
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy in nats, summed over the targets in fp32: an fp16 sum would overflow at 65504."""
+        inputs, targets = batch
+        logits = model(inputs).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED)
+
+    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Targets that are not ignored."""
+        return int((batch[1] != IGNORED).sum())
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """loss (nats per token), perplexity = exp(loss), and bits_per_byte, fit to compare tokenizers."""
+        loss = float(metrics["loss"])
+        perplexity = math.exp(min(loss, 700.0))
+        return {"loss": loss, "perplexity": perplexity, "bits_per_byte": self.corpus.bits_per_byte(loss)}
+
+    def sample(self, model: nn.Module, prompt: str = "", **options: Any) -> str:
+        """`generate` with this task's tokenizer."""
+        return generate(model, self.corpus.tokenizer(), prompt, **options)
+
+
+def task(config: Config) -> Task:
+    """What the command line trains."""
+    return TextGeneration(config)
