@@ -12,22 +12,18 @@ names the field.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import difflib
-import inspect
-import itertools
 import json
 import os
 import re
 import symtable
-import textwrap
-import types
-import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
+
+from . import fields
 
 
 def parse_duration(text: str | float) -> float:
@@ -175,8 +171,9 @@ class TrainConfig:
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
     def __post_init__(self) -> None:
-        for name, annotation in _annotations(type(self)).items():
-            object.__setattr__(self, name, _parse(f"{type(self).__name__}.{name}", annotation, getattr(self, name)))
+        for name, annotation in fields.types_of(type(self)).items():
+            value = fields.parse(f"{type(self).__name__}.{name}", annotation, getattr(self, name))
+            object.__setattr__(self, name, value)
         at_least = {
             "nproc": 1, "global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
             "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
@@ -220,7 +217,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back: lists for tuples."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        return {name: fields.plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked like a new one."""
@@ -269,7 +266,7 @@ class TrainConfig:
     def diff(self, other: TrainConfig | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields whose values differ, as {name: (mine, the other's)}; a field one side lacks counts as None there."""
         mine = self.to_dict()
-        theirs = other.to_dict() if isinstance(other, TrainConfig) else {n: _plain(v) for n, v in other.items()}
+        theirs = other.to_dict() if isinstance(other, TrainConfig) else {n: fields.plain(v) for n, v in other.items()}
         names = [*mine, *(name for name in theirs if name not in mine)]
         return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
 
@@ -277,8 +274,7 @@ class TrainConfig:
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """One flag per field: `--global-batch-size 64`, `--compile` / `--no-compile`."""
-        help_texts = _docstrings(cls)
-        annotations = _annotations(cls)
+        help_texts, annotations = fields.docstrings(cls), fields.types_of(cls)
         for field in dataclasses.fields(cls):
             annotation, text = annotations[field.name], help_texts.get(field.name, "")
             options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
@@ -287,7 +283,7 @@ class TrainConfig:
             if annotation is bool:
                 options["action"] = argparse.BooleanOptionalAction
             else:
-                options["metavar"] = _describe(annotation)
+                options["metavar"] = fields.describe(annotation)
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
     @classmethod
@@ -367,107 +363,3 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if names is None:
         raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
     return {name: namespace[name] for name in names if name in namespace}
-
-
-# Types, from the annotations themselves
-def _annotations(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _choices(annotation: Any) -> list[Any]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
-    return [annotation]
-
-
-def _describe(annotation: Any) -> str:
-    words = []
-    for choice in _choices(annotation):
-        if typing.get_origin(choice) is Literal:
-            words += [str(value) for value in typing.get_args(choice)]
-        else:
-            words.append("none" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
-    return "|".join(words)
-
-
-def _parse(name: str, annotation: Any, value: Any) -> Any:
-    """The value as one of the annotation's types; strings are read as the first type that can."""
-    # "none" on a command line or in papermill means None wherever None is allowed
-    if types.NoneType in _choices(annotation) and (
-        value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
-    ):
-        return None
-    for choice in _choices(annotation):
-        origin = typing.get_origin(choice)
-        if choice is Any:
-            return value
-        if origin is Literal:
-            if value in typing.get_args(choice) and not isinstance(value, bool):
-                return value
-        elif origin in (list, tuple):
-            if isinstance(value, str):
-                value = [part for part in re.split(r"[,\s]+", value.strip("[]() ")) if part]
-            if isinstance(value, list | tuple):
-                inner = typing.get_args(choice) or (Any,)
-                if origin is list or inner[-1] is ...:
-                    inner = inner[:1] * len(value)
-                if len(inner) != len(value):
-                    raise ValueError(f"{name}: expected {len(inner)} values, got {len(value)}: {value!r}")
-                return tuple(_parse(f"{name}[{i}]", inner[i], item) for i, item in enumerate(value))
-        elif choice is bool:
-            if isinstance(value, bool):
-                return value
-            if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
-                return value.lower() in ("true", "yes", "1")
-        elif choice is int:
-            # 1e3 from papermill is a float that means an int; 0.03 does not, and may fit a later choice
-            if not isinstance(value, bool) and isinstance(value, int | float | str):
-                try:
-                    number = float(value)
-                    if number == int(number):
-                        return int(value) if isinstance(value, int) or not _has_point(value) else int(number)
-                except (ValueError, OverflowError):
-                    pass
-        elif choice is float:
-            if not isinstance(value, bool) and isinstance(value, int | float | str):
-                try:
-                    return float(value)
-                except ValueError:
-                    pass
-        elif choice is str:
-            # papermill and YAML make a number of gpu_ids "0" and of time_limit "3600"
-            if isinstance(value, str | Path | int | float) and not isinstance(value, bool):
-                return str(value)
-        elif isinstance(value, origin or choice):
-            return value
-    raise ValueError(f"{name}: expected {_describe(annotation)}, got {value!r} ({type(value).__name__})")
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _has_point(value: float | str) -> bool:
-    return isinstance(value, float) or not value.strip().lstrip("+-").isdigit()
-
-
-def _docstrings(cls: type) -> dict[str, str]:
-    """The docstring under each field, for --help; a class whose source cannot be read has none."""
-    texts: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for line, following in itertools.pairwise(body):
-            if (
-                isinstance(line, ast.AnnAssign)
-                and isinstance(line.target, ast.Name)
-                and isinstance(following, ast.Expr)
-                and isinstance(following.value, ast.Constant)
-            ):
-                texts[line.target.id] = inspect.cleandoc(str(following.value.value))
-    return texts

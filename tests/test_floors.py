@@ -19,7 +19,8 @@ FLOORS: dict[str, set[str]] = {
     "worker_server": set(),
     "env": {"import_hooks", "protobuf_fix", "worker_server"},
     "session": set(),
-    "config": set(),
+    "fields": set(),
+    "config": {"fields"},
     "files": set(),
     "shards": set(),
     "randomness": set(),
@@ -89,7 +90,7 @@ FLOORS: dict[str, set[str]] = {
 }
 # rooms that run before anything is installed or imported
 STDLIB_ONLY = set(
-    "import_hooks protobuf_fix worker_server env session devices pickling server workers launch check".split()
+    "import_hooks protobuf_fix worker_server env fields session devices pickling server workers launch check".split()
 )
 FREE = {"__init__", "__main__"}
 

@@ -1,0 +1,134 @@
+"""The fields of a dataclass: values read by the type that each is annotated with, and the text that explains each.
+
+    parse("Config.epochs", int, "3")        # 3, as from papermill or a YAML file; "fast" is a ValueError
+    docstrings(TrainConfig)["epochs"]       # the string below the field
+
+For `config`; standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import re
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+
+def types_of(cls: type) -> dict[str, Any]:
+    """The type of each field, by its name."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """The members of a union; of another type itself."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
+    return [annotation]
+
+
+def describe(annotation: Any) -> str:
+    """A type as a user is told of it: int|none, auto|single|dp."""
+    words = []
+    for choice in _choices(annotation):
+        if typing.get_origin(choice) is Literal:
+            words += [str(value) for value in typing.get_args(choice)]
+        else:
+            words.append("none" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
+    return "|".join(words)
+
+
+def parse(name: str, annotation: Any, value: Any) -> Any:
+    """The value as one of the annotation's types; strings are read as the first type that can.
+
+    Args:
+        name: whose value it is, for the message.
+
+    Raises:
+        ValueError: it is of none of them.
+    """
+    # "none" on a command line or in papermill means None wherever None is allowed
+    if types.NoneType in _choices(annotation) and (
+        value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    ):
+        return None
+    for choice in _choices(annotation):
+        origin = typing.get_origin(choice)
+        if choice is Any:
+            return value
+        if origin is Literal:
+            if value in typing.get_args(choice) and not isinstance(value, bool):
+                return value
+        elif origin in (list, tuple):
+            if isinstance(value, str):
+                value = [part for part in re.split(r"[,\s]+", value.strip("[]() ")) if part]
+            if isinstance(value, list | tuple):
+                inner = typing.get_args(choice) or (Any,)
+                if origin is list or inner[-1] is ...:
+                    inner = inner[:1] * len(value)
+                if len(inner) != len(value):
+                    raise ValueError(f"{name}: expected {len(inner)} values, got {len(value)}: {value!r}")
+                return tuple(parse(f"{name}[{i}]", inner[i], item) for i, item in enumerate(value))
+        elif choice is bool:
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
+                return value.lower() in ("true", "yes", "1")
+        elif choice is int:
+            # 1e3 from papermill is a float that means an int; 0.03 does not, and may fit a later choice
+            if not isinstance(value, bool) and isinstance(value, int | float | str):
+                try:
+                    number = float(value)
+                    if number == int(number):
+                        return int(value) if isinstance(value, int) or not _has_point(value) else int(number)
+                except (ValueError, OverflowError):
+                    pass
+        elif choice is float:
+            if not isinstance(value, bool) and isinstance(value, int | float | str):
+                try:
+                    return float(value)
+                except ValueError:
+                    pass
+        elif choice is str:
+            # papermill and YAML make a number of gpu_ids "0" and of time_limit "3600"
+            if isinstance(value, str | Path | int | float) and not isinstance(value, bool):
+                return str(value)
+        elif isinstance(value, origin or choice):
+            return value
+    raise ValueError(f"{name}: expected {describe(annotation)}, got {value!r} ({type(value).__name__})")
+
+
+def plain(value: Any) -> Any:
+    """Lists for tuples, as JSON gives them back."""
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _has_point(value: float | str) -> bool:
+    return isinstance(value, float) or not value.strip().lstrip("+-").isdigit()
+
+
+def docstrings(cls: type) -> dict[str, str]:
+    """The docstring under each field, for --help; a class whose source cannot be read has none."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        try:
+            body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
+        except (OSError, TypeError, SyntaxError):
+            continue
+        for line, following in itertools.pairwise(body):
+            if (
+                isinstance(line, ast.AnnAssign)
+                and isinstance(line.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+            ):
+                texts[line.target.id] = inspect.cleandoc(str(following.value.value))
+    return texts
