@@ -10,14 +10,13 @@ after the check starts as if there had been none. With fewer than two GPUs the w
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -218,7 +217,7 @@ def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
     """The lines of what the workers did: one on each GPU; or two on the CPU, and one more on a GPU that is alone."""
     if len(gpus) > 1:
         return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
-    with _no_gpus():
+    with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
         pair = _launch(folder, 2)
     if not gpus:
         return _lines(*pair, [], STAGES)
@@ -249,19 +248,6 @@ def _lines(
         else:
             lines.append(Line(stage, "skipped", f"the workers did not come so far: see {broken}"))
     return lines
-
-
-@contextlib.contextmanager
-def _no_gpus() -> Iterator[None]:
-    """Workers started inside see no GPU."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]:

@@ -17,11 +17,12 @@ changes a variable that the user has set.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -155,17 +156,29 @@ def fix(
 def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
     """(leave protobuf alone, be quiet). Two variables carry the answers to workers and to later calls."""
     if protobuf != "auto":
-        _remember("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
+        _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
     if quiet is not None:
-        _remember("KAGGLE_MGPU_QUIET", None if quiet else "0")
+        _set_or_unset("KAGGLE_MGPU_QUIET", None if quiet else "0")
     return os.environ.get("KAGGLE_MGPU_PROTOBUF") == "off", os.environ.get("KAGGLE_MGPU_QUIET") != "0"
 
 
-def _remember(name: str, value: str | None) -> None:
+def _set_or_unset(name: str, value: str | None) -> None:
     if value is None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
+
+
+@contextlib.contextmanager
+def variables(changed: Mapping[str, str]) -> Iterator[None]:
+    """Within it these environment variables have these values; afterwards what they had before, or none."""
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _set_or_unset(name, value)
 
 
 def _cell() -> int | None:

@@ -24,10 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from . import devices
+from . import devices, env
 from .config import TrainConfig
 from .worker_server import WorkerError
-from .workers import HangError, WorkerDiedError, Workers, WorkerTraceback, is_consequence
+from .workers import HangError, WorkerDiedError, Workers, WorkerTraceback, is_consequence, visible
 
 __all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
@@ -72,7 +72,8 @@ def launch(
     gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
     if count == 1 and not in_worker:
-        with _visible_gpus(gpus if gpu_ids or settings.gpu_ids else []):
+        # of no effect once this process has used CUDA
+        with env.variables(visible(gpus) if gpu_ids or settings.gpu_ids else {}):
             value = function(*args, **kwargs)
         return value if one_value else [value]
 
@@ -101,6 +102,7 @@ def launch(
 
 
 def _number_of_processes(nproc: int | str | None, config: TrainConfig | None, gpus: int) -> int:
+    """From the argument, else the config, else the number of GPUs."""
     wanted: int | str | None = nproc
     if wanted is None and config is not None:
         wanted = config.workers_wanted
@@ -115,24 +117,6 @@ def _number_of_processes(nproc: int | str | None, config: TrainConfig | None, gp
             f"process per GPU. Use nproc='auto', or choose 'GPU T4 x2' in the notebook's Settings > Accelerator."
         )
     return count
-
-
-@contextlib.contextmanager
-def _visible_gpus(gpus: list[devices.GPU]) -> Iterator[None]:
-    """Restrict this process to some GPUs; of no effect once it has used CUDA."""
-    if not gpus:
-        yield
-        return
-    changed = {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -362,11 +362,15 @@ def _variables(count: int, gpus: list[devices.GPU], config: TrainConfig) -> dict
     }
     if config.nccl_p2p == "off" or (config.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
         defaults["NCCL_P2P_DISABLE"] = "1"
-    if gpus:
-        # all of them for each worker, which takes its own by LOCAL_RANK; numbered as nvidia-smi numbers them
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in gpus)
-        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    return {**defaults, **variables}
+    # all GPUs for each worker, which takes its own by LOCAL_RANK
+    return {**defaults, **variables, **visible(gpus)}
+
+
+def visible(gpus: list[devices.GPU]) -> dict[str, str]:
+    """The environment variables by which a process sees these GPUs alone, as nvidia-smi numbers them; {} for none."""
+    if not gpus:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _folder() -> str | None:

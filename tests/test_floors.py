@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "pickling": set(),
     "server": {"worker_server", "env", "session", "pickling", "distributed"},
     "workers": {"server", "worker_server", "pickling", "devices", "session", "config", "env"},
-    "launch": {"workers", "worker_server", "devices", "distributed", "config"},
+    "launch": {"workers", "worker_server", "devices", "distributed", "config", "env"},
     "data": {"distributed", "randomness"},
     # the others are above it, and imported by `choose` alone: fsdp when asked for, and so is zero, by its name
     "strategy": {"distributed", "shards", "data_parallel", "fsdp"},
