@@ -245,7 +245,7 @@ def test_another_number_of_processes_sees_the_same_samples(tmp_path: Path) -> No
 
 
 def test_three_processes_and_more_are_resumed_bit_for_bit(tmp_path: Path) -> None:
-    """DistributedDataParallel lays out its buckets anew after the first step of a process: see strategy.py."""
+    """DistributedDataParallel lays out its buckets anew after the first step of a process: see data_parallel.py."""
     jobs = [(config(tmp_path / "one", strategy="ddp", nproc=3, width=64), False)]
     launch(several, jobs, nproc=3)
     launch(several, [(config(tmp_path / "two", strategy="ddp", nproc=3, width=64, fails_at=21), True)], nproc=3)
