@@ -60,7 +60,7 @@ class Workers:
         gpus: those that the workers may use.
         logs: the folder of their logs.
         config: what it says of the processes counts, and nothing else.
-        attempt: 0, or the how manieth restart this is: logs are then continued.
+        attempt: 0, or the number of this restart, whose lines follow those of the attempt before in the logs.
     """
 
     def __init__(
