@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from . import checkpoint, data, devices, distributed, memory, optim, progress, randomness, session, strategy
+from . import checkpoint, data, devices, distributed, memory, optim, progress, randomness, resume, session, strategy
 from .checkpoint import DiskFullError
 from .clock import Clock
 from .config import TrainConfig, parse_duration
@@ -177,7 +177,7 @@ class Run:
                     self.header.append(f"{best} cannot be used, the best is found anew: {error}")
                     self.state.best = None
             self.header.append(f"going on from {self.start}: step {self.state.step} of {self.plan.max_steps}")
-            may = checkpoint.changes(saved.facts, self.config.to_dict(), self.config.MAY_CHANGE)
+            may = resume.changes(saved.facts, self.config.to_dict(), self.config.MAY_CHANGE)
             if may:
                 listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in may.items())
                 self.header.append(f"changed since, which is allowed: {listed}")
@@ -188,7 +188,7 @@ class Run:
         config = self.config
         for left in self.out.glob(".rescue-step-*"):  # by a rank that was killed
             shutil.rmtree(left, ignore_errors=True)
-        start = checkpoint.starting_point(
+        start = resume.starting_point(
             self.checkpoints,
             resume=config.resume,
             config=config.to_dict(),
