@@ -28,6 +28,26 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
+class Attempt:
+    """Around what may run out of memory: where it did, it has `failed`, and `instead` was called with the error.
+
+    Nothing is raised then but what `instead` raises; other errors pass.
+    """
+
+    def __init__(self, instead: Callable[[BaseException], None]) -> None:
+        self.instead, self.failed = instead, False
+
+    def __enter__(self) -> None:
+        self.failed = False
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not out_of_memory(error):
+            return False
+        self.failed = True
+        self.instead(error)
+        return True
+
+
 def release() -> None:
     """Give back what a failed attempt held, so that the next one finds one piece."""
     gc.collect()
