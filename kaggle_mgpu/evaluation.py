@@ -1,13 +1,14 @@
-"""Metrics over val_data, each sample once over all ranks, and whether they are the best so far."""
+"""Metrics over val_data, each sample once over all ranks, in batches that fit; and whether they are the best so far."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import data, distributed, randomness
+from . import data, distributed, memory, randomness
 from .config import TrainConfig
 from .strategy import Strategy
 from .task import Task, TrainState
@@ -15,14 +16,37 @@ from .task import Task, TrainState
 
 def evaluate(
     task: Task, how: Strategy, fetch: data.Fetch, batch_size: int, *, step: int, seed: int, workers: int
-) -> dict[str, float]:
-    """The task's metrics over the data that `fetch` gets: on every rank the same. A collective.
+) -> tuple[dict[str, float], int]:
+    """The task's metrics over the data that `fetch` gets, and the batch size they were had with. A collective.
+
+    Where a batch is too much for a rank's memory, all of them begin again with half of it: sums and counts do not
+    depend on how the data is split.
 
     Args:
         batch_size: samples that a rank takes at a time.
         step: with `seed` it decides chance in the model, where there is any.
+
+    Raises:
+        OutOfMemoryError: a single sample is too much. Where ranks compute together, as under fsdp, any batch that is:
+            the others wait inside, and cannot begin again.
     """
-    randomness.seed_for(randomness.key(seed, "metrics"), step, distributed.rank())
+    chance = randomness.key(seed, "metrics")
+    how.model.eval()
+    while True:
+        randomness.seed_for(chance, step, distributed.rank())
+        parts = distributed.gather(_sums(how, fetch, batch_size, workers))
+        failed = [part for part in parts if isinstance(part, str)]
+        if not failed:
+            break
+        if batch_size == 1:
+            raise torch.OutOfMemoryError(failed[0])
+        batch_size //= 2
+    how.model.train()
+    return _merge(task, parts), batch_size
+
+
+def _sums(how: Strategy, fetch: data.Fetch, batch_size: int, workers: int) -> Any:
+    """This rank's sums and counts, or the text of the error where it had no memory for them."""
     batches = data.evaluation_batches(
         fetch,
         data.size_of(fetch.dataset, "val_data()"),
@@ -31,10 +55,14 @@ def evaluate(
         pin_memory=how.device.type == "cuda",
         device=how.input_device,
     )
-    how.model.eval()
-    parts = distributed.gather(how.evaluate(batches))
-    how.model.train()
-    return _merge(task, parts)
+    try:
+        return how.evaluate(batches)
+    except RuntimeError as error:
+        if not (how.alone and memory.out_of_memory(error)):
+            raise
+        failure = str(error)
+    memory.release()  # here, where the error no longer holds on to what it was about
+    return failure
 
 
 def _merge(task: Task, parts: list[dict[str, tuple[Tensor, int]]]) -> dict[str, float]:

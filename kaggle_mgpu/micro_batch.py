@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import data, distributed, memory
+from .config import TrainConfig
+from .devices import GPU
 from .strategy import Strategy
 
 LARGEST = "the largest that fits, with a tenth to spare"
@@ -31,22 +33,29 @@ class MicroBatchSizes:
 
     Args:
         folder: where it is remembered.
-        seed: of the order in which samples come: the first of them are tried.
-        about: what a size that fits depends on, beside the model's shapes.
     """
 
     def __init__(
         self,
+        config: TrainConfig,
+        plan: data.BatchPlan,
         how: Strategy,
         optimizer: torch.optim.Optimizer,
         fetch: data.Fetch,
+        gpus: Sequence[GPU],
         folder: Path,
-        *,
-        seed: int,
-        about: Mapping[str, Any],
     ) -> None:
-        self.how, self.optimizer, self.fetch, self.folder, self.seed = how, optimizer, fetch, folder, seed
-        self.about = about
+        self.how, self.optimizer, self.fetch, self.folder, self.seed = how, optimizer, fetch, folder, config.seed
+        # what a size that fits depends on, beside the model's shapes
+        self.about = {
+            "devices": [[gpu.name, gpu.memory_bytes] for gpu in gpus[: plan.num_replicas]] or "cpu",
+            "global_batch_size": plan.global_batch_size,
+            "num_replicas": plan.num_replicas,
+            "strategy": how.name,
+            "precision": how.precision,
+            "compile": config.compile,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        }
 
     def settle(self, plan: data.BatchPlan, *, auto: bool, folders: Sequence[Path]) -> tuple[data.BatchPlan, str]:
         """The plan with the size to begin with, and why it is that one: "" where it is as it was given.

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import files, session
 from .checkpoint import Checkpoints
 from .checkpoint_files import CheckpointError, damage, other_model, read_facts, whose
+from .task import Result
 
 
 def starting_point(
@@ -121,3 +122,13 @@ def _differences(
         sides.append(json.loads(json.dumps({**fixed, **its_stamp})))
     then, now = sides
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
+
+
+def finished(out: Path, max_steps: int) -> Result | None:
+    """The result of a run that took all its steps, with the weights it left; None otherwise."""
+    try:
+        document = json.loads((out / "result.json").read_text(encoding="utf-8"))
+        result = Result(**document)
+    except (OSError, ValueError, TypeError):
+        return None
+    return result if result.finished and result.step == max_steps and (out / "model.safetensors").is_file() else None

@@ -113,19 +113,12 @@ class Run:
         )
         self.in_shards = config.checkpoint_format == "sharded" and kind.name == "fsdp"
         self.start: Path | None = None
-        about = {
-            "devices": [[gpu.name, gpu.memory_bytes] for gpu in self.gpus[:replicas]] or "cpu",
-            "global_batch_size": self.plan.global_batch_size,
-            "num_replicas": replicas,
-            "strategy": self.strategy.name,
-            "precision": self.precision,
-            "compile": config.compile,
-            "gradient_checkpointing": config.gradient_checkpointing,
-        }
         self.sizes = MicroBatchSizes(
-            self.strategy, self.optimizer, self.fetch, self.checkpoints.folder, seed=config.seed, about=about
+            config, self.plan, self.strategy, self.optimizer, self.fetch, self.gpus, self.checkpoints.folder
         )
         self.attempt, self.because = memory.Attempt(self.undo_step), ""
+        self.update, self.evaluation = memory.Attempt(self.give_up_update), memory.Attempt(self.give_up_evaluation)
+        self.evaluation_size: int | None = None  # where it had to be halved
         self.unit = "GPU" if self.gpus else "process" if kind.name != "dp" else "replica"
         self.header = [
             f"strategy {self.strategy.name}: {kind_reason}; precision {self.precision}: {precision_reason}",
@@ -152,15 +145,12 @@ class Run:
     def resume(self) -> Result | None:
         """Load the checkpoint to go on from, if there is one; the result, if this run has finished already."""
         self.start = distributed.from_main(self._starting_point)
-        if self.start is not None and (result := _finished(self.out, self.plan.max_steps)) is not None:
+        if self.start is not None and (result := resume.finished(self.out, self.plan.max_steps)) is not None:
             weights = checkpoint.read_tensors(self.out / "model.safetensors")
             checkpoint.check_model(weights, self.strategy.described(), str(self.out))
             if self.main:
-                changed = (
-                    "; the task's code has CHANGED since"
-                    if sanity.code_then(self.out) != sanity.code_of(self.task)
-                    else ""
-                )
+                edited = sanity.code_then(self.out) != sanity.code_of(self.task)
+                changed = "; the task's code has CHANGED since" if edited else ""
                 print(f"already finished after {result.step} steps: {self.out}{changed}. resume='never' trains anew.")
             return dataclasses.replace(result, output_dir=str(self.out))
         self.fit_micro_batch()
@@ -302,18 +292,21 @@ class Run:
         """Metrics over val_data, each sample once over all ranks; keeps the weights where they are the best so far."""
         state, fetch = self.state, self.val_fetch
         assert fetch is not None
-        with self.clock.evaluating(), self.averaged_weights():
+        size = self.plan.micro_batch_size * (self.plan.num_replicas // self.world)
+        size = min(size, self.evaluation_size or size)
+        with self.evaluation, self.clock.evaluating(), self.averaged_weights():
             self.strategy.sync_buffers()
-            state.metrics = evaluation.evaluate(
-                self.task,
-                self.strategy,
-                fetch,
-                self.plan.micro_batch_size * (self.plan.num_replicas // self.world),
-                step=state.step,
-                seed=self.config.seed,
-                workers=self.loaders(fetch),
+            workers, seed = self.loaders(fetch), self.config.seed
+            state.metrics, fitted = evaluation.evaluate(
+                self.task, self.strategy, fetch, size, step=state.step, seed=seed, workers=workers
             )
             state.evaluated = state.step
+            if fitted < size:
+                self.evaluation_size = fitted
+                self.log.note(
+                    f"out of memory in the evaluation after step {state.step} with {size} samples at a time: {fitted} "
+                    f"from here on, with the same result"
+                )
             if evaluation.better(self.config, state):
                 state.best = state.metrics[self.config.best_metric]
                 self.write_weights(self.out / "best" / "model.safetensors")
@@ -372,8 +365,8 @@ class Run:
         self.strategy.undo_step()
         try:
             self.plan, text = self.sizes.halve(self.plan, f"in step {self.state.step + 1}")
-        except torch.OutOfMemoryError as too_small:
-            raise too_small from error
+        except torch.OutOfMemoryError as not_even_one:
+            raise torch.OutOfMemoryError(f"{not_even_one} {self.kept()}") from error
         if self.world == 1:
             self.log.note(text)
             return
@@ -384,6 +377,47 @@ class Run:
         raise distributed.RestartError(
             f"rank {distributed.rank()} ran {text}. {saved}: run the same again and it goes on from there."
         ) from error
+
+    def give_up_update(self, error: BaseException) -> None:
+        """End the run: the optimizer was at work, and nothing tells which of the weights and moments it had changed.
+
+        So what is in memory is not saved. It rarely matters: an optimizer wants most in its first step, when it makes
+        its moments, and as much in each of the others.
+        """
+        raise memory.none_for_the_optimizer(self.state.step + 1, self.newest()) from error
+
+    def give_up_evaluation(self, error: BaseException) -> None:
+        """End the run; the weights are whole. Ranks that compute together start again, with smaller micro-batches."""
+        step = self.state.step
+        if self.strategy.alone:
+            raise memory.none_for_the_evaluation(step, str(error), self.kept()) from error
+        try:
+            self.plan, text = self.sizes.halve(self.plan, f"in the evaluation after step {step}")
+        except torch.OutOfMemoryError as not_even_one:
+            raise torch.OutOfMemoryError(f"{not_even_one} {self.kept()}") from error
+        raise distributed.RestartError(
+            f"rank {distributed.rank()} ran {text}. The newest checkpoint is from before that evaluation: run the same "
+            f"again and it goes on from there."
+        ) from error
+
+    def kept(self) -> str:
+        """Save what is whole in memory, where a rank can do so alone; where the run can go on from, in words."""
+        step = self.state.step
+        if not self.strategy.alone or step == self.saved_step:
+            return self.newest()
+        self.state.seconds = self.clock.seconds()
+        try:
+            path = self.checkpoints.rescue(step, **self.everything())
+        except OSError as error:
+            return f"The state after step {step} could not be saved: {error}. {self.newest()}"
+        return f"The state after step {step} is in {path}: a run goes on from there."
+
+    def newest(self) -> str:
+        """Which checkpoint there is to go on from, in words."""
+        if self.main:
+            self.report_saves(self.checkpoints.wait())
+        newest = next(iter(self.checkpoints.all()), None)
+        return f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet."
 
     def log_step(self, losses: list[Tensor], step: data.Step, lr: float, norm: Tensor) -> None:
         """Record the step just taken, if it is one to record. Nothing else waits for the GPU."""
@@ -465,13 +499,3 @@ class Run:
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model has its averaged weights, where the run averages them."""
         return contextlib.nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
-
-
-def _finished(out: Path, max_steps: int) -> Result | None:
-    """The result of a run that took all its steps, with the weights it left; None otherwise."""
-    try:
-        document = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        result = Result(**document)
-    except (OSError, ValueError, TypeError):
-        return None
-    return result if result.finished and result.step == max_steps and (out / "model.safetensors").is_file() else None

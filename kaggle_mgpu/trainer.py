@@ -36,7 +36,7 @@ def train(config: TrainConfig, task: Task) -> Result:
         ValueError: settings that do not fit each other, the data or the machine.
         CheckpointError: the checkpoint found is another run's or another model's.
         DivergedError: the gradient was nan or infinite several steps in a row.
-        OutOfMemoryError: not even one sample fits.
+        OutOfMemoryError: not even one sample fits, or the optimizer's own state does not.
         RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
     """
     if not isinstance(config, TrainConfig) or not isinstance(task, Task):
@@ -78,10 +78,11 @@ def train(config: TrainConfig, task: Task) -> Result:
                 batches = run.batches()
                 continue
             lr = run.lr_at(state.step)
-            optim.set_lr(run.optimizer, lr)
-            norm = how.step(run.optimizer, max_norm=config.max_norm)
-            if run.ema is not None:
-                run.ema.update(how.model)
+            with run.update:  # out of memory in here is the end: some weights may have moved and others not
+                optim.set_lr(run.optimizer, lr)
+                norm = how.step(run.optimizer, max_norm=config.max_norm)
+                if run.ema is not None:
+                    run.ema.update(how.model)
             state.step += 1
             state.samples_seen += step.samples
             run.clock.count(step.samples, step.terms())

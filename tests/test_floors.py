@@ -36,7 +36,6 @@ FLOORS: dict[str, set[str]] = {
     "fsdp": {"strategy", "distributed", "shards"},
     "checkpoint_files": {"files", "shards"},
     "checkpoint": {"checkpoint_files", "distributed", "files"},
-    "resume": {"checkpoint", "checkpoint_files", "files", "session"},
     "memory": {"files", "randomness"},
     "records": set(),
     "panel": {"records"},
@@ -44,10 +43,11 @@ FLOORS: dict[str, set[str]] = {
     "plots": {"records"},
     "progress": {"records", "panel", "display", "plots", "import_hooks"},
     "task": {"config", "data", "optim", "checkpoint", "progress", "strategy"},
-    "evaluation": {"task", "config", "data", "distributed", "randomness", "strategy"},
-    "micro_batch": {"data", "distributed", "memory", "strategy"},
+    "evaluation": {"task", "config", "data", "distributed", "memory", "randomness", "strategy"},
+    "micro_batch": {"config", "data", "devices", "distributed", "memory", "strategy"},
     "divergence": {"task", "data"},
     "sanity": {"task", "data", "randomness", "strategy"},
+    "resume": {"task", "checkpoint", "checkpoint_files", "files", "session"},
     "build": {"task", "config", "data", "strategy"},
     "run": {
         "build",
@@ -96,7 +96,18 @@ FLOORS: dict[str, set[str]] = {
     },
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = {"import_hooks", "protobuf_fix", "env", "session", "devices", "pickling", "server", "launch", "check"}
+STDLIB_ONLY = {
+    "import_hooks",
+    "protobuf_fix",
+    "env",
+    "session",
+    "lock",
+    "devices",
+    "pickling",
+    "server",
+    "launch",
+    "check",
+}
 FREE = {"__init__", "__main__"}
 
 
