@@ -33,7 +33,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, Literal
 
-from . import devices, env, pickling, server, session
+from . import devices, env, lock, pickling, server, session
 from .config import TrainConfig
 from .server import END, PULSE, SIGNAL, WorkerError
 
@@ -105,6 +105,9 @@ def launch(
             value = function(*args, **kwargs)
         return value if alone else [value]
 
+    if config is not None and alone:  # `train` asks for it too, but by then the logs of a run there would be gone
+        with lock.held(config.output_dir):
+            pass
     logs = Path(settings.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts

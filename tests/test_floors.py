@@ -19,6 +19,7 @@ FLOORS: dict[str, set[str]] = {
     "env": {"import_hooks", "protobuf_fix"},
     "session": set(),
     "config": set(),
+    "lock": set(),
     "files": set(),
     "shards": set(),
     "randomness": set(),
@@ -28,7 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "optim": {"shards"},
     "pickling": set(),
     "server": {"env", "session", "pickling", "distributed"},
-    "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env"},
+    "launch": {"server", "pickling", "devices", "distributed", "session", "config", "env", "lock"},
     "data": {"distributed", "randomness"},
     # fsdp is above it, and imported by `choose` alone, when asked for; so is zero, by its name
     "strategy": {"distributed", "devices", "shards", "fsdp"},
@@ -75,7 +76,7 @@ FLOORS: dict[str, set[str]] = {
     "compare": {"run", "task", "config", "data", "distributed", "optim", "memory", "devices", "launch"},
     "facts": {"run", "task", "config", "data", "distributed", "memory", "devices", "launch"},
     "plan": {"facts", "compare", "check", "task", "config", "data", "devices", "launch", "session"},
-    "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
+    "trainer": {"run", "task", "config", "distributed", "lock", "optim", "randomness"},
     "recipes": {
         "session",
         "config",
