@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from . import devices, env
+from . import devices, env, lock
 from .config import TrainConfig
 from .worker_server import WorkerError
 from .workers import HangError, WorkerDiedError, Workers, WorkerTraceback, is_consequence, visible
@@ -77,6 +77,9 @@ def launch(
             value = function(*args, **kwargs)
         return value if one_value else [value]
 
+    if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone
+        with lock.held(config.output_dir):
+            pass
     logs = Path(settings.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts

@@ -19,13 +19,56 @@ from torch import nn
 from . import files, randomness
 
 FILE = "micro_batch_size.json"
-# What libraries below torch say when they, and not torch's allocator, find no memory
-_SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+# What libraries below torch say when they, and not its allocator for GPUs, find no memory; the last on a CPU
+_SIGNS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+)
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
+
+
+class Attempt:
+    """Around what may run out of memory: where it did, it has `failed`, and `instead` was called with the error.
+
+    Nothing is raised then but what `instead` raises; other errors pass.
+    """
+
+    def __init__(self, instead: Callable[[BaseException], None]) -> None:
+        self.instead, self.failed = instead, False
+
+    def __enter__(self) -> None:
+        self.failed = False
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> bool:
+        if error is None or not out_of_memory(error):
+            return False
+        self.failed = True
+        self.instead(error)
+        return True
+
+
+def none_for_the_optimizer(step: int, newest: str) -> torch.OutOfMemoryError:
+    """What ends a run whose optimizer had no memory in its step; `newest` says where the run can go on from."""
+    return torch.OutOfMemoryError(
+        f"out of memory in the optimizer's part of step {step}, when some weights may have moved and others not: what "
+        f"is in memory is not saved. {newest} Smaller micro-batches do not help here. Try strategy='fsdp' on several "
+        f"GPUs, which shares weights and optimizer state out (with cpu_offload=True they are in host memory), an "
+        f"optimizer that keeps less per weight (Task.optimizer), ema_decay=None, or a smaller model."
+    )
+
+
+def none_for_the_evaluation(step: int, error: str, kept: str) -> torch.OutOfMemoryError:
+    """What ends a run that cannot evaluate a single sample; `kept` says where it can go on from."""
+    return torch.OutOfMemoryError(
+        f"out of memory in the evaluation after step {step}, with one sample at a time: {error} {kept} Try smaller "
+        f"samples in val_data, a Task.metrics that needs less, precision='fp16', or a smaller model."
+    )
 
 
 def release() -> None:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from . import distributed, optim, randomness
+from . import distributed, lock, optim, randomness
 from .config import TrainConfig
 from .run import Run
 from .task import DivergedError, Result, Task, TrainState
@@ -36,17 +36,25 @@ def train(config: TrainConfig, task: Task) -> Result:
         ValueError: settings that do not fit each other, the data or the machine.
         CheckpointError: the checkpoint found is another run's or another model's.
         DivergedError: the gradient was nan or infinite several steps in a row.
-        OutOfMemoryError: not even one sample fits.
+        OutOfMemoryError: not even one sample fits, or the optimizer's own state does not.
         RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
+        LockedError: another run trains in output_dir.
     """
     if not isinstance(config, TrainConfig) or not isinstance(task, Task):
         got = f"{_kind(config)} and {_kind(task)}"
         raise TypeError(f"train expects a TrainConfig and a Task (an instance, not the class), got {got}")
     distributed.init()
-    run = Run(config, task)
-    if (before := run.resume()) is not None:
-        return before
-    state, how, poll, rank = run.state, run.strategy, run.poll, distributed.rank()
+    with contextlib.ExitStack() as stack:
+        # rank 0 holds the folder; where another run has it, all ranks hear so, before anything is made
+        distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))
+        run = Run(config, task)
+        before = run.resume()
+        return _loop(run) if before is None else before
+
+
+def _loop(run: Run) -> Result:
+    """From the step where the run is to its last."""
+    config, state, how, poll, rank = run.config, run.state, run.strategy, run.poll, distributed.rank()
     chance = randomness.key(config.seed, "step")
 
     with run.start_log(), run.checkpoints, _stop_requests() as stop_request:
@@ -78,10 +86,11 @@ def train(config: TrainConfig, task: Task) -> Result:
                 batches = run.batches()
                 continue
             lr = run.lr_at(state.step)
-            optim.set_lr(run.optimizer, lr)
-            norm = how.step(run.optimizer, max_norm=config.max_norm)
-            if run.ema is not None:
-                run.ema.update(how.model)
+            with run.update:  # out of memory in here is the end: some weights may have moved and others not
+                optim.set_lr(run.optimizer, lr)
+                norm = how.step(run.optimizer, max_norm=config.max_norm)
+                if run.ema is not None:
+                    run.ema.update(how.model)
             state.step += 1
             state.samples_seen += step.samples
             run.clock.count(step.samples, step.terms())

@@ -18,6 +18,7 @@ from torch import nn
 
 from kaggle_mgpu import checkpoint
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints
+from kaggle_mgpu.resume import starting_point
 
 CONFIG = {"lr": 0.1, "seed": 7, "output_dir": "here", "betas": (0.9, 0.95)}
 STAMP = {"task": "Mine", "global_batch_size": 32}
@@ -34,7 +35,7 @@ def save(folder: Path, step: int, *, keep_last: int = 4, state: Any = None, **fa
 
 
 def start(checkpoints: Checkpoints, resume: str = "auto", config: Any = CONFIG, stamp: Any = STAMP) -> Path | None:
-    return checkpoint.starting_point(checkpoints, resume=resume, config=config, may_change={"output_dir"}, stamp=stamp)
+    return starting_point(checkpoints, resume=resume, config=config, may_change={"output_dir"}, stamp=stamp)
 
 
 # Round trips

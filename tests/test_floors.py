@@ -21,6 +21,7 @@ FLOORS: dict[str, set[str]] = {
     "session": set(),
     "fields": set(),
     "config": {"fields"},
+    "lock": set(),
     "files": set(),
     "shards": set(),
     "randomness": set(),
@@ -31,14 +32,15 @@ FLOORS: dict[str, set[str]] = {
     "pickling": set(),
     "server": {"worker_server", "env", "session", "pickling", "distributed"},
     "workers": {"server", "worker_server", "pickling", "devices", "session", "config", "env"},
-    "launch": {"workers", "worker_server", "devices", "distributed", "config", "env"},
+    "launch": {"workers", "worker_server", "devices", "distributed", "config", "env", "lock"},
     "data": {"distributed", "randomness"},
     # the others are above it, and imported by `choose` alone: fsdp when asked for, and so is zero, by its name
     "strategy": {"distributed", "shards", "data_parallel", "fsdp"},
     "data_parallel": {"strategy"},
     "fsdp": {"strategy", "distributed", "shards"},
     "zero": {"strategy", "distributed"},
-    "checkpoint": {"distributed", "session", "files", "shards"},
+    "checkpoint_files": {"files", "shards"},
+    "checkpoint": {"checkpoint_files", "distributed", "files"},
     "memory": {"files", "randomness"},
     "records": set(),
     "panel": {"records"},
@@ -46,7 +48,19 @@ FLOORS: dict[str, set[str]] = {
     "plots": {"records"},
     "progress": {"records", "panel", "display", "plots", "import_hooks"},
     "task": {"config", "data", "optim", "checkpoint", "progress", "strategy"},
+    "evaluation": {"task", "config", "data", "distributed", "memory", "randomness", "strategy"},
+    "micro_batch": {"config", "data", "devices", "distributed", "memory", "strategy"},
+    "divergence": {"task", "data"},
+    "sanity": {"task", "data", "randomness", "strategy"},
+    "resume": {"task", "checkpoint", "checkpoint_files", "files", "session"},
+    "build": {"task", "config", "data", "strategy"},
     "run": {
+        "build",
+        "evaluation",
+        "micro_batch",
+        "divergence",
+        "sanity",
+        "resume",
         "task",
         "session",
         "config",
@@ -68,7 +82,7 @@ FLOORS: dict[str, set[str]] = {
     "facts": {"run", "task", "config", "data", "distributed", "memory", "devices", "launch"},
     "estimate": {"facts", "data", "devices"},
     "plan": {"estimate", "facts", "compare", "probes", "task", "config", "data", "devices", "launch", "session"},
-    "trainer": {"run", "task", "config", "distributed", "optim", "randomness"},
+    "trainer": {"run", "task", "config", "distributed", "lock", "optim", "randomness"},
     "recipes": {
         "session",
         "config",
@@ -89,9 +103,10 @@ FLOORS: dict[str, set[str]] = {
     },
 }
 # rooms that run before anything is installed or imported
-STDLIB_ONLY = set(
-    "import_hooks protobuf_fix worker_server env fields session devices pickling server workers launch check".split()
-)
+STDLIB_ONLY = {
+    *("import_hooks", "protobuf_fix", "worker_server", "env", "fields", "session", "lock", "devices", "pickling"),
+    *("server", "workers", "launch", "check"),
+}
 FREE = {"__init__", "__main__"}
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from everything import Config, Everything
-from kaggle_mgpu import TrainConfig, checkpoint, distributed, files, launch, progress, shards, train
+from kaggle_mgpu import TrainConfig, checkpoint, checkpoint_files, distributed, files, launch, progress, shards, train
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints, read_tensors
 from kaggle_mgpu.strategy import Strategy, choose
 from tasks import Block, Tied, TiedLanguage
@@ -474,9 +474,9 @@ def break_(fault: str) -> None:
     if fault == "no room":
         files.free_bytes = lambda folder: 10
     if fault == "rank 1 is gone" and main:
-        checkpoint.PART_SECONDS = 0.2
+        checkpoint_files.PART_SECONDS = 0.2
     if fault == "rank 1 is gone" and not main:
-        checkpoint._write_part = lambda *args: None
+        checkpoint_files.write_part = lambda *args: None
 
 
 def test_rank_0_names_it_when_all_parts_are_there_and_not_before(tmp_path: Path) -> None:

@@ -154,6 +154,156 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     assert not memory.out_of_memory(RuntimeError("out of cheese"))
 
 
+def test_a_cpu_that_has_no_memory_says_so_too() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    assert memory.out_of_memory(caught.value)
+
+
+def test_what_was_trained_before_not_even_one_sample_fits_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"not even one .* The state after step 6 is in (.*): a run"
+    ) as said:
+        train(config(tmp_path / "run"), Tight(0, since=6))
+    assert str(tmp_path / "run" / "checkpoints" / "step-00000006") in str(said.value)
+    train(config(tmp_path / "run"), Tight(99))
+    assert trained(tmp_path / "run", "start")[1]["step"] == 6
+    train(config(tmp_path / "roomy"), Tight(99))
+    # its micro-batches have been smaller since
+    relative = (weights(tmp_path / "run") - weights(tmp_path / "roomy")).norm() / weights(tmp_path / "roomy").norm()
+    assert relative < 1e-6
+
+
+# In the evaluation
+class TightEvaluation(Regression):
+    """A device on which `room` samples fit in an evaluation; on `rank` only."""
+
+    name = "Regression"
+
+    def __init__(self, room: int, rank: int | None = None) -> None:
+        super().__init__(val_samples=77)
+        self.room, self.rank = room, rank
+        self.sizes: list[int] = []
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        self.sizes.append(len(batch[0]))
+        sums = super().metrics(model, batch)
+        if len(batch[0]) > self.room and self.rank in (None, distributed.rank()):
+            raise torch.OutOfMemoryError(FULL)
+        return sums
+
+
+def evaluated(folder: Path) -> list[float]:
+    return [record["val_loss"] for record in trained(folder, "eval")]
+
+
+@pytest.mark.parametrize("kind", ["single", "dp", "ddp"])
+def test_an_evaluation_that_is_too_much_takes_fewer_samples_at_a_time(kind: str, tmp_path: Path) -> None:
+    nproc = 1 if kind == "single" else 2
+    settings = config(tmp_path / "tight", strategy=kind, nproc=nproc, eval_every=20, ema_decay=0.9)
+    # under dp the two replicas have half of 7 each, or 3 and 4: so much fits
+    tight = TightEvaluation(7 if kind != "dp" else 4, rank=1 if kind == "ddp" else None)
+    assert launch(train, settings, tight).finished
+    notes = [record["text"] for record in trained(tmp_path / "tight", "note")]
+    before, after = (12, 6) if kind == "ddp" else (24, 6)
+    assert notes == [
+        f"out of memory in the evaluation after step 20 with {before} samples at a time: {after} from here on, with "
+        f"the same result"
+    ]
+    if kind == "single":
+        assert [tight.sizes[0], *tight.sizes[1:3]] == [24, 12, 6]
+        assert max(tight.sizes[3:]) == 6, "and in later evaluations at once"
+    assert launch(train, settings.replace(output_dir=str(tmp_path / "roomy")), TightEvaluation(99)).finished
+    assert evaluated(tmp_path / "tight") == pytest.approx(evaluated(tmp_path / "roomy"), rel=1e-6)
+    assert len(evaluated(tmp_path / "tight")) == 3
+    assert torch.equal(weights(tmp_path / "tight"), weights(tmp_path / "roomy")), "training has not noticed"
+
+
+def test_an_evaluation_without_room_for_one_sample_loses_nothing(tmp_path: Path) -> None:
+    settings = config(tmp_path / "run", eval_every=10, save_every=None, ema_decay=0.9)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        train(settings, TightEvaluation(0))
+    kept = tmp_path / "run" / "checkpoints" / "step-00000010"
+    assert str(caught.value).startswith(
+        f"out of memory in the evaluation after step 10, with one sample at a time: {FULL} The state after step 10 is "
+        f"in {kept}: a run goes on from there. Try smaller samples in val_data"
+    )
+    # the weights in it are the trained ones, not their averages, which the evaluation had put in their place
+    train(settings, TightEvaluation(99))
+    assert trained(tmp_path / "run", "start")[1]["step"] == 10
+    train(settings.replace(output_dir=str(tmp_path / "roomy")), TightEvaluation(99))
+    assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "roomy"))
+    assert evaluated(tmp_path / "run") == evaluated(tmp_path / "roomy")
+
+
+def test_an_evaluation_of_ranks_that_compute_together_starts_again_with_smaller_micro_batches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(tmp_path / "tight", strategy="fsdp", nproc=2, eval_every=7, save_every=4, max_steps=10)
+    assert launch(train, settings, TightEvaluation(6, rank=1)).finished
+    said = capsys.readouterr().out
+    assert "rank 1 ran out of memory with micro_batch_size 12 in the evaluation after step 7: 6 from here on" in said
+    assert "The newest checkpoint is from before that evaluation: run the same again and it goes on from there" in said
+    assert [(r["step"], r["micro_batch_size"]) for r in trained(tmp_path / "tight", "start")] == [(0, 12), (4, 6)]
+    assert len(evaluated(tmp_path / "tight")) == 2
+
+
+# In the optimizer
+class Breaking(torch.optim.AdamW):
+    """Runs out of memory in its `at`-th step, when it has changed the first of the weights and its moments."""
+
+    at, steps = 0, 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        if self.steps == self.at:
+            with torch.no_grad():
+                first = self.param_groups[0]["params"][0]
+                first.mul_(2)
+                for moment in self.state.get(first, {}).values():
+                    moment.mul_(3)
+            raise torch.OutOfMemoryError(FULL)
+        return super().step(closure)
+
+
+class TightOptimizer(Regression):
+    name = "Regression"
+
+    def __init__(self, at: int, rank: int | None = None) -> None:
+        super().__init__()
+        self.at, self.rank = at, rank
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        made = Breaking(model.parameters(), lr=config.lr)
+        made.at = self.at if self.rank in (None, distributed.rank()) else 0
+        return made
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp"])
+def test_weights_that_an_optimizer_has_half_changed_are_not_saved(kind: str, tmp_path: Path) -> None:
+    nproc = 1 if kind == "single" else 2
+    settings = config(tmp_path / "run", strategy=kind, nproc=nproc, ema_decay=0.9)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        launch(train, settings, TightOptimizer(7, rank=nproc - 1))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+    text = (
+        "out of memory in the optimizer's part of step 7, when some weights may have moved and others not: what is in "
+        f"memory is not saved. The newest checkpoint is {newest}. Smaller micro-batches do not help here. Try "
+    )
+    assert str(caught.value).startswith(text)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest.name]
+    assert launch(train, settings, TightOptimizer(0)).finished
+    assert trained(tmp_path / "run", "start")[1]["step"] == 4
+    launch(train, settings.replace(output_dir=str(tmp_path / "roomy")), TightOptimizer(0))
+    assert torch.equal(weights(tmp_path / "run"), weights(tmp_path / "roomy"))
+
+
+def test_an_optimizer_without_room_for_its_moments(tmp_path: Path) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"part of step 1, .* not saved\. There is no checkpoint yet\. Sm"):
+        train(config(tmp_path), TightOptimizer(1))
+    assert list((tmp_path / "checkpoints").glob("*")) == []
+
+
 # With several ranks
 def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "tight"

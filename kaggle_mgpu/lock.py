@@ -1,0 +1,120 @@
+"""One run at a time in a folder: two would write over each other's checkpoints and records.
+
+    with held(output_dir): …      # LockedError where another run has it
+
+The kernel holds the lock and lets go of it when the process ends, however it ends: a run that was killed never stands
+in the way of the next. The file `.lock` only says whose the lock is; it is gone when the run is over, and so no result
+that travels. Whoever only reads asks for no lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+FILE = ".lock"
+PATIENCE_SECONDS = 5.0
+"""How long a lock is waited for: of a process that was killed the kernel first clears the memory, then lets go."""
+
+_held: set[BinaryIO] = set()
+
+
+class LockedError(RuntimeError):
+    """Another run trains in the folder; the message says which."""
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it the folder is this run's.
+
+    Where there is nothing to lock with, nothing is locked, and nothing said: in a folder that cannot be written to no
+    run does harm, and a file system that knows no locks (some network ones do not) is no reason not to train.
+
+    Raises:
+        LockedError: another run has the folder, and keeps it for PATIENCE_SECONDS.
+    """
+    file = None if fcntl is None else _take(Path(folder))
+    try:
+        yield
+    finally:
+        if file is not None:
+            _release(Path(folder), file)
+
+
+def _take(folder: Path) -> BinaryIO | None:
+    path = folder / FILE
+    patience = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "ab+", buffering=0)  # noqa: SIM115 (see _release); open to write, as NFS wants it
+        except OSError:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, file):
+                break
+            file.close()  # the one who had it has just removed it, at its end: there is, or will be, a new one
+        except BlockingIOError:
+            file.seek(0)
+            whose = file.read(200).decode(errors="replace")
+            file.close()
+            if time.monotonic() > patience:
+                raise LockedError(
+                    f"another run trains in {folder.resolve()} ({whose or 'it does not say which'}), and two would "
+                    f"write over each other's checkpoints and records. Give this run another output_dir, or wait for "
+                    f"the end of the other one: progress.attach({str(folder)!r}) shows how far it is, "
+                    f"progress.stop({str(folder)!r}) has it save and end."
+                ) from None
+            time.sleep(0.05)
+        except OSError:
+            file.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+            return None
+    _held.add(file)
+    with contextlib.suppress(OSError):  # a full disk: then it does not say whose it is
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+    return file
+
+
+def _release(folder: Path, file: BinaryIO) -> None:
+    if file not in _held:  # in a forked process that comes this way: the lock is its parent's
+        return
+    with contextlib.suppress(OSError):
+        if _is_at(folder / FILE, file):  # else the folder was removed, and what is there now may be another run's
+            (folder / FILE).unlink()  # while it is still locked: who opens it meanwhile sees that it is gone
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)  # for a forked process's copy too
+    _held.discard(file)
+    file.close()
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _leave_to_parent() -> None:
+    """In a forked process (a loader's, say): its copy of the lock must not outlive a parent that is killed."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
