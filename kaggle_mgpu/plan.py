@@ -99,8 +99,9 @@ class Target:
         if found is None or found[2] == "0":
             raise ValueError(f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known: {', '.join(PUBLISHED)}")
         name = found[1].upper()
-        if name.endswith("X") and name[:-1] in PUBLISHED:
-            raise ValueError(f"on={text!r}: how many? Did you mean {name[:-1] + 'x2'!r}?")
+        stem = re.sub(r"X(-\d+)?$", "", name)
+        if stem != name and stem in PUBLISHED:
+            raise ValueError(f"on={text!r}: how many? Did you mean {stem + 'x2'!r}?")
         published = PUBLISHED.get(name)
         return cls(name, int(found[2] or 1), published, published.memory_bytes if published else None)
 

@@ -413,8 +413,11 @@ def check_names(notebook: Any, given: Iterable[str], where: str) -> None:
     known, fields = list(parameters(notebook)), config_fields(notebook)
     for name in given:
         if name not in known and name not in fields:
-            near = difflib.get_close_matches(name, [*known, *fields], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            both = list(dict.fromkeys([*known, *fields]))
+            slip = difflib.get_close_matches(name, both, n=1, cutoff=0.85)
+            around = [other for other in both if len(name) > 3 and name in other][:3]  # batch_size
+            near = slip or around or difflib.get_close_matches(name, both, n=1)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             more = [field for field in fields if field not in known]
             more_text = f" Its Config also takes: {', '.join(more)}." if more else ""
             raise NotebookError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(known)}.{more_text}")
