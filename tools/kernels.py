@@ -93,7 +93,7 @@ def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
     files = kaggle_cli.output(kernel.id, folder)
     if not files:
         raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
-    print(f"{kernel.outcome(folder).text}\n{len(files)} files in {folder}")
+    print(f"{kernel.outcome(folder).text}\n{len(files)} file{'s' * (len(files) > 1)} in {folder}")
     return 0
 
 

@@ -313,4 +313,5 @@ class _Relay:
         """Fetch all that the last session left."""
         folder = self.kernel.root / session.folder
         kaggle_cli.output(self.kernel.id, folder)
-        self.say(f"finished: step {session.step}, after {len(self.state.sessions)} sessions. All of it is in {folder}")
+        many = f"{len(self.state.sessions)} sessions" if len(self.state.sessions) > 1 else "one session"
+        self.say(f"finished: step {session.step}, after {many}. All of it is in {folder}")

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu import distributed, session
 from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.data import counted
 from kaggle_mgpu.trainer import Task
 
 IGNORED = -100
@@ -440,7 +441,7 @@ def prepare(config: Config) -> Corpus:
     corpus = Corpus(folder=str(folder), source=source, reason=reason, **facts)
     if corpus.train_tokens <= config.block_size or (config.val_fraction and corpus.val_bytes == 0):
         raise ValueError(
-            f"{source}: too little text: {corpus.documents} documents give {corpus.train_tokens - 1} tokens "
+            f"{source}: too little text: {counted(corpus.documents, 'document')} with {corpus.train_tokens - 1} tokens "
             f"to train on and {corpus.val_bytes} bytes to hold out; expected at least block_size = "
             f"{config.block_size} tokens and 1 byte. Give more text, a smaller block_size, or val_fraction=0."
         )
@@ -752,7 +753,7 @@ class TextGeneration(Task):
         c = self.corpus
         ratio = c.train_bytes / (c.train_tokens - 1)
         return (
-            f"text: {c.source} ({c.reason}): {c.documents:,} documents, "
+            f"text: {c.source} ({c.reason}): {counted(c.documents, 'document')}, "
             f"{c.train_bytes + c.val_bytes:,} bytes\n"
             f"tokenizer: {c.kind}, {c.n_vocab:,} ids, {ratio:.2f} bytes a token\n"
             f"train {c.train_tokens - 1:,} tokens, validation {c.val_tokens - 1:,} tokens "
