@@ -138,11 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
                 print(task.describe(), flush=True)
             result = launch(train, config, task)
     except Exception as error:
-        if config is not None and _in_the_way(error, config.output_dir):
+        if not _says_all(error):
+            if config is None or not _in_the_way(error, config.output_dir):
+                raise
             where = f"output_dir: expected a folder that can be written to, got {config.output_dir!r}"
             error = type(error)(f"{where}: {error}")
-        elif not _says_all(error):
-            raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0":
