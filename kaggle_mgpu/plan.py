@@ -25,7 +25,7 @@ from . import check, compare, devices, session
 from .config import TrainConfig
 from .facts import Facts, count
 from .launch import launch
-from .task import Task
+from .task import Task, expect
 
 REACHED = 1 / 3
 """Share of a GPU's published figures that training is taken to reach; an assumption."""
@@ -95,7 +95,7 @@ class Target:
         Raises:
             ValueError: not a name with an optional number.
         """
-        found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", text.strip())
+        found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", str(text).strip())
         if found is None or found[2] == "0":
             raise ValueError(f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known: {', '.join(PUBLISHED)}")
         name = found[1].upper()
@@ -207,8 +207,12 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
             measured over `steps` steps in workers, so that no CUDA context stays in this process.
 
     Raises:
+        TypeError: not a TrainConfig and a Task.
         ValueError: settings that do not fit each other or the GPUs, as `train` would raise them.
     """
+    expect(config, task, "plan")
+    if steps < 1:
+        raise ValueError(f"steps: expected 1 or more, got {steps}")
     gpus = devices.select(config.gpu_ids) if on is None else []
     target = Target.at_hand(gpus) if on is None else Target.named(on)
     precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())

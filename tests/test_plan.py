@@ -126,7 +126,7 @@ def test_names(text: str, name: str, count: int) -> None:
     assert (found.published is not None) == (name in PUBLISHED)
 
 
-@pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4"])
+@pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
 def test_no_name(text: str) -> None:
     with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, P100"):
         Target.named(text)

@@ -438,7 +438,10 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
         NotebookError: a parameter the notebook does not have, a cell that failed, a run that left no result.
     """
     nbformat, papermill = _library("nbformat"), _library("papermill")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError) as error:  # ValueError: nbformat's own are some
+        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]}") from None
     check_names(notebook, given, path.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -473,6 +476,8 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
 def sources(root: Path, names: list[str]) -> list[Path]:
     """The percent sources meant by names such as `text_generation`; all of them where no name is given."""
     found = sorted((root / "notebooks").glob("*.py"))
+    if not found:
+        raise NotebookError(f"{root / 'notebooks'}: expected the notebooks' sources, *.py, found none")
     chosen = []
     for name in names:
         stem = Path(name).stem
