@@ -279,8 +279,13 @@ class TrainConfig:
         }
         for name in given:
             if name not in known:
-                near = nearest(name, list(known))
-                hint = f"Did you mean {either(near)}?" if near else "Unset it, or correct its name."
+                # without what all of them begin with, by which any two are alike
+                near = nearest(name.removeprefix(_PREFIX), [other.removeprefix(_PREFIX) for other in known])
+                hint = (
+                    f"Did you mean {either(_PREFIX + other for other in near)}?"
+                    if near
+                    else "Unset it, or correct its name."
+                )
                 raise TypeError(f"environment variable {name}: {cls.__name__} has no such field. {hint}")
         return {known[name]: value for name, value in given.items()}
 
