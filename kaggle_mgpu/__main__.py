@@ -8,13 +8,15 @@
 
 Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
 KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
-or stopped in good order, 1 for an error or a failed check, 2 for flags that do not exist, 130 after a second interrupt.
+or stopped in good order, 1 for an error or a failed check, 2 for settings that cannot be (a flag, file, variable or
+value that there is not), 130 after a second interrupt.
 An error that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import pkgutil
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING
 from . import env
 
 if TYPE_CHECKING:
+    from .config import TrainConfig
     from .task import Result
 
 
@@ -92,7 +95,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments:
         top.print_help(sys.stderr)
         return 2
-    given = top.parse_args(arguments)
+    given, unknown = top.parse_known_args(arguments)
+    if unknown:
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], given, modules)}")
     if given.command == "gpus":
         from . import devices
 
@@ -101,22 +106,24 @@ def main(arguments: list[str] | None = None) -> int:
     if given.command == "check":
         from . import check
 
+        if given.output_dir == "":  # a variable in a shell that was not set
+            top.error("argument --output-dir: expected a folder's name, got ''")
         report = check.run(given.output_dir)
         print(report)
         return 0 if report.ok else 1
     from .launch import launch
     from .trainer import train
 
+    config = None
     try:
         if given.command not in ("plan", "train"):
             return int(given.function(given))
         recipe = modules[given.recipe]
-        base = recipe.Config.load(given.config).to_dict() if given.config else {}
-        if from_environment := recipe.Config.environment():
-            shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
-            if os.environ.get("RANK", "0") == "0":
-                print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
-        config = recipe.Config.from_arguments(given, {**base, **from_environment})
+        try:
+            config = _config(given, recipe.Config)
+        except (TypeError, ValueError, OSError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 2
         if given.command == "plan":
             from .plan import plan
 
@@ -132,12 +139,47 @@ def main(arguments: list[str] | None = None) -> int:
             result = launch(train, config, task)
     except Exception as error:
         if not _says_all(error):
-            raise
+            if config is None or not _in_the_way(error, config.output_dir):
+                raise
+            where = f"output_dir: expected a folder that can be written to, got {config.output_dir!r}"
+            error = type(error)(f"{where}: {error}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     if os.environ.get("RANK", "0") == "0":
         _draw(result)
     return 0 if result.finished or result.reason in ("time limit", "asked to stop") else 1
+
+
+def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
+    """The settings in the file, the environment and the flags; and whether the GPUs to plan for can be."""
+    base = {} if given.config is None else kind.load(given.config).to_dict()
+    if from_environment := kind.environment():
+        shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
+        if os.environ.get("RANK", "0") == "0":
+            print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
+    if getattr(given, "plan_on", None) is not None:
+        from .plan import Target
+
+        Target.named(given.plan_on)
+    return kind.from_arguments(given, {**base, **from_environment})
+
+
+def _in_the_way(error: Exception, folder: str) -> bool:
+    """Whether the error is of the file system, at this folder, above or below it."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str):
+        return False
+    return Path(error.filename).is_relative_to(folder) or Path(folder).is_relative_to(error.filename)
+
+
+def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
+    """Which flag of the recipe an unknown one may be."""
+    if not flag.startswith("--") or not getattr(given, "recipe", None):
+        return ""
+    from .config import either, nearest
+
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(modules[given.recipe].Config)]
+    near = nearest(flag[2:].partition("=")[0], flags)
+    return f". Did you mean {either(f'--{name}' for name in near)}?" if near else ""
 
 
 def _draw(result: Result) -> None:

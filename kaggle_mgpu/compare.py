@@ -19,7 +19,7 @@ from typing import Any
 from . import devices
 from .config import TrainConfig
 from .launch import launch
-from .task import Task
+from .task import Task, expect
 
 WARM_UP = 3
 """Steps before the clock starts: imports, autotuning, DistributedDataParallel's new bucket order after its first."""
@@ -79,10 +79,13 @@ def compare_strategies(
         strategies: which, in the order of the rows; ratios are to the first.
 
     Raises:
+        TypeError: not a TrainConfig and a Task.
         ValueError: fewer than one step, or more replicas than there are GPUs.
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected 1 or more, got {steps}")
+    expect(config, task, "compare_strategies")
+    for name, number in {"steps": steps, "nproc": 1 if nproc is None else nproc}.items():
+        if number < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {number}")
     gpus = devices.select(config.gpu_ids)
     replicas = nproc or len(gpus) or 2
     if gpus and replicas > len(gpus):

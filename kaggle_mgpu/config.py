@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import os
 import re
 import symtable
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -170,6 +171,13 @@ class TrainConfig:
     tensorboard: bool = False
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        # before __init__, whose "unexpected keyword argument" suggests nothing. Unpickling comes without names.
+        accepted = inspect.signature(cls.__init__).parameters.values()
+        if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
+            check_names(named, [parameter.name for parameter in accepted][1:], where=cls.__name__)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name, annotation in fields.types_of(type(self)).items():
             value = fields.parse(f"{type(self).__name__}.{name}", annotation, getattr(self, name))
@@ -193,7 +201,18 @@ class TrainConfig:
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"{type(self).__name__}.ema_decay: expected between 0 and 1, got {self.ema_decay!r}")
         if self.time_limit is not None:
-            parse_duration(self.time_limit)
+            try:
+                parse_duration(self.time_limit)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}.time_limit: {error}") from None
+        for name, value in vars(self).items():
+            # an empty path would be the current folder: a variable in a shell that was not set
+            names = name in ("resume", "best_metric", "deepspeed_config") or name.endswith(("_path", "_dir"))
+            if names and isinstance(value, str) and not value.strip():
+                raise ValueError(f"{type(self).__name__}.{name}: expected a name, got {value!r}")
+        out = Path(self.output_dir)
+        if file := next((path for path in (out, *out.parents) if os.path.isfile(path)), None):
+            raise ValueError(f"{type(self).__name__}.output_dir: expected a folder, got {str(out)!r}: {file} is a file")
 
     @property
     def workers_wanted(self) -> int | None:
@@ -258,8 +277,13 @@ class TrainConfig:
         }
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean {near[0]}?" if near else "Unset it, or correct its name."
+                # without what all of them begin with, by which any two are alike
+                near = nearest(name.removeprefix(_PREFIX), [other.removeprefix(_PREFIX) for other in known])
+                hint = (
+                    f"Did you mean {either(_PREFIX + other for other in near)}?"
+                    if near
+                    else "Unset it, or correct its name."
+                )
                 raise TypeError(f"environment variable {name}: {cls.__name__} has no such field. {hint}")
         return {known[name]: value for name, value in given.items()}
 
@@ -337,9 +361,22 @@ def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> No
     known = list(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(sorted(known))}."
+            near = nearest(str(name), known)
+            hint = f" Did you mean {either(map(repr, near))}?" if near else f" It has: {', '.join(sorted(known))}."
             raise TypeError(f"{where} has no parameter {name!r}.{hint}")
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The known names that may be meant: one that differs by a slip, or those of which it is a part (batch_size)."""
+    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+    around = [other for other in known if len(name) > 3 and name in other][:3]
+    return slip or around or difflib.get_close_matches(name, known, n=1)
+
+
+def either(names: Iterable[str]) -> str:
+    """ "a", "a or b", "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,17 +121,18 @@ class BatchPlan:
 
     def sentence(self, unit: str = "GPU") -> str:
         """The plan in words; `unit` is what one replica runs on."""
-        replicas = f"{self.num_replicas} {unit}{'' if self.num_replicas == 1 else _plural(unit)}"
         return (
-            f"global batch {self.global_batch_size} = {self.micro_batch_size} per {unit} x {replicas} x "
-            f"{self.gradient_accumulation_steps} accumulation "
-            f"step{'' if self.gradient_accumulation_steps == 1 else 's'}; "
-            f"{self.dataset_size:,} samples, {self.steps_per_epoch:,} steps an epoch, {self.max_steps:,} steps in all"
+            f"global batch {self.global_batch_size} = {self.micro_batch_size} per {unit} x "
+            f"{counted(self.num_replicas, unit)} x "
+            f"{counted(self.gradient_accumulation_steps, 'accumulation step')}; "
+            f"{counted(self.dataset_size, 'sample')}, {counted(self.steps_per_epoch, 'step')} an epoch, "
+            f"{counted(self.max_steps, 'step')} in all"
         )
 
 
-def _plural(word: str) -> str:
-    return "es" if word.endswith("s") else "s"
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "1,200 steps", "2 processes"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def _nearest(value: int, factor: int) -> str:

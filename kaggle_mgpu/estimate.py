@@ -89,12 +89,13 @@ class Target:
         Raises:
             ValueError: not a name with an optional number.
         """
-        found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", text.strip())
+        found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", str(text).strip())
         if found is None or found[2] == "0":
             raise ValueError(f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known: {', '.join(PUBLISHED)}")
         name = found[1].upper()
-        if name.endswith("X") and name[:-1] in PUBLISHED:
-            raise ValueError(f"on={text!r}: how many? Did you mean {name[:-1] + 'x2'!r}?")
+        stem = re.sub(r"X(-\d+)?$", "", name)
+        if stem != name and stem in PUBLISHED:
+            raise ValueError(f"on={text!r}: how many? Did you mean {stem + 'x2'!r}?")
         published = PUBLISHED.get(name)
         return cls(name, int(found[2] or 1), published, published.memory_bytes if published else None)
 

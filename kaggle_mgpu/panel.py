@@ -301,7 +301,7 @@ def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> 
     legend += f' &nbsp;<span style="color:{_VAL}">●</span> validation' if val else ""
     return (
         f'<svg viewBox="0 0 {width} {height}" width="100%" height="{height}" preserveAspectRatio="none" '
-        f'style="display:block" role="img" aria-label="loss curve">{drawn}</svg>'
+        f'style="display:block;overflow:visible" role="img" aria-label="loss curve">{drawn}</svg>'
         '<div style="display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em;opacity:.8;font-size:.85em">'
         f"<div>{legend}</div><div>loss {low:.4g} to {high:.4g}{' (logarithmic)' * logarithmic}, "
         f"steps {first} to {last}</div></div>"

@@ -18,7 +18,7 @@ from .data import BatchPlan
 from .estimate import Exchange, Target
 from .facts import Facts, count
 from .launch import launch
-from .task import Task
+from .task import Task, expect
 
 WEEKLY_HOURS = 30.0
 """Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
@@ -97,8 +97,12 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         steps: how many are measured.
 
     Raises:
+        TypeError: not a TrainConfig and a Task.
         ValueError: settings that do not fit each other or the GPUs, as `train` would raise them.
     """
+    expect(config, task, "plan")
+    if steps < 1:
+        raise ValueError(f"steps: expected 1 or more, got {steps}")
     gpus = devices.select(config.gpu_ids) if on is None else []
     target = Target.at_hand(gpus) if on is None else Target.named(on)
     precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())

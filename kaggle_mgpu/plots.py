@@ -108,6 +108,7 @@ def compare_plot(
     names = [Path(folder).resolve().name for folder in output_dirs] if labels is None else list(labels)
     if not runs or len(names) != len(runs):
         raise ValueError(f"compare_plot: expected runs and a label for each, got {len(runs)} runs, {len(names)} labels")
+    names = [_short(name) for name in names]
     for folder, records in zip(output_dirs, runs, strict=True):
         if not _of(records, "train"):
             raise ValueError(f"{Path(folder) / METRICS}: no training record, so nothing to compare")
@@ -312,17 +313,26 @@ def _memory(gpus: list[Record]) -> dict[int, tuple[float, float | None]]:
 
 def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> None:
     for place, (used, total) in enumerate(memory.values()):
+        whole = axes.barh([place], [used], color="tab:purple", hatch="//", edgecolor="white", height=0.6)
         if total is not None:
-            axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
-        bar = axes.barh([place], [used], color="tab:purple", hatch="//", edgecolor="white", height=0.6)
-        axes.bar_label(bar, [f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")], fontsize="small")
+            whole = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
+        label = f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")
+        axes.bar_label(whole, [label], fontsize="small")  # beside the frame, which would run through it
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
     style(axes, "", "memory in use at most (GiB)")
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
 
 
 def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) -> None:
-    bar = axes.barh([place], [value], color=colour, alpha=0.6, height=0.6, hatch=("", "//", "..", "xx")[place % 4])
-    axes.bar_label(bar, [f" {text}"], fontsize="small")
-    axes.margins(x=0.5)
+    """Its text begins where the bar does: beside it there may be no room."""
+    axes.barh([place], [value], color=colour, alpha=0.6, height=0.6, hatch=("", "//", "..", "xx")[place % 4])
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    where = axes.get_yaxis_transform()  # a fraction of the width, and the bar's place
+    axes.text(0.02, place, text, transform=where, va="center", fontsize="small", bbox=box)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A legend's room is small."""
+    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"

@@ -12,10 +12,14 @@ decides about the display, where the guess is wrong::
 
 from __future__ import annotations
 
+import collections
+import fnmatch
 import math
 import os
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -81,11 +85,20 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
+MOST_ENTRIES = 2_000_000
+"""Files and folders of one input that :func:`find` looks at: some 4 s of a local disk."""
+_NOTHING_IN = {".git", ".ipynb_checkpoints", "__MACOSX", "__pycache__", "node_modules"}
+"""Folders that find does not look into."""
+
+
 def find(pattern: str, roots: Iterable[Path | str] | None = None, max_depth: int = 10, limit: int = 1000) -> list[Path]:
     """Files and folders whose last parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
 
     The order is always the same: roots in the order given, then shallow before deep, then by name. A folder
-    reachable in several ways (a link) is searched once; what cannot be read is passed over.
+    reachable in several ways (a link) is searched once; what cannot be read, and folders such as ``.git``
+    and ``__MACOSX``, are passed over.
+    Of each input (of each root, where roots are given) ``MOST_ENTRIES`` are looked at, shallow ones first, so that a
+    huge one neither takes minutes nor hides what is in another; a warning says where that ended the search.
 
     Args:
         pattern: ``*`` and ``?`` do not cross a ``/``; capitals count.
@@ -93,32 +106,61 @@ def find(pattern: str, roots: Iterable[Path | str] | None = None, max_depth: int
         max_depth: how many folders below a root to look, the root's own entries being depth 1.
         limit: stop after this many results.
     """
+    *above, last = [re.compile(fnmatch.translate(part)).match for part in Path(pattern).parts]
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
+    starts = set(inputs()) if roots is None else set()
     for root in [input_root()] if roots is None else map(Path, roots):
-        level = [root]
+        level, looked = [(root, root)], collections.Counter[Path]()
         for _ in range(max_depth):
-            entries = [entry for folder in level for entry in _scan(folder, seen)]
-            for path, _is_folder in entries:
-                if path.match(pattern):
-                    found.append(path)
-                    if len(found) >= limit:
-                        return found
-            level = [path for path, is_folder in entries if is_folder]
+            below: list[tuple[Path, Path]] = []
+            for folder, source in level:
+                if looked[source] >= MOST_ENTRIES:
+                    continue
+                fits = len(above) <= len(folder.parts) and all(
+                    part(name) for part, name in zip(reversed(above), reversed(folder.parts), strict=False)
+                )
+                matches, folders, count = _scan(folder, seen, last if fits else None)
+                found += matches
+                if len(found) >= limit:
+                    return found[:limit]
+                below += [(path, path if path in starts else source) for path in folders]
+                looked[source] += count
+            level = below
+        for source, count in looked.items():
+            if count >= MOST_ENTRIES:
+                warnings.warn(
+                    f"{source} holds more than {MOST_ENTRIES:,} files and folders: looked for {pattern!r} among the "
+                    f"{count:,} nearest its top. What lies deeper must be given by its path.",
+                    stacklevel=2,
+                )
     return found
 
 
-def _scan(folder: Path, seen: set[tuple[int, int]]) -> list[tuple[Path, bool]]:
-    """(path, is it a folder) of what ``folder`` holds, by name; [] a second time: links can form circles."""
+def _scan(
+    folder: Path, seen: set[tuple[int, int]], matches: Callable[[str], object] | None
+) -> tuple[list[Path], list[Path], int]:
+    """What ``folder`` holds, by name: entries that match, folders to look into, and how many entries there are.
+
+    Nothing a second time: links can form circles.
+    """
+    names, folders, count = [], [], 0
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in seen:
-            return []
+            return [], [], 0
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
-            return sorted((folder / entry.name, entry.is_dir()) for entry in entries)
+            # paths are made of few entries: of each of a million they would take ten times as long
+            for entry in entries:
+                count += 1
+                if matches is not None and matches(entry.name):
+                    names.append(entry.name)
+                if entry.is_dir() and entry.name not in _NOTHING_IN:
+                    folders.append(entry.name)
     except OSError:
-        return []
+        return [], [], count
+    return [folder / name for name in sorted(names)], [folder / name for name in sorted(folders)], count
 
 
 # --- display ----------------------------------------------------------------------------------------

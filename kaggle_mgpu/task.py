@@ -104,6 +104,17 @@ class TrainState:
     """Time spent, over all sessions."""
 
 
+def expect(config: object, task: object, who: str) -> None:
+    """Raise TypeError unless these are a TrainConfig and a Task, in this order."""
+    if not isinstance(config, TrainConfig) or not isinstance(task, Task):
+        got = [
+            f"the class {it.__name__}" if isinstance(it, type) else f"a {type(it).__name__}" for it in (config, task)
+        ]
+        raise TypeError(
+            f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got[0]} and {got[1]}"
+        )
+
+
 @dataclass
 class Result:
     """What a run came to; also in output_dir/result.json."""

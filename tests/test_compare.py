@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kaggle_mgpu import TrainConfig, compare_strategies, devices, launch, train
+from kaggle_mgpu import TrainConfig, compare_strategies, devices, launch, plan, train
 from kaggle_mgpu.compare import Row, as_dicts, measure, same_micro_batch, table
 from tasks import Language, Regression
 
@@ -91,6 +91,16 @@ def test_an_error_of_the_task_is_raised_here() -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="steps: expected 1 or more, got 0"):
         compare_strategies(TrainConfig(), Regression(), steps=0)
+    with pytest.raises(ValueError, match="nproc: expected 1 or more, got -1"):
+        compare_strategies(TrainConfig(), Regression(), nproc=-1)
+    with pytest.raises(ValueError, match="steps: expected 1 or more, got 0"):
+        plan(TrainConfig(), Regression(), steps=0)
+    for function in (compare_strategies, plan):
+        says = rf"^{function.__name__} expects a TrainConfig and a Task \(an instance, not the class\), got "
+        with pytest.raises(TypeError, match=f"{says}a TrainConfig and the class Regression$"):
+            function(TrainConfig(), Regression)  # type: ignore[operator]
+        with pytest.raises(TypeError, match=f"{says}a Regression and a TrainConfig$"):
+            function(Regression(), TrainConfig())  # type: ignore[operator]
 
 
 def test_a_table_reads_in_columns() -> None:

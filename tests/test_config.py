@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
+import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,7 +147,31 @@ class TestParsing:
         refused(f"TrainConfig.{name}: {says}", **{name: wrong})
 
     def test_a_wrong_time_limit_is_found_when_the_config_is_made(self) -> None:
-        refused("not a duration: 'soon'. Write it like '11h30m'", time_limit="soon")
+        refused("TrainConfig.time_limit: not a duration: 'soon'. Write it like '11h30m'", time_limit="soon")
+
+    @pytest.mark.parametrize("name", ["output_dir", "resume", "best_metric", "deepspeed_config"])
+    @pytest.mark.parametrize("empty", ["", "  "])
+    def test_a_name_is_never_empty(self, name: str, empty: str) -> None:
+        refused(f"TrainConfig.{name}: expected a name, got {empty!r}", **{name: empty})
+
+    def test_nor_is_a_path_of_a_recipes_own(self) -> None:
+        @dataclass(frozen=True)
+        class Own(TrainConfig):
+            data_path: str | None = None
+            prefix: str = "Q: "
+
+        with pytest.raises(ValueError, match=r"^Own\.data_path: expected a name, got ''$"):
+            Own(data_path="")
+        assert Own(prefix="").prefix == ""
+
+    @pytest.mark.parametrize("below", ["", "/run", "/a/b"])
+    def test_output_dir_is_no_file(self, tmp_path: Path, below: str) -> None:
+        file = tmp_path / "file"
+        file.touch()
+        refused(
+            f"TrainConfig.output_dir: expected a folder, got '{file}{below}': {file} is a file",
+            output_dir=f"{file}{below}",
+        )
 
     def test_it_is_frozen(self) -> None:
         config = TrainConfig()
@@ -192,6 +218,34 @@ class TestNames:
             Recipe.from_dict({"label": "x"})
         with pytest.raises(TypeError, match="Did you mean 'warmup_steps'"):
             TrainConfig().replace(warmup_step=3)
+
+    def test_and_so_it_is_where_the_config_is_made(self) -> None:
+        three = "'global_batch_size', 'micro_batch_size' or 'base_batch_size'"
+        with pytest.raises(TypeError, match=rf"^TrainConfig has no parameter 'batch_size'\. Did you mean {three}\?$"):
+            TrainConfig(batch_size=3)  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"^Recipe has no parameter 'label'\. Did you mean 'labels'\?$"):
+            Recipe(lr=1e-3, label="x")  # type: ignore[call-arg]
+        with pytest.raises(TypeError, match=r"Recipe has no parameter 'lrr'\. Did you mean 'lr'"):
+            dataclasses.replace(Recipe(), lrr=3)  # type: ignore[call-arg]
+
+    def test_a_config_is_copied_and_sent_like_any_dataclass(self) -> None:
+        config = Recipe(sizes=[7], lr=0.25, max_steps=3)
+        for copied in (copy.copy(config), copy.deepcopy(config), dataclasses.replace(config)):
+            assert copied == config
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            assert pickle.loads(pickle.dumps(config, protocol)) == config
+        assert TrainConfig("ddp", 2).nproc == 2  # by position, as ever
+
+    def test_a_class_may_take_more_than_its_fields(self) -> None:
+        @dataclass(frozen=True)
+        class More(TrainConfig):
+            factor: dataclasses.InitVar[float] = 1.0
+
+            def __post_init__(self, factor: float) -> None:  # type: ignore[override]
+                object.__setattr__(self, "lr", self.lr * factor)
+                super().__post_init__()
+
+        assert More(lr=0.5, factor=2.0).lr == 1.0
 
     def test_without_anything_near_all_names_are_listed(self) -> None:
         with pytest.raises(TypeError, match=r"^run has no parameter 'zzz'. It has: apple, pear\.$"):

@@ -68,6 +68,10 @@ def test_variables_name_fields() -> None:
 def test_a_misspelt_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"KAGGLE_MGPU_MAX_STEP: TrainConfig has .* mean KAGGLE_MGPU_MAX_STEPS\?"):
         TrainConfig.environment({"KAGGLE_MGPU_MAX_STEP": "7"})
+    with pytest.raises(
+        TypeError, match=r"KAGGLE_MGPU_GLOBAL_BATCH_SIZE, KAGGLE_MGPU_MICRO_BATCH_SIZE or KAGGLE_MGPU_BASE"
+    ):
+        TrainConfig.environment({"KAGGLE_MGPU_BATCH_SIZE": "7"})
 
 
 def test_the_kits_own_variables_are_known_and_are_no_fields() -> None:
@@ -94,8 +98,11 @@ def test_flags_override_the_environment_which_overrides_the_file(
     assert settings.resume == "never"
     assert "from KAGGLE_MGPU_… in the environment: max_steps=3" in capsys.readouterr().out
     monkeypatch.setenv("KAGGLE_MGPU_LEARNING_RATE", "3")
-    assert command_line.main(["train", "sft"]) == 1
-    assert "environment variable KAGGLE_MGPU_LEARNING_RATE: Config has no such field." in capsys.readouterr().err
+    assert command_line.main(["train", "sft"]) == 2
+    assert (
+        "environment variable KAGGLE_MGPU_LEARNING_RATE: Config has no such field. Unset it, or"
+        in capsys.readouterr().err
+    )
 
 
 # Examples

@@ -158,6 +158,8 @@ class TestBatchPlan:
             "global batch 4 = 4 per replica x 1 replica x 1 accumulation step; "
             "10 samples, 3 steps an epoch, 3 steps in all"
         )
+        least = BatchPlan.make(dataset_size=1, global_batch_size=1)
+        assert least.sentence().endswith("1 accumulation step; 1 sample, 1 step an epoch, 1 step in all")
 
 
 class TestOrder:

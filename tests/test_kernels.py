@@ -17,6 +17,7 @@ import kaggle_cli
 import kernel as kernels
 import notebooks
 import sweep
+from kaggle_cli import KaggleError
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, ROOT, SLUG, TOOL, counting, push, tool, wait_until
 from kernels import main as tools_main
@@ -64,6 +65,8 @@ def test_a_parameter_that_the_notebook_does_not_have(kaggle: KaggleServer, root:
         "fail_at, words, output_dir. Its Config also takes: epochs, save_every.\n"
     )
     assert "-p: expected name=value, got 'goal'" in push(kaggle, root, "goal", code=1)
+    twice = "-p goal=… is given twice; a sweep takes a list: -p goal=[1,2]\n"
+    assert push(kaggle, root, "goal=1", "goal=2", code=1) == twice
     assert kaggle.requests == []
 
 
@@ -75,6 +78,43 @@ def test_a_value_that_the_config_does_not_take(kaggle: KaggleServer, house: Path
     refused = tool(kaggle, house, "push", "text_generation", "--user", "ann", "-p", parameter, code=1)
     assert refused.startswith(f"text_generation_kaggle_multigpu.py: {said}")
     assert kaggle.requests == []
+
+
+def test_the_values_of_a_sweep_are_all_tried_before_the_first_run(kaggle: KaggleServer, house: Path) -> None:
+    refused = tool(kaggle, house, "sweep", "text_generation", "-p", "lr=[1e-3,-1]", code=1)
+    assert refused == "text_generation_kaggle_multigpu.py: Config.lr: expected 0.0 or more, got -1.0\n"
+
+
+def test_a_name_that_is_a_part_of_several(root: Path) -> None:
+    notebook = notebooks.build(root / "notebooks" / "counting_kaggle_multigpu.py", root / "kaggle_mgpu")
+    with pytest.raises(notebooks.NotebookError, match=r"no parameter 'session'\. Did you mean 'per_session'"):
+        notebooks.check_names(notebook, ["session"], "it")
+
+
+def test_questions_that_cannot_be(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, value in (("--interval", "-1"), ("--interval", "nan"), ("--version", "0")):
+        with pytest.raises(SystemExit):
+            tools_main(["--root", str(root), "wait", "counting", flag, value])
+        assert f"argument {flag}: expected a number above 0, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "No such file"), ("{x", "Expecting property"), ("[]", "got list")]
+)
+def test_the_metadata_at_the_top_is_not_written_over(root: Path, capsys: Any, content: str | None, says: str) -> None:
+    path = root / "kernel-metadata.json"
+    path.unlink() if content is None else path.write_text(content)
+    for command in (["init", "--user", "ann"], ["push", "counting", "--user", "ann"]):
+        assert tools_main(["--root", str(root), *command]) == 1
+        said = capsys.readouterr().err
+        assert str(path) in said and says in said
+    assert (path.read_text() if path.exists() else None) == content
+
+
+def test_a_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "build").touch()
+    assert tools_main(["--root", str(root), "relay", "counting", "--user", "ann"]) == 1
+    assert capsys.readouterr().err.startswith("NotADirectoryError: [Errno 20] Not a directory: ")
 
 
 def test_whose_kernel(kaggle: KaggleServer, root: Path) -> None:
@@ -167,7 +207,8 @@ def test_init_keeps_the_rest(kaggle: KaggleServer, root: Path) -> None:
     tool(kaggle, root, "init", "--user", "ann")
     after = json.loads((root / "kernel-metadata.json").read_text())
     assert after == {**before, "id": "ann/text-generation-kaggle-multigpu"}
-    assert "expected the name in the address" in tool(kaggle, root, "init", "--user", "ann/x", code=1)
+    for nobody in ("ann/x", "", "INSERT_KAGGLE_USERNAME"):
+        assert "expected the name in the address" in tool(kaggle, root, "init", "--user", nobody, code=1)
 
 
 # There and back
@@ -275,6 +316,35 @@ def test_refusals_are_errors_with_kaggles_own_words(kaggle: KaggleServer, root: 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "no Kaggle credentials. Run `kaggle auth login`" in done.stderr
     assert "0" * 32 not in done.stdout + done.stderr
+    # without any: at once, and without the page on how to sign up
+    nobody = {name: value for name, value in wrong.items() if name not in ("KAGGLE_USERNAME", "KAGGLE_KEY")}
+    for asking in ("logs", "wait"):
+        command[4] = asking
+        done = subprocess.run(command, env=nobody, capture_output=True, text=True, timeout=600)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "no Kaggle credentials. Run `kaggle auth login`" in done.stderr
+
+
+def test_wait_for_what_is_not_there_ends_at_once(
+    kaggle: KaggleServer, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tool(kaggle, root, "wait", "ann/no-such-kernel", code=1)
+    assert said.startswith("kaggle kernels status: Cannot access kernel 'ann/no-such-kernel'")
+    assert said.count("\n") == 1
+    # but a network that fails is waited for, and a kernel that was there, or was just pushed, too
+    asked: list[Any] = [KaggleError("no answer"), kaggle_cli.Status("RUNNING"), KaggleError("Cannot access kernel")]
+    asked += [kaggle_cli.Status("COMPLETE")]
+
+    def status(_: str) -> kaggle_cli.Status:
+        if isinstance(answer := asked.pop(0), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(kaggle_cli, "status", status)
+    monkeypatch.setattr(kernels.time, "sleep", lambda _: None)
+    assert kernels.wait_for("ann/x", 60, print).state == "COMPLETE"
+    asked += [KaggleError("Cannot access kernel"), kaggle_cli.Status("RUNNING"), kaggle_cli.Status("ERROR")]
+    assert kernels.wait_for("ann/x", 60, print, just_pushed=True).state == "ERROR"
 
 
 @pytest.mark.parametrize(
@@ -377,7 +447,16 @@ def test_sweep(kaggle: KaggleServer, root: Path) -> None:
     said = tool(kaggle, root, *given, "--push")
     assert said.count("pushed before with the same content") == 3
     assert "\n".join(rows) in said
-    assert "expected a list of values to sweep over" in tool(kaggle, root, *given[:4], "-p", "goal=3", code=1)
+    assert "such as -p lr=[3e-4,1e-3], got goal=3\n" in tool(kaggle, root, *given[:4], "-p", "goal=3", code=1)
+
+
+def test_a_sweep_takes_each_value_once_and_each_run_its_folder(root: Path) -> None:
+    names, settings = sweep.points({"a": [1, 2, 1], "b": [[3], [3]], "c": "x"})
+    assert (names, settings) == (["a", "b"], [{"a": a, "b": [3], "c": "x"} for a in (1, 2)])
+    for outside in ("/runs", "../run"):
+        kernel = counting(root, goal=[1, 2], output_dir=outside)
+        with pytest.raises(kernels.KernelError, match=f"expected a relative output_dir, got '{outside}'"):
+            sweep.run(kernel, push=False, interval=60)
 
 
 def test_sweep_here(kaggle: KaggleServer, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -405,6 +484,8 @@ def test_the_table_of_a_sweep_has_the_runs_own_metrics() -> None:
     results = {"run/result.json": {"metrics": {"loss": 1}}, "run/stage1/result.json": {"metrics": {"loss": 2}}}
     shown = sweep.table(["lr"], [{"lr": 1}], [kernels.Outcome(True, 5, "", results)])
     assert shown.splitlines()[2] == "| 1 | yes | 5 |  | 1 |  |"
+    shown = sweep.table(["words"], [{"words": "a|b"}], [kernels.Outcome(True, 5, "", results)])
+    assert shown.splitlines()[2].startswith(r"| 'a\|b' | yes |")
 
 
 def test_a_sweep_here_finds_files_by_the_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

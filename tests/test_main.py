@@ -97,26 +97,37 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (["--lr", "fast"], "ValueError: Config.lr: expected float, got 'fast' (str)"),
-        (["--config", "{}/none.yaml"], "FileNotFoundError: config file not found: {}/none.yaml"),
+        # what was asked for cannot be
+        (["--lr", "fast"], 2, "ValueError: Config.lr: expected float, got 'fast' (str)"),
+        (["--output-dir", ""], 2, "ValueError: Config.output_dir: expected a name, got ''"),
+        (["--config", "{}/none.yaml"], 2, "FileNotFoundError: config file not found: {}/none.yaml"),
+        (["--config", ""], 2, "FileNotFoundError: config file not found: "),
         (
             ["--config", "{}/typo.json"],
+            2,
             "TypeError: {}/typo.json: Config has no parameter 'max_step'. Did you mean 'max_steps'?",
         ),
-        (["--data-path", "{}/none.txt"], "FileNotFoundError: data_path: no such file or folder: {}/none.txt"),
+        # what was tried did not work
+        (["--data-path", "{}/none.txt"], 1, "FileNotFoundError: data_path: no such file or folder: {}/none.txt"),
+        (
+            ["--output-dir", "/proc/none/run"],
+            1,
+            "FileNotFoundError: output_dir: expected a folder that can be written to, got '/proc/none/run': [Errno 2]",
+        ),
         (
             ["--micro-batch-size", "9", "--nproc", "2"],  # raised in the workers
+            1,
             "ValueError: micro_batch_size 9 is larger than global_batch_size 4. Expected at most 2 for 2 replicas; "
             "lower it, or raise global_batch_size.",
         ),
     ],
 )
-def test_bad_settings_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_settings_are_one_line(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
     (tmp_path / "typo.json").write_text('{"max_step": 3}')
     run = train(tmp_path, *(argument.format(tmp_path) for argument in arguments))
-    assert run.returncode == 1
+    assert run.returncode == code
     assert run.stderr.startswith(message.format(tmp_path))
     assert len(run.stderr.splitlines()) == 1
 
@@ -162,11 +173,17 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(
 def test_an_unknown_flag(tmp_path: Path) -> None:
     run = train(tmp_path, "--epochz", "3")
     assert run.returncode == 2
-    assert "unrecognized arguments: --epochz 3" in run.stderr
+    assert run.stderr.endswith("unrecognized arguments: --epochz 3. Did you mean --epochs?\n")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_flag_is_not_known_by_its_beginning(tmp_path: Path) -> None:
     run = train(tmp_path, "--max-step", "3")
     assert run.returncode == 2
-    assert "unrecognized arguments: --max-step 3" in run.stderr
+    assert run.stderr.endswith("unrecognized arguments: --max-step 3. Did you mean --max-steps?\n")
+
+
+def test_check_of_no_folder() -> None:
+    run = kaggle_mgpu("check", "--output-dir", "")
+    assert run.returncode == 2
+    assert "argument --output-dir: expected a folder's name, got ''" in run.stderr

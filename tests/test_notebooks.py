@@ -492,6 +492,14 @@ def test_run_refuses_a_notebook_that_is_not_built(repo: Path, capsys: pytest.Cap
     assert "'nothing': expected the name of one notebook, got 0. There are: tiny" in capsys.readouterr().err
 
 
+def test_what_is_no_notebook_or_no_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "damaged.ipynb").write_text("{")
+    assert tool.main(["run", str(tmp_path / "damaged.ipynb")]) == 1
+    assert f"{tmp_path / 'damaged.ipynb'}: not a notebook: " in capsys.readouterr().err
+    assert tool.main(["--root", str(tmp_path), "build"]) == 1
+    assert "expected the notebooks' sources, *.py, found none" in capsys.readouterr().err
+
+
 def test_run_executes_and_judges(repo: Path, tmp_path: Path) -> None:
     built(repo)
     command = [str(TOOL), "--root", str(repo), "run", "tiny", "--output", str(tmp_path / "made" / "x.ipynb")]

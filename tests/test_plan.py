@@ -127,9 +127,15 @@ def test_names(text: str, name: str, count: int) -> None:
     assert (found.published is not None) == (name in PUBLISHED)
 
 
-@pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4"])
+@pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
 def test_no_name(text: str) -> None:
     with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, P100"):
+        Target.named(text)
+
+
+@pytest.mark.parametrize("text", ["T4x", "T4x-2", "t4X"])
+def test_no_number(text: str) -> None:
+    with pytest.raises(ValueError, match=r"how many\? Did you mean 'T4x2'\?"):
         Target.named(text)
 
 
@@ -280,7 +286,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr()
     assert said.out.startswith("global batch 4 = 2 per GPU x 2 GPUs x 1 accumulation step; ")
     assert "9 steps in all" in said.out
-    assert main([*command, "--on", "0"]) == 1
+    assert main([*command, "--on", "0"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")

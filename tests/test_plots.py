@@ -1,12 +1,13 @@
 """The pictures of a run, from its records."""
 
+import itertools
 import math
 import subprocess
 import sys
 
 import pytest
 
-from kaggle_mgpu.plots import compare_plot, plot
+from kaggle_mgpu.plots import compare_plot, pixels, plot
 from runs import make, story, train, write
 
 
@@ -154,9 +155,27 @@ class TestCompare:
         ends = [line.get_xdata()[-1] for line in by_time.get_lines() if len(line.get_xdata()) > 10]
         assert ends == pytest.approx([1240 * 0.4 / 60, 600 * 0.8 / 60])
         assert all("tokens/s" in text.get_text() for text in speed.texts)
-        assert whole.texts[0].get_text().startswith(" 8.27 minutes, validation loss 3.59")
+        assert whole.texts[0].get_text().startswith("8.27 minutes, validation loss 3.59")
         assert len({line.get_linestyle() for line in by_time.get_lines() if len(line.get_xdata()) > 10}) == 2
         assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"compare.png", "compare.svg"}
+
+    def test_everything_is_on_the_page_and_nothing_on_something_else(self, tmp_path):
+        """Names of folders may be long, and the numbers of several runs stand close."""
+        names = ["a_run_with_a_rather_long_name_on_two_gpus", "another_run_with_a_rather_long_name_on_one"]
+        figure = compare_plot([write(tmp_path / name, story()) for name in names])
+        pixels(figure)
+        by_step, _, speed, whole = figure.axes
+        legend = by_step.get_legend()
+        assert [text.get_text() for text in legend.get_texts()] == [
+            "a_run_with_a_ra…two_gpus",
+            "another_run_wit…e_on_one",
+        ]
+        assert by_step.bbox.contains(*legend.get_window_extent().min)
+        for axes in (speed, whole):
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert all(axes.bbox.contains(*box.min) and axes.bbox.contains(*box.max) for box in boxes)
+            ticks = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
+            assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
 
     def test_what_cannot_be_compared(self, tmp_path):
         with pytest.raises(ValueError, match="expected runs and a label for each, got 0 runs"):

@@ -116,6 +116,16 @@ def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: P
     assert "finished: step 4, after 2 sessions" in relayed(kaggle, root)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])
+def test_a_state_that_cannot_be_read_is_not_begun_anew_by_itself(root: Path, content: str) -> None:
+    kernel = counting(root)
+    kernel.folder.mkdir(parents=True)
+    (kernel.folder / "relay.json").write_text(content)
+    with pytest.raises(relay.KernelError, match=r"relay\.json cannot be read as a relay's state: mend it, or .*--anew"):
+        relay.run(kernel, carry=None, interval=60)
+    assert (kernel.folder / "relay.json").read_text() == content
+
+
 def test_predictions_are_progress_and_are_carried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_work = relay._Relay(counting(root), "dataset", 0.1, True, lambda _: None)
     folder = root / "runs" / SLUG / "v2"

@@ -120,6 +120,37 @@ def test_find_is_bounded(kaggle: Path) -> None:
     ]
 
 
+def test_a_huge_input_neither_takes_forever_nor_hides_another(kaggle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in "abcdefghijklmnopqrst":
+        folder = kaggle / f"datasets/ann/cod10k/images/{number}"
+        folder.mkdir(parents=True)
+        (folder / "train.csv").touch()
+    monkeypatch.setattr(session, "MOST_ENTRIES", 24)
+    expected = r"cod10k holds more than 24 files and folders: looked for 'train\.csv' among the 24 nearest its top"
+    with pytest.warns(UserWarning, match=expected):
+        found = names(session.find("train.csv"), kaggle)
+    assert found == [
+        "older-slug/train.csv",
+        "competitions/titanic/train.csv",
+        "datasets/ann/cod10k/train.csv",
+        "datasets/ann/cod10k/images/a/train.csv",
+        "datasets/ann/cod10k/images/b/train.csv",
+        "datasets/bob/tiny/deep/er/train.csv",
+    ]
+
+
+def test_what_a_pattern_of_several_parts_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/b/c.txt", "x/b/c.txt", "c.txt", "b/c.txt", "b/C.txt", "__MACOSX/b/c.txt", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert names(session.find("a/*/?.txt", [tmp_path]), tmp_path) == ["a/b/c.txt"]
+    assert names(session.find("b/c.txt", [tmp_path]), tmp_path) == ["b/c.txt", "a/b/c.txt", "x/b/c.txt"]
+    assert names(session.find("__MACOSX", [tmp_path]), tmp_path) == ["__MACOSX"]
+    monkeypatch.chdir(tmp_path)
+    assert session.find("c.txt", ["."])[0] == Path("c.txt")
+    assert session.find("*/b/c.txt", ["."]) == [Path("a/b/c.txt"), Path("x/b/c.txt")]
+
+
 def test_find_survives_circles_and_closed_folders(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a/file").touch()

@@ -130,6 +130,7 @@ def test_the_largest_file_of_conversations_is_found(tmp_path: Path, monkeypatch:
     folder = tmp_path / "input" / "datasets" / "me" / "mine"
     folder.mkdir(parents=True)
     (folder / "small.json").write_text(f"[{GOOD}]")
+    assert reading.choose_source(None)[1] == "the only file of conversations among the inputs"
     (folder / "train.jsonl").write_text(f"{GOOD}\n" * 9)
     (folder / "metrics.jsonl").write_text('{"loss": 1.5}\n' * 99)
     (folder / "config.json").write_text('{"model_type": "llama"}' + " " * 999)

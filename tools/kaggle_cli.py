@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,11 @@ _SECRETS = re.compile(
 )
 """Tokens of Kaggle, Hugging Face, GitHub, OpenAI and AWS, JWTs, Authorization headers, user:password in a URL, and 32
 hex digits, which is what a Kaggle API key is."""
+NO_CREDENTIALS = "no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle"
+HOPELESS = re.compile(r"no Kaggle credentials|CLI is not installed|must be specified in the form")
+"""Errors that asking again does not mend."""
+ABSENT = re.compile(r"Cannot access kernel|\b404\b|not found", re.IGNORECASE)
+"""Of a kernel that does not exist, or is not this user's: Kaggle does not tell them apart."""
 ACTIVE = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 
 
@@ -100,7 +106,7 @@ def call(*arguments: str | Path, timeout: float | None = None) -> str:
     if done.returncode != 0:
         said = redacted((done.stderr.strip() + "\n" + done.stdout.strip()).strip())
         if "Authentication required" in said:  # and a page on how to sign up
-            raise KaggleError(f"{what}: no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle")
+            raise KaggleError(f"{what}: {NO_CREDENTIALS}")
         raise KaggleError(f"{what}: {_ending(said) or f'it failed without a word (exit code {done.returncode})'}")
     return done.stdout
 
@@ -152,7 +158,7 @@ def status_if_any(kernel: str) -> Status | None:
     try:
         return status(kernel)
     except KaggleError as error:
-        if re.search(r"Cannot access kernel|\b404\b|not found", str(error), re.IGNORECASE):
+        if ABSENT.search(str(error)):
             return None
         raise
 
@@ -184,24 +190,30 @@ def flattened(log: str) -> str:
 
 def follow(kernel: str, say: Callable[[str], object]) -> None:
     """`kaggle kernels logs --follow`: each line as it is written, to the session's end."""
-    with subprocess.Popen(
-        _command("kernels", "logs", kernel, "--follow"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdout is not None
-        last = ""
-        try:
-            for line in process.stdout:
-                last = redacted(line.rstrip("\n"))
-                say(last)
-        except BaseException:
-            process.terminate()
-            raise
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        with subprocess.Popen(
+            _command("kernels", "logs", kernel, "--follow"),
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            anonymous = False
+            try:
+                for line in process.stdout:
+                    anonymous = anonymous or line.startswith("Authentication required")  # a page on how to sign up
+                    if not anonymous:
+                        say(redacted(line.rstrip("\n")))
+            except BaseException:
+                process.terminate()
+                raise
+        errors.seek(0)
+        said = redacted(errors.read().strip())
     if process.returncode != 0:
-        raise KaggleError(f"kaggle kernels logs: {last or f'exit code {process.returncode}'}")
+        anonymous = anonymous or "Authentication required" in said
+        why = NO_CREDENTIALS if anonymous else _ending(said) or f"exit code {process.returncode}"
+        raise KaggleError(f"kaggle kernels logs: {why}")
 
 
 def pull(kernel: str, folder: Path) -> str:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,19 +147,19 @@ try:
     Config = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}").Config
 except ImportError:
     sys.exit()  # no torch here: then the session will tell
-given = json.load(sys.stdin)
 fields = {field.name for field in dataclasses.fields(Config)}
-try:
-    Config.from_dict({name: value for name, value in given.items() if name in fields})
-except (TypeError, ValueError) as error:
-    print(error)
+for given in json.load(sys.stdin):
+    try:
+        Config.from_dict({name: value for name, value in given.items() if name in fields})
+    except (TypeError, ValueError) as error:
+        sys.exit(print(error))
 """
 
 
-def check_values(kernel: Kernel) -> None:
+def check_values(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
     """Whether the notebook's Config takes the parameters' values: found out now, and not in a session.
 
-    Values that are lists are left out: a sweep's, one of which each run gets.
+    `settings` are those of each run, where there are several.
 
     Raises:
         KernelError: it does not, with its own words.
@@ -168,13 +168,13 @@ def check_values(kernel: Kernel) -> None:
     recipe = re.search(
         r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", source.read_text(encoding="utf-8"), re.M
     )
-    given = {name: value for name, value in kernel.parameters.items() if not isinstance(value, list)}
-    if recipe is None or not given:
+    given = [kernel.parameters] if settings is None else settings
+    if recipe is None or not any(given):
         return
     paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", _TRY, recipe[1]],
-        input=json.dumps(given),
+        input=json.dumps([dict(each) for each in given]),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
@@ -189,18 +189,35 @@ def kernel_from(root: Path, name: str, user: str | None, title: str | None = Non
 
     The user is the given one, else the one in the top-level kernel-metadata.json; what runs `here` needs none.
     """
-    top = read_json(root / "kernel-metadata.json")
     if "/" in name:
         owner, slug = name.split("/", 1)
         record = read_json(root / "build" / "kernels" / slug / "pushed.json")
         return Kernel(record.get("notebook", slug.replace("-", "_")), owner, titled(slug), root)
     (source,) = notebooks.sources(root, [name])
-    owner = user or str(top.get("id", "")).split("/")[0]
+    owner = user or str(top_metadata(root).get("id", "")).split("/")[0]
     if owner in ("", PLACEHOLDER) and not here:
         raise KernelError(
             "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
         )
     return Kernel(source.stem, owner, title or titled(source.stem), root)
+
+
+def top_metadata(root: Path) -> dict[str, Any]:
+    """The top-level kernel-metadata.json.
+
+    Raises:
+        KernelError: it is not there, or cannot be read.
+    """
+    path = root / "kernel-metadata.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KernelError(
+            f"{path}: {error}. Expected the file that is in the repository: git checkout {path}"
+        ) from None
+    if not isinstance(found, dict):
+        raise KernelError(f"{path}: expected an object, got {type(found).__name__}: git checkout {path}")
+    return found
 
 
 def titled(name: str) -> str:
@@ -238,7 +255,7 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
             f"{kernel.notebook}.py asks for {', '.join(sorted(unknown))} in its header; expected some of: "
             + ", ".join(NEEDS)
         )
-    top = read_json(root / "kernel-metadata.json")
+    top = top_metadata(root)
     for_it = Path(str(top.get("code_file"))).stem == kernel.notebook  # else its inputs are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
@@ -351,8 +368,9 @@ def wait_for(
 ) -> kaggle_cli.Status:
     """Ask for the kernel's status every `interval` seconds until it has ended.
 
-    A network that fails now and then must not end a watch of twelve hours: only `patience` failures in a row do. Of a
-    kernel just pushed an end is not believed at first: it may be the session before that is told of.
+    A network that fails now and then must not end a watch of twelve hours: only `patience` failures in a row do, and
+    what waiting cannot mend. Of a kernel just pushed an end is not believed at first: it may be the session before that
+    is told of.
     """
     failures, before, began = 0, "", time.monotonic()
     while True:
@@ -360,6 +378,10 @@ def wait_for(
             status = kaggle_cli.status(kernel)
             failures = 0
         except KaggleError as error:
+            if kaggle_cli.HOPELESS.search(str(error)) or (
+                kaggle_cli.ABSENT.search(str(error)) and not before and not just_pushed
+            ):
+                raise
             failures += 1
             say(f"{error} ({failures} of {patience})")
             if failures >= patience:
@@ -406,10 +428,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
     """{"epochs": 5} of ["epochs=5"]: values are Python's where they can be, and text where not."""
-    found = {}
+    found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise KernelError(f"-p: expected name=value, got {text!r}")
+        if name in found:
+            raise KernelError(f"-p {name}=… is given twice; a sweep takes a list: -p {name}=[{found[name]},{value}]")
         found[name] = notebooks.literal(value)
     return found

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -37,6 +38,7 @@ import relay
 import sweep
 from kaggle_cli import KaggleError
 from kernel import (
+    PLACEHOLDER,
     SMALL,
     SOURCES,
     Kernel,
@@ -46,7 +48,7 @@ from kernel import (
     kernel_from,
     log_end,
     metadata,
-    read_json,
+    top_metadata,
     wait_for,
 )  # fmt: skip
 from notebooks import ROOT, NotebookError
@@ -55,8 +57,8 @@ from notebooks import ROOT, NotebookError
 # The command line
 def _init(root: Path, arguments: argparse.Namespace) -> int:
     path = root / "kernel-metadata.json"
-    about = read_json(path)
-    if not re.fullmatch(r"[\w-]+", arguments.user):
+    about = top_metadata(root)
+    if not re.fullmatch(r"[\w-]+", arguments.user) or arguments.user == PLACEHOLDER:
         raise KernelError(f"--user: expected the name in the address of your Kaggle profile, got {arguments.user!r}")
     about["id"] = f"{arguments.user}/{str(about.get('id', '')).partition('/')[2]}"
     if arguments.notebook:
@@ -65,7 +67,7 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
         about = metadata(root, kernel, needs.get("kaggle_mgpu", {}))
         about["code_file"] = f"notebooks/{kernel.notebook}.ipynb"
     path.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    print(f"{path}: {about['id']}, {about['code_file']}. From here `kaggle kernels push` pushes it.")
+    print(f"{path}: {about['id']}, {about.get('code_file')}. From here `kaggle kernels push` pushes it.")
     return 0
 
 
@@ -91,7 +93,7 @@ def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
     files = kaggle_cli.output(kernel.id, folder)
     if not files:
         raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
-    print(f"{kernel.outcome(folder).text}\n{len(files)} files in {folder}")
+    print(f"{kernel.outcome(folder).text}\n{len(files)} file{'s' * (len(files) > 1)} in {folder}")
     return 0
 
 
@@ -124,6 +126,20 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
+def _seconds(text: str) -> float:
+    return _above_zero(float(text), text)
+
+
+def _version(text: str) -> int:
+    return int(_above_zero(int(text), text))
+
+
+def _above_zero(number: float, text: str) -> float:
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository (default: the one this file is in)")
@@ -144,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
             flag = f"--{name}" if name != "kernel" else "--kernel-source"
             made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
 
-    def patience(made: argparse.ArgumentParser, seconds: float = 60) -> None:
-        made.add_argument("--interval", type=float, default=seconds, help="seconds between questions (default: 60)")
+    def patience(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--interval", type=_seconds, default=60.0, help="seconds between questions (default: 60)")
 
     init = command("init", _init, "put your user name into the top-level kernel-metadata.json")
     init.add_argument("--user", required=True)
@@ -160,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         ("wait", _wait, "until it has ended; exit code 0 only for COMPLETE with the run's result.json finished"),
     ):
         made = command(name, function, text)
-        made.add_argument("--version", type=int, help="the N of vN (default: the last version pushed from here)")
+        made.add_argument("--version", type=_version, help="the N of vN (default: the last version pushed from here)")
         patience(made) if name == "wait" else None
     relayed = command("relay", _relay, "session after session until the training is finished; start it again any time")
     what(relayed)
@@ -191,12 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None), here)
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
-            check_values(kernel)
+            if arguments.command != "sweep":  # which has many values of one, and asks itself
+                check_values(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
         code: int = arguments.function(kernel, arguments)
         return code
     except (KernelError, KaggleError, NotebookError) as error:
         print(kaggle_cli.redacted(str(error)), file=sys.stderr)
+        return 1
+    except OSError as error:  # a folder that is a file, a full disk, …
+        print(f"{type(error).__name__}: {kaggle_cli.redacted(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing on Kaggle was", file=sys.stderr)

@@ -413,8 +413,11 @@ def check_names(notebook: Any, given: Iterable[str], where: str) -> None:
     known, fields = list(parameters(notebook)), config_fields(notebook)
     for name in given:
         if name not in known and name not in fields:
-            near = difflib.get_close_matches(name, [*known, *fields], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            both = list(dict.fromkeys([*known, *fields]))
+            slip = difflib.get_close_matches(name, both, n=1, cutoff=0.85)
+            around = [other for other in both if len(name) > 3 and name in other][:3]  # batch_size
+            near = slip or around or difflib.get_close_matches(name, both, n=1)
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             more = [field for field in fields if field not in known]
             more_text = f" Its Config also takes: {', '.join(more)}." if more else ""
             raise NotebookError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(known)}.{more_text}")
@@ -435,7 +438,10 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
         NotebookError: a parameter the notebook does not have, a cell that failed, a run that left no result.
     """
     nbformat, papermill = _library("nbformat"), _library("papermill")
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError) as error:  # ValueError: nbformat's own are some
+        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]}") from None
     check_names(notebook, given, path.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -470,6 +476,8 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
 def sources(root: Path, names: list[str]) -> list[Path]:
     """The percent sources meant by names such as `text_generation`; all of them where no name is given."""
     found = sorted((root / "notebooks").glob("*.py"))
+    if not found:
+        raise NotebookError(f"{root / 'notebooks'}: expected the notebooks' sources, *.py, found none")
     chosen = []
     for name in names:
         stem = Path(name).stem

@@ -76,11 +76,21 @@ class State:
 
     @classmethod
     def read(cls, path: Path) -> State | None:
-        content = read_json(path)
-        if not content:
+        """None where there is no file.
+
+        Raises:
+            KernelError: there is one that is not a relay's: to begin anew by itself would lose what was done.
+        """
+        if not path.exists():
             return None
-        content["sessions"] = [Session(**session) for session in content["sessions"]]
-        return cls(**content)
+        content = read_json(path)
+        try:
+            content["sessions"] = [Session(**session) for session in content["sessions"]]
+            return cls(**content)
+        except (KeyError, TypeError):
+            raise KernelError(
+                f"{path} cannot be read as a relay's state: mend it, or begin another with --anew"
+            ) from None
 
     @property
     def best(self) -> Session | None:
@@ -303,4 +313,5 @@ class _Relay:
         """Fetch all that the last session left."""
         folder = self.kernel.root / session.folder
         kaggle_cli.output(self.kernel.id, folder)
-        self.say(f"finished: step {session.step}, after {len(self.state.sessions)} sessions. All of it is in {folder}")
+        many = f"{len(self.state.sessions)} sessions" if len(self.state.sessions) > 1 else "one session"
+        self.say(f"finished: step {session.step}, after {many}. All of it is in {folder}")

@@ -22,7 +22,7 @@ from typing import Any
 import kaggle_cli
 import notebooks
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, Outcome, read_json
+from kernel import SMALL, Kernel, KernelError, Outcome, check_values, read_json
 
 SESSIONS = 2
 """As many batch sessions with GPUs as Kaggle runs at once for one account."""
@@ -36,8 +36,10 @@ def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]
     """
     swept = [name for name, value in parameters.items() if isinstance(value, list)]
     if not swept or not all(parameters[name] for name in swept):
-        raise KernelError("sweep: expected a list of values to sweep over, such as -p lr=[3e-4,1e-3]")
-    combinations = itertools.product(*(parameters[name] for name in swept))
+        given = ", ".join(f"{name}={value!r}" for name, value in parameters.items()) or "no parameters"
+        raise KernelError(f"sweep: expected a list of values to sweep over, such as -p lr=[3e-4,1e-3], got {given}")
+    once = [[v for i, v in enumerate(parameters[name]) if v not in parameters[name][:i]] for name in swept]
+    combinations = itertools.product(*once)
     return swept, [{**parameters, **dict(zip(swept, values, strict=True))} for values in combinations]
 
 
@@ -46,6 +48,10 @@ def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], obj
     swept, settings = points(kernel.parameters)
     source = notebooks.sources(kernel.root, [kernel.notebook])[0]
     notebooks.check_names(notebooks.build(source, kernel.root / "kaggle_mgpu"), kernel.parameters, source.name)
+    check_values(kernel, settings)
+    outside = [Path(str(each.get("output_dir", ""))) for each in settings]
+    if not push and (path := next((path for path in outside if path.is_absolute() or ".." in path.parts), None)):
+        raise KernelError(f"sweep: each run has a folder of its own; expected a relative output_dir, got {str(path)!r}")
     outcomes = _on_kaggle(kernel, swept, settings, interval, say) if push else _here(kernel, swept, settings, say)
     text = table(swept, settings, outcomes)
     path = kernel.root / "runs" / kernel.slug / "sweep.md"
@@ -160,7 +166,7 @@ def table(swept: list[str], settings: list[dict[str, Any]], outcomes: list[Outco
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [f"| {' | '.join([*swept, *columns])} |", "|" + "---|" * (len(swept) + len(columns))]
     for given, row in zip(settings, rows, strict=True):
-        cells = [repr(given[name]) for name in swept] + [_cell(row.get(name)) for name in columns]
+        cells = [repr(given[name]).replace("|", r"\|") for name in swept] + [_cell(row.get(name)) for name in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

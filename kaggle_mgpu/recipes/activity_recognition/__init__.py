@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu import devices, distributed
 from kaggle_mgpu.config import TrainConfig
-from kaggle_mgpu.data import BatchPlan
+from kaggle_mgpu.data import BatchPlan, counted
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.task import Result, Task
 from kaggle_mgpu.trainer import train
@@ -198,8 +198,12 @@ class ActivityRecognition(Task):
         published = "published" if w.test is not None else "by subject"
         for name, what in {"train": "training", "val": "validation", "test": f"test ({published})"}.items():
             whose = self.subjects(name)  # type: ignore[arg-type]
-            text = f", {len(whose)} subjects: {', '.join(whose[:30])}{', …' * (len(whose) > 30)}" if whose else ""
-            lines.append(f"{what}: {len(parts[name]):,} windows{text}")
+            text = (
+                f", {counted(len(whose), 'subject')}: {', '.join(whose[:30])}{', …' * (len(whose) > 30)}"
+                if whose
+                else ""
+            )
+            lines.append(f"{what}: {counted(len(parts[name]), 'window')}{text}")
         return "\n".join(lines)
 
     def model(self) -> Network:
@@ -315,12 +319,14 @@ class Report:
 
     def __str__(self) -> str:
         count = int(self.confusion["this model"].sum())
-        lines = [f"on {count:,} windows of the test set, {self.weights} weights", f"{'':18}accuracy  macro F1"]
+        lines = [f"on {counted(count, 'window')} of the test set, {self.weights} weights", f"{'':18}accuracy  macro F1"]
         for name in self.confusion:
             lines.append(f"{name.replace('_', ' '):18}{self.accuracy(name):8.4f}  {self.macro_f1(name):8.4f}")
         if self.by_subject:
             worst = min(self.by_subject, key=lambda subject: self.by_subject[subject])
-            lines.append(f"{len(self.by_subject)} subjects; the worst is {worst} with {self.by_subject[worst]:.4f}")
+            lines.append(
+                f"{counted(len(self.by_subject), 'subject')}; the worst is {worst} with {self.by_subject[worst]:.4f}"
+            )
         return "\n".join(lines)
 
     def plot(self) -> Figure:

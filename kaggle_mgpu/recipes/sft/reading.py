@@ -170,7 +170,8 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
             except (ValueError, OSError, StopIteration):
                 continue
     if found:
-        return max(found)[1], f"the largest of {len(found)} files of conversations among the inputs"
+        which = f"the largest of {len(found)} files" if len(found) > 1 else "the only file"
+        return max(found)[1], f"{which} of conversations among the inputs"
     return None, "no data_path, and no file of conversations among the inputs"
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from kaggle_mgpu import devices, distributed, session
 from kaggle_mgpu.config import parse_duration
+from kaggle_mgpu.data import counted
 from kaggle_mgpu.files import read_tensors, whole, write_text
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.surface_segmentation import stacks
@@ -125,7 +126,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         where = out / "submission.zip"
         if session.on_kaggle():  # where the competition looks for it
             where = _copied(where, session.working() / "submission.zip")
-        print(f"{where}: {count} volumes, checked", flush=True)
+        print(f"{where}: {counted(count, 'volume')}, checked", flush=True)
     metrics = {**result.metrics, **{f"volume_{name}": value for name, value in figures.items()}}
     result = dataclasses.replace(result, finished=True, reason="finished", metrics=metrics)
     if main:

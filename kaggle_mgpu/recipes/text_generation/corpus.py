@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kaggle_mgpu import session
+from kaggle_mgpu.data import counted
 
 from .documents import SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
 from .settings import Config
@@ -175,7 +176,7 @@ def prepare(config: Config) -> Corpus:
     corpus = Corpus(folder=str(folder), source=source, reason=reason, **facts)
     if corpus.train_tokens <= config.block_size or (config.val_fraction and corpus.val_bytes == 0):
         raise ValueError(
-            f"{source}: too little text: {corpus.documents} documents give {corpus.train_tokens - 1} tokens "
+            f"{source}: too little text: {counted(corpus.documents, 'document')} with {corpus.train_tokens - 1} tokens "
             f"to train on and {corpus.val_bytes} bytes to hold out; expected at least block_size = "
             f"{config.block_size} tokens and 1 byte. Give more text, a smaller block_size, or val_fraction=0."
         )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaggle_mgpu import distributed
+from kaggle_mgpu.data import counted
 from kaggle_mgpu.task import Task
 
 from .corpus import IGNORED, Corpus, TokenBlocks, prepare
@@ -40,7 +41,7 @@ class TextGeneration(Task):
         c = self.corpus
         ratio = c.train_bytes / (c.train_tokens - 1)
         return (
-            f"text: {c.source} ({c.reason}): {c.documents:,} documents, "
+            f"text: {c.source} ({c.reason}): {counted(c.documents, 'document')}, "
             f"{c.train_bytes + c.val_bytes:,} bytes\n"
             f"tokenizer: {c.kind}, {c.n_vocab:,} ids, {ratio:.2f} bytes a token\n"
             f"train {c.train_tokens - 1:,} tokens, validation {c.val_tokens - 1:,} tokens "
