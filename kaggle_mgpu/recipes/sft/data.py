@@ -120,7 +120,15 @@ def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> E
 
 
 def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    from jinja2 import TemplateError  # which transformers needs for templates
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template refuses a conversation ({type(error).__name__}: {error}): "
+            f"{short(messages)}. Change such rows, or give the tokenizer another chat_template."
+        ) from None
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,8 @@ class Finetune(Task):
     # Evaluation
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Any, int]]:
         found: dict[str, tuple[Any, int]] = {}
-        # under fsdp all ranks gather weights together, while each has forward passes of its own to make here
-        with shards.gathered(model):
+        # where answers are written each rank has forward passes of its own to make: with weights that all have gathered
+        with shards.gathered(model) if "generate" in batch else nullcontext():
             # all ranks now, whatever their batches hold: one that came to it by itself later would wait for the others
             self._check_packing_once(model, batch)
             if len(batch["ids"]):
