@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kaggle_mgpu import TrainConfig, launch, shards, train
 from kaggle_mgpu import __main__ as command_line
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
+from kaggle_mgpu.data import Batches, BatchPlan, Fetch, Sampler
 from kaggle_mgpu.launch import WorkerDiedError
 from kaggle_mgpu.recipes.sft import Config, Finetune, data, generation, models, output
 from kaggle_mgpu.task import Result
@@ -302,6 +303,24 @@ def test_packs_are_checked_in_an_evaluation_whatever_the_batch_holds(
     for _ in range(2):
         task.metrics(task.model(), prompts)
     assert checked == [1]
+
+
+def test_without_packing_samples_of_about_a_length_share_a_micro_batch(home: Path) -> None:
+    settings = config(home, "loss", packing=False, global_batch_size=16, micro_batch_size=4)
+    packs = Finetune(settings).train_data()
+    assert (
+        packs.sample_lengths == packs.examples.lengths
+        and Finetune(config(home, "loss")).train_data().sample_lengths is None
+    )
+    plan = BatchPlan.make(dataset_size=len(packs), global_batch_size=16, micro_batch_size=4)
+    padded = {}
+    for grouped in (True, False):
+        packs.sample_lengths = packs.examples.lengths if grouped else None
+        steps = Batches(Sampler(plan, seed=1), Fetch(packs))
+        batches = [batch for _ in range(plan.steps_per_epoch) for batch in next(steps).micro_batches]
+        assert sum(int((batch["segments"] > 0).sum()) for batch in batches) == sum(packs.examples.lengths)
+        padded[grouped] = sum(int((batch["segments"] == 0).sum()) for batch in batches)
+    assert padded[True] < 0.7 * padded[False], padded
 
 
 def test_padding_does_not_matter_without_packing(home: Path) -> None:

@@ -257,6 +257,7 @@ class Packs(Dataset[dict[str, Tensor]]):
 
     def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
         self.examples, self.packs, self.generate = examples, packs, list(generate)
+        self.sample_lengths: list[int] | None = None
         total, asked = len(packs) + len(self.generate), len(self.generate)
         self.asked_at = {(2 * number + 1) * total // (2 * asked): number for number in range(asked)}
         self.pack_at = [at for at in range(total) if at not in self.asked_at]

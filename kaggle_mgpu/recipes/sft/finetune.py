@@ -65,7 +65,10 @@ class Finetune(Task):
         packs = (
             data.pack(lengths, self.config.max_length) if self.config.packing else [[i] for i in range(len(lengths))]
         )
-        return data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+        made = data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+        if part == "train" and not self.config.packing:
+            made.sample_lengths = lengths  # which are padded: with others of about their length
+        return made
 
     def sample(self) -> list[list[int]]:
         """The held-out examples that are answered: the first eval_generate_samples, in batches."""
