@@ -341,7 +341,8 @@ class Finetune(Task):
         return "\n".join(
             [
                 f"model: {p.model}: {memory.parameters:,} parameters, {memory.trainable:,} of them trained "
-                f"({self.backend}: {tuned})",
+                f"({self.backend}: {tuned})"
+                + ("; none was given: random weights, for a try, which learn with lr=4e-3" * (config.model is None)),
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "

@@ -160,7 +160,7 @@ def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     except Exception as error:  # each file and library has its own kind
         said = short(f"{type(error).__name__}: {error}")
         if here:
-            raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from None
+            raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
         reason = said if answers else f"nobody answers at {hub()}, and its cache does not hold it"
         raise FileNotFoundError(
             f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
