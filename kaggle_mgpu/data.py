@@ -198,7 +198,11 @@ class Share(NamedTuple):  # one is made every step: a frozen dataclass takes fiv
 
 
 class Sampler:
-    """This rank's shares of the global batches, one a step, from any `samples_seen` on, without end."""
+    """This rank's shares of the global batches, one a step, from any `samples_seen` on, without end.
+
+    Where samples have lengths, those of a global batch that are about as long share a micro-batch, longest first, and
+    each rank gets as much of every length: less padding, and the global batch stays what it is.
+    """
 
     def __init__(
         self,
@@ -210,6 +214,7 @@ class Sampler:
         world_size: int | None = None,
     ) -> None:
         self.plan, self.seed, self.samples_seen = plan, seed, samples_seen
+        self.lengths: np.ndarray | None = None
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
         # under dp one process feeds all its replicas
@@ -232,7 +237,10 @@ class Sampler:
 
     def _share(self, indices: np.ndarray, epoch: int) -> Share:
         count, ranks = len(indices), self.world_size
-        mine = indices[count * self.rank // ranks : count * (self.rank + 1) // ranks]
+        if self.lengths is None:
+            mine = indices[count * self.rank // ranks : count * (self.rank + 1) // ranks]
+        else:
+            mine = indices[np.argsort(-self.lengths[indices], kind="stable")][self.rank :: ranks]
         micro_steps = math.ceil(math.ceil(count / ranks) / self.micro)
         parts = [mine[i * self.micro : (i + 1) * self.micro] for i in range(micro_steps)]
         real = [len(part) > 0 for part in parts]
@@ -270,6 +278,8 @@ class Fetch(Dataset[Any]):
     first sample. Where a dataset makes several samples at a time (`batch`, `__getitems__`) they are seeded for the
     first of them, so what it draws repeats as long as the batches are split alike.
 
+    A dataset of samples that are padded may have `sample_lengths`, a number for each: see `Sampler`.
+
     Args:
         seed: the run's.
         purpose: keeps the chance of training and evaluation apart.
@@ -284,6 +294,8 @@ class Fetch(Dataset[Any]):
         purpose: str = "sample",
     ) -> None:
         self.dataset, self.collate = dataset, collate
+        lengths = getattr(dataset, "sample_lengths", None)
+        self.lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
         self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
         self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
         self.draws = True
@@ -362,6 +374,7 @@ class Batches:
         pin_memory: bool = False,
     ) -> None:
         self.count, self.fetch = count, fetch
+        sampler.lengths = fetch.lengths
         self.shares = iter(sampler)
         self.loaded: Iterator[Any] | None = None  # fetched here
         if workers or pin_memory:

@@ -39,7 +39,8 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__}.model: return the nn.Module to train")
 
     def train_data(self) -> Dataset[Any]:
-        """A map-style dataset. One with a method `batch(indices: int64 tensor)` is asked for whole batches."""
+        """A map-style dataset. One with a method `batch(indices: int64 tensor)` is asked for whole batches; of one with
+        `sample_lengths`, a number for each sample, those of a step that are about as long share a micro-batch."""
         raise NotImplementedError(f"{type(self).__name__}.train_data: return a dataset with __len__ and __getitem__")
 
     def val_data(self) -> Dataset[Any] | None:

@@ -154,6 +154,16 @@ UCI_FAULTS = {
         r"subject_train\.txt: 4 subjects, but .*y_train\.txt has 5 labels",
     ),
     "in both": (edit("train/subject_train.txt", "6", "4"), ValueError, r"uci: subjects 4 are in train and in test"),
+    "latin-1": (
+        lambda f: (f / "activity_labels.txt").write_bytes(b"1 MARCHE \xe9\n"),
+        ValueError,
+        r"labels\.txt: expected text in UTF-8, got byte 0xe9",
+    ),
+    "utf-16": (
+        lambda f: (f / GYRO).write_text((f / GYRO).read_text(), encoding="utf-16"),
+        ValueError,
+        r"gyro_y_train\.txt: expected text in UTF-8, got byte 0xff",
+    ),
     "names": (edit("activity_labels.txt", "2 ", "3 "), ValueError, r"labels\.txt, line 2: expected '2 NAME', got '3 W"),
 }
 
@@ -215,6 +225,7 @@ NPZ_FAULTS = {
         {**{name: array for name, array in arrays().items() if name != "classes"}, "y": [0.0, np.nan] * 6},
         r"a\.npz: y\[1\]: expected a label, got nan",
     ),
+    "no subject": (arrays(subject=[0.0, 1.0, np.nan] * 4), r"a\.npz: subject\[2\]: expected a subject, got nan"),
     "channels": (arrays(channels=["a"]), r"a\.npz: channels: expected 3 names, as x has, got 1"),
     "objects": (arrays(y=np.array([{}] * 12)), r"a\.npz: not a readable \.npz of plain arrays"),
 }
@@ -226,6 +237,20 @@ def test_a_malformed_npz_is_named(tmp_path, fault):
     save_npz(tmp_path / "a.npz", **made)
     with pytest.raises(ValueError, match=message):
         sources.find(str(tmp_path / "a.npz"))
+
+
+def test_one_class_alone_is_nothing_to_learn(tmp_path):
+    path = save_npz(tmp_path / "a.npz", **arrays(y=[1] * 12))
+    with pytest.raises(ValueError, match=r"a\.npz: all windows are of one class, 'b'"):
+        ActivityRecognition(Config(data_path=str(path))).describe()
+
+
+def test_capitals_in_a_files_name_do_no_harm(tmp_path):
+    save_npz(tmp_path / "a.npz", **arrays()).rename(tmp_path / "A.NPZ")
+    assert len(sources.find(str(tmp_path))[0].y) == 12
+    (tmp_path / "A.NPZ").unlink()
+    write_csv(tmp_path / "B.CSV", [("anna", "walk", range(9))])
+    assert len(sources.find(str(tmp_path), window=9)[0].y) == 1
 
 
 def test_a_truncated_npz_is_named(tmp_path):
@@ -293,6 +318,9 @@ def test_csv_headers_must_agree(tmp_path):
     write_csv(tmp_path / "b.csv", [], header="subject,label,time,gyro")
     with pytest.raises(ValueError, match=r"b\.csv, line 1: expected the columns of a\.csv, subject,label,time,acc_x"):
         sources.find(str(tmp_path))
+    (tmp_path / "d.csv").write_bytes(b"subject,label,time,gyro\nanna,walk,0,1\nren\xe9,walk,0,1\n")
+    with pytest.raises(ValueError, match=r"d\.csv: expected text in UTF-8, got byte 0xe9"):
+        sources.find(str(tmp_path / "d.csv"))
     (tmp_path / "c.csv").write_text("x,y\n1,2\n")
     with pytest.raises(ValueError, match=r"c\.csv, line 1: expected the columns subject,label,time,CHANNEL.* got x,y"):
         sources.find(str(tmp_path / "c.csv"))

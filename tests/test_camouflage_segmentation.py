@@ -180,6 +180,8 @@ def test_the_other_archives_and_their_test_sets(tmp_path: Path) -> None:
     assert names_of(prepare(tmp_path, test_set="CAMO").val) == ["CAMO"]
     with pytest.raises(FileNotFoundError, match=r"test_set: no 'NC4K' .* in .*TestDataset; there are \['CAMO', 'COD"):
         prepare(tmp_path, test_set="NC4K")
+    with pytest.raises(FileNotFoundError, match=r"test_set: no 'NC4K' in .*Test, which is one test set"):
+        prepare(cod10k(tmp_path / "cod"), test_set="NC4K")
 
 
 def test_without_a_test_folder_images_are_held_out_by_name(tmp_path: Path) -> None:
@@ -191,6 +193,23 @@ def test_without_a_test_folder_images_are_held_out_by_name(tmp_path: Path) -> No
     assert len(train | val) == 30 and not train & val and 3 <= len(val) <= 15
     pair(tmp_path, ("Imgs", "GT"), "another")
     assert set(names_of(prepare(tmp_path, val_fraction=0.3).val)) - {"another"} == val
+    assert len(names_of(prepare(tmp_path, val_fraction=0.001).val)) == 1
+
+
+def test_capitals_what_macos_leaves_and_transparent_masks_do_no_harm(tmp_path: Path) -> None:
+    root = cod10k(tmp_path)
+    first = prepare(root)
+    for folder in ("Image", "GT_Object"):
+        (root / "Train" / folder / "._COD10K-CAM-Train-0.png").write_bytes(b"\0\5\x16\7")
+    path = root / "Train/GT_Object/COD10K-CAM-Train-0.png"
+    mask = np.asarray(Image.open(path))
+    save(path, np.stack([np.full_like(mask, 255)] * 3 + [mask], -1))
+    path = path.rename(path.with_suffix(".PNG"))
+    got = prepare(root)
+    assert names_of(got.train) == names_of(first.train)
+    assert (np.asarray(got.train.load(0)[1]) == mask).all()
+    save(path, np.stack([mask] * 3, -1))
+    assert (np.asarray(prepare(root).train.load(0)[1]) == mask).all()
 
 
 def test_the_inputs_are_searched_and_else_scenes_are_drawn(tmp_path: Path) -> None:
@@ -217,6 +236,13 @@ def break_grey(root: Path) -> str:
     return rf"{path}: .* at most 5% soft edge .* got values from 0 to 255, 99\.\d% of them"
 
 
+def break_colour(root: Path) -> str:
+    path = root / "Train/GT_Object/COD10K-CAM-Train-0.png"
+    mask = np.asarray(Image.open(path))
+    save(path, np.stack([0 * mask, 0 * mask, mask // 100], -1))
+    return f"{path}: as grey of 8 bits this mask is all 0, but its values differ; expected 0 and 255"
+
+
 def break_image(root: Path) -> str:
     path = root / "Train/Image/COD10K-CAM-Train-2.jpg"
     path.write_bytes(b"not an image")
@@ -241,7 +267,7 @@ def remove_folder(root: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "fault", [break_size, break_labels, break_grey, break_image, break_mask, remove_mask, remove_folder]
+    "fault", [break_size, break_labels, break_grey, break_colour, break_image, break_mask, remove_mask, remove_folder]
 )
 def test_what_is_wrong_is_named_with_its_path_before_training(tmp_path: Path, fault: Any) -> None:
     message = fault(cod10k(tmp_path / "data"))
@@ -278,11 +304,13 @@ def test_many_faults_are_listed_up_to_five_and_soft_edges_are_none(tmp_path: Pat
         prepare(root)
 
 
-def test_of_images_only_the_header_is_read_and_a_torn_one_is_named_when_it_is_needed(tmp_path: Path) -> None:
+def test_an_image_that_is_torn_is_named_before_training_and_when_it_is_needed(tmp_path: Path) -> None:
     root = cod10k(tmp_path)
     path = root / "Train/Image/COD10K-CAM-Train-0.jpg"
-    path.write_bytes(path.read_bytes()[:-400])
     source = prepare(root).train
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=rf"{path}: cannot be read as an image: image file is truncated"):
+        prepare(root)
     with pytest.raises(ValueError, match=rf"{path}: cannot be read as an image: image file is truncated"):
         source.load(0)
 
@@ -633,6 +661,17 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.from_dict(changes)
+
+
+def test_zero_3_is_refused_before_training(tmp_path: Path) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}')
+    asked: dict[str, Any] = {"strategy": "deepspeed", "deepspeed_config": str(file), "ema_decay": None}
+    with pytest.raises(ValueError, match=r"deepspeed_config: .*zero\.json asks for ZeRO stage 3, .* Use stage 2, or"):
+        Config(**asked)
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    Config(**asked)
+    Config(**{**asked, "deepspeed_config": None})
 
 
 def test_the_presets_cost_is_printed(tmp_path: Path) -> None:

@@ -300,6 +300,23 @@ class TestSampler:
 
     @settings(max_examples=60, deadline=None)
     @given(plans())
+    def test_of_a_global_batch_samples_of_a_length_come_together(self, made: tuple[BatchPlan, int]) -> None:
+        plan, processes = made
+        lengths = np.random.default_rng(plan.dataset_size).integers(1, 9, plan.dataset_size)
+        ranks = [Sampler(plan, seed=3, rank=rank, world_size=processes) for rank in range(processes)]
+        for sampler in ranks:
+            sampler.lengths = lengths
+        for step, plain in zip(zip(*ranks, strict=True), shares(plan, processes, plan.steps_per_epoch), strict=False):
+            found = [[int(lengths[i]) for i in taken(share)] for share in step]
+            assert sorted(i for share in step for i in taken(share)) == sorted(i for p in plain for i in taken(p))
+            assert all(row == sorted(row, reverse=True) for row in found)
+            # each rank has as much of every length
+            assert all(x >= y for a in found for b in found for x, y in zip(a, b[1:], strict=False))
+            assert [len(share.micro_batches) for share in step] == [len(share.micro_batches) for share in plain]
+            assert {share.samples for share in step} == {plain[0].samples}
+
+    @settings(max_examples=60, deadline=None)
+    @given(plans())
     def test_micro_batches(self, made: tuple[BatchPlan, int]) -> None:
         plan, processes = made
         size = plan.micro_batch_size * (plan.num_replicas // processes)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import TrainConfig, launch, train
+from kaggle_mgpu import TrainConfig, launch, shards, train
 from kaggle_mgpu import __main__ as command_line
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
+from kaggle_mgpu.data import Batches, BatchPlan, Fetch, Sampler
 from kaggle_mgpu.launch import WorkerDiedError
 from kaggle_mgpu.recipes.sft import Config, Finetune, data, generation, models, output
 from kaggle_mgpu.task import Result
@@ -301,6 +305,24 @@ def test_packs_are_checked_in_an_evaluation_whatever_the_batch_holds(
     assert checked == [1]
 
 
+def test_without_packing_samples_of_about_a_length_share_a_micro_batch(home: Path) -> None:
+    settings = config(home, "loss", packing=False, global_batch_size=16, micro_batch_size=4)
+    packs = Finetune(settings).train_data()
+    assert (
+        packs.sample_lengths == packs.examples.lengths
+        and Finetune(config(home, "loss")).train_data().sample_lengths is None
+    )
+    plan = BatchPlan.make(dataset_size=len(packs), global_batch_size=16, micro_batch_size=4)
+    padded = {}
+    for grouped in (True, False):
+        packs.sample_lengths = packs.examples.lengths if grouped else None
+        steps = Batches(Sampler(plan, seed=1), Fetch(packs))
+        batches = [batch for _ in range(plan.steps_per_epoch) for batch in next(steps).micro_batches]
+        assert sum(int((batch["segments"] > 0).sum()) for batch in batches) == sum(packs.examples.lengths)
+        padded[grouped] = sum(int((batch["segments"] == 0).sum()) for batch in batches)
+    assert padded[True] < 0.7 * padded[False], padded
+
+
 def test_padding_does_not_matter_without_packing(home: Path) -> None:
     task = Finetune(config(home, "padded", tuning="full", packing=False))
     model, samples = task.model().eval(), task.train_data()
@@ -503,6 +525,8 @@ def test_layers_by_architecture() -> None:
     assert models.targets(gpt2, "c_fc, c_attn") == ["c_fc", "c_attn"]
     with pytest.raises(ValueError, match=r"q_proj is no linear layer here. There are c_attn, c_proj, c_fc\.$"):
         models.targets(gpt2, "q_proj")
+    with pytest.raises(ValueError, match=r"lora_targets=' , ' names no layer\. Give auto, or some of c_attn, c_proj"):
+        models.targets(gpt2, " , ")
 
 
 @pytest.mark.parametrize(("mode", "checkpointing"), [("lora", False), ("lora", True), ("full", False)])
@@ -581,10 +605,77 @@ def test_models_are_found(tmp_path: Path, home: Path, monkeypatch: pytest.Monkey
         models.find(str(tmp_path / "other"))
     with pytest.raises(FileNotFoundError, match="no such folder: /nowhere"):
         models.find("/nowhere")
-    # what transformers says offline; it would try for a minute before
-    offline = models.require("transformers").AutoTokenizer
-    monkeypatch.setattr(offline, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("no connection")))
-    with pytest.raises(
-        FileNotFoundError, match=r"'qwen/some-model' is no folder here, none among the inputs, and could"
+
+
+def test_where_nobody_answers_the_hub_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def refuse(*_: Any, **options: Any) -> Any:
+        calls.append(options)
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(models.require("transformers").AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(
+            FileNotFoundError, match=r"'a/b' is no folder here, none .* \(OSError: no such repository\)"
+        ):
+            models.tokenizer("a/b")
+    with pytest.raises(FileNotFoundError, match=r"nobody answers at http://127.*, and its cache does not hold it\)"):
+        models.tokenizer("a/b")
+    monkeypatch.setattr(models.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    with pytest.raises(FileNotFoundError, match="no such repository"):
+        models.tokenizer("a/b")
+    assert [options["local_files_only"] for options in calls] == [False, True, False]
+
+
+def test_a_folder_that_is_no_model_that_can_be_tuned_is_named(home: Path, tmp_path: Path) -> None:
+    def spoilt(name: str, file: str, content: bytes | None) -> str:
+        folder = shutil.copytree(home / "base", tmp_path / name)
+        (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+        return str(folder)
+
+    whole = (home / "base" / "model.safetensors").read_bytes()
+    for name, file, content, says in (
+        ("half", "model.safetensors", whole[: len(whole) // 2], "half cannot be loaded by transformers: Safetensor"),
+        ("without", "model.safetensors", None, "without cannot be loaded by transformers: OSError: Error no file"),
+        ("words", "tokenizer.json", None, "words cannot be loaded by transformers: "),
+        ("torn", "config.json", b"{", "torn cannot be loaded by transformers: .* not a valid JSON"),
+        ("t5", "config.json", b'{"model_type": "t5"}', "t5 is none that writes text: Unrecognized configuration"),
     ):
-        models.tokenizer("qwen/some-model")
+        task = Finetune(config(home, name, model=spoilt(name, file, content)))
+        with pytest.raises(ValueError, match=f"model: .*{says}"):
+            print(task.describe(), task.model())
+
+
+def test_what_is_longer_than_the_model_bears_is_refused_and_answers_end_there(home: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(home / "base", tmp_path / "short")
+    about = json.loads((folder / "config.json").read_text())
+    longest = max(Finetune(config(home, "loss")).examples("train").lengths)
+    limit = longest - 1
+    (folder / "config.json").write_text(json.dumps({**about, "max_position_embeddings": limit}))
+    says = rf"max_length=96: the longest conversation has {longest} tokens, but .*short knows {limit} positions: give"
+    with pytest.raises(ValueError, match=says):
+        Finetune(config(home, "short", model=str(folder))).describe()
+    task = Finetune(config(home, "short", model=str(folder), max_length=limit))
+    model: Any = task.model()
+    lengths: list[int] = []
+    real = model.generate
+    model.generate = lambda **options: lengths.append((found := real(**options)).shape[1]) or found
+    for length in (limit - 5, limit - 1):
+        generation.answer(model, task.tokenizer, [[5] * length], max_new_tokens=50, stop=[])
+    assert lengths == [limit, limit]
+    with pytest.raises(ValueError, match=f"a prompt of {limit} tokens leaves none of the model's {limit} positions"):
+        generation.answer(model, task.tokenizer, [[5] * limit], max_new_tokens=50, stop=[])
+
+
+def test_without_answers_to_write_nothing_is_gathered(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO stage 3 nothing can be: there all ranks compute in step, as they do here."""
+    entered: list[nn.Module] = []
+    real = shards.gathered
+    monkeypatch.setattr(shards, "gathered", lambda model: (entered.append(model), real(model))[1])
+    for asked in (0, 2):
+        task = Finetune(config(home, "loss", eval_generate_samples=asked))
+        assert task.evaluate(task.model()).keys() >= {"loss", "perplexity"}
+        assert bool(entered) == bool(asked)

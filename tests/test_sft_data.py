@@ -100,7 +100,10 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
         ("a.jsonl", GOOD + '\n{"input": ', "a.jsonl, line 2: not valid JSON"),
         ("a.json", f"[{GOOD},\n{{'input'", "a.json: not valid JSON: .* line 2"),
         ("a.json", f"[{GOOD}", r"a.json, line 1: the list has no end: expected '\]'"),
-        ("a.json", GOOD, "a.json, line 1: expected a list of rows, beginning with"),
+        ("a.json", GOOD, "a.json, line 1: expected a list of rows, beginning with .* is called .jsonl"),
+        ("a.json", f"[{GOOD}\n{GOOD}]", "a.json, line 2: expected ',' or .* after a row, got .*input"),
+        ("a.json", f"[{GOOD}]\n[{GOOD}]", "a.json, line 2: expected nothing after the list, got "),
+        ("a.jsonl", GOOD + '\n{"input": "a", "target": "\\ud83d"}', r"line 2: half of a surrogate pair, '\\ud83d'"),
         ("a.json", " [ ] ", "a.json: no rows"),
         ("a.txt", GOOD, "expected .jsonl or .json, got .*a.txt"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', 'line 1: expected messages with a role and a content,'),
@@ -122,6 +125,9 @@ def test_files_of_a_folder_must_agree(tmp_path: Path) -> None:
         reading.read_conversations(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         reading.read_conversations(tmp_path / "none")
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "._a.jsonl").write_bytes(b"\0\5\x16\7 what macOS leaves")
+    assert len(reading.read_conversations(tmp_path)[1]) == 1
 
 
 def test_the_largest_file_of_conversations_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +242,13 @@ def test_a_tokenizer_without_a_template_gets_a_stated_one(tiny: Any, tmp_path: P
         bare.decode([i for i, learnt in zip(example.ids, example.learnt, strict=True) if learnt])
         == f"{ANSWER}<|im_end|>"
     )
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for m in messages %}{{ m['x'"])
+def test_what_a_template_refuses_is_shown(tiny: Any, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(tiny, "chat_template", template)
+    with pytest.raises(ValueError, match=r"chat template refuses a conversation \(Template.*What is 2 \+ 2\?"):
+        data.encode(tiny, [MESSAGES], 64)
 
 
 def test_what_is_cut_off_is_counted(tiny: Any) -> None:

@@ -101,6 +101,20 @@ def test_inputs_are_searched_and_the_layout_is_read(tmp_path, made):
     assert [v.scroll for v in catalogue.train] == ["a", "b", "a", "c"]
     assert [v.id for v in catalogue.test] == ["synthetic_4", "synthetic_5"]
     assert not (tmp_path / "synthetic").exists()
+    above = data.find_volumes(str(tmp_path / "kaggle"), tmp_path / "synthetic")
+    assert (above.source, above.digest) == (str(inside), catalogue.digest)
+
+
+def test_capitals_and_what_macos_leaves_do_no_harm_and_two_files_of_a_name_do(tmp_path, scrolls):
+    digest = data.find_volumes(str(scrolls), tmp_path).digest
+    image = scrolls / "train_images" / "synthetic_0.tif"
+    image.rename(image.with_suffix(".TIF"))
+    for folder in ("train_images", "train_labels", "test_images"):
+        (scrolls / folder / "._synthetic_0.tif").write_bytes(b"\0\5\x16\7")
+    assert data.find_volumes(str(scrolls), tmp_path).digest == digest
+    shutil.copy(image.with_suffix(".TIF"), image.with_suffix(".tiff"))
+    with pytest.raises(ValueError, match=r"synthetic_0\.tiff: synthetic_0\.TIF is there too; expected one stack"):
+        data.find_volumes(str(scrolls), tmp_path)
 
 
 def test_without_data_volumes_are_made_up_and_it_is_said(tmp_path, monkeypatch):
@@ -126,6 +140,9 @@ def test_whatever_is_missing_is_named(tmp_path, scrolls):
     (scrolls / "test.csv").unlink()
     (scrolls / "train.csv").write_text("name\nsynthetic_0\n")
     with pytest.raises(ValueError, match=r"train\.csv: expected a column 'id', got name"):
+        find()
+    (scrolls / "train.csv").write_bytes(b"id,scroll_id\nsynthetic_0,\xe9\n")
+    with pytest.raises(ValueError, match=r"train\.csv: not a readable \.csv in UTF-8: .* 0xe9"):
         find()
     (scrolls / "train.csv").unlink()
     (scrolls / "train_labels" / "synthetic_2.tif").unlink()
@@ -178,6 +195,15 @@ def test_a_malformed_volume_is_named_before_training(tmp_path, scrolls):
         prepared(small(tmp_path, scrolls))
     image.write_bytes(whole)
     (scrolls / "test_images" / "synthetic_5.tif").write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match=r"test_images/synthetic_5\.tif: not a readable TIFF stack"):
+        prepared(small(tmp_path, scrolls))
+    # headers that are whole do not make a file that is: here the packed voxels of a page in the middle are lost
+    with Image.open(scrolls / "test_images" / "synthetic_4.tif") as pages:
+        pages.seek(9)
+        start, length = pages.tag_v2[273][0], pages.tag_v2[279][0]
+    content = bytearray((scrolls / "test_images" / "synthetic_4.tif").read_bytes())
+    content[start : start + length] = b"\xff" * length
+    (scrolls / "test_images" / "synthetic_5.tif").write_bytes(content)
     with pytest.raises(ValueError, match=r"test_images/synthetic_5\.tif: not a readable TIFF stack"):
         prepared(small(tmp_path, scrolls))
 

@@ -164,6 +164,8 @@ class ActivityRecognition(Task):
         if self._read is None:
             c = self.config
             windows, reason = find(c.data_path, c.window, c.stride)
+            if (windows.y == windows.y[0]).all():
+                raise ValueError(f"{windows.source}: all windows are of one class, {windows.classes[windows.y[0]]!r}")
             parts = split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed)
             self._read = windows, reason, parts
             # Stamps the checkpoints: other data, another split or another order of classes is another task

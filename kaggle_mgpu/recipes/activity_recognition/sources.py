@@ -24,7 +24,7 @@ import itertools
 import warnings
 import zipfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from kaggle_mgpu import session
 
 UCI_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
 UCI_ACTIVITIES = ("WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING")
+CSV_FILES = "*.[cC][sS][vV]"
 CSV_COLUMNS = ["subject", "label", "time"]
 NPZ_ARRAYS = ("x", "y", "subject")
 SHORTEST = 8
@@ -96,15 +97,16 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
 def _known(place: Path) -> tuple[str, Path] | None:
     """What there is in or below `place`: ("uci", folder), else ("npz", file), else ("csv", file or folder)."""
     if place.is_file():
-        return (place.suffix[1:], place) if place.suffix in (".npz", ".csv") else None
+        layout = place.suffix[1:].lower()
+        return (layout, place) if layout in ("npz", "csv") else None
     # __MACOSX: what macOS leaves beside the files it zips
     signals = [path for path in session.find("Inertial Signals", [place]) if "__MACOSX" not in path.parts]
     if signals:
         return "uci", signals[0].parent.parent
-    for file in session.find("*.npz", [place]):
+    for file in session.find("*.[nN][pP][zZ]", [place]):
         if _npz_names(file) >= set(NPZ_ARRAYS):
             return "npz", file
-    for file in session.find("*.csv", [place]):
+    for file in session.find(CSV_FILES, [place]):
         if _csv_header(file)[:3] == CSV_COLUMNS:
             return "csv", file.parent
     return None
@@ -115,7 +117,7 @@ def _read(layout: str, path: Path, window: int, stride: int) -> Windows:
         return read_uci(path)
     if layout == "npz":
         return read_npz(path)
-    files = [path] if path.is_file() else sorted(path.glob("*.csv"))
+    files = [path] if path.is_file() else sorted(path.glob(CSV_FILES))
     return read_csv([f for f in files if f == path or _csv_header(f)[:3] == CSV_COLUMNS], window, stride)
 
 
@@ -176,7 +178,7 @@ def _uci_classes(file: Path) -> tuple[str, ...]:
     if not file.is_file():
         return UCI_ACTIVITIES
     names: list[str] = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if words := line.split():
             if len(words) != 2 or words[0] != str(len(names) + 1):
                 raise ValueError(f"{file}, line {number}: expected '{len(names) + 1} NAME', got {line.strip()!r}")
@@ -184,10 +186,21 @@ def _uci_classes(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, error) from None
+
+
+def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{file}: expected text in UTF-8, got byte {error.object[error.start]:#x}")
+
+
 def _column(file: Path) -> list[tuple[int, int]]:
     """(line number, whole number) of each line that is not blank."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         if line.strip():
             try:
                 found.append((number, int(line)))
@@ -201,21 +214,20 @@ def _matrix(file: Path, length: int | None) -> NDArray[np.float32]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there are no lines: said below
-            rows: NDArray[np.float32] = np.loadtxt(file, dtype=np.float32, ndmin=2, comments=None)
+            rows: NDArray[np.float32] = np.loadtxt(file, dtype=np.float32, ndmin=2, comments=None, encoding="utf-8-sig")
         good = rows.size > 0 and length in (None, rows.shape[1]) and bool(np.isfinite(rows).all())
     except ValueError:
         good = False
     if good:
         return rows
     # something is wrong: only now is it worth reading line by line, to say where
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not (words := line.split()):
-                continue
-            length = length or len(words)
-            if len(words) != length:
-                raise ValueError(f"{file}, line {number}: expected {length} numbers, got {len(words)}")
-            _numbers(words, f"{file}, line {number}")
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not (words := line.split()):
+            continue
+        length = length or len(words)
+        if len(words) != length:
+            raise ValueError(f"{file}, line {number}: expected {length} numbers, got {len(words)}")
+        _numbers(words, f"{file}, line {number}")
     raise ValueError(f"{file}: expected lines of numbers, found none")
 
 
@@ -259,6 +271,9 @@ def read_npz(file: Path) -> Windows:
     for name in ("y", "subject"):
         if arrays[name].shape != (len(x),):
             raise ValueError(f"{file}: {name}: expected shape ({len(x)},), as x has, got {arrays[name].shape}")
+    if subject.dtype.kind == "f" and not np.isfinite(subject).all():
+        at = int(np.flatnonzero(~np.isfinite(subject))[0])
+        raise ValueError(f"{file}: subject[{at}]: expected a subject, got {subject[at]}")
     x = x.astype(np.float32)
     if not np.isfinite(x).all():
         window, channel, time = (int(index) for index in np.argwhere(~np.isfinite(x))[0])
@@ -290,6 +305,18 @@ def _csv_header(file: Path) -> list[str]:
         return []
 
 
+def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Each row, and the line on which it ends."""
+    rows = csv.reader(lines)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except UnicodeDecodeError as error:
+        raise _not_utf8(file, error) from None
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {rows.line_num}: {error}") from None
+
+
 def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
     """Recordings from rows of `subject,label,time,CHANNEL,...`, cut into windows every `stride` rows.
 
@@ -298,6 +325,8 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
             recording as long as a window.
     """
     header = _csv_header(files[0])
+    if not header:
+        _text(files[0])  # says so where that is no text
     if header[:3] != CSV_COLUMNS or len(header) < 4:
         raise ValueError(
             f"{files[0]}, line 1: expected the columns subject,label,time,CHANNEL,..., got {','.join(header)}"
@@ -310,12 +339,12 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
         known: dict[tuple[str, str], tuple[str, str]] = {}  # each pair once in memory, not once a row
         values = array("d")
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            rows = csv.reader(lines)
+            rows = _csv_rows(file, lines)
             next(rows)
-            for row in rows:
+            for number, row in rows:
                 if not row:
                     continue
-                place = f"{file}, line {rows.line_num}"
+                place = f"{file}, line {number}"
                 if len(row) != len(header):
                     raise ValueError(f"{place}: expected {len(header)} values, as the first line has, got {len(row)}")
                 if not row[0].strip() or not row[1].strip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,12 @@ class Config(TrainConfig):
             raise ValueError(f"Config.val_fraction: expected 0 to 0.5, got {self.val_fraction}")
         if self.routing == "topk" and self.top_k > (self.num_experts or PRESETS[self.preset]["num_experts"]):
             raise ValueError(f"Config.top_k: expected at most num_experts, got {self.top_k}")
+        if self.strategy == "deepspeed" and _zero_stage(self.deepspeed_config) == 3:
+            raise ValueError(
+                f"Config.deepspeed_config: {self.deepspeed_config} asks for ZeRO stage 3, under which all ranks must "
+                f"compute in step, but this recipe evaluates image by image, and ranks hold different numbers of them. "
+                f"Use stage 2, or strategy='fsdp', which shares the weights out too."
+            )
         if self.resume not in ("auto", "never"):
             raise ValueError(
                 f"Config.resume: expected auto or never, as each stage has its own folder; got {self.resume}"
@@ -146,6 +153,14 @@ class Config(TrainConfig):
             del values["global_batch_size"]  # it follows from these two
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return self.replace(**missing) if missing else self
+
+
+def _zero_stage(file: str | None) -> Any:
+    """What a DeepSpeed file asks for; None where it does not say, which zero.py reports."""
+    try:
+        return json.loads(Path(file or "").read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Config(TrainConfig):
     max_length: int = 1024
     """Tokens of a sample. A longer conversation is cut there, and counted."""
     packing: bool = True
-    """Fill samples with several conversations, which do not see each other. False: one each, padded in its batch."""
+    """Fill samples with several conversations, which do not see each other. False: one each, padded, in a micro-batch
+    with others of about its length."""
     eval_generate_samples: int = 0
     """Answer so many of the held-out questions at each evaluation, and report ROUGE-L. 0: loss and perplexity only."""
     eval_generate_batch_size: int = 8

@@ -120,7 +120,15 @@ def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> E
 
 
 def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    from jinja2 import TemplateError  # which transformers needs for templates
+
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat template refuses a conversation ({type(error).__name__}: {error}): "
+            f"{short(messages)}. Change such rows, or give the tokenizer another chat_template."
+        ) from None
     return text
 
 
@@ -249,6 +257,7 @@ class Packs(Dataset[dict[str, Tensor]]):
 
     def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
         self.examples, self.packs, self.generate = examples, packs, list(generate)
+        self.sample_lengths: list[int] | None = None
         total, asked = len(packs) + len(self.generate), len(self.generate)
         self.asked_at = {(2 * number + 1) * total // (2 * asked): number for number in range(asked)}
         self.pack_at = [at for at in range(total) if at not in self.asked_at]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ class Finetune(Task):
         packs = (
             data.pack(lengths, self.config.max_length) if self.config.packing else [[i] for i in range(len(lengths))]
         )
-        return data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+        made = data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+        if part == "train" and not self.config.packing:
+            made.sample_lengths = lengths  # which are padded: with others of about their length
+        return made
 
     def sample(self) -> list[list[int]]:
         """The held-out examples that are answered: the first eval_generate_samples, in batches."""
@@ -188,8 +192,8 @@ class Finetune(Task):
     # Evaluation
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Any, int]]:
         found: dict[str, tuple[Any, int]] = {}
-        # under fsdp all ranks gather weights together, while each has forward passes of its own to make here
-        with shards.gathered(model):
+        # where answers are written each rank has forward passes of its own to make: with weights that all have gathered
+        with shards.gathered(model) if "generate" in batch else nullcontext():
             # all ranks now, whatever their batches hold: one that came to it by itself later would wait for the others
             self._check_packing_once(model, batch)
             if len(batch["ids"]):
@@ -337,7 +341,8 @@ class Finetune(Task):
         return "\n".join(
             [
                 f"model: {p.model}: {memory.parameters:,} parameters, {memory.trainable:,} of them trained "
-                f"({self.backend}: {tuned})",
+                f"({self.backend}: {tuned})"
+                + ("; none was given: random weights, for a try, which learn with lr=4e-3" * (config.model is None)),
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "

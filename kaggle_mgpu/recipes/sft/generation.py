@@ -32,7 +32,12 @@ def stops(tokenizer: Any, model: nn.Module, examples: Sequence[Sequence[int]]) -
 def answer(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int]
 ) -> list[str]:
-    """What the model writes after each prompt (token ids), until a stop token or max_new_tokens; greedily."""
+    """What the model writes after each prompt (token ids), until a stop token, max_new_tokens or the last position that
+    the model knows; greedily.
+
+    Raises:
+        ValueError: a prompt takes all positions.
+    """
     transformers = models.require("transformers")
     width = max(map(len, prompts))
     device = next(model.parameters()).device
@@ -41,8 +46,11 @@ def answer(
     for row, prompt in enumerate(prompts):  # on the left, so that every prompt ends where the writing begins
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    limit = models.most_positions(model.config)
+    if limit is not None and limit <= width:
+        raise ValueError(f"a prompt of {width} tokens leaves none of the model's {limit} positions to an answer")
     settings = transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - width),
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,

@@ -11,9 +11,13 @@ import json
 import logging
 import os
 import re
+import socket
+import threading
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,17 +150,61 @@ def tokenizer(path: str) -> tuple[Any, str]:
 
 
 def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+    here = os.path.isdir(path)
+    answers = here or hub_answers()
     try:
         with quiet():
-            return kind.from_pretrained(path, local_files_only=os.path.isdir(path), **options)
-    except OSError as error:
-        if os.path.isdir(path):
-            raise
+            return kind.from_pretrained(path, local_files_only=here or not answers, **options)
+    except (ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # each file and library has its own kind
+        said = short(f"{type(error).__name__}: {error}")
+        if here:
+            raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
+        reason = said if answers else f"nobody answers at {hub()}, and its cache does not hold it"
         raise FileNotFoundError(
             f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
-            f"({str(error).splitlines()[0]}). On Kaggle: Add Input > Models, and give its folder; or switch the "
-            f"internet on."
+            f"({reason}). On Kaggle: Add Input > Models, and give its folder; or switch the internet on."
         ) from None
+
+
+def short(text: str) -> str:
+    """In one line, of 300 characters at most."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def hub() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def hub_answers(seconds: float = 5) -> bool:
+    """Whether the hub takes a connection. Without internet its own client tries for a minute before it gives up; behind
+    a proxy only that client can tell, and it is left to it."""
+    if {"http", "https", "all"} & urllib.request.getproxies().keys():
+        return True
+    address, taken = urllib.parse.urlsplit(hub()), threading.Event()
+
+    def knock() -> None:  # in a thread: looking a name up knows no time limit
+        with suppress(OSError):
+            port = address.port or {"http": 80}.get(address.scheme, 443)
+            socket.create_connection((address.hostname or "", port), seconds).close()
+            taken.set()
+
+    knocking = threading.Thread(target=knock, daemon=True)
+    knocking.start()
+    knocking.join(seconds)
+    return taken.is_set()
+
+
+def positions(path: str) -> int | None:
+    """How many positions a model knows; None where its configuration sets no limit."""
+    return most_positions(_from_pretrained(require("transformers").AutoConfig, path))
+
+
+def most_positions(configuration: Any) -> int | None:
+    limit = getattr(configuration.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def make_tiny(folder: Path, texts: Sequence[str], seed: int) -> None:
@@ -202,7 +250,7 @@ def load(
 
     Raises:
         ImportError: a package is missing.
-        FileNotFoundError: neither a folder nor on the hub.
+        FileNotFoundError: neither a folder nor on the hub. ValueError: the folder holds no model that can be loaded.
     """
     if backend == "unsloth":
         unsloth = require("unsloth")
@@ -252,6 +300,8 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
             raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer beside its head")
         return auto
     names = [name for name in re.split(r"[,\s]+", wanted) if name]
+    if not names:
+        raise ValueError(f"lora_targets={wanted!r} names no layer. Give auto, or some of {', '.join(there)}.")
     if unknown := [name for name in names if name not in there]:
         raise ValueError(f"lora_targets: {', '.join(unknown)} is no linear layer here. There are {', '.join(there)}.")
     return names
@@ -381,8 +431,11 @@ def estimate(
     """
     transformers = require("transformers")
     about = _from_pretrained(transformers.AutoConfig, path)
-    with torch.device("meta"), quiet():
-        model = transformers.AutoModelForCausalLM.from_config(about)
+    try:
+        with torch.device("meta"), quiet():
+            model = transformers.AutoModelForCausalLM.from_config(about)
+    except ValueError as error:  # of another kind: no causal language model
+        raise ValueError(f"model: {path} is none that writes text: {short(str(error))}") from None
     names = targets(model, config.lora_targets) if config.mode != "full" else []
     head = head_of(model)
     conv = transformers.pytorch_utils.Conv1D

@@ -41,7 +41,7 @@ def prepare(config: Config) -> Prepared:
     """Find or make the model, read and encode the conversations; write them under output_dir/data, or find them there.
 
     Raises:
-        ValueError: rows that cannot be read, or none left.
+        ValueError: rows that cannot be read, or none left; a conversation longer than the model bears.
         FileNotFoundError: no such model or data.
     """
     path, reason = reading.choose_source(config.data_path)
@@ -78,6 +78,13 @@ def prepare(config: Config) -> Prepared:
         raise ValueError(
             f"{source}: nothing to learn: of {len(training)} conversations to train on and {len(held)} held out, "
             f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise it"
+        )
+    limit = models.positions(model)
+    longest = max(max(data.Examples(folder, part).lengths, default=0) for part in ("train", "val"))
+    if limit is not None and longest > limit:  # on a GPU an index beyond a table of positions ends the whole process
+        raise ValueError(
+            f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} knows "
+            f"{limit} positions: give max_length={limit}"
         )
     return Prepared(
         folder=str(folder), model=model, source=f"{source} ({reason})", kind=kind, template=template, digest=digest,

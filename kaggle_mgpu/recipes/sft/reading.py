@@ -61,7 +61,10 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
     space = " \t\r\n"
     skip(space)
     if text[position : position + 1] != "[":
-        raise ValueError(f"{file}, line {line}: expected a list of rows, beginning with '['")
+        raise ValueError(
+            f"{file}, line {line}: expected a list of rows, beginning with '['. A file with a row on each line is "
+            f"called .jsonl"
+        )
     position += 1
     skip(space)
     while text[position : position + 1] != "]":
@@ -72,9 +75,18 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
         yield f"{file}, line {line}", row
         line += text.count("\n", position, end)
         position = end
-        skip(space + ",")
+        skip(space)
+        if text[position : position + 1] == ",":
+            position += 1
+            skip(space)
+        elif position < len(text) and text[position] != "]":
+            raise ValueError(f"{file}, line {line}: expected ',' or ']' after a row, got {short(text[position:])}")
         if position >= len(text):
             raise ValueError(f"{file}, line {line}: the list has no end: expected ']'")
+    position += 1
+    skip(space)
+    if position < len(text):
+        raise ValueError(f"{file}, line {line}: expected nothing after the list, got {short(text[position:])}")
 
 
 def kind_of(row: Any) -> str | None:
@@ -110,6 +122,12 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
         conversation += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in conversation):
         raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
+    for message in conversation:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            broken = error.object[error.start]
+            raise ValueError(f"{place}: half of a surrogate pair, {broken!a}, which is no character") from None
     if conversation[0]["role"] == "assistant":
         raise ValueError(f"{place}: begins with the assistant: expected a question before its answer")
     return conversation
@@ -128,7 +146,8 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
         ValueError: a row of no kind, or of another kind than the first, with its file and line.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        # a name that begins with a dot is no data: macOS leaves ._NAME beside each file that it copies
+        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
         if not files:
             raise FileNotFoundError(f"data_path: no {' or '.join(SUFFIXES)} file in {path}")
     elif path.is_file():

@@ -82,6 +82,9 @@ def find_volumes(data_path: str | None, synthetic: Path) -> Catalogue:
         root, reason = Path(data_path).expanduser().resolve(), "data_path"
         if not root.is_dir():
             raise FileNotFoundError(f"data_path: no such folder: {root}")
+        if not (root / "train_images").is_dir():
+            below = [folder for folder in session.find("train_images", [root], max_depth=4) if folder.is_dir()]
+            root = below[0].parent if below else root
     else:
         found = [folder for folder in session.find("train_images") if folder.is_dir()]
         if not found:
@@ -99,8 +102,8 @@ def _catalogue(root: Path, reason: str) -> Catalogue:
                 f"{root / name}: no such folder. Expected train_images/, train_labels/ and, to predict, test_images/ "
                 f"with one .tif stack a volume in {root}"
             )
-    images, labels = _stacks(root / "train_images"), _stacks(root / "train_labels")
-    test = _stacks(root / "test_images") if (root / "test_images").is_dir() else {}
+    images, labels = stacks_in(root / "train_images"), stacks_in(root / "train_labels")
+    test = stacks_in(root / "test_images") if (root / "test_images").is_dir() else {}
     for name, files, among in (("train.csv", images, "train_images"), ("test.csv", test, "test_images")):
         for row in _rows(root / name):
             if row["id"] not in files:
@@ -123,15 +126,27 @@ def _catalogue(root: Path, reason: str) -> Catalogue:
     return Catalogue(str(root), reason, train, tests, digest)
 
 
-def _stacks(folder: Path) -> dict[str, Path]:
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+def stacks_in(folder: Path) -> dict[str, Path]:
+    """The volumes' files in a folder, by id. Raises ValueError where two have one."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        # a name that begins with a dot is no data: macOS leaves ._NAME beside each file that it copies
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        if path.stem in found:
+            raise ValueError(f"{path}: {found[path.stem].name} is there too; expected one stack of a name")
+        found[path.stem] = path
+    return found
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not a readable .csv in UTF-8: {error}") from None
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: expected a column 'id', got {', '.join(map(str, rows[0]))}")
     return rows
@@ -276,6 +291,17 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     facts = Facts(image.shape, mean, max(std, 1.0), counts)
     cache.save(note, json.dumps(asdict(facts)))
     return facts
+
+
+def look_through(volume: Volume, cache: Cache) -> None:
+    """Decode an image that is to be predicted once, as `survey` does with those that are trained on.
+
+    Raises:
+        ValueError: it is unreadable; named with its path.
+    """
+    note = cache.path(volume, "json")
+    if not note.exists():
+        cache.save(note, json.dumps({"shape": read_stack(volume.image).shape}))
 
 
 def _shape(array: Array) -> str:

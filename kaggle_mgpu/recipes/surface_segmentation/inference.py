@@ -25,9 +25,9 @@ from torch import Tensor
 
 from kaggle_mgpu import distributed
 from kaggle_mgpu.files import whole, write_text
-from kaggle_mgpu.recipes.surface_segmentation.data import crop
+from kaggle_mgpu.recipes.surface_segmentation.data import crop, stacks_in
 from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
-from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of, write_stack
+from kaggle_mgpu.recipes.surface_segmentation.stacks import read_stack, shape_of, write_stack
 
 Forward = Callable[[Tensor], Tensor]
 """Standardised windows (B, 1, size, size, size), on the CPU -> logits of the same shape, on the CPU, float32."""
@@ -181,7 +181,7 @@ def validate_submission(path: str | Path, test_images: str | Path) -> int:
         ValueError: it is not one LZW-packed uint8 stack `<id>.tif` of 0 and 1 for each stack in the folder test_images,
             of the same shape, and nothing else. The message lists what is wrong.
     """
-    wanted = {p.stem: p for p in Path(test_images).iterdir() if p.suffix.lower() in SUFFIXES}
+    wanted = stacks_in(Path(test_images))
     wrong: list[str] = []
     try:
         with zipfile.ZipFile(path) as archive:

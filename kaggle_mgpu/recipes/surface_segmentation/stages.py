@@ -120,6 +120,9 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
             _write(out, result)
         return result
     figures = _measure(held, folder / "held_out")
+    if main and figures:
+        many = f"{len(held)} held-out {'volume' if len(held) == 1 else 'volumes'}"
+        print(f"{many}: {'  '.join(f'{name} {value:.4f}' for name, value in figures.items())}", flush=True)
     if main and test:
         write_submission(out / "submission.zip", {v.id: folder / "test" / f"{v.id}.tif" for v in test})
         count = validate_submission(out / "submission.zip", Path(test[0].image).parent)
