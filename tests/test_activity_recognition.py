@@ -608,7 +608,7 @@ def test_under_torchrun_one_rank_speaks_and_tests(tmp_path, npz):
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kaggle_mgpu", "train", "activity_recognition", "--config", str(tmp_path / "config.json")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("signals: ") == done.stdout.count("nearest centroid") == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["world_size"] == 2

@@ -886,7 +886,7 @@ def test_killed_in_stage_2_it_goes_on_there_with_the_same_bits(tmp_path: Path) -
 
     undisturbed, one = start("one")
     process, other = start("other")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((other / "stage2" / "checkpoints").glob("step-*")):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "other.log").read_text()
         time.sleep(0.005)
@@ -896,8 +896,8 @@ def test_killed_in_stage_2_it_goes_on_there_with_the_same_bits(tmp_path: Path) -
     assert (left["finished"], left["step"], left["max_steps"]) == (False, 12, 24)
     seen = {p: p.stat().st_mtime_ns for p in (other / "stage1").rglob("*.*") if p.parent.name != "logs"}
     process, _ = start("other")
-    assert process.wait(120) == 0, (tmp_path / "other.log").read_text()
-    assert undisturbed.wait(120) == 0
+    assert process.wait(600) == 0, (tmp_path / "other.log").read_text()
+    assert undisturbed.wait(600) == 0
     text = (tmp_path / "other.log").read_text()
     assert "already finished after 12 steps" in text and "going on from" in text
     assert seen == {p: p.stat().st_mtime_ns for p in seen}
@@ -915,7 +915,7 @@ def test_under_torchrun_two_processes_evaluate_as_one_does(tmp_path: Path) -> No
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kaggle_mgpu", "train", "camouflage_segmentation", "--config", str(tmp_path / "two.json")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["world_size"] == 2 and two["finished"]

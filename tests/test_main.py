@@ -22,7 +22,7 @@ TINY = [
 
 def kaggle_mgpu(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kaggle_mgpu", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
 
 
 def train(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
@@ -149,7 +149,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
     where = ["--data-path", tmp_path / "text.txt", "--output-dir", tmp_path / "run"]
     command = [sys.executable, "-c", program, "train", "text_generation", *TINY, *where, "--nproc", str(nproc)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith(message)
     if lines == 1:

@@ -159,7 +159,7 @@ with Progress({str(tmp_path)!r}, max_steps=3, main=True, display="panel") as pro
 """
         cells = [nbformat.v4.new_code_cell(panel), nbformat.v4.new_code_cell(f"plot({str(tmp_path)!r})")]
         notebook = nbformat.v4.new_notebook(cells=cells)
-        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
         (output,) = notebook.cells[0].outputs
         assert output.output_type == "display_data"
         assert "finished: step 3/3" in output.data["text/html"]
@@ -353,7 +353,7 @@ def batch_notebook(tmp_path_factory):
     picture = f"from kaggle_mgpu import progress; progress.plot({str(folder)!r})"
     sources = [paths + BATCH.format(folder=str(folder)), picture]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600).execute()
     return notebook
 
 
@@ -427,14 +427,14 @@ class TestAttach:
             progress.record({"kind": "stop", "step": 30, "reason": "asked to stop", "seconds": 9.0})"""
         process = self.writer(tmp_path, body)
         progress.attach(tmp_path, display="lines", poll=0.02)
-        assert process.wait(10) == 0
+        assert process.wait(600) == 0
         said = capsys.readouterr().out.splitlines()
         assert said[-2:] == ["a note", "stopped (asked to stop): step 30/1000  in 0:09  1 process"]
 
     def test_one_that_was_killed_has_an_end_too(self, tmp_path, capsys):
         process = self.writer(tmp_path, "time.sleep(60)")
         process.kill()
-        process.wait(10)
+        process.wait(600)
         progress.attach(tmp_path, display="lines", poll=0.02, patience=0.1)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith("stopped (ended without a word: it was killed, or is on another machine): step 1/1000")
@@ -453,7 +453,7 @@ class TestAttach:
             progress.record({"kind": "stop", "step": 40, "reason": "finished", "finished": True, "seconds": 2.0})"""
         process = self.writer(tmp_path, "time.sleep(0.3)\n            " + body)
         progress.attach(tmp_path, display="lines", poll=0.02)
-        process.communicate(timeout=10)
+        process.communicate(timeout=600)
         assert capsys.readouterr().out.splitlines()[-1] == "finished: step 40/40  in 0:02  1 process"
 
     def test_an_interrupt_ends_the_looking_and_not_the_run(self, tmp_path):
@@ -467,7 +467,7 @@ class TestAttach:
                 pass
             time.sleep(0.2)
             looking.send_signal(signal.SIGINT)
-            out, err = looking.communicate(timeout=10)
+            out, err = looking.communicate(timeout=600)
             assert out == "no longer followed; the run does not notice. attach(…) shows it again\n"
             assert "1/1000" in head + err
             assert "Traceback" not in err
@@ -535,7 +535,7 @@ class TestWatcher:
         try:
             wait_for(lambda: any(record["kind"] == "train" for record in progress.read(tmp_path)))
             progress.stop(tmp_path)
-            out, _ = run.communicate(timeout=20)
+            out, _ = run.communicate(timeout=600)
         finally:
             run.kill()
         assert out.splitlines()[-1] == "RESULT False asked to stop"

@@ -52,7 +52,7 @@ class Gate:
 
     def __call__(self, path: Path, pieces: Any) -> dict[str, int]:
         self.reached.set()
-        assert self.open.wait(30)
+        assert self.open.wait(600)
         if self.error is not None:
             raise self.error
         return self.write(path, pieces)
@@ -62,7 +62,7 @@ class Gate:
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, checkpoints, weight = Gate(monkeypatch), Checkpoints(tmp_path), torch.ones(100)
     checkpoints.begin(1, tensors={"model": {"weight": weight}}, state={}, facts={})
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(600)
     weight.fill_(2.0)  # the next step
     assert checkpoints.all() == []
     assert not checkpoints.news

@@ -682,7 +682,7 @@ def test_killed_in_training_and_in_prediction_it_is_the_same_run(tmp_path, made)
         process = subprocess.Popen(
             [sys.executable, script], env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        until = time.monotonic() + 100
+        until = time.monotonic() + 600
         while process.poll() is None and not list(out.glob(sign)) and time.monotonic() < until:
             time.sleep(0.001)
         assert process.poll() is None, (tmp_path / "log").read_text()

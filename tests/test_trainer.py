@@ -681,7 +681,7 @@ print(result.world_size, result.finished, round(result.load(torch.nn.Linear(1, 1
 def test_a_task_defined_in_a_script_trains_in_two_processes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     run = subprocess.run(
-        [sys.executable, tmp_path / "script.py", tmp_path / "run"], capture_output=True, text=True, timeout=120
+        [sys.executable, tmp_path / "script.py", tmp_path / "run"], capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "2 True -2.0"
@@ -707,7 +707,7 @@ def cli(folder: Path, *launcher: str, **settings: Any) -> subprocess.Popen[str]:
 
 
 def complete(process: subprocess.Popen[str]) -> str:
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
     return output
 
