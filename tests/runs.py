@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from pathlib import Path
@@ -78,3 +79,17 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def free_port() -> int:
+    """A port of this machine that is free, and that nobody is given who asks for any: those lie above 32768.
+
+    One of the system's choice would be free now and might be taken until it is used, by another test's processes.
+    """
+    import os
+    import socket
+
+    for port in range(12000 + os.getpid() % 5000 * 2, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
