@@ -88,6 +88,28 @@ def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (checkpoint.load(tmp_path / f"step-{step:08d}").tensors["model"]["weight"] == step).all()
 
 
+def test_a_save_that_ends_while_others_are_told_of_is_told_of_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, told = Checkpoints(tmp_path), []
+
+    def saved(*values: Any) -> checkpoint.Saved:
+        """In the writer's thread: between looking where to put the word of a save and putting it there."""
+        if values[0] == 2:
+            told.extend(checkpoints.collect())
+        return Saved(*values)
+
+    begin(checkpoints, 1)
+    checkpoints._join()
+    Saved = checkpoint.Saved  # noqa: N806
+    monkeypatch.setattr(checkpoint, "Saved", saved)
+    begin(checkpoints, 2)
+    checkpoints._join()
+    assert [each.step for each in told] == [1]
+    assert checkpoints.news
+    assert [each.step for each in checkpoints.collect()] == [2]
+
+
 def test_the_last_one_is_waited_for_also_when_an_error_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

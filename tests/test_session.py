@@ -180,7 +180,7 @@ def test_display_in_a_real_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         "print(subprocess.run([sys.executable, '-c', code], **command).stdout)",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, startup_timeout=600, kernel_name="python3").execute()
     first, second, flags, child = (cell.outputs for cell in notebook.cells)
     assert len(first) == len(second) == 1
     # The same id: a later show updates every copy, so the first cell has the last state too.
