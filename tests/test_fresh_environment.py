@@ -28,7 +28,7 @@ def python() -> Path:
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=600)
-        install = ["install", "--quiet", "-c", constraints, "-r", ROOT / "requirements.txt"]
+        install = ["install", "--quiet", "--no-compile", "-c", constraints, "-r", ROOT / "requirements.txt"]
         subprocess.run([folder / "bin" / "python", "-m", "pip", *install], check=True, timeout=900)
         (folder / "complete").touch()
     return folder / "bin" / "python"

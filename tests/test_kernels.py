@@ -191,7 +191,7 @@ def test_push_status_logs_wait_output(kaggle: KaggleServer, root: Path, tmp_path
     assert [line for line in lines if line.startswith("step")] == [f"step {i} naïve" for i in range(1, 7)]
     assert lines == tool(kaggle, root, "logs", f"ann/{SLUG}").splitlines()  # and after it
     assert "run/result.json: step 6 of 6, counted" in tool(
-        kaggle, root, "wait", "counting", "--user", "ann", "--interval", "0.4"
+        kaggle, root, "wait", "counting", "--user", "ann", "--interval", "1.5"
     )
     folder = root / "runs" / SLUG / "v1"
     assert {path.name for path in folder.rglob("*") if path.is_file()} == {"result.json", "state.json", "log.txt"}
@@ -206,13 +206,13 @@ def test_push_status_logs_wait_output(kaggle: KaggleServer, root: Path, tmp_path
 
 def test_a_run_that_fails(kaggle: KaggleServer, root: Path) -> None:
     push(kaggle, root, "fail_at=2")
-    said = tool(kaggle, root, "wait", f"ann/{SLUG}", "--interval", "0.4", code=1)
+    said = tool(kaggle, root, "wait", f"ann/{SLUG}", "--interval", "1.5", code=1)
     assert "ERROR: no message. The log ends:" in said
     assert "OSError: the sensor is gone" in re.sub(r"\x1b\[[\d;]*m", "", said)
     assert f"ann/{SLUG}: ERROR" in tool(kaggle, root, "status", f"ann/{SLUG}", code=1)
     # COMPLETE alone is not enough
     push(kaggle, root, "per_session=2")
-    said = tool(kaggle, root, "wait", f"ann/{SLUG}", "--interval", "0.4", code=1)
+    said = tool(kaggle, root, "wait", f"ann/{SLUG}", "--interval", "1.5", code=1)
     assert "not finished: push it again" in said
     assert f"ann/{SLUG}: COMPLETE" in tool(kaggle, root, "status", f"ann/{SLUG}")
 
@@ -374,7 +374,7 @@ def test_wait_right_after_a_push_does_not_believe_the_session_before(
 
 # Sweeps
 def test_sweep(kaggle: KaggleServer, root: Path) -> None:
-    given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2,3,4]", "-p", "words=w", "--interval", "0.4"]
+    given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2,3,4]", "-p", "words=w", "--interval", "1.5"]
     said = tool(kaggle, root, *given, "--push")
     rows = ["| goal | finished | step | best | loss | seconds |", "|---|---|---|---|---|---|"]
     rows += [f"| {goal} | yes | {goal} |  | {1 / goal:.4g} |  |" for goal in (2, 3, 4)]
@@ -404,7 +404,7 @@ def test_a_sweep_does_not_take_a_session_that_failed_after_training_for_finished
     source = root / "notebooks" / "counting_kaggle_multigpu.py"
     content = COUNTING + '\n# %%\nraise OSError("no picture of it")\n'
     source.write_text(content)
-    given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2]", "--interval", "0.4"]
+    given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2]", "--interval", "1.5"]
     assert "| 2 | no | 2 |  | 0.5 |  |" in tool(kaggle, root, *given, "--push", code=1)
     source.write_text(content.replace('os.environ["KAGGLE_MGPU_KAGGLE_ROOT"]', repr(str(tmp_path))))
     assert "| 2 | no | 2 |  | 0.5 |  |" in tool(kaggle, root, *given, code=1)

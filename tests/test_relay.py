@@ -20,7 +20,7 @@ from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, 
 
 
 def relayed(kaggle: KaggleServer, root: Path, *more: str, code: int = 0) -> str:
-    return tool(kaggle, root, "relay", "counting", "--user", "ann", "--interval", "0.4", *more, code=code)
+    return tool(kaggle, root, "relay", "counting", "--user", "ann", "--interval", "1.5", *more, code=code)
 
 
 def state(root: Path) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     account.slow_save = {1: LIMIT}
     account.kill_in_save = {2, 3}
     given = [*flags(settings), "--user", "ann", "--dataset", "bob/its-input"]
-    relay_command = ["relay", "text_generation", "--title", "Relayed Run", "--interval", "1"]
+    relay_command = ["relay", "text_generation", "--title", "Relayed Run", "--interval", "3"]
     said = tool(kaggle, house, *relay_command, "-p", f"time_limit={LIMIT}", *given)
     sessions = [version.session for version in account.kernels["ann/relayed-run"]]
     assert len(sessions) >= 4
@@ -206,7 +206,7 @@ def test_what_a_failing_run_says_holds_no_secret(kaggle: KaggleServer, house: Pa
     given = {**TEXT, "nproc": 2, "max_steps": 50, "log_every": 1, "lr": 1e30, "precision": "fp32"}
     parameters = flags(given)
     tool(kaggle, house, "push", "text_generation", "--user", "ann", "--title", "Failing Run", *parameters)
-    said = tool(kaggle, house, "wait", "ann/failing-run", "--interval", "1", code=1)
+    said = tool(kaggle, house, "wait", "ann/failing-run", "--interval", "3", code=1)
     assert "DivergedError" in said
     tool(kaggle, house, "output", "ann/failing-run")
     account.key = "0" * 32  # so that Kaggle refuses the planted one

@@ -299,7 +299,9 @@ def test_a_time_limit_ends_a_session_in_good_order(
     with monkeypatch.context() as patch:
         result = train(settings, Slow(settings, by(Seconds(), patch, clock, session, run_room)))
     assert (result.finished, result.reason) == (False, "time limit")
-    assert result.step == 10, "the evaluation that is due then has no room in what is left, half as much again kept back"
+    assert result.step == 10, (
+        "the evaluation that is due then has no room in what is left, half as much again kept back"
+    )
     assert result.remaining_steps == 24 - result.step
     assert result.remaining_seconds == pytest.approx(0.04 * result.remaining_steps)
     document = json.loads((tmp_path / "result.json").read_text())
