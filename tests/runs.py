@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,3 +104,30 @@ def free_port() -> int:
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise OSError("no port is free")
+
+
+NO_KERNEL = "Kernel died before replying to kernel_info"
+"""What is said where one of the ports that were chosen for a kernel was taken before the kernel had it: it has run
+nothing yet, and may be started again."""
+
+
+def papermill(start: Callable[[], subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
+    """Start a notebook, once more where there was no kernel."""
+    for _ in range(3):
+        done = start()
+        if NO_KERNEL not in done.stderr:
+            break
+    return done
+
+
+def executed(notebook: Any) -> Any:
+    """A notebook by a real kernel, with its outputs; once more where there was no kernel."""
+    import nbclient
+
+    for last in (False, False, True):
+        try:
+            return nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, startup_timeout=600).execute()
+        except RuntimeError as error:
+            if last or NO_KERNEL not in str(error):
+                raise
+    raise AssertionError("not reached")

@@ -16,6 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from runs import papermill
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,10 +53,9 @@ def test_the_notebook_brings_all_it_needs(python: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     given = [text for name, value in settings.items() for text in ("-p", name, str(value))]
     notebook = ROOT / "notebooks" / "text_generation_kaggle_multigpu.ipynb"
-    done = subprocess.run(
-        [python, "-m", "papermill", notebook, "out.ipynb", *given],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+    command = [python, "-m", "papermill", notebook, "out.ipynb", *given]
+    started = {"cwd": tmp_path, "env": variables, "capture_output": True, "text": True, "timeout": 600}
+    done = papermill(lambda: subprocess.run(command, **started))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "text_generation" / "result.json").read_text())
     assert (result["finished"], result["step"], result["world_size"]) == (True, 6, 2)

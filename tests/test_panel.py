@@ -18,7 +18,7 @@ import pytest
 import browser
 from kaggle_mgpu import display, progress, records, session
 from kaggle_mgpu.panel import View, format_count, format_duration, panel_html
-from runs import START, Clock, gpu, make, story, train, write
+from runs import START, Clock, executed, gpu, make, story, train, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,7 +147,7 @@ class TestPanel:
         ]
 
     def test_in_a_notebook_it_is_one_output_and_the_plot_a_picture(self, tmp_path):
-        nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+        nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
         pytest.importorskip("ipykernel")
         panel = f"""
 import sys, time
@@ -160,7 +160,7 @@ with Progress({str(tmp_path)!r}, max_steps=3, main=True, display="panel") as pro
 """
         cells = [nbformat.v4.new_code_cell(panel), nbformat.v4.new_code_cell(f"plot({str(tmp_path)!r})")]
         notebook = nbformat.v4.new_notebook(cells=cells)
-        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, startup_timeout=600).execute()
+        executed(notebook)
         (output,) = notebook.cells[0].outputs
         assert output.output_type == "display_data"
         assert "finished: step 3/3" in output.data["text/html"]
@@ -347,14 +347,14 @@ with Progress({folder!r}, max_steps=6000, main=True, clock=clock) as progress:  
 @pytest.fixture(scope="module")
 def batch_notebook(tmp_path_factory):
     """Ten minutes of a Batch session by our own clock, as a notebook saved by a real kernel, with the run's picture."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     folder = tmp_path_factory.mktemp("batch")
     paths = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]"
     picture = f"from kaggle_mgpu import progress; progress.plot({str(folder)!r})"
     sources = [paths + BATCH.format(folder=str(folder)), picture]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, startup_timeout=600).execute()
+    executed(notebook)
     return notebook
 
 
