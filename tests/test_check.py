@@ -48,6 +48,8 @@ def smi(folder: Path, monkeypatch: pytest.MonkeyPatch, used: int, count: int = 2
     program = folder / "nvidia-smi"
     program.write_text(f'#!/bin/sh\ncase "$1" in *utilization*) echo "{samples}" ;; *) echo "{rows}" ;; esac\n')
     program.chmod(0o755)
+    for name in ("QUERY_TIMEOUT", "SAMPLE_TIMEOUT"):  # a busy machine may be slow to start even a shell
+        monkeypatch.setattr(devices, name, 600.0)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 

@@ -36,6 +36,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     for name in ("CUDA_VISIBLE_DEVICES", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(env, "NVIDIA_PATHS", ())
+    for name in ("QUERY_TIMEOUT", "SAMPLE_TIMEOUT"):  # a busy machine may be slow to start even a shell
+        monkeypatch.setattr(devices, name, 600.0)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
 
     def write(machine: str = "", body: str = "", samples: str = "") -> Path:
