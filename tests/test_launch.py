@@ -392,12 +392,12 @@ def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypa
         launch(function, nproc=2, timeout=1.0)
 
 
-def test_work_without_signs_of_life_is_no_hang_unless_asked_for() -> None:
+def test_work_without_signs_of_life_is_no_hang_unless_asked_for(tmp_path: Path) -> None:
     def function() -> int:
         time.sleep(1.5)
         return distributed.rank()
 
-    config = TrainConfig(hang_timeout_minutes=0.01)
+    config = TrainConfig(hang_timeout_minutes=0.01, output_dir=str(tmp_path))
     assert launch(lambda config: function(), config, nproc=2) == [0, 1]
 
 
@@ -469,7 +469,7 @@ def test_an_errors_traceback_is_in_the_log_and_once_in_the_cell(
 # --- settings ---------------------------------------------------------------------------------------
 
 
-def test_a_collective_waits_no_longer_than_the_config_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collective_waits_no_longer_than_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.1)  # the other rank will say nothing
 
     def function(config: TrainConfig) -> None:
@@ -479,7 +479,7 @@ def test_a_collective_waits_no_longer_than_the_config_says(monkeypatch: pytest.M
 
     # the ranks must have found each other by then, too
     with pytest.raises(RuntimeError, match=r"(?i)timed out") as caught:
-        launch(function, TrainConfig(collective_timeout_minutes=0.1), nproc=2)
+        launch(function, TrainConfig(collective_timeout_minutes=0.1, output_dir=str(tmp_path)), nproc=2)
     assert "in barrier" in str(caught.value.__cause__)
 
 
@@ -497,6 +497,7 @@ def test_gpus_are_chosen_and_nccl_is_set_for_t4s(tmp_path: Path, monkeypatch: py
     def function(config: TrainConfig | None = None) -> list[str | None]:
         return [os.environ.get(name) for name in names]
 
+    monkeypatch.chdir(tmp_path)  # the logs of a run without a folder of its own
     assert launch(function, TrainConfig(gpu_ids="0,2"))[1] == ["0,2", "PCI_BUS_ID", "1", "lo"]
     assert launch(function, gpu_ids="2,1")[0][:2] == ["2,1", "PCI_BUS_ID"]
     assert launch(function, TrainConfig(nccl_p2p="on"))[2] == ["0,1,2", "PCI_BUS_ID", None, "lo"]
