@@ -162,8 +162,8 @@ class Checkpoints:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        saved, self._saved = self._saved, []
-        return saved
+        # taken out one by one: the thread may be about to add one to this very list
+        return [self._saved.pop(0) for _ in range(len(self._saved))]
 
     def wait(self) -> list[Saved]:
         """`collect`, once nothing is being written any more."""

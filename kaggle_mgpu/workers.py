@@ -29,10 +29,13 @@ from .config import TrainConfig
 from .server import END, PULSE, SIGNAL
 from .worker_server import WorkerError
 
-GRACE_SECONDS = 1.0
-"""How long a failed worker may take to end, and the others to report the failure that this one may follow from."""
+GRACE_SECONDS = 10.0
+"""How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
+busy machine the word that a rank was killed may come seconds after what the others make of it."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
+STACK_SECONDS = 2.0
+"""How long a rank that hangs may take to write its stack when asked."""
 CELL_CHARACTERS = 100_000
 """How much of rank 0's output is shown in the cell; its log has all of it."""
 
@@ -287,7 +290,7 @@ class Workers:
             if rank == 0:
                 self.output.end = before
             self._signal(signal.SIGQUIT, rank)
-            until = time.monotonic() + 2.0
+            until = time.monotonic() + STACK_SECONDS
             while time.monotonic() < until:
                 time.sleep(0.1)
                 if size == (size := path.stat().st_size) > before:

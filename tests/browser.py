@@ -63,7 +63,7 @@ def _run(text: str, *flags: str, width: int, height: int, dark: bool) -> str:
         nowhere = "--host-resolver-rules=MAP * ~NOTFOUND"  # what a page wants from elsewhere fails at once
         command = [PROGRAM, *FLAGS, scheme, profile, nowhere, f"--window-size={width},{height}", *flags]
         done = subprocess.run(
-            [*command, f"file://{folder}/page.html"], capture_output=True, text=True, timeout=60, check=True
+            [*command, f"file://{folder}/page.html"], capture_output=True, text=True, timeout=600, check=True
         )
     return done.stdout
 

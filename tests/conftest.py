@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from kaggle_server.at_work import house, kaggle, root  # noqa: F401 - fixtures of several files
 
+# the same examples each time, however long a busy machine takes for one
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 # two workers with two threads each on two cores crawl
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # the scripts that tests run find the package, which is not installed
@@ -22,7 +26,10 @@ for name in (*KAGGLE, *OURS):
 
 
 # The files that take longest, longest first: begun last, one of them would run on beside an idle core
-SLOWEST = ["relay", "notebooks_on_kaggle", "launch", "resume", "kernels", "fresh_environment", "sft", "nodes", "fsdp"]
+SLOWEST = (
+    "notebooks_on_kaggle relay launch kernels import_hooks fresh_environment resume style main camouflage_segmentation "
+    "surface_segmentation trainer sft fsdp notebooks nodes activity_recognition protobuf_fix panel oom"
+).split()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from kaggle_mgpu.progress import Progress
@@ -19,6 +24,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def by(clock: Any, patch: Any, *modules: Any) -> Any:
+    """These modules see the clock's time: how long a step or a start takes is then what a test says."""
+    for module in modules:
+        patch.setattr(module, "time", SimpleNamespace(**{**vars(time), "monotonic": clock}))
+    return clock
 
 
 def make(folder: Any, **given: Any) -> Any:
@@ -78,3 +90,44 @@ def write(folder: Path, records: list[dict[str, Any]]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def free_port() -> int:
+    """A port of this machine that is free, and that nobody is given who asks for any: those lie above 32768.
+
+    One of the system's choice would be free now and might be taken until it is used, by another test's processes.
+    """
+    import os
+    import socket
+
+    for port in range(12000 + os.getpid() % 5000 * 2, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
+
+
+NO_KERNEL = "Kernel died before replying to kernel_info"
+"""What is said where one of the ports that were chosen for a kernel was taken before the kernel had it: it has run
+nothing yet, and may be started again."""
+
+
+def papermill(start: Callable[[], subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
+    """Start a notebook, once more where there was no kernel."""
+    for _ in range(3):
+        done = start()
+        if NO_KERNEL not in done.stderr:
+            break
+    return done
+
+
+def executed(notebook: Any) -> Any:
+    """A notebook by a real kernel, with its outputs; once more where there was no kernel."""
+    import nbclient
+
+    for last in (False, False, True):
+        try:
+            return nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, startup_timeout=600).execute()
+        except RuntimeError as error:
+            if last or NO_KERNEL not in str(error):
+                raise
+    raise AssertionError("not reached")

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -24,8 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
+from hold import Hold
+from kaggle_mgpu import clock, optim, progress, session
 from kaggle_mgpu import data as kit_data
-from kaggle_mgpu import optim, progress
+from kaggle_mgpu import run as run_room
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.camouflage_segmentation import (
@@ -42,6 +43,7 @@ from kaggle_mgpu.recipes.camouflage_segmentation import (
     stages,
 )
 from kaggle_mgpu.trainer import train
+from runs import Clock, by
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -881,11 +883,21 @@ def test_a_stage_that_began_with_other_weights_is_not_gone_on_with(tmp_path: Pat
         run(config.replace(max_steps=2))
 
 
-def test_the_time_limit_is_that_of_all_stages(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_time_limit_is_that_of_all_stages(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(tmp_path, max_steps=100000, partial_epochs=0, eval_every="end", time_limit="3s")
+    now = by(Clock(), monkeypatch, clock, session, run_room, staged)
+    loss = CamouflageSegmentation.loss
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        now.now += 0.5
+        return loss(*arguments)
+
+    monkeypatch.setattr(CamouflageSegmentation, "loss", slow)
     result = run(config)
     assert (result.finished, result.reason) == (False, "time limit")
-    assert 0 < result.step < 100000 and result.max_steps == 200000
+    assert 0 < result.step < 6 and result.max_steps == 200000
     assert result.remaining_steps == 200000 - result.step
     assert "stopped in stage1 (time limit)" in capfd.readouterr().out
     assert json.loads((tmp_path / "run" / "result.json").read_text())["finished"] is False
@@ -917,26 +929,26 @@ def test_killed_in_stage_2_it_goes_on_there_with_the_same_bits(tmp_path: Path) -
     values |= {"data_workers": 1, "eval_every": 6}
     (tmp_path / "run.py").write_text(SCRIPT)
 
-    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
+    def start(name: str, **variables: str) -> tuple[subprocess.Popen[str], Path]:
         (tmp_path / f"{name}.json").write_text(json.dumps({**values, "output_dir": str(tmp_path / name)}))
         command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / f"{name}.json")]
-        log = open(tmp_path / f"{name}.log", "a")  # noqa: SIM115
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True), tmp_path / name
+        with open(tmp_path / f"{name}.log", "a") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, text=True, start_new_session=True, env={**os.environ, **variables}
+            ), tmp_path / name
 
     undisturbed, one = start("one")
-    process, other = start("other")
-    deadline = time.monotonic() + 120
-    while not list((other / "stage2" / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "other.log").read_text()
-        time.sleep(0.005)
+    held = Hold(tmp_path / "hold", "os.rename", r"/stage2/checkpoints/step-00000004$")
+    process, other = start("other", **held.variables(os.environ))
+    held.wait(process, tmp_path / "other.log")
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     left = json.loads((other / "result.json").read_text())
     assert (left["finished"], left["step"], left["max_steps"]) == (False, 12, 24)
     seen = {p: p.stat().st_mtime_ns for p in (other / "stage1").rglob("*.*") if p.parent.name != "logs"}
     process, _ = start("other")
-    assert process.wait(120) == 0, (tmp_path / "other.log").read_text()
-    assert undisturbed.wait(120) == 0
+    assert process.wait(600) == 0, (tmp_path / "other.log").read_text()
+    assert undisturbed.wait(600) == 0
     text = (tmp_path / "other.log").read_text()
     assert "already finished after 12 steps" in text and "going on from" in text
     assert seen == {p: p.stat().st_mtime_ns for p in seen}
@@ -954,7 +966,7 @@ def test_under_torchrun_two_processes_evaluate_as_one_does(tmp_path: Path) -> No
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kaggle_mgpu", "train", "camouflage_segmentation", "--config", str(tmp_path / "two.json")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["world_size"] == 2 and two["finished"]

@@ -36,6 +36,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     for name in ("CUDA_VISIBLE_DEVICES", "KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(env, "NVIDIA_PATHS", ())
+    for name in ("QUERY_TIMEOUT", "SAMPLE_TIMEOUT"):  # a busy machine may be slow to start even a shell
+        monkeypatch.setattr(devices, name, 600.0)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
 
     def write(machine: str = "", body: str = "", samples: str = "") -> Path:
@@ -118,13 +120,15 @@ def test_broken_nvidia_smi(install: Install, body: str, reason: str) -> None:
     assert str(devices.report()).startswith("no GPU: CPU (nvidia-smi")
 
 
-def test_hanging_nvidia_smi_is_given_up_once(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_nvidia_smi_is_given_up_once(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "QUERY_TIMEOUT", 0.5)
-    calls = install(body="exec sleep 300")
+    install(body="exec sleep 300")
     assert devices.gpus() == []
+    asked_again = tmp_path / "asked again"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ntouch '{asked_again}'\n")
     assert devices.report().reason == "nvidia-smi gave no answer in 0.5 s: the driver hangs; restart the session"
     assert devices.sample() == []
-    assert len(calls.read_text().splitlines()) == 1
+    assert not asked_again.exists()
 
 
 def test_not_executable_by_this_machine(install: Install, tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_looking_imports_no_torch(install: Install) -> None:
         "import sys; from kaggle_mgpu import devices; print(len(devices.gpus())); print(devices.report());"
         "devices.sample(); print({'torch', 'numpy'} & set(sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     lines = result.stdout.splitlines()
     assert lines[0] == "2", result.stderr
     assert lines[1] == "2 GPUs: one process each, DistributedDataParallel"

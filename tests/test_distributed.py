@@ -8,6 +8,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,16 +191,18 @@ class TestThreeProcesses:
         ]
 
 
-SLEEPS = [0.002, 0.006, 0.001]
+STEP_SECONDS = [0.002, 0.006, 0.001]
 SECONDS = 0.06
 
 
 def polls(steps: int) -> dict[str, Any]:
     """Two flags, raised by rank 2 from step 20 and by rank 0 from step 33 on, until they are seen."""
-    poll, rank = Poll(SECONDS), distributed.rank()
+    rank, now = distributed.rank(), [0.0]
+    distributed.time = SimpleNamespace(monotonic=lambda: now[0], monotonic_ns=time.monotonic_ns)  # type: ignore
+    poll = Poll(SECONDS)
     asked, answers = [], []
     for step in range(1, steps + 1):
-        time.sleep(SLEEPS[rank])
+        now[0] += STEP_SECONDS[rank]
         if step >= poll.next:
             asked.append(step)
         answer = poll(rank == 2 and step >= 20, rank == 0 and step >= 33)
@@ -217,10 +220,9 @@ def test_poll_answers_alike_on_all_ranks_and_in_time() -> None:
     assert answers == expected
     gaps = [b - a for a, b in pairwise(asked)]
     assert asked[0] == 1
-    # the slowest rank needs 6 ms a step at least, so 60 ms are 10 steps at most, and it is led there by doubling
-    assert all(gap <= 10 for gap in gaps)
-    assert all(b <= 2 * a for a, b in zip([1, *gaps], gaps, strict=False))
-    assert len(asked) < 80, "or it asks on every step"
+    # the slowest rank needs 6 ms a step, so 60 ms are 10 steps (a little less, as floats are), led there by doubling
+    assert gaps[:3] == [2, 4, 8]
+    assert set(gaps[3:]) <= {9, 10}
 
 
 SCRIPT = """
@@ -246,6 +248,6 @@ def test_under_real_torchrun(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["rank 0 of 2: 3", "rank 1 of 2: 3"]

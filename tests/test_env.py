@@ -30,7 +30,7 @@ def python(code: str, *paths: Path, site: bool = False, given: dict[str, str] | 
     """Standard output of a process with nothing in its environment but what is given."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
     command = [sys.executable, *([] if site else ["-S"]), "-c", code]
-    result = subprocess.run(command, env=bare(search, **given or {}), capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, env=bare(search, **given or {}), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

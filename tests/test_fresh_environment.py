@@ -16,6 +16,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from runs import papermill
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,8 +29,8 @@ def python() -> Path:
     folder = ROOT / "build" / "environments" / f"requirements-{hashlib.sha256(content).hexdigest()[:12]}"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=120)
-        install = ["install", "--quiet", "-c", constraints, "-r", ROOT / "requirements.txt"]
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=600)
+        install = ["install", "--quiet", "--no-compile", "-c", constraints, "-r", ROOT / "requirements.txt"]
         subprocess.run([folder / "bin" / "python", "-m", "pip", *install], check=True, timeout=900)
         (folder / "complete").touch()
     return folder / "bin" / "python"
@@ -41,7 +43,7 @@ def test_the_notebook_brings_all_it_needs(python: Path, tmp_path: Path) -> None:
     code = "import importlib.util as u; print([n for n in ('kaggle_mgpu', 'tokenizers') if u.find_spec(n)])"
     found = subprocess.run(
         [python, "-c", code],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60, check=True,
+        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == "[]"
 
@@ -51,10 +53,9 @@ def test_the_notebook_brings_all_it_needs(python: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     given = [text for name, value in settings.items() for text in ("-p", name, str(value))]
     notebook = ROOT / "notebooks" / "text_generation_kaggle_multigpu.ipynb"
-    done = subprocess.run(
-        [python, "-m", "papermill", notebook, "out.ipynb", *given],
-        cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    command = [python, "-m", "papermill", notebook, "out.ipynb", *given]
+    started = {"cwd": tmp_path, "env": variables, "capture_output": True, "text": True, "timeout": 600}
+    done = papermill(lambda: subprocess.run(command, **started))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "text_generation" / "result.json").read_text())
     assert (result["finished"], result["step"], result["world_size"]) == (True, 6, 2)

@@ -63,7 +63,7 @@ def stderr(code: str, *paths: Path, **given: str) -> tuple[int, str]:
     """Exit code and standard error of a fresh process."""
     search = os.pathsep.join(map(str, [*paths, ROOT]))
     command = [sys.executable, "-S", "-c", code]
-    done = subprocess.run(command, env=bare(search, **given), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=bare(search, **given), capture_output=True, text=True, timeout=600)
     return done.returncode, done.stderr
 
 

@@ -15,7 +15,7 @@ BIN = Path(sys.executable).parent
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`make`, with this environment instead of .venv."""
     command = ["make", "--no-print-directory", "-o", ".venv/installed", f"BIN={BIN}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(

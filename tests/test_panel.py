@@ -11,13 +11,14 @@ import time
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import browser
-from kaggle_mgpu import progress, records, session
+from kaggle_mgpu import display, progress, records, session
 from kaggle_mgpu.panel import View, format_count, format_duration, panel_html
-from runs import START, Clock, gpu, make, story, train, write
+from runs import START, Clock, executed, gpu, make, story, train, write
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +147,7 @@ class TestPanel:
         ]
 
     def test_in_a_notebook_it_is_one_output_and_the_plot_a_picture(self, tmp_path):
-        nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+        nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
         pytest.importorskip("ipykernel")
         panel = f"""
 import sys, time
@@ -159,7 +160,7 @@ with Progress({str(tmp_path)!r}, max_steps=3, main=True, display="panel") as pro
 """
         cells = [nbformat.v4.new_code_cell(panel), nbformat.v4.new_code_cell(f"plot({str(tmp_path)!r})")]
         notebook = nbformat.v4.new_notebook(cells=cells)
-        nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+        executed(notebook)
         (output,) = notebook.cells[0].outputs
         assert output.output_type == "display_data"
         assert "finished: step 3/3" in output.data["text/html"]
@@ -346,14 +347,14 @@ with Progress({folder!r}, max_steps=6000, main=True, clock=clock) as progress:  
 @pytest.fixture(scope="module")
 def batch_notebook(tmp_path_factory):
     """Ten minutes of a Batch session by our own clock, as a notebook saved by a real kernel, with the run's picture."""
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    nbformat, _ = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     folder = tmp_path_factory.mktemp("batch")
     paths = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]"
     picture = f"from kaggle_mgpu import progress; progress.plot({str(folder)!r})"
     sources = [paths + BATCH.format(folder=str(folder)), picture]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    executed(notebook)
     return notebook
 
 
@@ -415,31 +416,46 @@ class TestAttach:
             print("begun", flush=True)
             {body}
         """
-        process = subprocess.Popen([sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "begun\n"
         return process
 
-    def test_a_running_one_is_followed_to_its_end(self, tmp_path, capsys):
-        body = """for step in range(2, 31):
-                time.sleep(0.02)
+    def on_its_way(self, monkeypatch, process):
+        """The process gets a line when it has been looked at for the first time."""
+        told = []
+
+        def sleep(seconds):
+            if not told:
+                told.append(process.stdin.write("go on\n"))
+                process.stdin.flush()
+            time.sleep(seconds)
+
+        monkeypatch.setattr(display, "time", SimpleNamespace(monotonic=time.monotonic, time=time.time, sleep=sleep))
+
+    def test_a_running_one_is_followed_to_its_end(self, tmp_path, capsys, monkeypatch):
+        body = """sys.stdin.readline()
+            for step in range(2, 31):
                 progress.record({"kind": "train", "step": step, "loss": 1.0})
             progress.note("a note")
             progress.record({"kind": "stop", "step": 30, "reason": "asked to stop", "seconds": 9.0})"""
         process = self.writer(tmp_path, body)
+        self.on_its_way(monkeypatch, process)
         progress.attach(tmp_path, display="lines", poll=0.02)
-        assert process.wait(10) == 0
+        assert process.wait(600) == 0
         said = capsys.readouterr().out.splitlines()
         assert said[-2:] == ["a note", "stopped (asked to stop): step 30/1000  in 0:09  1 process"]
 
     def test_one_that_was_killed_has_an_end_too(self, tmp_path, capsys):
-        process = self.writer(tmp_path, "time.sleep(60)")
+        process = self.writer(tmp_path, "time.sleep(600)")
         process.kill()
-        process.wait(10)
+        process.wait(600)
         progress.attach(tmp_path, display="lines", poll=0.02, patience=0.1)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith("stopped (ended without a word: it was killed, or is on another machine): step 1/1000")
 
-    def test_one_that_broke_off_may_be_started_again(self, tmp_path, capsys):
+    def test_one_that_broke_off_may_be_started_again(self, tmp_path, capsys, monkeypatch):
         """As a launch with max_restarts does: the new start replaces the file."""
         first = make(tmp_path, max_steps=50)
         for step in range(1, 31):
@@ -451,25 +467,31 @@ class TestAttach:
             progress.record({"kind": "start", "step": 0, "max_steps": 40})
             progress.record({"kind": "train", "step": 40, "loss": 1.0})
             progress.record({"kind": "stop", "step": 40, "reason": "finished", "finished": True, "seconds": 2.0})"""
-        process = self.writer(tmp_path, "time.sleep(0.3)\n            " + body)
-        progress.attach(tmp_path, display="lines", poll=0.02)
-        process.communicate(timeout=10)
+        process = self.writer(tmp_path, "sys.stdin.readline()\n            " + body)
+        self.on_its_way(monkeypatch, process)
+        progress.attach(tmp_path, display="lines", poll=0.02, patience=600)
+        process.communicate(timeout=600)
         assert capsys.readouterr().out.splitlines()[-1] == "finished: step 40/40  in 0:02  1 process"
 
     def test_an_interrupt_ends_the_looking_and_not_the_run(self, tmp_path):
-        run = self.writer(tmp_path, "time.sleep(60)")
-        script = "import sys; from kaggle_mgpu import progress; progress.attach(sys.argv[1], display='bar')"
+        run = self.writer(tmp_path, "time.sleep(600)")
+        script = """if True:
+            import sys, time
+            from kaggle_mgpu import progress
+            sleep = time.sleep
+            time.sleep = lambda seconds: (print("looking", flush=True), sleep(seconds))
+            progress.attach(sys.argv[1], display="bar")
+        """
         looking = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         try:
-            while not (head := looking.stderr.read(1)):
-                pass
-            time.sleep(0.2)
+            assert looking.stdout.readline() == "looking\n"
             looking.send_signal(signal.SIGINT)
-            out, err = looking.communicate(timeout=10)
-            assert out == "no longer followed; the run does not notice. attach(…) shows it again\n"
-            assert "1/1000" in head + err
+            out, err = looking.communicate(timeout=600)
+            said = "no longer followed; the run does not notice. attach(…) shows it again\n"
+            assert out.replace("looking\n", "") == said
+            assert "1/1000" in err
             assert "Traceback" not in err
             assert looking.returncode == 0
             assert run.poll() is None
@@ -508,13 +530,14 @@ class TestWatcher:
         run.clock.now += 3.0
         wait_for(lambda: "GPU 1" in shown[-1])
         run.clock.now += 60.0
-        wait_for(lambda: len(progress.read(tmp_path)) >= 3)
+        wait_for(lambda: progress.read(tmp_path)[-1].get("time", 0.0) >= 60.0)
         run.close({"finished": True})
+        run._watcher.join(600)
         assert run._watcher.is_alive() is False
         found = [record for record in progress.read(tmp_path) if record["kind"] == "gpus"]
         assert found[0]["gpus"][0] == {**gpu(0, 91), "temperature": 71}
-        assert found[1]["gpus"][1]["temperature"] == 60 + len(asked[: found[1]["gpus"][1]["temperature"] - 60])
-        assert found[1]["time"] > found[0]["time"]
+        assert 61 < found[-1]["gpus"][1]["temperature"] <= 60 + len(asked)
+        assert found[-1]["time"] > found[0]["time"]
 
     def test_means_and_maxima(self):
         merged = progress._means([[gpu(0, 10, 50)], [gpu(0, 30, 70)], [gpu(0, 20, None)]])
@@ -535,7 +558,7 @@ class TestWatcher:
         try:
             wait_for(lambda: any(record["kind"] == "train" for record in progress.read(tmp_path)))
             progress.stop(tmp_path)
-            out, _ = run.communicate(timeout=20)
+            out, _ = run.communicate(timeout=600)
         finally:
             run.kill()
         assert out.splitlines()[-1] == "RESULT False asked to stop"
@@ -574,13 +597,12 @@ class TestWatcher:
     def test_an_old_request_does_not_stop_a_new_run(self, tmp_path):
         (tmp_path / progress.STOP).touch()
         run = make(tmp_path, sample=list)
-        wait_for(lambda: run._watcher.is_alive())
-        time.sleep(0.05)
-        assert not run.stop_requested
         run.close()
+        run._watcher.join(600)  # it has looked once at least
+        assert not run.stop_requested
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=600.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "it did not happen"

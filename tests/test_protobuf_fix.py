@@ -100,7 +100,7 @@ class Place:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         pip = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels), "PIP_CONFIG_FILE": os.devnull}
         command = [str(self.python), *arguments]
-        return subprocess.run(command, env=bare(str(ROOT), **pip), capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=bare(str(ROOT), **pip), capture_output=True, text=True, timeout=600)
 
     def reset(self) -> None:
         wheel(self.wheels, "3.20.3")

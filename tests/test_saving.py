@@ -52,7 +52,7 @@ class Gate:
 
     def __call__(self, path: Path, pieces: Any) -> dict[str, int]:
         self.reached.set()
-        assert self.open.wait(30)
+        assert self.open.wait(600)
         if self.error is not None:
             raise self.error
         return self.write(path, pieces)
@@ -62,7 +62,7 @@ class Gate:
 def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, checkpoints, weight = Gate(monkeypatch), Checkpoints(tmp_path), torch.ones(100)
     checkpoints.begin(1, tensors={"model": {"weight": weight}}, state={}, facts={})
-    assert gate.reached.wait(30)
+    assert gate.reached.wait(600)
     weight.fill_(2.0)  # the next step
     assert checkpoints.all() == []
     assert not checkpoints.news
@@ -86,6 +86,28 @@ def test_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [saved.step for saved in checkpoints.wait()] == [1, 2]
     for step in (1, 2):
         assert (checkpoint.load(tmp_path / f"step-{step:08d}").tensors["model"]["weight"] == step).all()
+
+
+def test_a_save_that_ends_while_others_are_told_of_is_told_of_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, told = Checkpoints(tmp_path), []
+
+    def saved(*values: Any) -> checkpoint.Saved:
+        """In the writer's thread: between looking where to put the word of a save and putting it there."""
+        if values[0] == 2:
+            told.extend(checkpoints.collect())
+        return Saved(*values)
+
+    begin(checkpoints, 1)
+    checkpoints._join()
+    Saved = checkpoint.Saved  # noqa: N806
+    monkeypatch.setattr(checkpoint, "Saved", saved)
+    begin(checkpoints, 2)
+    checkpoints._join()
+    assert [each.step for each in told] == [1]
+    assert checkpoints.news
+    assert [each.step for each in checkpoints.collect()] == [2]
 
 
 def test_the_last_one_is_waited_for_also_when_an_error_ends_the_run(

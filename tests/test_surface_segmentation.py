@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hold import Hold
 from kaggle_mgpu.files import read_tensors, replace_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes import surface_segmentation as ss
@@ -703,22 +703,28 @@ def test_killed_in_training_and_in_prediction_it_is_the_same_run(tmp_path, made)
     )
     out = Path(config.output_dir)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for sign in ("checkpoints/step-*", "predictions/*/[!.]*.tif"):
+    for sign, name in (
+        ("checkpoints/step-*", r"/checkpoints/step-\d+$"),
+        ("predictions/*/[!.]*.tif", r"/predictions/\w+/\w+\.tif$"),
+    ):
+        held = Hold(tmp_path / "hold" / name[1:12], "os.rename", name, before=1)
         log = (tmp_path / "log").open("ab")
         process = subprocess.Popen(
-            [sys.executable, script], env=environment, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, script],
+            env={**environment, **held.variables(environment)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
-        until = time.monotonic() + 100
-        while process.poll() is None and not list(out.glob(sign)) and time.monotonic() < until:
-            time.sleep(0.001)
-        assert process.poll() is None, (tmp_path / "log").read_text()
+        held.wait(process, tmp_path / "log")
+        assert len(list(out.glob(sign))) == 1
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         log.close()
         state = json.loads((out / "result.json").read_text()) if (out / "result.json").is_file() else {}
         assert not state.get("finished")
     kept = {path: path.stat().st_mtime_ns for path in out.glob("predictions/*/[!.]*.tif")}
-    assert 0 < len(kept) < 3
+    assert len(kept) == 1
     assert ss.run(config.replace(data_workers=0)).finished
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     names = ["model.safetensors", "best/model.safetensors", "submission.zip"]

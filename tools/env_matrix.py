@@ -163,7 +163,10 @@ def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **v
     (folder / "in.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     (folder / "out.ipynb").unlink(missing_ok=True)
     command = [environment / "bin/python", "-m", "papermill", "--no-progress-bar", "in.ipynb", "out.ipynb"]
-    done = _call(command, cwd=folder, env=clean(folder, **variables))
+    for _ in range(3):  # a kernel whose ports were taken before it had them has run nothing
+        done = _call(command, cwd=folder, env=clean(folder, **variables))
+        if "Kernel died before replying to kernel_info" not in done.stderr:
+            break
     executed = json.loads((folder / "out.ipynb").read_text(encoding="utf-8")) if done.returncode >= 0 else {"cells": []}
     outputs = [output for cell in executed["cells"] for output in cell.get("outputs", [])]
     errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]

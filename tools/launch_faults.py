@@ -59,10 +59,11 @@ def work(fault: str, victim: int, at: int) -> int:
 
     from kaggle_mgpu import distributed
 
+    _note()
     multiprocessing.get_context("spawn").Semaphore()  # named, and registered with a resource tracker
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    data = DataLoader(TensorDataset(torch.randn(STEPS, 8)), num_workers=at % 2)
+    data = DataLoader(TensorDataset(torch.randn(STEPS, 8)), num_workers=at % 2, worker_init_fn=_note)
     for step, (batch,) in enumerate(data):
         distributed.alive(step)
         if step == at and distributed.rank() == victim:
@@ -82,6 +83,20 @@ def work(fault: str, victim: int, at: int) -> int:
     return distributed.rank()
 
 
+def _note(*_: object) -> None:
+    """Write down how the names that this process may give in /dev/shm begin: others have theirs there too."""
+    import multiprocessing
+
+    prefix = multiprocessing.current_process()._config["semprefix"]  # type: ignore[attr-defined]
+    with open("names", "a") as file:
+        file.write(f"torch_{os.getpid()}_\nsem.{prefix.lstrip('/')}-\n")
+
+
+def _shared() -> int:
+    names = tuple(Path("names").read_text().splitlines())
+    return sum(entry.startswith(names) for entry in os.listdir("/dev/shm"))
+
+
 def left_behind() -> dict[str, int]:
     """What there is now of everything that a launch must not leave behind."""
     me = psutil.Process()
@@ -93,7 +108,7 @@ def left_behind() -> dict[str, int]:
         "processes": len(me.children(recursive=True)),
         "file descriptors": me.num_fds(),
         "listening ports": sum(c.status == "LISTEN" for p in [me, *me.children(recursive=True)] for c in _sockets(p)),
-        "entries of /dev/shm": len(os.listdir("/dev/shm")),
+        "entries of /dev/shm": _shared(),
         "threads": threading.active_count(),
     }
 
@@ -134,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     silent = open(os.devnull, "w")  # noqa: SIM115 (as long as this process)
     with contextlib.redirect_stdout(silent):
         launch(work, "none", 0, 0, nproc=2)
-    time.sleep(0.5)
+    while len(psutil.Process().children(recursive=True)) > 1:  # the server: what has ended takes a moment to be gone
+        time.sleep(0.05)
     before, memory = left_behind(), psutil.Process().memory_info().rss
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
     slowest: dict[str, float] = {}
@@ -150,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             if fault in OUTSIDE:
                 thread.start()  # an interrupt may come while it starts
-            launch(work, fault, victim, at, nproc=2, timeout=3.0)
+            # a busy machine may need seconds until a worker gives its first sign of life
+            launch(work, fault, victim, at, nproc=2, timeout=3.0 if fault == "hang" else 600.0)
         except BaseException as raised:
             error = raised
         finally:
@@ -171,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         gc.collect()
         if signal.getsignal(signal.SIGINT) is not handler:
             wrong.append(f"{label}: another SIGINT handler")
-        deadline = time.monotonic() + 2.0  # a process that has ended takes a moment to be gone
+        deadline = time.monotonic() + 60.0  # a process that has ended takes a moment to be gone
         while any(left_behind()[what] > before[what] for what in before) and time.monotonic() < deadline:
             time.sleep(0.05)
         if any((now := left_behind())[what] > before[what] for what in before):

@@ -448,20 +448,25 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
     result = folder / str({**parameters(notebook), **given}.get("output_dir", "")) / "result.json"
     os.environ.setdefault("KAGGLE_MGPU_DISPLAY", "lines")  # nobody watches the cell: lines, as in a Kaggle batch run
     before = time.time()
-    try:
-        papermill.execute_notebook(
-            str(path),
-            str(output),
-            parameters=given,
-            kernel_name="python3",
-            cwd=str(folder),
-            progress_bar=False,
-            autosave_cell_every=5,  # what is left of the notebook when the kernel or the machine dies
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
-    except Exception as error:
-        raise NotebookError(f"{path.name} failed: {error}\nThe notebook as far as it came: {output}") from error
+    for last in (False, False, True):
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(output),
+                parameters=given,
+                kernel_name="python3",
+                cwd=str(folder),
+                progress_bar=False,
+                autosave_cell_every=5,  # what is left of the notebook when the kernel or the machine dies
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+            break
+        except Exception as error:
+            # its ports are chosen before it has them, and another process may have taken one: it has run nothing yet
+            if not last and "Kernel died before replying to kernel_info" in str(error):
+                continue
+            raise NotebookError(f"{path.name} failed: {error}\nThe notebook as far as it came: {output}") from error
     if not result.is_file():
         raise NotebookError(
             f"{path.name}: expected {result} after the run, found none. The executed notebook: {output}"

@@ -48,10 +48,12 @@ class Account:
 
     def __init__(self, root: Path, user: str = "ann", key: str = "0123456789abcdef" * 2) -> None:
         self.root, self.user, self.key = root, user, key
-        self.limit = 300.0
+        self.limit = 1200.0
         """Seconds a session may take before it is killed."""
         self.kill_in_save: set[int] = set()
         """Versions whose session is killed in the middle of a save."""
+        self.slow_save: dict[int, float] = {}
+        """Versions whose session takes so many seconds for its third checkpoint."""
         self.quota_refusal = ""
         """Kaggle's words where the week's quota is used up."""
         self.mounts_itself = "newest"
@@ -107,6 +109,7 @@ class Account:
                 inputs,
                 limit=min(self.limit, request.get("sessionTimeoutSeconds") or self.limit),
                 kill_in_save=number in self.kill_in_save,
+                slow_save=self.slow_save.get(number, 0.0),
                 variables=self.session_variables,
                 python=self.python,
             )

@@ -38,6 +38,7 @@ COUNTING = """\
 goal = 6
 per_session = 100
 seconds = 0.0  # a step takes
+gate = ""  # a file that it waits for
 fail_at = None
 words = "x"
 output_dir = "run"
@@ -51,6 +52,9 @@ step = max((int(path.parent.name[5:]) for path in found), default=0)
 print("inputs", sorted(path.relative_to(root / "input").as_posix() for path in root.glob("input/*/*")))
 print("going on from" if found else "starting at", step, flush=True)
 import kaggle_mgpu.config
+
+while gate and not os.path.exists(gate):
+    time.sleep(0.02)
 
 def save():
     folder = pathlib.Path(output_dir, "checkpoints", f"step-{step:08d}")
@@ -98,7 +102,7 @@ def kaggle(tmp_path: Path) -> Iterator[KaggleServer]:
         yield server
 
 
-def tool(kaggle: KaggleServer, root: Path, *arguments: Any, code: int = 0, timeout: float = 300) -> str:
+def tool(kaggle: KaggleServer, root: Path, *arguments: Any, code: int = 0, timeout: float = 1500) -> str:
     """Run the tool; what it wrote, standard output first."""
     done = subprocess.run(
         [sys.executable, str(TOOL), "--root", str(root), *map(str, arguments)],
@@ -119,7 +123,7 @@ def push(kaggle: KaggleServer, root: Path, *parameters: str, user: str = "ann", 
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -62,7 +62,7 @@ class KaggleServer:
         self._http.server_close()
         for version in self.account.running():
             version.session.kill()
-            version.session.wait(10)
+            version.session.wait(600)
 
 
 class _Handler(BaseHTTPRequestHandler):

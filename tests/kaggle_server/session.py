@@ -17,15 +17,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-# As Kaggle does it: no kernel is named here, so a notebook that names none fails
-RUN = """\
+from hold import Hold
+from runs import NO_KERNEL
+
+# As Kaggle does it: no kernel is named here, so a notebook that names none fails. Not as Kaggle does it: where one of
+# the kernel's ports was taken before it had it, which happens on a machine of many tests, another kernel is tried
+RUN = f"""\
 import sys, papermill
-papermill.execute_notebook(sys.argv[1], "__notebook__.ipynb", progress_bar=False, autosave_cell_every=5,
-                           stdout_file=sys.stdout, stderr_file=sys.stderr)
+for last in (False, False, True):
+    try:
+        papermill.execute_notebook(sys.argv[1], "__notebook__.ipynb", progress_bar=False, autosave_cell_every=5,
+                                   stdout_file=sys.stdout, stderr_file=sys.stderr)
+        break
+    except RuntimeError as error:
+        if last or {NO_KERNEL!r} not in str(error):
+            raise
 """
 MARK = "KAGGLE_CONTAINER_NAME"
 
@@ -36,7 +46,9 @@ class Session:
     Args:
         inputs: folders by their path under /kaggle/input.
         limit: seconds until it is killed.
-        kill_in_save: kill it in the middle of writing a checkpoint, once it has saved something of its own.
+        kill_in_save: kill it in the middle of writing a checkpoint, once it has saved something of its own. It waits
+            there for that: of the first two checkpoints one may be what it was given.
+        slow_save: seconds that it waits there instead.
         variables: more environment, over what Kaggle has.
         python: the interpreter of the image.
     """
@@ -49,10 +61,11 @@ class Session:
         *,
         limit: float,
         kill_in_save: bool = False,
+        slow_save: float = 0.0,
         variables: Mapping[str, str] | None = None,
         python: str = sys.executable,
     ) -> None:
-        self.folder, self.limit, self.kill_in_save = folder, limit, kill_in_save
+        self.folder, self.limit, self.slow_save = folder, limit, slow_save
         self.working = folder / "kaggle" / "working"
         self.state, self.message = "RUNNING", ""
         self.killed: str = ""
@@ -86,6 +99,10 @@ class Session:
             MARK: self.name,
             **(variables or {}),
         }
+        self.hold: Hold | None = None
+        if kill_in_save or slow_save:  # the tensors are there, and what says so is not
+            self.hold = Hold(folder / "hold", "open", r"/checkpoints/\.writing-step-\d+-\d+/state\.json$", before=2)
+            environment |= self.hold.variables(environment)
         self._began = time.monotonic()
         self.process = subprocess.Popen(
             [python, "-c", RUN, str(folder / "src" / "__notebook__.ipynb")],
@@ -148,20 +165,26 @@ class Session:
                 self.written.notify_all()
 
     def _live(self) -> None:
-        watch = _SaveWatch(self) if self.kill_in_save else None
         while self.process.poll() is None:
             if time.monotonic() - self._began > self.limit:
                 self.killed = "limit"
-            elif watch is not None and watch.caught():
-                self.killed, self.left_by_the_kill = "save", watch.names()
+            elif self.hold is not None and self.hold.reached():
+                if self.slow_save:
+                    time.sleep(self.slow_save)
+                    self.hold.release()
+                    self.hold = None
+                else:
+                    self.killed = "save"
             if self.killed:
                 self.kill()
                 break
-            time.sleep(0.0005 if watch else 0.05)
+            time.sleep(0.05)
         code = self.process.wait()
         self.kill()  # nothing of a session outlives it
         for reader in self._readers:
-            reader.join(10)
+            reader.join(600)
+        if self.killed == "save":
+            self.left_by_the_kill = sorted(path.name for path in self.working.glob("*/checkpoints/*"))
         if self.killed == "limit":
             self.message = "Your notebook was stopped because it ran out of time."
         with self.written:
@@ -169,39 +192,7 @@ class Session:
             self.written.notify_all()
 
 
-class _SaveWatch:
-    """Stops a session in the middle of a save: stopped first, then looked at, so that it is certain."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.pids: list[int] = []
-        self.looked = 0.0
-        self.folder: Path | None = None
-
-    def names(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self.folder)) if self.folder else []
-        except OSError:
-            return []
-
-    def caught(self) -> bool:
-        if time.monotonic() - self.looked > 0.2:
-            self.pids, self.looked = self.session.processes(), time.monotonic()
-            self.folder = self.folder or next(self.session.working.glob("*/checkpoints"), None)
-        if not self.in_a_save():
-            return False
-        _send(self.pids, signal.SIGSTOP)
-        if self.in_a_save():
-            return True
-        _send(self.pids, signal.SIGCONT)  # it was over already: the next one
-        return False
-
-    def in_a_save(self) -> bool:
-        names = self.names()
-        return any(name.startswith(".writing-") for name in names) and sum(n.startswith("step-") for n in names) > 1
-
-
-def _send(pids: object, number: signal.Signals) -> None:
-    for pid in pids:  # type: ignore[attr-defined]
+def _send(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
