@@ -616,14 +616,20 @@ def test_where_nobody_answers_the_hub_is_not_asked_again_and_again(monkeypatch: 
 
     monkeypatch.setattr(models.require("transformers").AutoTokenizer, "from_pretrained", refuse)
     monkeypatch.setattr(models.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(models.hub_answers, "__defaults__", (60.0,))  # on a busy machine too
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(
             FileNotFoundError, match=r"'a/b' is no folder here, none .* \(OSError: no such repository\)"
         ):
             models.tokenizer("a/b")
-    with pytest.raises(FileNotFoundError, match=r"nobody answers at http://127.*, and its cache does not hold it\)"):
-        models.tokenizer("a/b")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen; nobody else can on its port
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(
+            FileNotFoundError, match=r"nobody answers at http://127.*, and its cache does not hold it\)"
+        ):
+            models.tokenizer("a/b")
     monkeypatch.setattr(models.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
     with pytest.raises(FileNotFoundError, match="no such repository"):
         models.tokenizer("a/b")
