@@ -179,6 +179,8 @@ def test_a_notebook_carries_the_modules_it_uses_and_says_so_of_the_others(tmp_pa
     assert text.count("\n") == where.count("\n")  # tracebacks name the same lines
     assert "# " not in text and text.splitlines()[0] == ""  # help() is for what the notebook itself imports
     assert files["kaggle_mgpu/task.py"].decode().startswith('"""')
+    settings = files["kaggle_mgpu/recipes/text_generation/settings.py"].decode()  # the recipe hands on its Config
+    assert 'class Config(TrainConfig):\n    """' in settings
     (tmp_path / "kaggle_mgpu").mkdir()
     for name in ("__init__.py", "config.py", "fields.py"):
         (tmp_path / "kaggle_mgpu" / name).write_bytes(files[f"kaggle_mgpu/{name}"])

@@ -9,9 +9,9 @@ the same call goes on; a finished model goes straight to the volumes that have n
 itself on small made-up volumes, and says so.
 """
 
-from kaggle_mgpu.recipes.surface_segmentation.inference import sliding_window, validate_submission
-from kaggle_mgpu.recipes.surface_segmentation.stages import baselines, figure, infer, run
-from kaggle_mgpu.recipes.surface_segmentation.training import Config, SurfaceSegmentation, task
+from .inference import sliding_window, validate_submission
+from .stages import baselines, figure, infer, run
+from .training import Config, SurfaceSegmentation, task
 
 __all__ = [
     "Config",
