@@ -152,7 +152,8 @@ for given in json.load(sys.stdin):
     try:
         Config.from_dict({name: value for name, value in given.items() if name in fields})
     except (TypeError, ValueError) as error:
-        sys.exit(print(error))
+        print(error)
+        break
 """
 
 
@@ -368,9 +369,9 @@ def wait_for(
 ) -> kaggle_cli.Status:
     """Ask for the kernel's status every `interval` seconds until it has ended.
 
-    A network that fails now and then must not end a watch of twelve hours: only `patience` failures in a row do, and
-    what waiting cannot mend. Of a kernel just pushed an end is not believed at first: it may be the session before that
-    is told of.
+    A network that fails now and then must not end a watch of twelve hours: only `patience` failures in a row do, or
+    a first one that waiting cannot mend. Of a kernel just pushed an end is not believed at first: it may be the session
+    before that is told of.
     """
     failures, before, began = 0, "", time.monotonic()
     while True:
@@ -378,9 +379,8 @@ def wait_for(
             status = kaggle_cli.status(kernel)
             failures = 0
         except KaggleError as error:
-            if kaggle_cli.HOPELESS.search(str(error)) or (
-                kaggle_cli.ABSENT.search(str(error)) and not before and not just_pushed
-            ):
+            absent = kaggle_cli.ABSENT.search(str(error)) and not just_pushed
+            if not before and (absent or kaggle_cli.HOPELESS.search(str(error))):
                 raise
             failures += 1
             say(f"{error} ({failures} of {patience})")
