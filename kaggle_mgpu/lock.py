@@ -23,8 +23,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FILE = ".lock"
-PATIENCE_SECONDS = 5.0
-"""How long a lock is waited for: of a process that was killed the kernel first clears the memory, then lets go."""
+PATIENCE_SECONDS = 30.0
+"""How long a lock is waited for: of a process that was killed the kernel first clears the memory, then lets go, and
+with a GPU's or on a busy machine that takes seconds."""
+SAID_AFTER_SECONDS = 1.0
+"""When a line says what is waited for."""
 
 _held: set[BinaryIO] = set()
 
@@ -53,7 +56,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take(folder: Path) -> BinaryIO | None:
     path = folder / FILE
-    patience = time.monotonic() + PATIENCE_SECONDS
+    began, said = time.monotonic(), False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -69,13 +72,17 @@ def _take(folder: Path) -> BinaryIO | None:
             file.seek(0)
             whose = file.read(200).decode(errors="replace")
             file.close()
-            if time.monotonic() > patience:
+            waited = time.monotonic() - began
+            if waited > PATIENCE_SECONDS:
                 raise LockedError(
                     f"another run trains in {folder.resolve()} ({whose or 'it does not say which'}), and two would "
                     f"write over each other's checkpoints and records. Give this run another output_dir, or wait for "
                     f"the end of the other one: progress.attach({str(folder)!r}) shows how far it is, "
                     f"progress.stop({str(folder)!r}) has it save and end."
                 ) from None
+            if waited > SAID_AFTER_SECONDS and not said:
+                said = True
+                print(f"waiting up to {PATIENCE_SECONDS:.0f} s for the run in {folder} ({whose}) to end", flush=True)
             time.sleep(0.05)
         except OSError:
             file.close()

@@ -20,7 +20,7 @@ from typing import Any
 from . import distributed, lock, optim, randomness
 from .config import TrainConfig
 from .run import Run
-from .task import DivergedError, Result, Task, TrainState
+from .task import DivergedError, Result, Task, TrainState, expect
 
 __all__ = ["DivergedError", "Result", "Task", "TrainState", "train"]
 
@@ -40,9 +40,7 @@ def train(config: TrainConfig, task: Task) -> Result:
         RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
         LockedError: another run trains in output_dir.
     """
-    if not isinstance(config, TrainConfig) or not isinstance(task, Task):
-        got = f"{_kind(config)} and {_kind(task)}"
-        raise TypeError(f"train expects a TrainConfig and a Task (an instance, not the class), got {got}")
+    expect(config, task, "train")
     distributed.init()
     with contextlib.ExitStack() as stack:
         # rank 0 holds the folder; where another run has it, all ranks hear so, before anything is made
@@ -125,10 +123,6 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _kind(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def _multiple(step: int, every: int | None) -> bool:

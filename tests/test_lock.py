@@ -199,6 +199,16 @@ def test_every_rank_hears_of_it(tmp_path: Path) -> None:
     assert launch(train, settings, Regression()).finished
 
 
+def test_while_it_waits_it_says_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(lock, "SAID_AFTER_SECONDS", 0.0)
+    with held(tmp_path), pytest.raises(LockedError), held(tmp_path):
+        pass
+    assert capsys.readouterr().out.startswith(f"waiting up to 0 s for the run in {tmp_path} (process {os.getpid()} on ")
+
+
 def _refused(settings: TrainConfig, task: Regression) -> str:
     lock.PATIENCE_SECONDS = 0.0
     try:

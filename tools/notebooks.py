@@ -175,10 +175,10 @@ def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes
             *(_imported(files[modules[m]].decode(), _package_of(m, modules), modules, homes) for m in wanted)
         )
     # help() answers for what the notebook itself imports, and for what a package that it imports hands on
-    for module in [name for name in own if modules[name].endswith("/__init__.py") and name.count(".") > 1]:
-        taken = ast.walk(ast.parse(files[modules[module]]))
-        homes_of_names = [node.module for node in taken if isinstance(node, ast.ImportFrom) and node.level and node.module]
-        own = own | {f"{module}.{name}" for name in homes_of_names}
+    for recipe in [name for name in own if name.startswith("kaggle_mgpu.recipes.")]:
+        for node in ast.walk(ast.parse(files[modules[recipe]])):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                own = own | {f"{recipe}.{node.module}"}
     return {modules[name]: _shortened(files[modules[name]].decode(), name in own) for name in sorted(carried)}
 
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kaggle_mgpu import session
-from kaggle_mgpu.recipes.surface_segmentation.stacks import SUFFIXES, read_stack, shape_of
-from kaggle_mgpu.recipes.surface_segmentation.synthetic import synthesise
+
+from .stacks import SUFFIXES, read_stack, shape_of
+from .synthetic import synthesise
 
 IGNORED = 2
 Array = NDArray[Any]

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from kaggle_mgpu import distributed
 from kaggle_mgpu.files import whole, write_text
-from kaggle_mgpu.recipes.surface_segmentation.data import crop, stacks_in
-from kaggle_mgpu.recipes.surface_segmentation.metrics import without_specks
-from kaggle_mgpu.recipes.surface_segmentation.stacks import read_stack, shape_of, write_stack
+
+from .data import crop, stacks_in
+from .metrics import without_specks
+from .stacks import read_stack, shape_of, write_stack
 
 Forward = Callable[[Tensor], Tensor]
 """Standardised windows (B, 1, size, size, size), on the CPU -> logits of the same shape, on the CPU, float32."""

@@ -28,13 +28,14 @@ from kaggle_mgpu.config import parse_duration
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.files import read_tensors, whole, write_text
 from kaggle_mgpu.launch import launch
-from kaggle_mgpu.recipes.surface_segmentation import stacks
-from kaggle_mgpu.recipes.surface_segmentation.data import Volume
-from kaggle_mgpu.recipes.surface_segmentation.inference import Job, predict, validate_submission, write_submission
-from kaggle_mgpu.recipes.surface_segmentation.metrics import measures
-from kaggle_mgpu.recipes.surface_segmentation.training import Config, SurfaceSegmentation, read_json
 from kaggle_mgpu.task import Result
 from kaggle_mgpu.trainer import train
+
+from . import stacks
+from .data import Volume
+from .inference import Job, predict, validate_submission, write_submission
+from .metrics import measures
+from .training import Config, SurfaceSegmentation, read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

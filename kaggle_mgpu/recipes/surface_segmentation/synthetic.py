@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaggle_mgpu.recipes.surface_segmentation.stacks import write_stack
+from .stacks import write_stack
 
 IGNORED = 2
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from kaggle_mgpu import distributed, session
 from kaggle_mgpu.config import TrainConfig
-from kaggle_mgpu.recipes.surface_segmentation import data
-from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Catalogue, Facts, Patches, Tiles, Volume
-from kaggle_mgpu.recipes.surface_segmentation.metrics import components
-from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
 from kaggle_mgpu.task import Task
+
+from . import data
+from .data import Cache, Catalogue, Facts, Patches, Tiles, Volume
+from .metrics import components
+from .model import UNet, segmentation_loss
 
 
 @dataclass(frozen=True)
