@@ -144,7 +144,13 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     if whole:
         for found in tensors.values():
             found |= {name: value[:] for name, value in found.items() if isinstance(value, shards.Pieces)}
-    return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
+    try:
+        return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be used: its optimizer state is not one of the kit's: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def whose(name: str) -> str:

@@ -194,6 +194,11 @@ class TrainConfig:
             # `not >=` rather than `<`, so that nan is refused too
             if isinstance(value, int | float) and not value >= least:
                 raise ValueError(f"{type(self).__name__}.{name}: expected {least} or more, got {value!r}")
+        if self.data_workers != "auto" and self.data_workers > MOST_DATA_WORKERS:
+            raise ValueError(
+                f"{type(self).__name__}.data_workers: expected at most {MOST_DATA_WORKERS} processes per rank, got "
+                f"{self.data_workers!r}; one per core is plenty"
+            )
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(
                 f"{type(self).__name__}.max_norm: expected above 0, got {self.max_norm!r}; None switches clipping off"
@@ -207,7 +212,7 @@ class TrainConfig:
                 raise ValueError(f"{type(self).__name__}.time_limit: {error}") from None
         for name, value in vars(self).items():
             # an empty path would be the current folder: a variable in a shell that was not set
-            names = name in ("resume", "best_metric", "deepspeed_config") or name.endswith(("_path", "_dir"))
+            names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))
             if names and isinstance(value, str) and not value.strip():
                 raise ValueError(f"{type(self).__name__}.{name}: expected a name, got {value!r}")
         out = Path(self.output_dir)
@@ -258,8 +263,10 @@ class TrainConfig:
         settings = _read_settings(Path(path), ())
         try:
             return cls.from_dict(settings)
-        except (TypeError, ValueError) as error:  # whose settings these are
-            raise type(error)(f"{path}: {error}") from None
+        except TypeError as error:  # whose settings these are
+            raise TypeError(f"{path}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def environment(cls, environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -319,6 +326,8 @@ class TrainConfig:
         return cls.from_dict({**under, **given})
 
 
+MOST_DATA_WORKERS = 256
+"""Per rank. A slip of a few digits would otherwise start processes until the machine has no memory left."""
 _PREFIX = "KAGGLE_MGPU_"
 OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
 """Variables that set no field: where Kaggle's folders are, what is displayed and how, what env.fix() does."""

@@ -295,7 +295,12 @@ class Fetch(Dataset[Any]):
     ) -> None:
         self.dataset, self.collate = dataset, collate
         lengths = getattr(dataset, "sample_lengths", None)
-        self.lengths = None if lengths is None else np.asarray(lengths, dtype=np.int64)
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        if self.lengths is not None and self.lengths.shape != (len(cast(Any, dataset)),):
+            raise ValueError(
+                f"sample_lengths: expected a number for each of the {len(cast(Any, dataset))} samples, got an array of "
+                f"shape {self.lengths.shape}"
+            )
         self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
         self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
         self.draws = True

@@ -111,7 +111,10 @@ def _number_of_processes(nproc: int | str | None, config: TrainConfig | None, gp
         wanted = config.workers_wanted
     if wanted is None or wanted == "auto":
         return max(1, gpus)
-    count = int(wanted)
+    try:
+        count = int(str(wanted))
+    except ValueError:
+        count = 0
     if count < 1:
         raise ValueError(f"nproc: expected 1 or more, or 'auto', got {nproc!r}")
     if gpus and count > gpus:

@@ -10,12 +10,14 @@ that travels. Whoever only reads asks for no lock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 try:
     import fcntl
@@ -60,7 +62,7 @@ def _take(folder: Path) -> BinaryIO | None:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab+", buffering=0)  # noqa: SIM115 (see _release); open to write, as NFS wants it
+            file = _open(path)
         except OSError:
             return None
         try:
@@ -84,10 +86,11 @@ def _take(folder: Path) -> BinaryIO | None:
                 said = True
                 print(f"waiting up to {PATIENCE_SECONDS:.0f} s for the run in {folder} ({whose}) to end", flush=True)
             time.sleep(0.05)
-        except OSError:
+        except OSError as error:
             file.close()
-            with contextlib.suppress(OSError):
-                path.unlink()
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):  # no locks here, so it is nobody's
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
     _held.add(file)
     with contextlib.suppress(OSError):  # a full disk: then it does not say whose it is
@@ -109,11 +112,32 @@ def _release(folder: Path, file: BinaryIO) -> None:
     file.close()
 
 
+def _open(path: Path) -> BinaryIO:
+    """Open to write, as NFS wants it for a lock; another user's only to read, which is enough on a local disk.
+
+    Raises:
+        OSError: it cannot be made, or is a link or no file: what it leads to is not ours to write to.
+    """
+    flags = os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        mode = "ab+"
+    except PermissionError:
+        number = os.open(path, os.O_RDONLY | flags)
+        mode = "rb"
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return cast(BinaryIO, os.fdopen(number, mode, buffering=0))
+
+
 def _is_at(path: Path, file: BinaryIO) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # removed, here or by another machine
+            return False
+        raise
 
 
 def _leave_to_parent() -> None:

@@ -90,7 +90,7 @@ def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
 
 
 def compare_plot(
-    output_dirs: Sequence[str | os.PathLike[str]],
+    output_dirs: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
     *,
     labels: Sequence[str] | None = None,
     save: str | os.PathLike[str] | None = None,
@@ -104,6 +104,8 @@ def compare_plot(
     Raises:
         ValueError: no runs, not as many labels, or a run that has recorded nothing.
     """
+    if isinstance(output_dirs, str | os.PathLike):
+        output_dirs = [output_dirs]
     runs = [read(folder) for folder in output_dirs]
     names = [Path(folder).resolve().name for folder in output_dirs] if labels is None else list(labels)
     if not runs or len(names) != len(runs):

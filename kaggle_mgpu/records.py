@@ -35,7 +35,7 @@ def parse(text: str) -> list[Record]:
     """The records among these lines."""
     records = []
     for line in text.splitlines():
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and _sound(record)]
 
@@ -128,7 +128,7 @@ def running(records: list[Record]) -> bool:
         return False
     try:
         os.kill(int(last["pid"]), 0)
-    except (KeyError, ValueError, ProcessLookupError):
+    except (KeyError, ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
         pass  # somebody else's, but there

@@ -8,6 +8,7 @@ anybody's and hold anything: it is named and passed over, and never ends a run.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import files, session
 from .checkpoint import Checkpoints
 from .checkpoint_files import CheckpointError, damage, other_model, read_facts, whose
-from .task import Result
+from .task import Result, TrainState
 
 
 def starting_point(
@@ -86,6 +87,9 @@ def _among_inputs(
             weights = min((name for name in listed if whose(name) == "model"), default="")
             if broken is None and not weights:
                 broken = "it holds no model.safetensors"
+            if broken is None and not any(whose(name) == "optimizer" for name in listed):
+                broken = "it holds no optimizer.safetensors"
+            broken = broken or _unsound(read_facts(path)["state"])
             if broken is not None:
                 print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
             elif model is not None and (problem := other_model(files.shapes(path / weights), model)):
@@ -96,6 +100,17 @@ def _among_inputs(
             print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
     if others:
         print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
+    return None
+
+
+def _unsound(state: Mapping[str, Any]) -> str | None:
+    """Why this cannot be a run's position; None where it can."""
+    if unknown := set(state) - {field.name for field in dataclasses.fields(TrainState)}:
+        return f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known"
+    for name in ("step", "samples_seen"):
+        value = state.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            return f"{name} in its state is {value!r}, expected a whole number of 0 or more"
     return None
 
 

@@ -294,13 +294,13 @@ class Run:
         assert fetch is not None
         size = self.plan.micro_batch_size * (self.plan.num_replicas // self.world)
         size = min(size, self.evaluation_size or size)
-        with self.evaluation, self.clock.evaluating(), self.averaged_weights():
-            self.strategy.sync_buffers()
-            workers, seed = self.loaders(fetch), self.config.seed
-            state.metrics, fitted = evaluation.evaluate(
-                self.task, self.strategy, fetch, size, step=state.step, seed=seed, workers=workers
-            )
-            state.evaluated = state.step
+        with self.clock.evaluating():
+            with self.evaluation, self.averaged_weights():
+                self.strategy.sync_buffers()
+                workers, seed = self.loaders(fetch), self.config.seed
+                state.metrics, fitted = evaluation.evaluate(
+                    self.task, self.strategy, fetch, size, step=state.step, seed=seed, workers=workers
+                )
             if fitted < size:
                 self.evaluation_size = fitted
                 self.log.note(
@@ -308,8 +308,11 @@ class Run:
                     f"from here on, with the same result"
                 )
             if evaluation.better(self.config, state):
-                state.best = state.metrics[self.config.best_metric]
-                self.write_weights(self.out / "best" / "model.safetensors")
+                with self.averaged_weights():
+                    written = self.write_weights(self.out / "best" / "model.safetensors")
+                if not distributed.agree(not written):  # the best is what best/ holds, and no other number
+                    state.best = state.metrics[self.config.best_metric]
+            state.evaluated = state.step
         record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
         record |= {f"val_{name}": value for name, value in state.metrics.items()}
         self.log.record({**record, **self.times()})
@@ -414,10 +417,14 @@ class Run:
 
     def newest(self) -> str:
         """Which checkpoint there is to go on from, in words."""
+        failed = ""
         if self.main:
-            self.report_saves(self.checkpoints.wait())
+            try:
+                self.report_saves(self.checkpoints.wait())
+            except OSError as error:  # of the writer; what is told here is what led to it all
+                failed = f" The last save failed: {error}."
         newest = next(iter(self.checkpoints.all()), None)
-        return f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet."
+        return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed
 
     def log_step(self, losses: list[Tensor], step: data.Step, lr: float, norm: Tensor) -> None:
         """Record the step just taken, if it is one to record. Nothing else waits for the GPU."""

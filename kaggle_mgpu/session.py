@@ -156,11 +156,18 @@ def _scan(
                 count += 1
                 if matches is not None and matches(entry.name):
                     names.append(entry.name)
-                if entry.is_dir() and entry.name not in _NOTHING_IN:
+                if entry.name not in _NOTHING_IN and _is_folder(entry):
                     folders.append(entry.name)
     except OSError:
         return [], [], count
     return [folder / name for name in sorted(names)], [folder / name for name in sorted(folders)], count
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or where nobody may look
+        return False
 
 
 # --- display ----------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ class Result:
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
         """Load the trained weights ("final", or the "best" by validation) into `model`; returns it, in eval mode."""
+        if which not in ("final", "best"):
+            raise ValueError(f"which: expected 'final' or 'best', got {which!r}")
         name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
         if self.best is None:  # nothing was evaluated, and what is in best/ may be an earlier run's
             name = "model.safetensors"

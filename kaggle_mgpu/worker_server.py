@@ -166,7 +166,10 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
             said = server.log.read().decode(errors="replace").strip()
             raise WorkerError(f"the worker server ended with code {code}:\n{said}")
         if time.monotonic() > deadline:
-            raise WorkerError(f"the worker server has not imported torch within {START_SECONDS:g} s")
+            raise WorkerError(
+                f"the worker server has not imported torch within {START_SECONDS:g} s: the machine or its disk is very "
+                f"busy. Run the cell again."
+            )
     return True
 
 

@@ -523,3 +523,8 @@ class TestNotebookParameters:
         # the asking cell itself does not count
         with pytest.raises(RuntimeError, match="was run"):
             notebook_parameters({"In": ["", "# Parameters of this notebook\nlr = 1"], "lr": 1})
+
+
+def test_more_loader_processes_than_any_machine_bears_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"data_workers: expected at most 256 processes per rank, got 1000"):
+        TrainConfig(data_workers=1000)

@@ -674,3 +674,11 @@ def test_evaluation_in_one_process_and_on_a_device() -> None:
     moved = list(evaluation_batches(fetch, 7, 3, device=torch.device("meta")))
     assert {b["x"].device.type for b in moved} == {"meta"}
     assert list(load(fetch, [], workers=0, pin_memory=False)) == []
+
+
+def test_lengths_of_other_samples_are_refused() -> None:
+    class Lengths(TensorDataset):
+        sample_lengths = (3, 4)
+
+    with pytest.raises(ValueError, match=r"sample_lengths: expected a number for each of the 5 samples, got .*\(2,\)"):
+        Fetch(Lengths(torch.zeros(5)), default_collate, seed=1)

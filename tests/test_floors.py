@@ -85,6 +85,7 @@ FLOORS: dict[str, set[str]] = {
     "trainer": {"run", "task", "config", "distributed", "lock", "optim", "randomness"},
     "recipes": {
         "session",
+        "lock",
         "config",
         "devices",
         "distributed",

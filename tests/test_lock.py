@@ -209,6 +209,38 @@ def test_while_it_waits_it_says_for_whom(
     assert capsys.readouterr().out.startswith(f"waiting up to 0 s for the run in {tmp_path} (process {os.getpid()} on ")
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_what_is_no_file_is_left_alone(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("my thesis")
+    run = tmp_path / "run"
+    run.mkdir()
+    if kind == "link":
+        (run / ".lock").symlink_to(tmp_path / "precious.txt")
+    elif kind == "fifo":
+        os.mkfifo(run / ".lock")
+    else:
+        (run / ".lock").mkdir()
+    with held(run), held(run):  # there is nothing to lock with
+        pass
+    assert (tmp_path / "precious.txt").read_text() == "my thesis"
+    assert os.path.lexists(run / ".lock")
+
+
+def test_a_lock_that_another_machine_removed_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, stale = os.path.samestat, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def samestat(*both: Any) -> bool:
+        if stale:
+            raise stale.pop()
+        return real(*both)
+
+    monkeypatch.setattr(os.path, "samestat", samestat)
+    with held(tmp_path):
+        assert not stale
+        with pytest.raises(LockedError), held(tmp_path):
+            pass
+
+
 def _refused(settings: TrainConfig, task: Regression) -> str:
     lock.PATIENCE_SECONDS = 0.0
     try:
@@ -221,7 +253,7 @@ def _refused(settings: TrainConfig, task: Regression) -> str:
 
 def test_where_nothing_can_be_locked_it_trains_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     with held("/proc/nowhere"):  # read-only, for root too
         pass

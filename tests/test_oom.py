@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +254,13 @@ class Breaking(torch.optim.AdamW):
     """Runs out of memory in its `at`-th step, when it has changed the first of the weights and its moments."""
 
     at, steps = 0, 0
+    after: Path | None = None
 
     def step(self, closure: Any = None) -> Any:
         self.steps += 1
         if self.steps == self.at:
+            while self.after is not None and not self.after.is_dir():
+                time.sleep(0.01)  # another rank writes it, behind its steps
             with torch.no_grad():
                 first = self.param_groups[0]["params"][0]
                 first.mul_(2)
@@ -269,12 +273,13 @@ class Breaking(torch.optim.AdamW):
 class TightOptimizer(Regression):
     name = "Regression"
 
-    def __init__(self, at: int, rank: int | None = None) -> None:
+    def __init__(self, at: int, rank: int | None = None, after: Path | None = None) -> None:
         super().__init__()
-        self.at, self.rank = at, rank
+        self.at, self.rank, self.after = at, rank, after
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         made = Breaking(model.parameters(), lr=config.lr)
+        made.after = self.after
         made.at = self.at if self.rank in (None, distributed.rank()) else 0
         return made
 
@@ -283,9 +288,9 @@ class TightOptimizer(Regression):
 def test_weights_that_an_optimizer_has_half_changed_are_not_saved(kind: str, tmp_path: Path) -> None:
     nproc = 1 if kind == "single" else 2
     settings = config(tmp_path / "run", strategy=kind, nproc=nproc, ema_decay=0.9)
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        launch(train, settings, TightOptimizer(7, rank=nproc - 1))
     newest = tmp_path / "run" / "checkpoints" / "step-00000004"
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        launch(train, settings, TightOptimizer(7, rank=nproc - 1, after=newest if nproc > 1 else None))
     text = (
         "out of memory in the optimizer's part of step 7, when some weights may have moved and others not: what is in "
         f"memory is not saved. The newest checkpoint is {newest}. Smaller micro-batches do not help here. Try "
@@ -407,3 +412,20 @@ def test_auto_with_accumulation_given(tmp_path: Path) -> None:
         ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the one follows"
     ):
         train(config(tmp_path, micro_batch_size="auto", gradient_accumulation_steps=2), Regression())
+
+
+def test_the_best_that_could_not_be_written_is_not_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends the writing of best/, no checkpoint says of it what it does not hold."""
+    from kaggle_mgpu import checkpoint
+
+    def no_memory(path: Path, tensors: Any) -> None:
+        raise torch.OutOfMemoryError("the host has none")
+
+    monkeypatch.setattr(checkpoint, "replace_tensors", no_memory)
+    settings = TrainConfig(
+        global_batch_size=50, max_steps=12, save_every=2, eval_every=4, output_dir=str(tmp_path), best_metric="loss"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="the host has none"):
+        train(settings, Regression())
+    for facts in tmp_path.glob("checkpoints/*/state.json"):
+        assert json.loads(facts.read_text())["state"]["best"] is None

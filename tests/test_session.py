@@ -293,3 +293,11 @@ def test_age_of_a_process_with_an_odd_name(tmp_path: Path, monkeypatch: pytest.M
     fields = [*map(str, range(4, 22)), str(400 * os.sysconf("SC_CLK_TCK")), "23"]  # the 22nd: when it started
     (tmp_path / "1/stat").write_text(f"1 (odd ) 7 name) S {' '.join(fields)}\n")
     assert session._process_age("1") == 600.0
+
+
+def test_a_link_to_itself_hides_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "deeper" / "train.csv").touch()
+    assert session.find("train.csv", roots=[tmp_path]) == [tmp_path / "train.csv", tmp_path / "deeper" / "train.csv"]

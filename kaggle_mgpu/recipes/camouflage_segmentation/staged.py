@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -10,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from kaggle_mgpu import distributed, files, progress
+from kaggle_mgpu import distributed, files, lock, progress
 from kaggle_mgpu.config import parse_duration
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.task import Result
@@ -27,10 +28,16 @@ def run(config: Config, found: data.Found | None = None) -> Result:
     A stage that stops early (time limit, or asked to) ends it; run the same again and it goes on there.
     time_limit is that of all stages together.
     """
-    limit = parse_duration(config.time_limit) if config.time_limit else math.inf
-    began = time.monotonic()
     # under torchrun, where each rank is here
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
+    with contextlib.ExitStack() as stack:  # each stage has a folder and a lock of its own; this is theirs together
+        distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))
+        return _run(config, found)
+
+
+def _run(config: Config, found: data.Found | None) -> Result:
+    limit = parse_duration(config.time_limit) if config.time_limit else math.inf
+    began = time.monotonic()
     planned: list[Stage] = []
     results: list[Result] = []
     _under_way(config, planned, results)

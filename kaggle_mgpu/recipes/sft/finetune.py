@@ -335,6 +335,7 @@ class Finetune(Task):
         limit = (
             " for the largest micro-batch there may be" if whole else f" for {config.micro_batch_size} packs at a time"
         )
+        none_held = ": too few begin differently, so give val_path" if config.val_fraction else ""
         asked = f"; ROUGE-L on {sum(map(len, self.sample()))} of them" if self.sample() else ""
         if self.no_generation:
             asked = f"; no answers can be generated ({self.no_generation}): evaluating by loss and perplexity"
@@ -347,7 +348,7 @@ class Finetune(Task):
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "
                 + (f"packs of at most {config.max_length} tokens, {full:.0%} full" if config.packing else "samples")
-                + f"; {p.val:,} examples held out{asked}",
+                + f"; {p.val:,} examples held out{asked if p.val else none_held}",
                 f"memory of a GPU, estimated{limit}: {memory.sentence()}",
             ]
         )

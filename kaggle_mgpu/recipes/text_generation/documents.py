@@ -38,7 +38,12 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
         FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
     """
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            # macOS leaves a ._name beside each file that it copies
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith("._") and file.is_file()
+        )
         if not files:
             raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
     elif path.is_file():
