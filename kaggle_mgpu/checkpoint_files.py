@@ -91,7 +91,7 @@ def read_facts(path: Path) -> dict[str, Any]:
         facts = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError("state.json is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"state.json cannot be read: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
         raise CheckpointError("state.json is not a checkpoint's")

@@ -167,9 +167,19 @@ HOSTILE: dict[str, Any] = {
     "a list for the config": lambda p: rewritten(p, config=[]),
     "a number for a file": lambda p: rewritten(p, files={"model.safetensors": 3}),
     "no files": lambda p: rewritten(p, files={}),
+    "no optimizer": lambda p: rewritten(p, files={name: it for name, it in listed(p).items() if "optim" not in name}),
+    "a position below the start": lambda p: rewritten(p, state={"step": 2, "samples_seen": -5}),
+    "a position that is text": lambda p: rewritten(p, state={"step": "2", "samples_seen": 20}),
+    "more state than there is": lambda p: rewritten(p, state={"step": 2, "samples_seen": 20, "surprise": 1}),
+    "a nest of lists": lambda p: (p / "state.json").write_text("[" * 100_000),
     "a file outside": lambda p: rewritten(p, files={"../../x": {"bytes": 1, "crc32": 0}}),
     "a folder for a file": lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()),
 }
+
+
+def listed(folder: Path) -> dict[str, Any]:
+    files: dict[str, Any] = json.loads((folder / "state.json").read_text())["files"]
+    return files
 
 
 def overwrite(path: Path, start: bytes) -> None:
