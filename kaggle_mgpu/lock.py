@@ -48,12 +48,16 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         LockedError: another run has the folder, and keeps it for PATIENCE_SECONDS.
     """
+    new = not os.path.lexists(folder)
     file = None if fcntl is None else _take(Path(folder))
     try:
         yield
     finally:
         if file is not None:
             _release(Path(folder), file)
+            if new:
+                with contextlib.suppress(OSError):  # it is not empty, most often: else nothing came of the run
+                    os.rmdir(folder)
 
 
 def _take(folder: Path) -> BinaryIO | None:
@@ -62,7 +66,14 @@ def _take(folder: Path) -> BinaryIO | None:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return None
+        try:
             file = _open(path)
+        except FileNotFoundError:
+            if not folder.is_dir():
+                continue  # a run that came to nothing has just removed it
+            return None
         except OSError:
             return None
         try:

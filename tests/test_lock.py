@@ -120,10 +120,13 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path: Path)
 
 
 @pytest.mark.parametrize("data_workers", [0, 1])
-def test_after_a_kill_the_next_goes_on_at_once(data_workers: int, tmp_path: Path) -> None:
+def test_after_a_kill_the_next_goes_on_at_once(
+    data_workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also while loader processes, forked with the lock open, have not noticed that their parent is gone."""
     with waiting(tmp_path, data_workers) as process:
         process.kill()
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 600.0)
     assert f"process {process.pid} on" in (tmp_path / "run" / lock.FILE).read_text()
     result = train(config(tmp_path / "run"), Regression())
     assert (result.finished, result.step) == (True, 12)
@@ -131,7 +134,7 @@ def test_after_a_kill_the_next_goes_on_at_once(data_workers: int, tmp_path: Path
     assert not (tmp_path / "run" / lock.FILE).exists()
 
 
-def test_a_forked_child_that_lives_on_has_no_part_in_it(tmp_path: Path) -> None:
+def test_a_forked_child_that_lives_on_has_no_part_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import os, sys, time\n"
         "from kaggle_mgpu.lock import held\n"
@@ -150,6 +153,7 @@ def test_a_forked_child_that_lives_on_has_no_part_in_it(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
         os.kill(child, 0)  # it is still there
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 600.0)  # it may not have got to closing its copy yet
         with held(tmp_path):
             pass
     finally:
@@ -207,6 +211,16 @@ def test_while_it_waits_it_says_for_whom(
     with held(tmp_path), pytest.raises(LockedError), held(tmp_path):
         pass
     assert capsys.readouterr().out.startswith(f"waiting up to 0 s for the run in {tmp_path} (process {os.getpid()} on ")
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bad data"), held(tmp_path / "run"):
+        raise ValueError("bad data")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with held(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
