@@ -77,19 +77,19 @@ def _among_inputs(
             if differ := _differences(facts, config, may_change, stamp):
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
             else:
-                found.append((facts["step"], path, facts["files"]))
+                found.append((facts["step"], path, facts))
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     # newest first, and no further than the first that serves: a checksum reads the whole of it
-    for step, path, listed in sorted(found, key=lambda one: one[:2], reverse=True):
+    for step, path, facts in sorted(found, key=lambda one: one[:2], reverse=True):
         try:
             broken = damage(path)  # before any other file of it is opened
-            weights = min((name for name in listed if whose(name) == "model"), default="")
+            weights = min((name for name in facts["files"] if whose(name) == "model"), default="")
             if broken is None and not weights:
                 broken = "it holds no model.safetensors"
-            if broken is None and not any(whose(name) == "optimizer" for name in listed):
+            if broken is None and not any(whose(name) == "optimizer" for name in facts["files"]):
                 broken = "it holds no optimizer.safetensors"
-            broken = broken or _unsound(read_facts(path)["state"])
+            broken = broken or _unsound(facts["state"])
             if broken is not None:
                 print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
             elif model is not None and (problem := other_model(files.shapes(path / weights), model)):
