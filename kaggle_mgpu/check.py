@@ -330,4 +330,7 @@ def _in_worker(notes: str, folder: str) -> None:
         found = stages[name]()
         distributed.barrier()
         if distributed.is_main():
-            (Path(notes) / f"{name}.json").write_text(json.dumps(found))
+            note = Path(notes) / f"{name}.json"
+            note.with_suffix(".part").write_text(json.dumps(found))
+            note.with_suffix(".part").rename(note)
+        distributed.barrier()  # a rank that dies in the next stage, and with it this launch, takes no note with it
