@@ -56,10 +56,15 @@ def launch(
         in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
 
     Raises:
+        TypeError: `function` is none.
         ValueError: more processes than there are GPUs.
         WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
     """
+    if not callable(function):
+        raise TypeError(
+            f"launch expects a function first, got a {type(function).__name__}: launch(train, config, task)"
+        )
     config = next((value for value in [*args, *kwargs.values()] if isinstance(value, TrainConfig)), None)
     settings = config or TrainConfig()
     one_value = getattr(function, "returns_rank0", False)

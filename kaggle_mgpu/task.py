@@ -5,6 +5,7 @@ A task says nothing of GPUs, precision or how the batch is split; `trainer.train
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +106,19 @@ class TrainState:
     """Time spent, over all sessions."""
 
 
+# What other trainers call a task's methods, for those that are silently not called under their name
+_ELSEWHERE = {
+    "val_dataset": "val_data", "valid_data": "val_data", "validation_data": "val_data", "eval_data": "val_data",
+    "eval_dataset": "val_data", "val_dataloader": "val_data", "collate_fn": "collate", "compute_metrics": "metrics",
+    "validation_step": "metrics", "configure_optimizers": "optimizer", "configure_optimizer": "optimizer",
+}  # fmt: skip
+
+
 def expect(config: object, task: object, who: str) -> None:
-    """Raise TypeError unless these are a TrainConfig and a Task, in this order."""
+    """Raise TypeError unless these are a TrainConfig and a Task, in this order, and the task's methods rightly named.
+
+    Of a task that defines `metric` and no `metrics`, the kit would call neither, and say nothing.
+    """
     if not isinstance(config, TrainConfig) or not isinstance(task, Task):
         got = [
             f"the class {it.__name__}" if isinstance(it, type) else f"a {type(it).__name__}" for it in (config, task)
@@ -114,6 +126,17 @@ def expect(config: object, task: object, who: str) -> None:
         raise TypeError(
             f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got[0]} and {got[1]}"
         )
+    ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
+    missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name)]
+    for name in dir(type(task)):
+        if name.startswith("_") or hasattr(Task, name) or not callable(getattr(type(task), name)):
+            continue
+        meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
+        if meant in missing:
+            raise TypeError(
+                f"{type(task).__name__}.{name} is no method of Task: nothing would call it. Did you mean {meant}? A "
+                f"method for your own use may begin with an underscore."
+            )
 
 
 @dataclass

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kaggle_mgpu.config import _ELSEWHERE as ELSEWHERE
 from kaggle_mgpu.config import TrainConfig, check_names, notebook_parameters, parse_duration
 
 
@@ -227,6 +228,16 @@ class TestNames:
             Recipe(lr=1e-3, label="x")  # type: ignore[call-arg]
         with pytest.raises(TypeError, match=r"Recipe has no parameter 'lrr'\. Did you mean 'lr'"):
             dataclasses.replace(Recipe(), lrr=3)  # type: ignore[call-arg]
+
+    def test_another_librarys_name_gives_ours(self) -> None:
+        names = {field.name for field in dataclasses.fields(TrainConfig)}
+        assert set(ELSEWHERE.values()) <= names
+        assert not set(ELSEWHERE) & names
+        for other, name in ELSEWHERE.items():
+            with pytest.raises(TypeError, match=rf"has no parameter '{other}'\. Did you mean '{name}'\?$"):
+                TrainConfig.from_dict({other: 1})
+        with pytest.raises(TypeError, match=r"Did you mean KAGGLE_MGPU_KEEP_LAST\?"):
+            TrainConfig.environment({"KAGGLE_MGPU_SAVE_TOTAL_LIMIT": "3"})
 
     def test_a_config_is_copied_and_sent_like_any_dataclass(self) -> None:
         config = Recipe(sizes=[7], lr=0.25, max_steps=3)

@@ -194,6 +194,12 @@ def test_a_flag_is_not_known_by_its_beginning(tmp_path: Path) -> None:
     assert run.stderr.endswith("unrecognized arguments: --max-step 3. Did you mean --max-steps?\n")
 
 
+def test_a_flag_by_another_librarys_name(tmp_path: Path) -> None:
+    run = train(tmp_path, "--per-device-train-batch-size", "3")
+    assert run.returncode == 2
+    assert run.stderr.endswith("--per-device-train-batch-size 3. Did you mean --micro-batch-size?\n")
+
+
 def test_check_of_no_folder() -> None:
     run = kaggle_mgpu("check", "--output-dir", "")
     assert run.returncode == 2

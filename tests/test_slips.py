@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kaggle_mgpu import TrainConfig, launch, session, train
+from kaggle_mgpu import Task, TrainConfig, launch, plan, session, train
 from kaggle_mgpu.strategy import Strategy
+from kaggle_mgpu.task import expect
 from tasks import Regression
 
 CPU = torch.device("cpu")
@@ -121,6 +122,24 @@ def test_what_is_no_task_no_config_or_no_dataset(tmp_path: Path) -> None:
         launch(train, Regression(), settings)
     with pytest.raises(TypeError, match=r"train_data\(\) is a loader: expected a map-style dataset"):
         launch(train, settings, Loader())
+    with pytest.raises(TypeError, match=r"launch expects a function first, got a TrainConfig: launch\(train, "):
+        launch(settings, Regression())  # type: ignore[arg-type]
+
+
+def test_a_method_that_nothing_would_call(tmp_path: Path) -> None:
+    def named(name: str, *more: str) -> Task:
+        return type("Mine", (Task,), {each: lambda self, *_: None for each in (name, *more)})()
+
+    settings = config(tmp_path / "run")
+    for name, meant in {"metric": "metrics", "val_dataset": "val_data", "configure_optimizers": "optimizer"}.items():
+        with pytest.raises(TypeError, match=rf"^Mine\.{name} is no method of Task: nothing .* Did you mean {meant}\?"):
+            launch(train, settings, named(name))
+    with pytest.raises(TypeError, match=r"Mine\.fsdp_unit is no method"):
+        plan(settings, named("fsdp_unit"))
+    assert not (tmp_path / "run").exists()
+    # one's own: beside the method that is called, under another name, or inherited by every task
+    for names in (("metric", "metrics"), ("_metric",), ("val_dataset", "val_data"), ("augment",), ("losses",)):
+        expect(settings, named(*names), "train")
 
 
 def test_a_finished_run_says_when_its_code_is_not_what_it_was(
