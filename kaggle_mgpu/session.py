@@ -91,7 +91,13 @@ _NOTHING_IN = {".git", ".ipynb_checkpoints", "__MACOSX", "__pycache__", "node_mo
 """Folders that find does not look into."""
 
 
-def find(pattern: str, roots: Iterable[Path | str] | None = None, max_depth: int = 10, limit: int = 1000) -> list[Path]:
+def find(
+    pattern: str,
+    roots: Iterable[Path | str] | None = None,
+    max_depth: int = 10,
+    limit: int = 1000,
+    ignore_case: bool = False,
+) -> list[Path]:
     """Files and folders whose last parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
 
     The order is always the same: roots in the order given, then shallow before deep, then by name. A folder
@@ -101,12 +107,15 @@ def find(pattern: str, roots: Iterable[Path | str] | None = None, max_depth: int
     huge one neither takes minutes nor hides what is in another; a warning says where that ended the search.
 
     Args:
-        pattern: ``*`` and ``?`` do not cross a ``/``; capitals count.
+        pattern: ``*`` and ``?`` do not cross a ``/``.
         roots: where to search; default: the folder of Kaggle's inputs.
         max_depth: how many folders below a root to look, the root's own entries being depth 1.
         limit: stop after this many results.
+        ignore_case: whether ``*.txt`` finds NOTES.TXT.
     """
-    *above, last = [re.compile(fnmatch.translate(part)).match for part in Path(pattern).parts]
+    *above, last = [
+        re.compile(fnmatch.translate(part), re.IGNORECASE if ignore_case else 0).match for part in Path(pattern).parts
+    ]
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     starts = set(inputs()) if roots is None else set()

@@ -102,6 +102,12 @@ def test_find_is_sorted_shallow_first(kaggle: Path) -> None:
     assert names(session.find("deep"), kaggle) == ["datasets/bob/tiny/deep"]  # folders too
 
 
+def test_find_may_ignore_capitals(kaggle: Path) -> None:
+    (kaggle / "older-slug" / "TRAIN.CSV").touch()
+    assert "older-slug/TRAIN.CSV" not in names(session.find("train.csv"), kaggle)
+    assert "older-slug/TRAIN.CSV" in names(session.find("train.csv", ignore_case=True), kaggle)
+
+
 def test_find_sorts_whatever_order_the_disk_has(tmp_path: Path) -> None:
     numbers = [number * 37 % 100 for number in range(100)]
     for number in numbers:

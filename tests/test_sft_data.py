@@ -135,7 +135,7 @@ def test_the_largest_file_of_conversations_is_found(tmp_path: Path, monkeypatch:
     assert reading.choose_source(None) == (None, "no data_path, and no file of conversations among the inputs")
     folder = tmp_path / "input" / "datasets" / "me" / "mine"
     folder.mkdir(parents=True)
-    (folder / "small.json").write_text(f"[{GOOD}]")
+    (folder / "SMALL.JSON").write_text(f"[{GOOD}]")
     assert reading.choose_source(None)[1] == "the only file of conversations among the inputs"
     (folder / "train.jsonl").write_text(f"{GOOD}\n" * 9)
     (folder / "metrics.jsonl").write_text('{"loss": 1.5}\n' * 99)

@@ -146,8 +146,8 @@ def test_too_little_text_is_an_error_at_once(tmp_path, text):
 def test_inputs_are_searched_and_the_largest_folder_of_text_wins(tmp_path):
     inputs = tmp_path / "kaggle" / "input" / "datasets" / "someone"
     for slug, files in {
-        "small": {"a.txt": "a" * 100},
-        "books": {"b.txt": "line\n" * 100, "c.txt": "text\n" * 100},
+        "small": {"a.txt": "a" * 600},
+        "books": {"b.txt": "line\n" * 100, "C.TXT": "text\n" * 100},
         "earlier-run": {"metrics.jsonl": '{"kind": "train", "loss": 1.0}\n' * 500},
     }.items():
         (inputs / slug).mkdir(parents=True)

@@ -103,7 +103,7 @@ def _known(place: Path) -> tuple[str, Path] | None:
     signals = [path for path in session.find("Inertial Signals", [place]) if "__MACOSX" not in path.parts]
     if signals:
         return "uci", signals[0].parent.parent
-    for file in session.find("*.[nN][pP][zZ]", [place]):
+    for file in session.find("*.npz", [place], ignore_case=True):
         if _npz_names(file) >= set(NPZ_ARRAYS):
             return "npz", file
     for file in session.find(CSV_FILES, [place]):

@@ -151,8 +151,8 @@ class Finetune(Task):
 
     def _check_packing_once(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         if self.config.packing and "checked" not in self._tools:
-            self._tools["checked"] = True
             self.check_packing(model, batch["ids"].device)
+            self._tools["checked"] = True
 
     @torch.no_grad()
     def check_packing(self, model: nn.Module, device: torch.device) -> None:

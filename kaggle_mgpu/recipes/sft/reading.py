@@ -181,7 +181,7 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
         return Path(data_path).expanduser().resolve(), "data_path"
     found = []
     for suffix in SUFFIXES:
-        for file in session.find(f"*{suffix}"):
+        for file in session.find(f"*{suffix}", ignore_case=True):
             try:  # an earlier run's metrics and a model's configuration may be among the inputs
                 _, row = next(rows(file))
                 if kind_of(row):

@@ -120,7 +120,7 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
         return Path(config.data_path).expanduser().resolve(), "data_path"
     sizes: dict[Path, int] = {}
     for suffix in SUFFIXES:
-        for file in session.find(f"*{suffix}", limit=100_000):
+        for file in session.find(f"*{suffix}", limit=100_000, ignore_case=True):
             if file.is_file() and not file.name.startswith("._") and _has_text(file, config.text_field):
                 sizes[file.parent] = sizes.get(file.parent, 0) + file.stat().st_size
     if sizes:
@@ -132,7 +132,7 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
 def _has_text(file: Path, text_field: str) -> bool:
     # an earlier run's metrics.jsonl may be among the inputs, and tables of numbers
     try:
-        return file.suffix == ".txt" or next(read_documents(file, text_field), None) is not None
+        return file.suffix.lower() == ".txt" or next(read_documents(file, text_field), None) is not None
     except (ValueError, ImportError):
         return False
 
