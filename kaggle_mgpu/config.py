@@ -12,6 +12,7 @@ names the field.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import difflib
 import inspect
@@ -19,7 +20,7 @@ import json
 import os
 import re
 import symtable
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -342,14 +343,10 @@ def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if path in including:
         chain = " -> ".join(file.name for file in (*including, path))
         raise ValueError(f"{path}: files include each other in a circle: {chain}")
-    kind = "JSON"
-    parse: Callable[[str], Any] = json.loads
-    if path.suffix != ".json":
-        import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
-
-        kind, parse = "YAML", yaml.safe_load
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        values = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_each_once) if kind == "JSON" else _from_yaml(text)
     except Exception as error:  # YAML has errors of its own, and passes on ValueErrors of the values it makes
         raise ValueError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(values, Mapping):
@@ -363,6 +360,23 @@ def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     for file in files:
         merged |= _read_settings(path.parent / file, (*including, path))
     return merged | own
+
+
+def _from_yaml(text: str) -> Any:
+    import yaml  # here, so that `import kaggle_mgpu.config` works before anything is installed
+
+    top = yaml.compose(text, yaml.SafeLoader)
+    if isinstance(top, yaml.MappingNode):
+        _each_once([(name.value, value) for name, value in top.value])
+    return yaml.safe_load(text)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a name that stands there twice, both formats' readers keep the last value, and say nothing."""
+    counts = collections.Counter(name for name, _ in pairs)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is set {counts[twice[0]]} times")
+    return dict(pairs)
 
 
 def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:

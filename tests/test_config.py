@@ -294,6 +294,8 @@ class TestFiles:
             ("a.yaml", b"output_dir: 2026-13-45", "not valid YAML: month must be in 1..12"),
             ("a.yaml", b"output_dir: \xff", "not valid YAML: 'utf-8' codec can't decode"),
             ("a.json", b'{"lr": 1,}', "not valid JSON: "),
+            ("a.yaml", b"lr: 1\nepochs: 2\nlr: 2", "not valid YAML: 'lr' is set 2 times"),
+            ("a.json", b'{"lr": 1, "lr": 2, "lr": 1}', "not valid JSON: 'lr' is set 3 times"),
             ("a.json", b"\xff", "not valid JSON: 'utf-8' codec can't decode"),
             ("a.yaml", b"- lr\n- 3", "expected a mapping of names to values, got list"),
             ("a.yaml", b"", "expected a mapping of names to values, got NoneType"),
