@@ -124,9 +124,11 @@ def executed(notebook: Any) -> Any:
     """A notebook by a real kernel, with its outputs; once more where there was no kernel."""
     import nbclient
 
+    # iopub_timeout: what a cell has shown is otherwise given up 4 s after its last statement
+    patience = {"timeout": 600, "startup_timeout": 600, "iopub_timeout": 600}
     for last in (False, False, True):
         try:
-            return nbclient.NotebookClient(notebook, kernel_name="python3", timeout=600, startup_timeout=600).execute()
+            return nbclient.NotebookClient(notebook, kernel_name="python3", **patience).execute()
         except RuntimeError as error:
             if last or NO_KERNEL not in str(error):
                 raise
