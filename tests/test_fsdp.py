@@ -19,7 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from everything import Config, Everything
-from kaggle_mgpu import TrainConfig, checkpoint, checkpoint_files, distributed, files, launch, progress, shards, train
+from kaggle_mgpu import (
+    TrainConfig,
+    checkpoint,
+    checkpoint_files,
+    distributed,
+    files,
+    launch,
+    progress,
+    shards,
+    train,
+    workers,
+)
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints, read_tensors
 from kaggle_mgpu.strategy import Strategy, choose
 from tasks import Block, Tied, TiedLanguage
@@ -409,7 +420,11 @@ class Shot(Everything):
 
 
 @pytest.mark.parametrize(("world", "form"), [(2, "sharded"), (3, "full")])
-def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(tmp_path: Path, world: int, form: str) -> None:
+def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
+    tmp_path: Path, world: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 600.0)  # until it is told which of them was killed
+
     def settings(name: str) -> Config:
         return config(tmp_path / name, strategy="fsdp", nproc=world, width=64, checkpoint_format=form, max_restarts=1)
 
