@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import json
 import multiprocessing
 import os
@@ -622,13 +623,18 @@ def test_a_collective_waits_no_longer_than_the_config_says(tmp_path: Path, monke
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)  # the other rank will say nothing
 
     def function(config: TrainConfig) -> None:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(minutes=20)
+        distributed.barrier()
+        # the ranks have found each other, however long that took: now it may be short
+        torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=0.5), group)
         if distributed.rank() == 0:
             distributed.barrier()
         time.sleep(LONG)
 
-    # the ranks must have found each other by then, too
     with pytest.raises(RuntimeError, match=r"(?i)timed out") as caught:
-        launch(function, TrainConfig(collective_timeout_minutes=0.1, output_dir=str(tmp_path)), nproc=2)
+        launch(function, TrainConfig(collective_timeout_minutes=20, output_dir=str(tmp_path)), nproc=2)
     assert "in barrier" in str(caught.value.__cause__)
 
 
