@@ -221,8 +221,10 @@ def write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
         note = {"files": write_files(temporary, contents)}
     except OSError as error:
         note = {"error": f"rank {rank}: {error.strerror or error}", "errno": error.errno}
-    with contextlib.suppress(OSError):  # rank 0 has given up
-        files.write_text(temporary / f".part-{rank}.json", json.dumps(note))
+    part = temporary / f".part-{rank}.json"
+    with contextlib.suppress(OSError):  # rank 0 has given up, and the folder is gone: it must not come back
+        files.write(part.with_suffix(".new"), [json.dumps(note).encode()])
+        part.with_suffix(".new").rename(part)
 
 
 def part_of(temporary: Path, rank: int) -> dict[str, Any]:

@@ -406,7 +406,8 @@ class Run:
     def kept(self) -> str:
         """Save what is whole in memory, where a rank can do so alone; where the run can go on from, in words."""
         step = self.state.step
-        if not self.strategy.alone or step == self.saved_step:
+        # what rank 0 has begun to save, another rank cannot count on: it is killed when that one ends
+        if not self.strategy.alone or (self.main and step == self.saved_step):
             return self.newest()
         self.state.seconds = self.clock.seconds()
         try:
@@ -455,8 +456,9 @@ class Run:
         samples = divergence.samples_of(first, self.plan, self.config.seed)
         if self.main:
             self.report_saves(self.checkpoints.wait())
-        good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)
         self.log.record({"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples})
+        distributed.barrier()  # a rank that raised sooner would take rank 0 along, and its checkpoint and record
+        good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)
         raise divergence.error(step, first, samples, left_out=in_a_row, loss=loss, lr=lr, norm=float(norm), good=good)
 
     def finish(self, reason: str) -> Result:

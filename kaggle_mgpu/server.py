@@ -125,11 +125,12 @@ def main(control_fd: int) -> NoReturn:
 def _end_orphans(supervisors: set[int]) -> bool:
     """Kill what a supervisor that was killed had under it; whether there is any process left."""
     children = set(_children())
-    supervisors &= children
+    # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
+    supervisors -= {pid for pid in supervisors - children if not _exists(pid)}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return bool(children)
+    return bool(children or supervisors)
 
 
 def _watched() -> dict[str, tuple[str, int]]:
@@ -215,7 +216,10 @@ def _supervise(parent: int, fds: list[int]) -> None:
                     with contextlib.suppress(OSError):
                         channel.send(END.pack(ended, status))
         if channel in ready:
-            message = channel.recv(SIGNAL.size)
+            try:
+                message = channel.recv(SIGNAL.size)
+            except ConnectionError:  # the notebook was killed with a message of ours unread
+                message = b""
             number, wanted = SIGNAL.unpack(message) if message else (signal.SIGKILL, -1)
             for pid, rank in workers.items():
                 if wanted in (rank, -1):
@@ -235,7 +239,7 @@ def _reap() -> Iterator[tuple[int, int]]:
 def _sweep() -> None:
     """End what the workers' children are still there."""
     start = time.monotonic()
-    while children := _children():
+    while (children := _children()) or _is_parent():
         waited = time.monotonic() - start
         if waited > 2 * SWEEP_SECONDS:  # stuck in the operating system: not ours to wait for
             break
@@ -254,12 +258,30 @@ def remove_semaphores(prefix: str) -> None:
 
 
 def _children() -> list[int]:
+    """This process's children; one may be left out when another ends while the kernel lists them (proc(5))."""
     for _ in _reap():
         pass
     try:
         return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
     except OSError:
         return []
+
+
+def _is_parent() -> bool:
+    """Whether this process has any child: exact, where `_children` is not."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except ChildProcessError:
+        return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return True
+    except ProcessLookupError:
+        return False
 
 
 # --- a worker ---------------------------------------------------------------------------------------
@@ -300,7 +322,8 @@ def _work(
     try:
         _become(rank, request)
         if request.can_draw:
-            session.set_channel(lambda *shown: send("show", *shown), live=request.can_show)
+            # with the size of the log, so that the lines before it are shown before it, and none that follow
+            session.set_channel(lambda *shown: send("show", os.fstat(1).st_size, *shown), live=request.can_show)
         import torch.distributed as dist
 
         from . import distributed

@@ -15,6 +15,7 @@ import linecache
 import mmap
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -36,6 +37,8 @@ END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
 """How long a rank that hangs may take to write its stack when asked."""
+_OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\n', re.MULTILINE)
+"""How a stack ends: with the worker server's program, in the main thread, which comes last; or where it is too deep."""
 CELL_CHARACTERS = 100_000
 """How much of rank 0's output is shown in the cell; its log has all of it."""
 
@@ -186,8 +189,8 @@ class Workers:
     def _hear_of_an_end(self) -> None:
         try:
             message = self.channel.recv(END.size)
-        except ConnectionError:
-            message = b""
+        except ConnectionError:  # it has left a signal of ours unread; what it had to say is still to come
+            return
         for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
             while not self.links[rank].closed and self.links[rank].poll():  # its last words may not be read yet
                 self._receive(rank)
@@ -203,9 +206,11 @@ class Workers:
             link.close()
             return
         if kind == "show":
-            self.output.show(self.output.size())
+            log_size, *shown = content
+            if rank == 0:
+                self.output.show(log_size)
             with contextlib.suppress(Exception):  # whatever the front end does, training goes on
-                session.show(*content)
+                session.show(*shown)
         elif kind == "value":
             try:
                 self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
@@ -232,7 +237,10 @@ class Workers:
         while (left := until - time.monotonic()) > 0:
             known = not all(is_consequence(error) for error in self.failures.values())
             complete = len(self.values) + len(self.failures) == self.count
-            if (known or complete) and self.ended.issuperset(self.failures):
+            # where the run goes on in the next attempt, it wants what the others are about to write: the record of the
+            # step before, a checkpoint. They end by themselves: a rank is missing in their next collective
+            goes_on = any(type(error).__name__ == "RestartError" for error in self.failures.values())
+            if (known or complete) and self.ended.issuperset(range(self.count) if goes_on else self.failures):
                 return
             self._next(min(left, 0.1))
 
@@ -284,18 +292,18 @@ class Workers:
 
     def _stack(self, rank: int) -> str:
         """What faulthandler writes into the rank's log when asked to."""
-        path = self.log_paths[rank]
-        with contextlib.suppress(OSError), open(path, "rb") as log:
-            before = size = log.seek(0, os.SEEK_END)
+        text = ""
+        with contextlib.suppress(OSError), open(self.log_paths[rank], "rb") as log:
+            before = log.seek(0, os.SEEK_END)
             if rank == 0:
                 self.output.end = before
             self._signal(signal.SIGQUIT, rank)
             until = time.monotonic() + STACK_SECONDS
-            while time.monotonic() < until:
+            while time.monotonic() < until and not _OUTERMOST_FRAME.search(text):
                 time.sleep(0.1)
-                if size == (size := path.stat().st_size) > before:
-                    return log.read(20_000).decode(errors="replace").strip()
-        return "(it does not answer: stopped, or in the kernel)"
+                log.seek(before)
+                text = log.read(20_000).decode(errors="replace")
+        return text.strip() or "(it does not answer: stopped, or in the kernel)"
 
     # The end
     def _signal(self, number: signal.Signals, rank: int = -1) -> None:

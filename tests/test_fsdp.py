@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from everything import Config, Everything
-from kaggle_mgpu import TrainConfig, checkpoint, checkpoint_files, distributed, files, launch, progress, shards, train
+from kaggle_mgpu import (
+    TrainConfig,
+    checkpoint,
+    checkpoint_files,
+    distributed,
+    files,
+    launch,
+    progress,
+    shards,
+    train,
+    workers,
+)
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints, read_tensors
 from kaggle_mgpu.strategy import Strategy, choose
 from tasks import Block, Tied, TiedLanguage
@@ -409,7 +421,11 @@ class Shot(Everything):
 
 
 @pytest.mark.parametrize(("world", "form"), [(2, "sharded"), (3, "full")])
-def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(tmp_path: Path, world: int, form: str) -> None:
+def test_killed_and_started_again_it_is_the_same_run_bit_for_bit(
+    tmp_path: Path, world: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 600.0)  # until it is told which of them was killed
+
     def settings(name: str) -> Config:
         return config(tmp_path / name, strategy="fsdp", nproc=world, width=64, checkpoint_format=form, max_restarts=1)
 
@@ -469,8 +485,15 @@ def break_(fault: str) -> None:
     def full(path: Path, pieces: Any) -> dict[str, int]:
         raise files.DiskFullError(28, "the disk is full: 3 bytes needed, 2 free", str(path))
 
+    def late(path: Path, pieces: Any) -> dict[str, int]:
+        while "safetensors" in path.name and path.parent.exists():
+            time.sleep(0.01)
+        return write(path, pieces)
+
     if fault == "no room for rank 1" and not main:
         files.write = lambda path, pieces: full(path, pieces) if "safetensors" in path.name else write(path, pieces)
+    if fault == "no room for rank 0":  # which has given up before rank 1 is done
+        files.write = (lambda path, pieces: full(path, pieces)) if main else late
     if fault == "no room":
         files.free_bytes = lambda folder: 10
     if fault == "rank 1 is gone" and main:
@@ -480,7 +503,7 @@ def break_(fault: str) -> None:
 
 
 def test_rank_0_names_it_when_all_parts_are_there_and_not_before(tmp_path: Path) -> None:
-    cases = ["", "no room for rank 1", "no room", "rank 1 is gone"]
+    cases = ["", "no room for rank 1", "no room for rank 0", "no room", "rank 1 is gone"]
     told = {fault: launch(saving, str(tmp_path / (fault or "well")), fault, nproc=2)[0] for fault in cases}
     for fault, folder in ((fault, tmp_path / (fault or "well")) for fault in cases):
         good = [2, 3] if not fault else [1, 2]
@@ -494,6 +517,11 @@ def test_rank_0_names_it_when_all_parts_are_there_and_not_before(tmp_path: Path)
     assert told[""][2] == (3, True, "")
     assert told["no room for rank 1"][2][:2] == (3, False)
     assert "rank 1: the disk is full: 3 bytes needed, 2 free" in told["no room for rank 1"][2][2]
+    assert told["no room for rank 0"][2] == (
+        3,
+        False,
+        "no checkpoint of step 3: the disk is full: 3 bytes needed, 2 free",
+    )
     assert told["no room"][2][:2] == (3, False)
     assert "dropping older checkpoints would not make room" in told["no room"][2][2]
     assert told["rank 1 is gone"][2][:2] == (3, False)

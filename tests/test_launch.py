@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import datetime
 import json
+import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
@@ -25,8 +29,20 @@ from jupyter_client.manager import KernelManager
 from safetensors.torch import load_file
 
 from hold import Hold
-from kaggle_mgpu import TrainConfig, distributed, launch, train, worker_server, workers
+from kaggle_mgpu import (
+    TrainConfig,
+    devices,
+    distributed,
+    launch,
+    progress,
+    server,
+    session,
+    train,
+    worker_server,
+    workers,
+)
 from kaggle_mgpu.launch import HangError, WorkerDiedError, WorkerError, WorkerTraceback
+from kaggle_mgpu.trainer import DivergedError
 from kaggle_mgpu.workers import CELL_CHARACTERS, Workers
 from runs import free_port
 from tasks import Regression
@@ -46,9 +62,17 @@ def children() -> list[psutil.Process]:
 def soon(condition: Callable[[], bool], seconds: float = 600.0) -> bool:
     """Whether it comes true within a time that no machine needs, however busy."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not (true := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return condition()
+    return true
+
+
+@pytest.fixture(autouse=True)
+def a_busy_machine_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To tell how a worker ended, and to end it: which error it is, and what a log holds, does not rest on that."""
+    for name in ("GRACE_SECONDS", "END_SECONDS"):
+        monkeypatch.setattr(workers, name, 600.0)
+    monkeypatch.setattr(devices, "QUERY_TIMEOUT", 600.0)  # a stand-in for nvidia-smi is started, too
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +137,7 @@ def test_a_value_that_cannot_be_read_here_is_an_error() -> None:
 
         return Trap()
 
-    with pytest.raises(TypeError, match=r"rank 0's return value cannot be read here: ZeroDivisionError"):
+    with pytest.raises(TypeError, match=r"rank \d's return value cannot be read here: ZeroDivisionError"):
         launch(parent_trap, os.getpid(), nproc=2)
 
 
@@ -321,6 +345,41 @@ def test_the_server_may_be_killed_at_any_time(tmp_path: Path) -> None:
     assert launch(distributed.rank, nproc=2) == [0, 1]
 
 
+def test_a_supervisor_that_the_kernel_leaves_out_of_its_list_is_no_orphan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of children is not exact while one of them ends, as that of the launch before does."""
+    lists: list[list[int]] = []
+    monkeypatch.setattr(server, "_children", lambda: lists.pop())
+    with subprocess.Popen(["sleep", "1000"]) as supervisor, subprocess.Popen(["sleep", "1000"]) as orphan:
+        lists += [[supervisor.pid, orphan.pid], [supervisor.pid], []]
+        supervisors = {supervisor.pid}
+        try:
+            assert [server._end_orphans(supervisors) for _ in range(3)] == [True] * 3
+            assert orphan.wait() == -signal.SIGKILL
+            os.kill(supervisor.pid, signal.SIGTERM)
+            assert supervisor.wait() == -signal.SIGTERM, "and not by SIGKILL"
+        finally:
+            for process in (supervisor, orphan):
+                process.kill()
+        lists.append([])
+        assert not server._end_orphans(supervisors)
+        assert supervisors == set()
+
+
+def test_a_signal_that_a_supervisor_has_left_unread_hides_no_end(tmp_path: Path) -> None:
+    """The kernel then tells of a connection that was reset before it hands over what was sent."""
+    ended = Workers((print, (), {}), 2, [], tmp_path, TrainConfig(), 0)
+    ended.links = [multiprocessing.Pipe()[0] for _ in range(2)]
+    ended.channel, supervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for rank in range(2):
+        supervisors.send(server.END.pack(rank, signal.SIGKILL))
+    ended._signal(signal.SIGINT)
+    supervisors.close()
+    with ended.channel:
+        while len(ended.failures) < 2:
+            ended._hear_of_an_end()
+    assert all(f"rank {rank} of 2 ended by SIGKILL" in str(error) for rank, error in ended.failures.items())
+
+
 def test_a_server_that_cannot_import_says_why(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "torch.py").write_text("raise ImportError('this torch is broken')")
@@ -339,6 +398,23 @@ def test_a_server_that_cannot_import_says_why(tmp_path: Path) -> None:
 # --- hangs ------------------------------------------------------------------------------------------
 
 
+def once_it_waits(path: Path) -> None:
+    """In a worker: make a file when this rank is in its next collective, and waits."""
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def waits() -> bool:
+        code = sys._current_frames()[main].f_code
+        return (code.co_filename, code.co_name) == (distributed.__file__, "wait")
+
+    def look() -> None:
+        while not waits():
+            time.sleep(0.01)
+        path.touch()
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 @pytest.fixture
 def patience(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], bool]], None]:
     """The launcher looks for a hang only once a condition holds: a busy machine may be slow to get there."""
@@ -354,9 +430,10 @@ def hang_in_one_rank(folder: Path) -> None:
     for step in range(5):
         distributed.alive(step)
         if step == 3:
-            (folder / str(distributed.rank())).touch()
             if distributed.rank() == 1:
+                (folder / "1").touch()
                 time.sleep(LONG)
+            once_it_waits(folder / "0")
         distributed.barrier()
 
 
@@ -379,11 +456,12 @@ def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypa
         if distributed.rank() == 1:
             (tmp_path / "stopped").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
+        once_it_waits(tmp_path / "waits")
         distributed.barrier()
 
     def stopped() -> bool:
         file = tmp_path / "stopped"
-        pid = file.read_text() if file.exists() else ""
+        pid = file.read_text() if file.exists() and (tmp_path / "waits").exists() else ""
         return bool(pid) and psutil.Process(int(pid)).status() == psutil.STATUS_STOPPED
 
     monkeypatch.setattr(workers, "STACK_SECONDS", 0.5)  # none will come
@@ -401,19 +479,64 @@ def test_work_without_signs_of_life_is_no_hang_unless_asked_for(tmp_path: Path) 
     assert launch(lambda config: function(), config, nproc=2) == [0, 1]
 
 
-def test_lines_are_signs_of_life(tmp_path: Path, patience: Any) -> None:
-    """A line in 0.4 s is enough for a limit of 3 s, which the whole takes longer than."""
+def test_a_stack_is_waited_for_until_it_is_whole(
+    tmp_path: Path, patience: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """faulthandler writes it line by line, and a busy machine may let it wait in between."""
+
+    def function() -> None:
+        import faulthandler
+
+        whole = tmp_path / "whole"
+        with open(whole, "w") as file:
+            faulthandler.dump_traceback(file)
+        lines = whole.read_text().splitlines(keepends=True)
+
+        def slowly(*_: object) -> None:
+            os.write(2, "".join(lines[:2]).encode())
+            time.sleep(0.5)
+            os.write(2, "".join(lines[2:]).encode())
+
+        if distributed.rank() == 0:
+            faulthandler.unregister(signal.SIGQUIT)
+            signal.signal(signal.SIGQUIT, slowly)
+            (tmp_path / "ready").touch()
+        time.sleep(LONG)
+
+    monkeypatch.setattr(workers, "STACK_SECONDS", 600.0)
+    patience((tmp_path / "ready").exists)
+    with pytest.raises(
+        HangError, match=r"Stack of rank 0:\n(?s:.*)in function\n(?s:.*)in main\n(?s:.*)Stack of rank 1:"
+    ):
+        launch(function, nproc=2, timeout=0.1)
+
+
+def test_lines_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test's own: the last line is so many limits old."""
+    check, limit = Workers._check_pulse, 100.0
 
     def function() -> int:
-        for _ in range(9):
-            if distributed.rank() == 1:
-                print("still here")
-                (tmp_path / "spoken").touch()
-            time.sleep(0.4)
+        print("still here")
+        while not (tmp_path / "heard").exists():
+            time.sleep(0.01)
         return distributed.rank()
 
-    patience((tmp_path / "spoken").exists)
-    assert launch(function, nproc=2, timeout=3.0) == [0, 1]
+    def check_after(limits: float) -> None:
+        def later(self: Workers, *given: Any) -> None:
+            if spoken := max((path.stat().st_mtime for path in self.log_paths if path.stat().st_size), default=0.0):
+                clocks = {"time": lambda: spoken + limits * limit, "monotonic_ns": lambda: time.monotonic_ns() + 10**15}
+                with monkeypatch.context() as patch:
+                    patch.setattr(workers, "time", SimpleNamespace(**{**vars(time), **clocks}))
+                    check(self, *given)
+                (tmp_path / "heard").touch()
+
+        monkeypatch.setattr(Workers, "_check_pulse", later)
+
+    check_after(1.5)
+    with pytest.raises(HangError, match="no rank has got on"):
+        launch(function, nproc=2, timeout=limit)
+    check_after(0.5)
+    assert launch(function, nproc=2, timeout=limit) == [0, 1]
 
 
 # --- output -----------------------------------------------------------------------------------------
@@ -466,6 +589,33 @@ def test_an_errors_traceback_is_in_the_log_and_once_in_the_cell(
     assert "ZeroDivisionError: oh" in (tmp_path / "logs" / "rank0.log").read_text()
 
 
+def test_what_follows_a_display_is_not_shown_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where this process hears of the display only when the traceback of an error after it is in the log."""
+    shown: list[str] = []
+    monkeypatch.setattr(session, "_channel", lambda html, text, display_id: shown.append(text))
+    receive = Workers._receive
+
+    def late(self: Workers, rank: int) -> None:
+        log = self.log_paths[0]
+        assert soon(lambda: "ZeroDivisionError: oh" in log.read_text())
+        receive(self, rank)
+
+    monkeypatch.setattr(Workers, "_receive", late)
+
+    def function(config: TrainConfig) -> None:
+        if distributed.rank() == 0:
+            print("before")
+            session.show("<b>panel</b>", "panel", "id")
+            raise ZeroDivisionError("oh")
+        time.sleep(LONG)
+
+    with pytest.raises(ZeroDivisionError):
+        launch(function, TrainConfig(output_dir=str(tmp_path), nproc=2))
+    assert (capsys.readouterr().out, shown) == ("before\n", ["panel"])
+
+
 # --- settings ---------------------------------------------------------------------------------------
 
 
@@ -473,13 +623,18 @@ def test_a_collective_waits_no_longer_than_the_config_says(tmp_path: Path, monke
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)  # the other rank will say nothing
 
     def function(config: TrainConfig) -> None:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(minutes=20)
+        distributed.barrier()
+        # the ranks have found each other, however long that took: now it may be short
+        torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=0.5), group)
         if distributed.rank() == 0:
             distributed.barrier()
         time.sleep(LONG)
 
-    # the ranks must have found each other by then, too
     with pytest.raises(RuntimeError, match=r"(?i)timed out") as caught:
-        launch(function, TrainConfig(collective_timeout_minutes=0.1, output_dir=str(tmp_path)), nproc=2)
+        launch(function, TrainConfig(collective_timeout_minutes=20, output_dir=str(tmp_path)), nproc=2)
     assert "in barrier" in str(caught.value.__cause__)
 
 
@@ -548,6 +703,26 @@ def test_a_killed_run_goes_on_in_the_same_call(tmp_path: Path, capsys: pytest.Ca
     assert "--- restart 1 ---" in (tmp_path / "killed" / "logs" / "rank1.log").read_text()
 
 
+class Poisoned(Regression):
+    """Its loss is nan from step 12 on, and rank 0 takes its time to write down that it was."""
+
+    name = "Regression"
+
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + model.training
+        return super().loss(model, batch) * (float("nan") if self.calls >= 12 else 1)
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        time.sleep(0.5 if record["kind"] == "note" else 0)
+
+
+def test_when_all_ranks_end_rank_0_has_written_down_why(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"The last checkpoint from before is .*step-00000010\. "):
+        launch(train, settings(tmp_path), Poisoned(samples=200, val_samples=0))
+    notes = [record for record in progress.read(tmp_path) if record["kind"] == "note"]
+    assert [note["text"] for note in notes] == ["diverged from step 12 on"]
+
+
 def test_restarts_come_to_an_end(tmp_path: Path) -> None:
     def function() -> None:
         with open(tmp_path / "attempts", "a") as file:
@@ -575,6 +750,7 @@ def test_under_torchrun_the_call_is_made_in_place(tmp_path: Path) -> None:
         "values = launch(lambda: (distributed.rank(), os.getpid()))\n"
         "assert values[distributed.rank()] == (distributed.rank(), os.getpid())\n"
         "print(len(values), flush=True)\n"
+        "os._exit(0)\n"  # else torch's threads now and then abort a process that has ended well, and with it the other
     )
     done = subprocess.run(
         [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "script.py"],
@@ -624,7 +800,8 @@ def test_two_nodes_one_killed_and_restarted_end_with_the_weights_of_an_undisturb
     agents = [agent(0, "killed"), agent(1, "killed")]
     try:
         held.wait(agents[0], tmp_path / "killed-0.log")
-        for process in [*psutil.Process(agents[1].pid).children(recursive=True), psutil.Process(agents[1].pid)]:
+        # the agent first: it would start another worker
+        for process in [first := psutil.Process(agents[1].pid), *first.children(recursive=True)]:
             process.kill()
         agents[1].wait()
         held.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,11 +208,14 @@ def test_every_rank_hears_of_it(tmp_path: Path) -> None:
 def test_while_it_waits_it_says_for_whom(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(lock, "SAID_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 3.0)
+    passes = itertools.count()  # a second each time it looks, however long that takes
+    monkeypatch.setattr(lock, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: float(next(passes))}))
     with held(tmp_path), pytest.raises(LockedError), held(tmp_path):
         pass
-    assert capsys.readouterr().out.startswith(f"waiting up to 0 s for the run in {tmp_path} (process {os.getpid()} on ")
+    said = capsys.readouterr().out
+    assert said.startswith(f"waiting up to 3 s for the run in {tmp_path} (process {os.getpid()} on ")
+    assert said.count("waiting") == 1
 
 
 def test_a_run_that_comes_to_nothing_leaves_no_folder(tmp_path: Path) -> None:
