@@ -455,8 +455,9 @@ class Run:
         samples = divergence.samples_of(first, self.plan, self.config.seed)
         if self.main:
             self.report_saves(self.checkpoints.wait())
-        good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)
         self.log.record({"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples})
+        distributed.barrier()  # a rank that raised sooner would take rank 0 along, and its checkpoint and record
+        good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)
         raise divergence.error(step, first, samples, left_out=in_a_row, loss=loss, lr=lr, norm=float(norm), good=good)
 
     def finish(self, reason: str) -> Result:

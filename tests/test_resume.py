@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from everything import Config, Everything, Killed
-from kaggle_mgpu import TrainConfig, checkpoint, clock, launch, progress, randomness, session, train
+from kaggle_mgpu import TrainConfig, checkpoint, clock, files, launch, progress, randomness, session, train
 from kaggle_mgpu import run as run_room
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.data import Fetch
@@ -462,6 +463,31 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
     assert note["indices"] == seen
     assert ", ".join(map(str, seen[:16])) in text
     assert "… (50 in all: see metrics.jsonl)" in text
+
+
+class SavedLate(Poisoned):
+    """Its checkpoints take seconds to write."""
+
+    def train_data(self) -> Dataset[Any]:
+        write = files.write
+
+        def late(path: Path, pieces: Any) -> dict[str, int]:
+            time.sleep(0.5)
+            return write(path, pieces)
+
+        files.write = late  # in a worker process
+        return super().train_data()
+
+
+def test_of_two_processes_that_diverge_none_leaves_before_all_is_written(tmp_path: Path) -> None:
+    settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, nproc=2, log_every=100, save_every=5)
+    with pytest.raises(DivergedError) as caught:
+        launch(train, settings.replace(epochs=3), SavedLate(at=6, times=99))
+    newest = tmp_path / "checkpoints" / "step-00000005"
+    assert f"The last checkpoint from before is {newest}. " in str(caught.value)
+    assert checkpoint.damage(newest) is None
+    (note,) = (r for r in progress.read(tmp_path) if r["kind"] == "note")
+    assert (note["text"], len(note["indices"])) == ("diverged from step 6 on", 50)
 
 
 class Stopping(Regression):
