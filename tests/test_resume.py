@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from everything import Config, Everything, Killed
-from kaggle_mgpu import TrainConfig, checkpoint, clock, files, launch, progress, randomness, session, train
+from kaggle_mgpu import TrainConfig, checkpoint, clock, distributed, files, launch, progress, randomness, session, train
 from kaggle_mgpu import run as run_room
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.data import Fetch
@@ -488,6 +488,31 @@ def test_of_two_processes_that_diverge_none_leaves_before_all_is_written(tmp_pat
     assert checkpoint.damage(newest) is None
     (note,) = (r for r in progress.read(tmp_path) if r["kind"] == "note")
     assert (note["text"], len(note["indices"])) == ("diverged from step 6 on", 50)
+
+
+class FailsInASave(SavedLate):
+    """Rank 1 does, in step `at`, once rank 0 has begun to save."""
+
+    def __init__(self, at: int, checkpoints: Path) -> None:
+        super().__init__(at, times=0)
+        self.checkpoints = checkpoints
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        if distributed.rank() == 1 and self.calls == self.at:
+            while not any(self.checkpoints.glob("*step-*")):
+                time.sleep(0.01)
+            raise Killed
+        return loss
+
+
+def test_what_rank_0_saves_while_another_rank_fails_is_whole(tmp_path: Path) -> None:
+    settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, nproc=2, save_every=5)
+    with pytest.raises(Killed):
+        launch(train, settings, FailsInASave(6, tmp_path / "checkpoints"))
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == "step-00000005"
+    assert checkpoint.damage(saved) is None
 
 
 class Stopping(Regression):
