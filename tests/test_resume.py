@@ -71,7 +71,7 @@ def test_killed_by_real_kills_it_is_the_same_run(tmp_path: Path) -> None:
     command += ["--output", tmp_path / "chaos", "--span", "0.7", "--report", tmp_path / "report.md"]
     flags = "--strategy ddp --nproc 2 --max-steps 100 --save-every 2"
     done = subprocess.run(
-        [*map(str, command), "--flags", flags], capture_output=True, text=True, timeout=600, cwd=tmp_path
+        [*map(str, command), "--flags", flags], capture_output=True, text=True, timeout=1500, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "report.md").read_text()
