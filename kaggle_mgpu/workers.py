@@ -32,12 +32,12 @@ from .worker_server import WorkerError
 GRACE_SECONDS = 10.0
 """How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
 busy machine the word that a rank was killed may come seconds after what the others make of it."""
+SAVE_SECONDS = 120.0
+"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
 """How long a rank that hangs may take to write its stack when asked."""
-SAVE_SECONDS = 120.0
-"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk."""
 CELL_CHARACTERS = 100_000
 """How much of rank 0's output is shown in the cell; its log has all of it."""
 
