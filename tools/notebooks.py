@@ -459,7 +459,6 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
                 str(output),
                 parameters=given,
                 kernel_name="python3",
-                start_timeout=600,  # seconds; papermill's own 60 are too few where the disk or the machine is very busy
                 cwd=str(folder),
                 progress_bar=False,
                 autosave_cell_every=5,  # what is left of the notebook when the kernel or the machine dies
