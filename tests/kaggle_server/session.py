@@ -134,7 +134,8 @@ class Session:
             _send(new, signal.SIGSTOP)
             stopped |= new
         _send(stopped, signal.SIGKILL)
-        while self.processes():  # each is there until it has had the processor once more
+        while left := self.processes():  # each is there until it has had the processor once more
+            _send(left, signal.SIGKILL)  # and one that was just being executed had no environment to be found by
             time.sleep(0.01)
 
     def processes(self) -> list[int]:
