@@ -105,6 +105,7 @@ class Checkpoints:
         began = time.monotonic()
         held = self._buffer.hold(checkpoint_files.layouts(tensors, state))
         contents = {f"{name}.safetensors": content for name, content in held.items()}
+        distributed.saving(True)
         self._start(self._run, step, contents, dict(facts), began)
 
     def begin_together(
@@ -243,6 +244,7 @@ class Checkpoints:
 
     def _run(self, step: int, contents: dict[str, Any], facts: dict[str, Any], began: float) -> None:
         self._finish(step, began, lambda: self._write_with_room(step, contents, {"step": step, **facts}))
+        distributed.saving(False)
 
     def _run_main(
         self, step: int, temporary: Path, contents: dict[str, Any], facts: dict[str, Any], began: float, note: str,

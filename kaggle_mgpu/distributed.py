@@ -101,12 +101,12 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-# Where `alive` writes for the launcher to see: step, signs of life since, and when (time.monotonic_ns)
+# Where this rank writes for the launcher to see: step, signs of life since, when (time.monotonic_ns), saving or not
 _pulse: Any = None
 
 
 def set_pulse(pulse: Any) -> None:
-    """Three int64 that the launcher reads; set by the launcher's worker."""
+    """Four int64 that the launcher reads; set by the launcher's worker."""
     global _pulse
     _pulse = pulse
 
@@ -124,6 +124,12 @@ def alive(step: int | None = None) -> None:
     else:
         _pulse[0], _pulse[1] = step, 0
     _pulse[2] = time.monotonic_ns()
+
+
+def saving(now: bool) -> None:
+    """Tell the launcher whether this process writes a checkpoint: another rank's failure lets it end that first."""
+    if _pulse is not None:
+        _pulse[3] = now
 
 
 @overload

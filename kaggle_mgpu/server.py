@@ -50,7 +50,7 @@ PRELOAD = (
 
 END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
-PULSE = struct.Struct("qqq")  # a rank's signs of life: step, signs since, time.monotonic_ns
+PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
 
 SWEEP_SECONDS = 2.0
 """How long what the workers have left behind may take to end when asked."""
@@ -332,7 +332,7 @@ def _work(
             raise RuntimeError("an import in the worker server has started CUDA, which does not survive a fork")
         # the two maps are never closed: buffers of theirs are in use until the process ends
         pulses, call = mmap.mmap(pulse_fd, 0), mmap.mmap(call_fd, 0, access=mmap.ACCESS_READ)
-        distributed.set_pulse(memoryview(pulses).cast("q")[3 * rank : 3 * rank + 3])
+        distributed.set_pulse(memoryview(pulses).cast("q")[4 * rank : 4 * rank + 4])
         (host, port), timeout = listener.getsockname(), datetime.timedelta(seconds=request.timeout)
         fd = listener.detach()
         if rank != 0:

@@ -33,6 +33,8 @@ from .worker_server import WorkerError
 GRACE_SECONDS = 10.0
 """How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
 busy machine the word that a rank was killed may come seconds after what the others make of it."""
+SAVE_SECONDS = 120.0
+"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
@@ -123,6 +125,7 @@ class Workers:
                     self._next(0.1)
                     if self.failures:
                         self._hear_them_out()
+                        self._let_it_be_saved(interrupts)
                         raise self._first_failure()
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
@@ -145,7 +148,7 @@ class Workers:
         self.links: list[connection.Connection] = []
         with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
             call, request = _file_in_memory(self.call), _file_in_memory(pickle.dumps(self.request))
-            pulse = _file_in_memory(PULSE.pack(-1, 0, 0) * self.count)
+            pulse = _file_in_memory(PULSE.pack(-1, 0, 0, 0) * self.count)
             self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
             given: list[Any] = [request, call, pulse]
             for path in self.log_paths:
@@ -244,6 +247,15 @@ class Workers:
                 return
             self._next(min(left, 0.1))
 
+    def _let_it_be_saved(self, interrupts: list[float]) -> None:
+        """Wait for the checkpoint that a rank writes beside its training: the next start may go on from it."""
+        until = time.monotonic() + SAVE_SECONDS
+        asked = len(interrupts)
+        while (left := until - time.monotonic()) > 0 and len(interrupts) == asked:
+            if not any(pulse[3] for rank, pulse in enumerate(self._pulses()) if rank not in self.ended):
+                return
+            self._next(min(left, 0.1))
+
     def _first_failure(self) -> BaseException:
         """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""
         ranked = sorted(self.failures.items(), key=lambda item: (is_consequence(item[1]), item[0]))
@@ -269,10 +281,13 @@ class Workers:
         return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
 
     # Hangs
+    def _pulses(self) -> list[tuple[Any, ...]]:
+        return [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
+
     def _check_pulse(self, limit: float, from_start: bool) -> None:
-        pulses = [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
+        pulses = self._pulses()
         silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
-        if silent < limit or not (from_start or any(step >= 0 for step, _, _ in pulses)):
+        if silent < limit or not (from_start or any(step >= 0 for step, *_ in pulses)):
             return
         if any(path.exists() and time.time() - path.stat().st_mtime < limit for path in self.log_paths):
             return  # a line is a sign of life too
@@ -280,7 +295,7 @@ class Workers:
         level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
         where = [
             f"rank {rank}: " + (f"step {step}, {beats} signs of life since" if step >= 0 else f"{beats} signs of life")
-            for rank, (step, beats, _) in enumerate(pulses)
+            for rank, (step, beats, *_) in enumerate(pulses)
         ]
         stacks = [f"Stack of rank {rank}:\n{self._stack(rank)}" for rank in range(self.count)]
         raise HangError(

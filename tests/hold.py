@@ -28,10 +28,14 @@ _seen = []
 def _hook(event, args):
     if event == _event and re.search(_pattern, str(args[event == "os.rename"])):
         _seen.append(event)
-        if len(_seen) > int(_before):
+        if len(_seen) > int(_before) and not os.path.exists(_folder + "/released"):
             os.close(os.open(_folder + "/reached", os.O_CREAT | os.O_WRONLY))
             while not os.path.exists(_folder + "/released"):
                 time.sleep(0.01)
+            with open(_folder + "/released") as file:
+                passed, real = float(file.read()), time.monotonic
+            if passed:
+                time.monotonic = lambda: real() + passed
 
 
 sys.addaudithook(_hook)
@@ -67,5 +71,7 @@ class Hold:
             assert process.poll() is None, "it ended before: " + ("" if log is None else log.read_text())
             time.sleep(0.01)
 
-    def release(self) -> None:
-        (self.folder / "released").touch()
+    def release(self, passed: float = 0.0) -> None:
+        """Let it go on; by the clock of the process that was held (`time.monotonic`) so many seconds have passed."""
+        (self.folder / "releasing").write_text(str(passed))
+        (self.folder / "releasing").rename(self.folder / "released")

@@ -216,8 +216,9 @@ import torch
 from kaggle_mgpu import checkpoint
 from kaggle_mgpu.checkpoint import Checkpoints
 
-folder, torn = Path(sys.argv[1]), 0
-for round in range(10):
+folder, torn, rounds = Path(sys.argv[1]), 0, 0
+while rounds < 10 or not torn:  # two of three kills hit a save: ten that do not are rare, and no failure
+    rounds += 1
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         checkpoints = Checkpoints(folder, keep_last=2)
@@ -253,7 +254,7 @@ def test_killed_at_any_moment_the_last_saved_one_is_whole(tmp_path: Path) -> Non
         [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints")], capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) >= 1, "no kill hit a save"
+    assert int(run.stdout) >= 1
 
 
 # Whose

@@ -309,11 +309,11 @@ def test_refusals_are_errors_with_kaggles_own_words(kaggle: KaggleServer, root: 
     kaggle.account.quota_refusal = ""
     assert push(kaggle, root, user="bob", code=1) == "Kaggle refused the push: Notebook not found\n"
     sources = ("--dataset=bob/no-such-text", "--kernel-source=ann/no-such-kernel")
-    said = push(kaggle, root, "seconds=60", *sources, code=1)
+    said = push(kaggle, root, "gate=never", *sources, code=1)
     assert "The following are not valid dataset sources and could not be added to the kernel: ['bob/no-such" in said
     assert "The following are not valid kernel sources and could not be added to the kernel: ['ann/no-such" in said
     assert "Version 1 runs without them: stop it at https://www.kaggle.com/code/ann/" in said
-    push(kaggle, root, "seconds=60", "--title=Another Count")
+    push(kaggle, root, "gate=never", "--title=Another Count")
     said = push(kaggle, root, "--title=A Third Count", code=1)
     assert said == "Kaggle refused the push: Maximum batch GPU session count of 2 reached.\n"
     assert [v.number for v in kaggle.account.running()] == [1, 1]

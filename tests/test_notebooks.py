@@ -581,7 +581,8 @@ def notebook(tmp_path: Path) -> Any:
 
 def papermill(notebook: Any, tmp_path: Path, **given: Any) -> tuple[subprocess.CompletedProcess[str], Any]:
     nbformat.write(notebook, tmp_path / "in.ipynb")
-    command = ["-m", "papermill", "in.ipynb", "out.ipynb", "--no-progress-bar", "-y", json.dumps(given)]
+    command = ["-m", "papermill", "in.ipynb", "out.ipynb", "--no-progress-bar", "--start-timeout", "600"]
+    command += ["-y", json.dumps(given)]
     done = runs.papermill(lambda: call(tmp_path, *command))
     return done, nbformat.read(tmp_path / "out.ipynb", as_version=4)
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from everything import Config, Everything, Killed
-from kaggle_mgpu import TrainConfig, checkpoint, clock, launch, progress, randomness, session, train
+from kaggle_mgpu import TrainConfig, checkpoint, clock, distributed, files, launch, progress, randomness, session, train
 from kaggle_mgpu import run as run_room
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.data import Fetch
@@ -70,7 +71,7 @@ def test_killed_by_real_kills_it_is_the_same_run(tmp_path: Path) -> None:
     command += ["--output", tmp_path / "chaos", "--span", "0.7", "--report", tmp_path / "report.md"]
     flags = "--strategy ddp --nproc 2 --max-steps 100 --save-every 2"
     done = subprocess.run(
-        [*map(str, command), "--flags", flags], capture_output=True, text=True, timeout=600, cwd=tmp_path
+        [*map(str, command), "--flags", flags], capture_output=True, text=True, timeout=1500, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "report.md").read_text()
@@ -462,6 +463,56 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
     assert note["indices"] == seen
     assert ", ".join(map(str, seen[:16])) in text
     assert "… (50 in all: see metrics.jsonl)" in text
+
+
+class SavedLate(Poisoned):
+    """Its checkpoints take seconds to write."""
+
+    def train_data(self) -> Dataset[Any]:
+        write = files.write
+
+        def late(path: Path, pieces: Any) -> dict[str, int]:
+            time.sleep(0.5)
+            return write(path, pieces)
+
+        files.write = late  # in a worker process
+        return super().train_data()
+
+
+def test_of_two_processes_that_diverge_none_leaves_before_all_is_written(tmp_path: Path) -> None:
+    settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, nproc=2, log_every=100, save_every=5)
+    with pytest.raises(DivergedError) as caught:
+        launch(train, settings.replace(epochs=3), SavedLate(at=6, times=99))
+    newest = tmp_path / "checkpoints" / "step-00000005"
+    assert f"The last checkpoint from before is {newest}. " in str(caught.value)
+    assert checkpoint.damage(newest) is None
+    (note,) = (r for r in progress.read(tmp_path) if r["kind"] == "note")
+    assert (note["text"], len(note["indices"])) == ("diverged from step 6 on", 50)
+
+
+class FailsInASave(SavedLate):
+    """Rank 1 does, in step `at`, once rank 0 has begun to save."""
+
+    def __init__(self, at: int, checkpoints: Path) -> None:
+        super().__init__(at, times=0)
+        self.checkpoints = checkpoints
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        loss = super().loss(model, batch)
+        if distributed.rank() == 1 and self.calls == self.at:
+            while not any(self.checkpoints.glob("*step-*")):
+                time.sleep(0.01)
+            raise Killed
+        return loss
+
+
+def test_what_rank_0_saves_while_another_rank_fails_is_whole(tmp_path: Path) -> None:
+    settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, nproc=2, save_every=5)
+    with pytest.raises(Killed):
+        launch(train, settings, FailsInASave(6, tmp_path / "checkpoints"))
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == "step-00000005"
+    assert checkpoint.damage(saved) is None
 
 
 class Stopping(Regression):

@@ -209,8 +209,8 @@ def one_kill(run: Run, reference: Path, aim: str, whom: str, after: float) -> Ki
     torn = [name for name in left if name.startswith(".writing-step")]
     removing = [name for name in left if name.startswith(".removing-step")]
     state = "in a save" if torn else "in a removal" if removing else "between saves"
-    path = checkpoint.Checkpoints(checkpoints).newest(warn=lambda text: problems.append(text))
     problems: list[str] = []
+    path = checkpoint.Checkpoints(checkpoints).newest(warn=problems.append)
     valid = [p for p in checkpoint.all_in(checkpoints) if checkpoint.damage(p) is None]
     # a kill before the rotation leaves one more than are kept, which the next one then removes
     kept = min(len(before), json.loads((run.folder / "config.json").read_text())["keep_last"])

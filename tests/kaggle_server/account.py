@@ -53,7 +53,7 @@ class Account:
         self.kill_in_save: set[int] = set()
         """Versions whose session is killed in the middle of a save."""
         self.slow_save: dict[int, float] = {}
-        """Versions whose session takes so many seconds for its third checkpoint."""
+        """Versions whose session takes so many seconds for its third checkpoint, by its own clock."""
         self.quota_refusal = ""
         """Kaggle's words where the week's quota is used up."""
         self.mounts_itself = "newest"

@@ -31,7 +31,7 @@ import sys, papermill
 for last in (False, False, True):
     try:
         papermill.execute_notebook(sys.argv[1], "__notebook__.ipynb", progress_bar=False, autosave_cell_every=5,
-                                   stdout_file=sys.stdout, stderr_file=sys.stderr)
+                                   start_timeout=600, stdout_file=sys.stdout, stderr_file=sys.stderr)
         break
     except RuntimeError as error:
         if last or {NO_KERNEL!r} not in str(error):
@@ -48,7 +48,7 @@ class Session:
         limit: seconds until it is killed.
         kill_in_save: kill it in the middle of writing a checkpoint, once it has saved something of its own. It waits
             there for that: of the first two checkpoints one may be what it was given.
-        slow_save: seconds that it waits there instead.
+        slow_save: seconds that pass there instead, by the clock of the process that saves.
         variables: more environment, over what Kaggle has.
         python: the interpreter of the image.
     """
@@ -128,12 +128,15 @@ class Session:
         self._life.join(timeout)
 
     def kill(self) -> None:
-        """As a container ends: all processes at one instant, without a signal that they could hear."""
+        """As a container ends: all at one instant, without a signal that they could hear; none is left on return."""
         stopped: set[int] = set()
         while new := set(self.processes()) - stopped:  # what was forked meanwhile, too
             _send(new, signal.SIGSTOP)
             stopped |= new
         _send(stopped, signal.SIGKILL)
+        while left := self.processes():  # each is there until it has had the processor once more
+            _send(left, signal.SIGKILL)  # and one that was just being executed had no environment to be found by
+            time.sleep(0.01)
 
     def processes(self) -> list[int]:
         """Every process that has this session's name in its environment."""
@@ -170,8 +173,7 @@ class Session:
                 self.killed = "limit"
             elif self.hold is not None and self.hold.reached():
                 if self.slow_save:
-                    time.sleep(self.slow_save)
-                    self.hold.release()
+                    self.hold.release(self.slow_save)
                     self.hold = None
                 else:
                     self.killed = "save"
