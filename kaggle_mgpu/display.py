@@ -218,7 +218,7 @@ def attach(
             f"session.find('{METRICS}', ['.']) lists the runs below this folder."
         )
     kind, shown, still = choose(display), None, time.monotonic()
-    identity = None
+    identity, gone = None, False
     try:
         while True:
             if tail.more() or shown is None:
@@ -243,7 +243,10 @@ def attach(
             if over and (status_of(stop) != "broke off" or not follow or time.monotonic() - still > patience):
                 shown.close(shown.view.outcome(stop), status_of(stop))
                 return
-            if not over and not running(tail.records) and (not follow or time.monotonic() - still > patience):
+            before, gone = gone, not over and not running(tail.records)
+            if gone and not before:
+                continue  # what it wrote last may not have been there yet when its records were read
+            if gone and (not follow or time.monotonic() - still > patience):
                 seconds = shown.view.seconds() - (time.monotonic() - still)
                 reason = "ended without a word: it was killed, or is on another machine"
                 shown.close(shown.view.outcome({"reason": reason, "seconds": seconds}), "broke off")

@@ -162,9 +162,9 @@ class Progress:
 
     def _look_for_a_request(self) -> None:
         if not self.stop_requested and (self._folder / STOP).exists():
-            self.stop_requested = True
             with contextlib.suppress(OSError):
                 (self._folder / STOP).unlink()
+            self.stop_requested = True  # now: the run may end as soon as it knows, and the file would be left
 
     def _watch(self, sample: Callable[[], list[dict[str, Any]]]) -> None:
         """Until the end: see to requests to stop, sample the GPUs, keep the display's clock going."""

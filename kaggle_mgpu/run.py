@@ -145,7 +145,10 @@ class Run:
     def resume(self) -> Result | None:
         """Load the checkpoint to go on from, if there is one; the result, if this run has finished already."""
         self.start = distributed.from_main(self._starting_point)
-        if self.start is not None and (result := resume.finished(self.out, self.plan.max_steps)) is not None:
+        result = None
+        if self.start is not None:  # under torchrun rank 0 may go on, and change result.json, before another rank looks
+            result = distributed.from_main(lambda: resume.finished(self.out, self.plan.max_steps))
+        if result is not None:
             weights = checkpoint.read_tensors(self.out / "model.safetensors")
             checkpoint.check_model(weights, self.strategy.described(), str(self.out))
             if self.main:

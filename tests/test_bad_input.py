@@ -119,6 +119,7 @@ def test_more_processes_than_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     smi.chmod(0o755)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(env, "NVIDIA_PATHS", ())
+    monkeypatch.setattr(devices, "QUERY_TIMEOUT", 600.0)  # a busy machine may be slow to start even a shell
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin")
     devices._query.cache_clear()
     config = TrainConfig(nproc=3, output_dir=str(tmp_path / "run"))

@@ -274,8 +274,9 @@ def test_ram_obeys_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_looking_imports_no_torch(install: Install) -> None:
     install("T4x2")
     code = (
-        "import sys; from kaggle_mgpu import devices; print(len(devices.gpus())); print(devices.report());"
-        "devices.sample(); print({'torch', 'numpy'} & set(sys.modules))"
+        "import sys; from kaggle_mgpu import devices; devices.QUERY_TIMEOUT = devices.SAMPLE_TIMEOUT = 600.0;"
+        "print(len(devices.gpus())); print(devices.report()); devices.sample(); "
+        "print({'torch', 'numpy'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     lines = result.stdout.splitlines()

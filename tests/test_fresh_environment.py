@@ -53,7 +53,7 @@ def test_the_notebook_brings_all_it_needs(python: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     given = [text for name, value in settings.items() for text in ("-p", name, str(value))]
     notebook = ROOT / "notebooks" / "text_generation_kaggle_multigpu.ipynb"
-    command = [python, "-m", "papermill", notebook, "out.ipynb", *given]
+    command = [python, "-m", "papermill", "--start-timeout", "600", notebook, "out.ipynb", *given]
     started = {"cwd": tmp_path, "env": variables, "capture_output": True, "text": True, "timeout": 600}
     done = papermill(lambda: subprocess.run(command, **started))
     assert done.returncode == 0, done.stderr[-3000:]

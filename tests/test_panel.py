@@ -455,6 +455,19 @@ class TestAttach:
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith("stopped (ended without a word: it was killed, or is on another machine): step 1/1000")
 
+    def test_one_that_ends_while_it_is_looked_at_has_the_end_that_it_wrote(self, tmp_path, capsys, monkeypatch):
+        """Between the look at its records and the look for its process."""
+        write(tmp_path, [{**START, **records.owner()}, train(10)])
+
+        def ends(found):
+            end = {"kind": "stop", "step": 2000, "finished": True, "seconds": 9.0}
+            write(tmp_path, [{**START, **records.owner()}, train(10), end])
+            return False
+
+        monkeypatch.setattr(display, "running", ends)
+        progress.attach(tmp_path, follow=False, display="lines")
+        assert capsys.readouterr().out.splitlines()[-1] == "finished: step 2000/2000  in 0:09  2 processes"
+
     def test_one_that_broke_off_may_be_started_again(self, tmp_path, capsys, monkeypatch):
         """As a launch with max_restarts does: the new start replaces the file."""
         first = make(tmp_path, max_steps=50)
@@ -586,13 +599,16 @@ class TestWatcher:
         run._watch(lambda: asked.append(run.clock.now - 1000) or ([gpu(0)] if run.clock.now < 1010 else []))
         assert asked == [0, 5, 10, 20, 40, 80, 160, 320]
 
-    def test_a_request_is_seen_at_a_record_too(self, tmp_path):
-        run = make(tmp_path)
+    def test_a_request_is_seen_at_a_record_too_and_gone_before_the_run_can_end_by_it(self, tmp_path, monkeypatch):
+        run, known, unlink = make(tmp_path), [], Path.unlink
         run.record({"kind": "start", "step": 0})
         progress.stop(tmp_path)
         assert not run.stop_requested
+        monkeypatch.setattr(Path, "unlink", lambda path: known.append(run.stop_requested) or unlink(path))
         run.record(train(1))
         assert run.stop_requested
+        assert known == [False]
+        assert not (tmp_path / progress.STOP).exists()
 
     def test_an_old_request_does_not_stop_a_new_run(self, tmp_path):
         (tmp_path / progress.STOP).touch()

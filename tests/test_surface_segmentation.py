@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from hold import Hold
+from kaggle_mgpu import distributed, resume
 from kaggle_mgpu.files import read_tensors, replace_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes import surface_segmentation as ss
@@ -553,6 +554,21 @@ def test_again_it_goes_straight_to_what_is_missing(finished, monkeypatch):
     assert sum(record["kind"] == "start" for record in again.records()) == 1
     assert gone.read_bytes() == content
     assert all(path.stat().st_mtime_ns == before for path, before in times.items() if path != gone)
+
+
+def again(config, task):
+    """As under torchrun, where rank 0 has gone on and written that the predictions are to come before rank 1 looks."""
+    if distributed.rank() == 1:
+        resume.finished = lambda *_: None
+    return train(config, task)
+
+
+def test_that_a_run_has_finished_is_for_rank_0_to_say(tmp_path, made):
+    config = small(tmp_path, made, max_steps=1)
+    task = SurfaceSegmentation(config)
+    first = train(config, task)
+    assert first.finished
+    assert launch(again, config.replace(strategy="ddp", nproc=2), task) == [first, first]
 
 
 def test_a_finished_run_among_the_inputs_is_not_trained_again(finished, tmp_path, monkeypatch):

@@ -162,7 +162,9 @@ def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **v
     }
     (folder / "in.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     (folder / "out.ipynb").unlink(missing_ok=True)
-    command = [environment / "bin/python", "-m", "papermill", "--no-progress-bar", "in.ipynb", "out.ipynb"]
+    # a busy machine may take longer than papermill's minute to start a kernel
+    options = ["--no-progress-bar", "--start-timeout", "600"]
+    command = [environment / "bin/python", "-m", "papermill", *options, "in.ipynb", "out.ipynb"]
     for _ in range(3):  # a kernel whose ports were taken before it had them has run nothing
         done = _call(command, cwd=folder, env=clean(folder, **variables))
         if "Kernel died before replying to kernel_info" not in done.stderr:
