@@ -462,6 +462,7 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
                 cwd=str(folder),
                 progress_bar=False,
                 start_timeout=600,  # seconds; papermill's own, 60, are too few on a busy machine
+                iopub_timeout=60,  # nor are nbclient's 4, after which what a cell has shown last is given up
                 autosave_cell_every=5,  # what is left of the notebook when the kernel or the machine dies
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,

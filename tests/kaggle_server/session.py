@@ -31,7 +31,7 @@ import sys, papermill
 for last in (False, False, True):
     try:
         papermill.execute_notebook(sys.argv[1], "__notebook__.ipynb", progress_bar=False, autosave_cell_every=5,
-                                   start_timeout=600, stdout_file=sys.stdout, stderr_file=sys.stderr)
+                                   start_timeout=600, iopub_timeout=600, stdout_file=sys.stdout, stderr_file=sys.stderr)
         break
     except RuntimeError as error:
         if last or {NO_KERNEL!r} not in str(error):
