@@ -963,8 +963,9 @@ def test_under_torchrun_two_processes_evaluate_as_one_does(tmp_path: Path) -> No
     values = {**TINY, "val_scenes": 7, "max_steps": 1, "partial_epochs": 0, "lr": 0.0, "frozen_lr": 0.0}
     one = run(Config.from_dict({**values, "output_dir": str(tmp_path / "one")}))
     (tmp_path / "two.json").write_text(json.dumps({**values, "output_dir": str(tmp_path / "two")}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "kaggle_mgpu", "train", "camouflage_segmentation", "--config", str(tmp_path / "two.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", "2", "-m", "kaggle_mgpu", "train", "camouflage_segmentation"]
+    command += ["--config", str(tmp_path / "two.json")]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
