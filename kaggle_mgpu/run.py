@@ -458,7 +458,8 @@ class Run:
         step, first = self.state.step, self.state.step - max(in_a_row, 1) + 1
         samples = divergence.samples_of(first, self.plan, self.config.seed)
         if self.main:
-            self.report_saves(self.checkpoints.wait())
+            with contextlib.suppress(OSError):  # of the writer: what is told here is why the run ends
+                self.report_saves(self.checkpoints.wait())
         self.log.record({"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples})
         distributed.barrier()  # a rank that raised sooner would take rank 0 along, and its checkpoint and record
         good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)

@@ -6,6 +6,7 @@ A task says nothing of GPUs, precision or how the batch is split; `trainer.train
 from __future__ import annotations
 
 import difflib
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,14 @@ def expect(config: object, task: object, who: str) -> None:
             f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got[0]} and {got[1]}"
         )
     ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
-    missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name)]
-    for name in dir(type(task)):
-        if name.startswith("_") or hasattr(Task, name) or not callable(getattr(type(task), name)):
+    own = vars(task)
+    missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name) and name not in own]
+    # plain functions of the task's own classes: not a class, a loss object, or what a base of another library brings
+    defined = {
+        name: it for kind in type(task).__mro__[::-1] if issubclass(kind, Task) for name, it in vars(kind).items()
+    }
+    for name, it in defined.items():
+        if name.startswith("_") or name in own or hasattr(Task, name) or not inspect.isfunction(it):
             continue
         meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
         if meant in missing:

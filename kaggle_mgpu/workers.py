@@ -124,9 +124,11 @@ class Workers:
                 while len(self.values) < self.count:
                     self._next(0.1)
                     if self.failures:
+                        asked = len(interrupts)
                         self._hear_them_out()
-                        self._let_it_be_saved(interrupts)
-                        raise self._first_failure()
+                        failure = self._first_failure()  # not what the others, left to end, make of it
+                        self._let_them_write(failure, interrupts, asked)
+                        raise failure
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
                     if interrupts and not told:
@@ -240,21 +242,25 @@ class Workers:
         while (left := until - time.monotonic()) > 0:
             known = not all(is_consequence(error) for error in self.failures.values())
             complete = len(self.values) + len(self.failures) == self.count
-            # where the run goes on in the next attempt, it wants what the others are about to write: the record of the
-            # step before, a checkpoint. They end by themselves: a rank is missing in their next collective
-            goes_on = any(type(error).__name__ == "RestartError" for error in self.failures.values())
-            if (known or complete) and self.ended.issuperset(range(self.count) if goes_on else self.failures):
+            if (known or complete) and self.ended.issuperset(self.failures):
                 return
             self._next(min(left, 0.1))
 
-    def _let_it_be_saved(self, interrupts: list[float]) -> None:
-        """Wait for the checkpoint that a rank writes beside its training: the next start may go on from it."""
-        until = time.monotonic() + SAVE_SECONDS
-        asked = len(interrupts)
-        while (left := until - time.monotonic()) > 0 and len(interrupts) == asked:
-            if not any(pulse[3] for rank, pulse in enumerate(self._pulses()) if rank not in self.ended):
+    def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
+        """Wait for what the next start goes on from: a checkpoint that is being written; and where that start comes
+        now, the record of the step before. The others end by themselves: a rank is missing in their next collective.
+
+        Args:
+            asked: how many interrupts there were when the failure was heard of; one more ends this.
+        """
+        goes_on, since = type(failure).__name__ == "RestartError", time.monotonic()
+        while len(interrupts) == asked:
+            waited, left = time.monotonic() - since, set(range(self.count)) - self.ended
+            pulses = self._pulses()
+            saving = waited < SAVE_SECONDS and any(pulses[rank][3] for rank in left)
+            if not (saving or (goes_on and left and waited < GRACE_SECONDS)):
                 return
-            self._next(min(left, 0.1))
+            self._next(0.1)
 
     def _first_failure(self) -> BaseException:
         """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""

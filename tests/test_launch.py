@@ -34,7 +34,6 @@ from kaggle_mgpu import (
     devices,
     distributed,
     launch,
-    progress,
     server,
     session,
     train,
@@ -42,7 +41,6 @@ from kaggle_mgpu import (
     workers,
 )
 from kaggle_mgpu.launch import HangError, WorkerDiedError, WorkerError, WorkerTraceback
-from kaggle_mgpu.trainer import DivergedError
 from kaggle_mgpu.workers import CELL_CHARACTERS, Workers
 from runs import free_port
 from tasks import Regression
@@ -703,24 +701,38 @@ def test_a_killed_run_goes_on_in_the_same_call(tmp_path: Path, capsys: pytest.Ca
     assert "--- restart 1 ---" in (tmp_path / "killed" / "logs" / "rank1.log").read_text()
 
 
-class Poisoned(Regression):
-    """Its loss is nan from step 12 on, and rank 0 takes its time to write down that it was."""
+@pytest.mark.parametrize("cause", [ValueError, distributed.RestartError])
+def test_what_others_make_of_a_failure_while_they_may_still_write_is_not_its_cause(
+    cause: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = Workers._let_them_write
 
-    name = "Regression"
+    def waiting(self: Workers, *given: Any) -> None:
+        (tmp_path / "waiting").touch()
+        wait(self, *given)
 
-    def loss(self, model: Any, batch: Any) -> torch.Tensor:
-        self.calls = getattr(self, "calls", 0) + model.training
-        return super().loss(model, batch) * (float("nan") if self.calls >= 12 else 1)
+    monkeypatch.setattr(Workers, "_let_them_write", waiting)
 
-    def on_record(self, record: dict[str, Any]) -> None:
-        time.sleep(0.5 if record["kind"] == "note" else 0)
+    def function() -> bool:
+        again = (tmp_path / "begun").exists()
+        distributed.barrier()
+        if again:
+            return again
+        (tmp_path / "begun").touch()
+        if distributed.rank() == 1:
+            raise cause("this one")
+        distributed.saving(cause is ValueError)
+        with contextlib.suppress(RuntimeError):
+            distributed.barrier()
+        while not (tmp_path / "waiting").exists():
+            time.sleep(0.01)
+        os.abort()
 
-
-def test_when_all_ranks_end_rank_0_has_written_down_why(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"The last checkpoint from before is .*step-00000010\. "):
-        launch(train, settings(tmp_path), Poisoned(samples=200, val_samples=0))
-    notes = [record for record in progress.read(tmp_path) if record["kind"] == "note"]
-    assert [note["text"] for note in notes] == ["diverged from step 12 on"]
+    if cause is ValueError:
+        with pytest.raises(ValueError, match="this one"):
+            launch(function, nproc=2)
+    else:
+        assert launch(function, nproc=2) == [True, True]
 
 
 def test_restarts_come_to_an_end(tmp_path: Path) -> None:

@@ -478,6 +478,9 @@ class SavedLate(Poisoned):
         files.write = late  # in a worker process
         return super().train_data()
 
+    def on_record(self, record: dict[str, Any]) -> None:
+        time.sleep(0.5 if record["kind"] == "note" else 0)
+
 
 def test_of_two_processes_that_diverge_none_leaves_before_all_is_written(tmp_path: Path) -> None:
     settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, nproc=2, log_every=100, save_every=5)
