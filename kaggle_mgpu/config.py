@@ -367,7 +367,7 @@ def _from_yaml(text: str) -> Any:
 
     top = yaml.compose(text, yaml.SafeLoader)
     if isinstance(top, yaml.MappingNode):
-        _each_once([(name.value, value) for name, value in top.value])
+        _each_once([(name.value, value) for name, value in top.value if name.value != "<<"])
     return yaml.safe_load(text)
 
 

@@ -409,7 +409,7 @@ class Run:
     def kept(self) -> str:
         """Save what is whole in memory, where a rank can do so alone; where the run can go on from, in words."""
         step = self.state.step
-        # what rank 0 has begun to save, another rank cannot count on: it is killed when that one ends
+        # what rank 0 has begun to save, another rank cannot count on: torchrun kills it, launch waits only so long
         if not self.strategy.alone or (self.main and step == self.saved_step):
             return self.newest()
         self.state.seconds = self.clock.seconds()

@@ -280,6 +280,8 @@ def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
         return True
+    except PermissionError:
+        return True
     except ProcessLookupError:
         return False
 

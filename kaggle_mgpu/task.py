@@ -134,14 +134,16 @@ def expect(config: object, task: object, who: str) -> None:
     defined = {
         name: it for kind in type(task).__mro__[::-1] if issubclass(kind, Task) for name, it in vars(kind).items()
     }
-    for name, it in defined.items():
-        if name.startswith("_") or name in own or hasattr(Task, name) or not inspect.isfunction(it):
+    functions = {name: it for name, it in defined.items() if inspect.isfunction(it)}
+    called = {name for it in functions.values() for name in it.__code__.co_names}
+    for name in functions:
+        if name.startswith("_") or name in called or name in own or hasattr(Task, name):
             continue
         meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
         if meant in missing:
             raise TypeError(
-                f"{type(task).__name__}.{name} is no method of Task: nothing would call it. Did you mean {meant}? A "
-                f"method for your own use may begin with an underscore."
+                f"{type(task).__name__}.{name} is no method of Task, and nothing would call it. Did you mean {meant}? "
+                f"A method for your own use may begin with an underscore."
             )
 
 

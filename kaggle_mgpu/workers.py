@@ -34,7 +34,8 @@ GRACE_SECONDS = 10.0
 """How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
 busy machine the word that a rank was killed may come seconds after what the others make of it."""
 SAVE_SECONDS = 120.0
-"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk."""
+"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk. One in
+shards is not waited for: it lacks the part of the rank that failed."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
@@ -247,8 +248,10 @@ class Workers:
             self._next(min(left, 0.1))
 
     def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
-        """Wait for what the next start goes on from: a checkpoint that is being written; and where that start comes
-        now, the record of the step before. The others end by themselves: a rank is missing in their next collective.
+        """Wait for what the next start goes on from.
+
+        That is a checkpoint that is being written; and where the start comes now, the record of the step before. Then
+        the others end by themselves, most often: a rank is missing in their next collective.
 
         Args:
             asked: how many interrupts there were when the failure was heard of; one more ends this.

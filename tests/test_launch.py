@@ -505,8 +505,9 @@ def test_a_stack_is_waited_for_until_it_is_whole(
     patience((tmp_path / "ready").exists)
     with pytest.raises(
         HangError, match=r"Stack of rank 0:\n(?s:.*)in function\n(?s:.*)in main\n(?s:.*)Stack of rank 1:"
-    ):
+    ) as caught:
         launch(function, nproc=2, timeout=0.1)
+    assert workers._OUTERMOST_FRAME.search(str(caught.value)), "this it was, and not the end of its patience"
 
 
 def test_lines_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,14 +132,39 @@ def test_a_method_that_nothing_would_call(tmp_path: Path) -> None:
 
     settings = config(tmp_path / "run")
     for name, meant in {"metric": "metrics", "val_dataset": "val_data", "configure_optimizers": "optimizer"}.items():
-        with pytest.raises(TypeError, match=rf"^Mine\.{name} is no method of Task: nothing .* Did you mean {meant}\?"):
+        with pytest.raises(
+            TypeError, match=rf"^Mine\.{name} is no method of Task, and nothing .* Did you mean {meant}\?"
+        ):
             launch(train, settings, named(name))
     with pytest.raises(TypeError, match=r"Mine\.fsdp_unit is no method"):
         plan(settings, named("fsdp_unit"))
     assert not (tmp_path / "run").exists()
-    # one's own: beside the method that is called, under another name, or inherited by every task
+    # one's own: beside the method that is called, or under another name
     for names in (("metric", "metrics"), ("_metric",), ("val_dataset", "val_data"), ("augment",), ("losses",)):
         expect(settings, named(*names), "train")
+
+    class Mixin:
+        def configure_optimizers(self) -> None:
+            """Of another library's, which may call it."""
+
+    class Own(Mixin, Regression):
+        metric = nn.L1Loss()
+        val_dataset = TensorDataset
+
+        def compute_metrics(self, values: Any) -> Any:
+            return values
+
+        def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+            return super().summary(self.compute_metrics(metrics))
+
+        def collate_fn(self, samples: list[Any]) -> Any:
+            return samples
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.collate = self.collate_fn
+
+    expect(settings, Own(), "train")
 
 
 def test_a_finished_run_says_when_its_code_is_not_what_it_was(

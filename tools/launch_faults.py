@@ -132,8 +132,9 @@ def _from_outside(fault: str, delay: float, choice: random.Random, killed: list[
         if others := me.children(recursive=True):  # the server among them
             victim = choice.choice(others)
             with contextlib.suppress(psutil.Error):  # it has ended just now
-                killed.append(len(victim.parents()) - len(me.parents()))
+                depth = len(victim.parents()) - len(me.parents())
                 victim.kill()
+                killed.append(depth)
         return
     for _ in range(1 + (fault == "two interrupts")):
         os.kill(os.getpid(), signal.SIGINT)
@@ -192,7 +193,9 @@ def _launches(count: int, choice: random.Random) -> int:
         outcomes[fault, type(error).__name__] += 1
         slowest[fault] = max(slowest.get(fault, 0.0), took)
         # of a loader process, or what removes semaphores, the rank says so, in words of torch or Python
-        of_a_rank = any(depth > 3 for depth in killed)
+        of_a_rank = any(depth > 3 for depth in killed) and isinstance(error, RuntimeError | OSError)
+        if isinstance(error, KeyboardInterrupt) and fault not in ("interrupt", "two interrupts"):
+            raise error  # by whoever started this
         if not isinstance(error, EXPECTED[fault]) and not of_a_rank:
             wrong.append(f"{label}: {type(error).__name__}: {error}")
         del error
