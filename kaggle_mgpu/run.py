@@ -421,14 +421,18 @@ class Run:
 
     def newest(self) -> str:
         """Which checkpoint there is to go on from, in words."""
-        failed = ""
-        if self.main:
-            try:
-                self.report_saves(self.checkpoints.wait())
-            except OSError as error:  # of the writer; what is told here is what led to it all
-                failed = f" The last save failed: {error}."
+        failed = self.last_saves()
         newest = next(iter(self.checkpoints.all()), None)
         return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed
+
+    def last_saves(self) -> str:
+        """Where the run ends with an error: wait for what rank 0 still writes; whether that failed, in words."""
+        try:
+            if self.main:
+                self.report_saves(self.checkpoints.wait())
+        except OSError as error:  # of the writer; what the run ends with is what led to it all
+            return f" The last save failed: {error}."
+        return ""
 
     def log_step(self, losses: list[Tensor], step: data.Step, lr: float, norm: Tensor) -> None:
         """Record the step just taken, if it is one to record. Nothing else waits for the GPU."""
@@ -457,9 +461,7 @@ class Run:
         """Stop a run whose gradient is not finite any more."""
         step, first = self.state.step, self.state.step - max(in_a_row, 1) + 1
         samples = divergence.samples_of(first, self.plan, self.config.seed)
-        if self.main:
-            with contextlib.suppress(OSError):  # of the writer: what is told here is why the run ends
-                self.report_saves(self.checkpoints.wait())
+        self.last_saves()
         self.log.record({"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples})
         distributed.barrier()  # a rank that raised sooner would take rank 0 along, and its checkpoint and record
         good = next((p for p in self.checkpoints.all() if checkpoint.step_of(p) < first), None)

@@ -116,10 +116,7 @@ _ELSEWHERE = {
 
 
 def expect(config: object, task: object, who: str) -> None:
-    """Raise TypeError unless these are a TrainConfig and a Task, in this order, and the task's methods rightly named.
-
-    Of a task that defines `metric` and no `metrics`, the kit would call neither, and say nothing.
-    """
+    """Raise TypeError unless these are a TrainConfig and a Task, in this order, and the task's methods well named."""
     if not isinstance(config, TrainConfig) or not isinstance(task, Task):
         got = [
             f"the class {it.__name__}" if isinstance(it, type) else f"a {type(it).__name__}" for it in (config, task)
@@ -127,13 +124,17 @@ def expect(config: object, task: object, who: str) -> None:
         raise TypeError(
             f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got[0]} and {got[1]}"
         )
+    _expect_no_misspelt_method(task)
+
+
+def _expect_no_misspelt_method(task: Task) -> None:
+    """Of a task that defines `metric` and no `metrics`, the kit would call neither, and say nothing."""
     ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
     own = vars(task)
     missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name) and name not in own]
     # plain functions of the task's own classes: not a class, a loss object, or what a base of another library brings
-    defined = {
-        name: it for kind in type(task).__mro__[::-1] if issubclass(kind, Task) for name, it in vars(kind).items()
-    }
+    kinds = [kind for kind in type(task).__mro__[::-1] if issubclass(kind, Task)]
+    defined = {name: it for kind in kinds for name, it in vars(kind).items()}
     functions = {name: it for name, it in defined.items() if inspect.isfunction(it)}
     called = {name for it in functions.values() for name in it.__code__.co_names}
     for name in functions:

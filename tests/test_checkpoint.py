@@ -217,7 +217,7 @@ from kaggle_mgpu import checkpoint
 from kaggle_mgpu.checkpoint import Checkpoints
 
 folder, torn, rounds = Path(sys.argv[1]), 0, 0
-while rounds < 10 or not torn:  # two of three kills hit a save: ten that do not are rare, and no failure
+while rounds < 10 or (not torn and rounds < 60):  # two of three kills hit a save; ten that do not are no failure
     rounds += 1
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
@@ -245,6 +245,7 @@ while rounds < 10 or not torn:  # two of three kills hit a save: ten that do not
     assert newest.name == f"step-{step:08d}" and found.state == {"step": step}
     assert all((tensor == step).all() for tensor in found.tensors["model"].values())
     assert saved == 1 or len([p for p in Checkpoints(folder).all() if checkpoint.damage(p) is None]) >= 2
+print(torn)
 """
 
 
@@ -253,6 +254,7 @@ def test_killed_at_any_moment_the_last_saved_one_is_whole(tmp_path: Path) -> Non
         [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints")], capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 1, "no kill hit a save"
 
 
 # Whose
