@@ -1,14 +1,22 @@
 # make demo   train a GPT from the template notebook with two processes, end to end
+# make quick  lint, types and the tests that start no process and train nothing: a minute, for after an edit
 # make test   everything: lint, types, tests
+# make lock   write .ci/constraints.txt anew: the newest of everything but torch, which TORCH=2.14.0 would move
+# make wheel  build/wheel/kaggle_mgpu-VERSION-py3-none-any.whl
+# make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
+# make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
+# make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
+#                    These three end with what differs from the lock. ARGS="tests/test_data.py -x" is pytest's.
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
-# The first two make .venv first. PYTHON=python3.12 chooses another interpreter, CONSTRAINTS= lets pip choose the versions.
+# demo, quick and test make .venv first, with the versions of the lock. PYTHON=python3.12 chooses another interpreter.
 #
 # make gpu-info, memory-check, train-distributed RECIPE=sft CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
 # line in .venv. RECIPE=text_generation, ON=T4x2 (what to plan for), NPROC=2, OUTPUT_DIR=run, ARGS="--epochs 3 …"
 
 PYTHON ?= python3
-CONSTRAINTS ?= .ci/constraints.txt
+LOCK := .ci/constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' $(LOCK))
 VENV := .venv
 BIN := $(VENV)/bin
 # one thread a process: two processes with two threads each on two cores crawl
@@ -25,16 +33,20 @@ ON ?=
 NPROC ?=
 OUTPUT_DIR ?=
 ARGS ?=
+INSTALL := pip install --quiet --disable-pip-version-check
+# each file of tests in one of two processes, the longest first
+PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 KIT := $(BIN)/python -m kaggle_mgpu
 # a file of settings, and flags that override it
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
-.PHONY: demo test test-env test-gpu test-deepspeed lint notebooks bench clean
+.PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu test-deepspeed
+.PHONY: lock wheel lint notebooks bench clean
 .PHONY: gpu-info memory-check train-distributed train-distributed-tb train-deepspeed tensorboard
 
-$(VENV)/installed: requirements.txt tests/requirements.txt $(CONSTRAINTS)
+$(VENV)/installed: requirements.txt tests/requirements.txt $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -r requirements.txt -r tests/requirements.txt
+	$(BIN)/python -m $(INSTALL) -c $(LOCK) -r requirements.txt -r tests/requirements.txt
 	touch $@
 
 demo: $(VENV)/installed
@@ -59,17 +71,75 @@ train-deepspeed: $(VENV)/installed
 tensorboard: $(VENV)/installed
 	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 
+quick: $(VENV)/installed
+	$(BIN)/python -m $(PYTEST) --quick $(ARGS)
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m $(PYTEST) $(ARGS)
+
+UV := build/uv/bin/uv
+$(UV):
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m $(INSTALL) uv
+
+# One version of each for every Python from 3.11.0 on. Torch's CUDA builds bring distributions that its CPU builds do
+# without: they are no part of the lock.
+lock: $(UV)
+	echo "torch==$(TORCH)" > build/torch.txt
+	$(UV) pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 --no-header --no-annotate \
+	    -c build/torch.txt -o build/constraints.txt requirements.txt tests/requirements.txt
+	{ echo "# What \`make demo\` and \`make test\` install, exactly: written by \`make lock\` on $$(date +%F)."; \
+	  echo "# A CUDA build of torch brings nvidia-*, cuda-* and triton besides."; \
+	  sed -E '/^(nvidia-|cuda-|triton)/d' build/constraints.txt; } > build/constraints.new
+	mv build/constraints.new $(LOCK)
+
+test-newest:
+	test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
+	build/newest/bin/python -m $(INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) \
+	    -r requirements.txt -r tests/requirements.txt
+	build/newest/bin/python -m $(PYTEST) $(ARGS)
+
+# The lowest version of each that has a wheel for this Python. The tools that only judge the code stay as they are locked.
+build/oldest/installed: requirements.txt tests/requirements.txt $(LOCK) $(UV)
+	$(PYTHON) -m venv --clear build/oldest
+	grep -E '^(hypothesis|mypy|pytest|pytest-xdist|ruff|setuptools|six|types-.*)==' $(LOCK) > build/oldest/tools.txt
+	$(UV) pip compile --quiet --upgrade --no-header --no-annotate --python $(PYTHON) --only-binary :all: \
+	    --resolution lowest-direct -c build/oldest/tools.txt -o build/oldest/lowest.txt requirements.txt tests/requirements.txt
+	build/oldest/bin/python -m $(INSTALL) -r build/oldest/lowest.txt
+	touch $@
+
+test-oldest: build/oldest/installed
+	build/oldest/bin/python -m $(PYTEST) $(ARGS)
+
+KAGGLE_PYTHON ?= $(shell for each in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
+    "$$each" -c "" 2>/dev/null && command -v "$$each" && break; done)
+
+build/kaggle/installed: .ci/kaggle-image.txt tests/requirements.txt
+	$(KAGGLE_PYTHON) -m venv --clear build/kaggle
+	build/kaggle/bin/python -m $(INSTALL) -r .ci/kaggle-image.txt -r tests/requirements.txt
+	touch $@
+
+test-kaggle:
+	@if test -z "$(KAGGLE_PYTHON)"; then \
+	    echo "test-kaggle skipped: no Python 3.12 here, which is Kaggle's. KAGGLE_PYTHON=/path/to/python3.12 names one."; \
+	else \
+	    $(MAKE) --no-print-directory build/kaggle/installed && build/kaggle/bin/python -m $(PYTEST) $(ARGS); \
+	fi
+
+# What setuptools keeps of an earlier build would get into this one.
+wheel: $(VENV)/installed
+	rm -rf build/lib kaggle_mgpu.egg-info
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	rm -rf build/lib build/bdist.* kaggle_mgpu.egg-info
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
 
 DEEPSPEED := build/deepspeed
-$(DEEPSPEED)/installed: $(CONSTRAINTS)
+$(DEEPSPEED)/installed: $(LOCK)
 	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
-	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest psutil setuptools ninja
-	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "deepspeed>=0.19"
+	$(DEEPSPEED)/bin/python -m $(INSTALL) -c $(LOCK) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest psutil setuptools ninja
+	$(DEEPSPEED)/bin/python -m $(INSTALL) -c $(LOCK) "deepspeed>=0.19"
 	touch $@
 
 test-deepspeed: $(DEEPSPEED)/installed
@@ -85,10 +155,12 @@ lint: $(VENV)/installed
 notebooks: $(VENV)/installed
 	$(BIN)/python tools/notebooks.py build
 
-bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) accelerate lightning transformers
-	$(BIN)/python tools/bench/loop.py
-	$(BIN)/python tools/bench/launch.py
+BENCH := build/bench
+bench:
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m $(INSTALL) -c $(LOCK) -r requirements.txt accelerate lightning transformers
+	$(BENCH)/bin/python tools/bench/loop.py
+	$(BENCH)/bin/python tools/bench/launch.py
 
 clean:
 	rm -rf $(VENV) build

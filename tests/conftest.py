@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from kaggle_server.at_work import house, kaggle, root  # noqa: F401 - fixtures of several files
 
+pytest_plugins = ["quick", "at_the_end"]
 # the same examples each time, however long a busy machine takes for one
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")
@@ -37,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     order = {f"test_{name}": place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # stable: the rest stays as it is
+    if config.getoption("quick"):  # what runs to its end takes longest, mypy above all
+        items.sort(key=lambda item: item.get_closest_marker("quick") is None)
     if not devices.gpus():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -151,6 +151,7 @@ def test_the_ground_floor_needs_nothing_installed(room: str) -> None:
     assert outside - {"kaggle_mgpu"} <= set(sys.stdlib_module_names) | {"__future__"}
 
 
+@pytest.mark.quick
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
         "import sys, kaggle_mgpu\n"

@@ -1,0 +1,88 @@
+"""`pytest --quick`: only the tests that start no process and train nothing, for the minute after an edit.
+
+No list says which tests these are. Each test begins, and is left out at the moment it starts a process or takes an
+optimizer's step, whatever becomes of it then. A test marked `quick` runs to its end all the same: ruff and mypy, say.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import pytest
+
+PROCESS = "starts a process"
+TRAINING = "trains"
+# no audit event tells of the processes that multiprocessing spawns: `start_watching` sees to them
+STARTS = frozenset("os.fork os.forkpty os.posix_spawn os.spawn os.system pty.spawn subprocess.Popen".split())
+
+
+class Watch:
+    """Leaves a test out at the moment it does what takes long."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.reason: str | None = None
+
+    def leave_out(self, reason: str) -> NoReturn:
+        self.reason = reason
+        pytest.skip(reason)
+
+    def audit(self, event: str, _: tuple[Any, ...]) -> None:
+        if self.watching and event in STARTS:
+            self.leave_out(PROCESS)
+
+    def optimizer_step(self, *_: Any) -> None:
+        if self.watching:
+            self.leave_out(TRAINING)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.watching = item.get_closest_marker("quick") is None
+        try:
+            return (yield)
+        finally:
+            self.watching = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
+        """A test that goes on in spite of the skip, or fails by it, is left out too."""
+        report = yield
+        if report.when == "teardown":
+            if self.reason is not None:  # what a test that was broken off leaves behind is no failure
+                report.outcome, report.longrepr = "passed", None
+            self.reason = None
+        elif self.reason is not None:
+            report.outcome, report.longrepr = "skipped", (str(item.path), None, f"Skipped: {self.reason}")
+        return report
+
+
+def start_watching() -> Watch:
+    """Hear of every process that this one starts from now on, and of every step of an optimizer."""
+    import _posixsubprocess
+
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    watch = Watch()
+    sys.addaudithook(watch.audit)
+    register_optimizer_step_pre_hook(watch.optimizer_step)
+    spawn = _posixsubprocess.fork_exec
+
+    def fork_exec(*arguments: Any) -> int:
+        if watch.watching:
+            watch.leave_out(PROCESS)
+        return spawn(*arguments)
+
+    _posixsubprocess.fork_exec = fork_exec
+    return watch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests that start no process and train nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # under xdist the tests run in its workers
+    if config.getoption("quick") and not config.getoption("numprocesses", None):
+        config.pluginmanager.register(start_watching())
