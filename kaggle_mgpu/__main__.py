@@ -1,5 +1,6 @@
 """The command line: look at the machine, plan, train.
 
+    python -m kaggle_mgpu --version
     python -m kaggle_mgpu gpus
     python -m kaggle_mgpu check
     python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
@@ -27,7 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import env
+from . import __version__, env
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -41,7 +42,7 @@ def recipes() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-LIGHT = ("gpus", "check")
+LIGHT = ("gpus", "check", "--version")
 """Commands that do without the second that the recipes' imports take."""
 
 
@@ -53,6 +54,8 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    version = f"kaggle_mgpu {__version__} from {Path(__file__).parent}"
+    top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
     commands = top.add_subparsers(dest="command", required=True)
     # no flag by its beginning: --epoch for --epochs would be a misspelt name that is taken
     commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
