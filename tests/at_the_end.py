@@ -38,10 +38,11 @@ def differences(have: dict[str, str], lock: dict[str, str]) -> list[str]:
     found = []
     for name, version in sorted(have.items()):
         if lock.get(name) != version and not (name not in lock and NOT_LOCKED.fullmatch(name)):
-            found.append(f"{name} {version} ({lock.get(name, 'not locked')})")
+            found.append(f"{name} {version} ({f'locked {lock[name]}' if name in lock else 'not locked'})")
     return found
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
@@ -52,4 +53,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("skipped: " + "; ".join(f"{why} ({count})" for why, count in reasons.most_common()))
     found = differences(installed(), locked(terminalreporter.config.rootpath / LOCK))
     if found:
-        terminalreporter.write_line(f"{len(found)} distributions here (and in {LOCK}): {', '.join(found)}")
+        terminalreporter.write_line(f"{len(found)} not as in {LOCK}: {', '.join(found)}")

@@ -29,7 +29,7 @@ def test_what_differs_from_the_lock() -> None:
     assert at_the_end.differences(allowed, lock) == []
     wrong = {"numpy": "2.4.5", "setuptools": "65.5.0", "piper": "1.0"}
     assert at_the_end.differences(wrong, lock) == [
-        "numpy 2.4.5 (2.4.6)", "piper 1.0 (not locked)", "setuptools 65.5.0 (81.0.0)",
+        "numpy 2.4.5 (locked 2.4.6)", "piper 1.0 (not locked)", "setuptools 65.5.0 (locked 81.0.0)",
     ]  # fmt: skip
     have = at_the_end.installed()
     assert have["pytest"] == pytest.__version__
@@ -107,4 +107,4 @@ def test_quick_leaves_out_what_starts_a_process_or_trains(tmp_path: Path, worker
     passed = set(re.findall(r"(test_\w+) PASSED|PASSED .*::(test_\w+)", done.stdout))
     assert {one or other for one, other in passed} == {"test_plain", "test_marked", "test_plain_afterwards"}
     assert "skipped: starts a process (9); trains (1)\n" in done.stdout
-    assert f"pytest {pytest.__version__} (0)" in done.stdout, "how the environment differs from the lock"
+    assert f"pytest {pytest.__version__} (locked 0)" in done.stdout, "how the environment differs from the lock"
