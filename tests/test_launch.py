@@ -930,6 +930,15 @@ def test_in_a_notebook_an_exception_shows_the_cells_own_lines(notebook: Notebook
     assert shown == "caught\n"
 
 
+def test_in_a_notebook_a_cell_that_was_edited_shows_its_new_lines(notebook: Notebook) -> None:
+    for text in ("first", "second"):
+        notebook.run(f"def fails():\n    # a line more in each\n    return (lambda: int('{text}'))()  # edited")
+        shown = notebook.run(
+            "try:\n    launch(fails, nproc=2)\nexcept ValueError as error:\n    print(error.__cause__)"
+        )
+        assert f"return (lambda: int('{text}'))()  # edited" in shown
+
+
 def test_in_a_notebook_lines_come_live_and_once(notebook: Notebook, tmp_path: Path) -> None:
     """Each is written only when the one before has been seen here."""
     heard: list[str] = []
