@@ -355,7 +355,8 @@ def _work(
     except BaseException as error:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         trace = _traceback(error)
-        _leave(send, ("error", pickling.dumps_error(error), f"{type(error).__name__}: {error}", trace), trace)
+        line, in_collective = f"{type(error).__name__}: {error}", _came_from_a_collective(error)
+        _leave(send, ("error", pickling.dumps_error(error), line, trace, in_collective), trace)
 
 
 def _become(rank: int, request: Request) -> None:
@@ -387,6 +388,13 @@ def _leave(send: Callable[..., None], answer: tuple[Any, ...], trace: str = "") 
         os.write(2, trace.encode(errors="backslashreplace"))
     # not sys.exit: destructors of a broken process group may hang, and there is nothing left to do
     os._exit(0)
+
+
+def _came_from_a_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised the error, so that the end of another rank may explain it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = (os.path.join("torch", "distributed", ""), os.path.join("torch", "nn", "parallel", "distributed.py"))
+    return isinstance(error, RuntimeError | OSError) and bool(frames) and any(p in frames[-1].filename for p in places)
 
 
 def _traceback(error: BaseException) -> str:

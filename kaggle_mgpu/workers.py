@@ -42,6 +42,8 @@ STACK_SECONDS = 2.0
 """How long a rank that hangs may take to write its stack when asked."""
 _OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\n', re.MULTILINE)
 """How a stack ends: with the worker server's program, in the main thread, which comes last; or where it is too deep."""
+_GLOO_LINE = re.compile(r"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. .*\n", re.MULTILINE)
+"""What gloo of torch 2.10 prints, a write a line, for each group that is made; the log keeps it."""
 CELL_CHARACTERS = 100_000
 """How much of rank 0's output is shown in the cell; its log has all of it."""
 
@@ -55,7 +57,16 @@ class HangError(WorkerError):
 
 
 class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as concurrent.futures' is)
-    """The traceback of an exception as the worker saw it; the `__cause__` of the exception raised here."""
+    """The traceback of an exception as the worker saw it; the `__cause__` of the exception raised here.
+
+    Args:
+        text: the traceback.
+        in_collective: the exception came out of torch.distributed.
+    """
+
+    def __init__(self, text: str, in_collective: bool = False) -> None:
+        super().__init__(text)
+        self.in_collective = in_collective
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
@@ -226,7 +237,9 @@ class Workers:
         elif kind == "error":
             self.failures[rank] = self._error(rank, *content)
 
-    def _error(self, rank: int, pickled: bytes | None, line: str, trace: str, log_size: int) -> BaseException:
+    def _error(
+        self, rank: int, pickled: bytes | None, line: str, trace: str, in_collective: bool, log_size: int
+    ) -> BaseException:
         if rank == 0:
             self.output.end = log_size  # the traceback that follows is shown with the exception
         error: BaseException = WorkerError(f"rank {rank}: {line}")
@@ -234,7 +247,7 @@ class Workers:
             error = error if pickled is None else pickle.loads(pickled)
         if isinstance(error, SystemExit):  # would end this process, silently
             error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
-        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}")
+        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective)
         return error
 
     def _hear_them_out(self) -> None:
@@ -371,7 +384,7 @@ class _Output:
         if self.shown >= CELL_CHARACTERS:
             return
         room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())
-        text = self.decoder.decode(self.file.read(max(0, room)))
+        text = _GLOO_LINE.sub("", self.decoder.decode(self.file.read(max(0, room))))
         if not text:
             return
         self.shown += len(text)
@@ -397,6 +410,9 @@ def _variables(count: int, gpus: list[devices.GPU], config: TrainConfig) -> dict
     }
     if config.nccl_p2p == "off" or (config.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
         defaults["NCCL_P2P_DISABLE"] = "1"
+        # without peer access NCCL >= 2.24 takes host buffers from cuMem, which fails on some drivers' T4s at the first
+        # collective ("CUDA error 217"; ray #64109, nccl #1838)
+        defaults["NCCL_CUMEM_HOST_ENABLE"] = "0"
     # all GPUs for each worker, which takes its own by LOCAL_RANK
     return {**defaults, **variables, **visible(gpus)}
 
@@ -423,8 +439,15 @@ def _file_in_memory(content: bytes) -> Any:
     return file
 
 
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+
+
 def is_consequence(error: BaseException) -> bool:
-    """Whether this is what a rank sees of another's end: a collective that failed."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    words = ("Connection closed by peer", "Connection reset", "[Gloo]", "gloo/transport", "NCCL")
-    return "DistError" in kinds or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    """Whether another rank's end explains the error: it came out of torch.distributed, or its text is about sending.
+
+    torch words these errors differently from version to version; where they come from stays. Those of backward and of
+    a wait for a collective come from no Python code of torch.distributed, and are known by their text.
+    """
+    if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
+        return True
+    return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None

@@ -268,6 +268,29 @@ def test_the_cause_is_raised_and_not_what_follows_from_it() -> None:
         launch(function, nproc=2)
 
 
+def test_a_collectives_error_is_a_consequence_however_torch_words_it() -> None:
+    def function() -> None:
+        distributed.barrier()  # rank 0 keeps the store: rank 1 could not begin without it
+        if distributed.rank() == 1:
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        exec(compile("raise RuntimeError('new words')", "/site/torch/distributed/distributed_c10d.py", "exec"))
+
+    with pytest.raises(WorkerDiedError, match="rank 1 of 2 ended by SIGKILL"):
+        launch(function, nproc=2)
+
+
+def test_lines_that_gloo_prints_for_each_group_do_not_reach_the_cell(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+
+    def function() -> None:
+        os.write(1, line.encode())
+        os.write(1, b"the first line\n")
+
+    launch(function, nproc=2)
+    assert capsys.readouterr().out == "the first line\n"
+
+
 def test_an_exception_that_does_not_pickle_is_told_with_its_text() -> None:
     def function() -> None:
         error = ValueError("of its own kind")
@@ -646,15 +669,21 @@ def test_gpus_are_chosen_and_nccl_is_set_for_t4s(tmp_path: Path, monkeypatch: py
     (tmp_path / "nvidia-smi").write_text(SMI)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    names = ["CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NCCL_P2P_DISABLE", "NCCL_SOCKET_IFNAME"]
+    names = [
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
+        "NCCL_P2P_DISABLE",
+        "NCCL_CUMEM_HOST_ENABLE",
+        "NCCL_SOCKET_IFNAME",
+    ]
 
     def function(config: TrainConfig | None = None) -> list[str | None]:
         return [os.environ.get(name) for name in names]
 
     monkeypatch.chdir(tmp_path)  # the logs of a run without a folder of its own
-    assert launch(function, TrainConfig(gpu_ids="0,2"))[1] == ["0,2", "PCI_BUS_ID", "1", "lo"]
+    assert launch(function, TrainConfig(gpu_ids="0,2"))[1] == ["0,2", "PCI_BUS_ID", "1", "0", "lo"]
     assert launch(function, gpu_ids="2,1")[0][:2] == ["2,1", "PCI_BUS_ID"]
-    assert launch(function, TrainConfig(nccl_p2p="on"))[2] == ["0,1,2", "PCI_BUS_ID", None, "lo"]
+    assert launch(function, TrainConfig(nccl_p2p="on"))[2] == ["0,1,2", "PCI_BUS_ID", None, None, "lo"]
     with pytest.raises(ValueError, match="expected at most 2"):
         launch(function, gpu_ids="0,1", nproc=3)
 
