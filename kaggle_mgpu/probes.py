@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, devices, distributed
+from . import checkpoint, data, devices, distributed
 from .data_parallel import Distributed, Replicated
+from .parts import StepParts
 from .strategy import Strategy
+from .trainer import take_step
 
 ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
 """Bytes that are added up to measure the bandwidth, by kind of device."""
@@ -110,17 +112,17 @@ def gradients() -> dict[str, float]:
     batch = {"x": torch.randn(samples, 9, 16, generator=generator), "count": counts}
     terms = int(counts.sum())
 
-    def gradient(kind: type[Strategy], parts: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
-        how = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
+    def gradient(kind: type[Strategy], micro_batches: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
+        strategy = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
         if kind is not Distributed:
-            how.world_size = 1  # the other ranks have no part in it
+            strategy.world_size = 1  # the other ranks take no part
         torch.manual_seed(3)
-        model = how.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
+        model = strategy.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        for i, part in enumerate(parts):
-            with how.micro_step(sync=i == len(parts) - 1):
-                how.backward({name: tensor.to(how.input_device) for name, tensor in part.items()}, 1.0, lambda: terms)
-        how.step(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=None)
+        moved = [data.move(micro_batch, strategy.input_device) for micro_batch in micro_batches]
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        parts = StepParts(strategy=strategy, optimizer=sgd, lr_at=lambda step: 1.0)
+        take_step(parts, data.Step(moved, [1.0] * len(moved), samples, lambda: terms), 0)
         return (before - nn.utils.parameters_to_vector(model.parameters()).detach()).cpu().double()
 
     def part(start: int, stop: int) -> dict[str, Tensor]:

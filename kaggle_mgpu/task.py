@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from . import checkpoint, data, optim, progress, strategy
 from .config import TrainConfig
+from .errors import DivergedError as DivergedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -194,7 +195,3 @@ class Result:
         checkpoint.check_model(weights, strategy.saved_state(model), str(path))
         strategy.load_saved_state(model, weights)
         return model.eval()
-
-
-class DivergedError(FloatingPointError):
-    """The gradient is not a number any more."""
