@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and how much must be kept back for stopping in good order."""
+"""Where the time of a run goes, and the time to keep back for a stop in good order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 
 class StepTaken(NamedTuple):
-    """One training step by the monotonic clock, in seconds, and its size."""
+    """The times of a training step (batch asked for, batch there, finished) and its size."""
 
     asked: float
-    """When the batch was asked for."""
     arrived: float
-    """When the batch was there."""
     finished: float
     samples: int
     terms: int
@@ -47,7 +45,7 @@ class Clock:
         return self.before + time.monotonic() - self.began
 
     def count(self) -> None:
-        """Count the steps in `taken`. Every method whose answer depends on them does this first."""
+        """Count the steps in `taken`. All other methods with an answer about steps do this first."""
         for step in self.taken:
             took = step.finished - self.counted
             if self.steps == 0:  # imports, compilation and tuning make the first step unlike the others
@@ -64,7 +62,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, what: str = "saving") -> Iterator[None]:
-        """Measure time that is spent on something else than steps, and keep it out of the throughput."""
+        """Measure time spent on something else than steps, and leave this time out of the throughput."""
         self.count()
         start = time.monotonic()
         yield

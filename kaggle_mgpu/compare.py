@@ -13,13 +13,20 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from . import devices
+import torch
+
+from . import devices, distributed
 from .config import TrainConfig
+from .data import BatchPlan
 from .launch import launch
+from .micro_batch import settle_micro_batch
+from .out_of_memory import is_out_of_memory
+from .parts import build_parts
 from .task import Task, expect
+from .trainer import take_step
 
 WARM_UP = 3
 """Steps before the timing starts: imports, autotuning, DistributedDataParallel's new bucket order after its first."""
@@ -27,7 +34,7 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one strategy. They are None if it could not run, and `note` says why."""
+    """The figures of a strategy. Figures are None if the strategy could not run, and `note` says why."""
 
     strategy: str
     replicas: int
@@ -35,32 +42,28 @@ class Row:
     samples_per_s: float | None = None
     step_seconds: float | None = None
     ratio: float | None = None
-    """Throughput against the first row that has one."""
+    """Throughput relative to the first row with a throughput."""
     memory_bytes: tuple[int, ...] = ()
     """Peak of torch's allocator on each GPU; () on a CPU."""
     micro_batch_size: int | None = None
     terms_per_s: float | None = None
-    """In the task's unit, where that is not samples."""
+    """In the task's unit, if the unit is not samples."""
     note: str = ""
 
 
 @dataclass
 class Measured:
-    """The measured steps of one rank."""
+    """The measured steps of a rank."""
 
     seconds: list[float]
     samples: int
     terms: int
-    memory_bytes: list[int] = field(default_factory=list)
-    micro_batch_size: int = 0
-    gradient_accumulation_steps: int = 0
-    num_replicas: int = 0
-    val_samples: int = 0
-    sentence: str = ""
+    memory_bytes: list[int]
+    micro_batch_size: int
 
     @property
     def step_seconds(self) -> float:
-        """The median, on which a busy machine's outliers have no influence."""
+        """The median: outliers of a busy machine have no influence."""
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
@@ -99,7 +102,7 @@ def compare_strategies(
         try:
             got = measure(shared.replace(strategy=name, nproc=count), task, steps)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             rows.append(Row(name, count, note="out of memory"))
             continue
@@ -109,9 +112,7 @@ def compare_strategies(
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """Return the config with the micro-batch of so many replicas: with fewer of them the rest is accumulated."""
-    from .data import BatchPlan
-
+    """Return the config with the micro-batch of so many replicas: fewer replicas accumulate the rest."""
     if config.micro_batch_size == "auto":
         return config.replace(gradient_accumulation_steps=None)
     plan = BatchPlan.make(
@@ -129,7 +130,7 @@ def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
 
 
 def measure(config: TrainConfig, task: Task, steps: int) -> Measured:
-    """Time `steps` steps as `train` takes them, after a warm-up; return rank 0's times and every GPU's memory."""
+    """Time `steps` training steps after a warm-up; return rank 0's times and every GPU's memory."""
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-measure-") as folder:
         quiet = config.replace(output_dir=folder, resume="never", max_restarts=0)
         every: list[Measured] = launch(_steps, quiet, task, steps, in_worker=True)
@@ -139,14 +140,7 @@ def measure(config: TrainConfig, task: Task, steps: int) -> Measured:
 
 
 def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
-    """Take steps as `train` does, and time them. Nothing is written."""
-    import torch
-
-    from . import distributed
-    from .micro_batch import settle_micro_batch
-    from .parts import build_parts
-    from .trainer import take_step
-
+    """Time training steps without writing anything."""
     on_gpu = torch.cuda.is_available()
     mine = [distributed.device()] if on_gpu else []
     if on_gpu and config.strategy == "dp":
@@ -169,17 +163,8 @@ def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
             seconds.append(time.perf_counter() - began)
             samples += batch.samples
             terms += batch.terms()
-    return Measured(
-        seconds=seconds,
-        samples=samples,
-        terms=terms,
-        memory_bytes=[torch.cuda.max_memory_allocated(device) for device in mine],
-        micro_batch_size=parts.plan.micro_batch_size,
-        gradient_accumulation_steps=parts.plan.gradient_accumulation_steps,
-        num_replicas=parts.plan.num_replicas,
-        val_samples=parts.val_samples,
-        sentence=parts.plan.sentence(parts.unit),
-    )
+    memory_bytes = [torch.cuda.max_memory_allocated(device) for device in mine]
+    return Measured(seconds, samples, terms, memory_bytes, parts.plan.micro_batch_size)
 
 
 def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cpu: bool) -> Row:
@@ -199,7 +184,7 @@ def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cp
 
 
 def table(rows: Sequence[Row], unit: str = "samples") -> str:
-    """Return the rows as text, one line each."""
+    """Return the rows as lines of text."""
     heads = ["strategy", "replicas", "samples/s", *([f"{unit}/s"] if unit != "samples" else []), "ms a step", "ratio"]
     heads += ["micro-batch", "peak memory per GPU"]
     lines = [heads]
@@ -223,10 +208,3 @@ def table(rows: Sequence[Row], unit: str = "samples") -> str:
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the rows as plain dictionaries, for JSON."""
     return [dataclasses.asdict(row) for row in rows]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether a GPU had no room for the measured step."""
-    from .out_of_memory import is_out_of_memory
-
-    return is_out_of_memory(error)

@@ -1,4 +1,4 @@
-"""When to end a run whose loss or gradient is not finite, and the error that names the steps and their samples."""
+"""When to end a run whose loss or gradient is not finite, and the error with the steps and their samples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples_of(step: int, plan: data.BatchPlan, seed: int) -> list[int]:
 def diverged_error(
     step: int, first: int, samples: list[int], *, skipped: int, loss: float, lr: float, norm: float, good: Path | None
 ) -> DivergedError:
-    """Return the error of a run that ends after `step`.
+    """Return the error to end a run after `step`.
 
     Args:
         first: the first step whose gradient was not finite.

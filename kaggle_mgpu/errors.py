@@ -1,4 +1,4 @@
-"""Exception classes that one package raises and another one catches. This module imports nothing."""
+"""Exception classes shared by several packages. This module imports nothing."""
 
 from __future__ import annotations
 

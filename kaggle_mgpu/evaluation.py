@@ -1,8 +1,4 @@
-"""Evaluation over val_data: each sample once over all ranks, in batches that fit into memory.
-
-evaluation = Evaluation(parts, state)
-if state.step >= evaluation.next_step: note = evaluation.run(parts, state)
-"""
+"""Evaluation over val_data: each sample once over all ranks, in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import data, distributed, randomness
+from . import data, devices, distributed, randomness
 from .config import TrainConfig
 from .out_of_memory import is_out_of_memory, release
 from .parts import Parts
@@ -20,7 +16,7 @@ from .task import Task, TrainState
 
 
 class Evaluation:
-    """Evaluates one run, and knows when an evaluation is due."""
+    """Evaluates a run, and knows when an evaluation is due."""
 
     def __init__(self, parts: Parts, state: TrainState) -> None:
         every = parts.config.eval_every
@@ -79,14 +75,13 @@ class Evaluation:
 def _sums(parts: Parts, batch_size: int) -> Any:
     """Return this rank's sums and counts, or the text of its out-of-memory error."""
     assert parts.val_fetch is not None
-    batches = data.evaluation_batches(
-        parts.val_fetch,
-        parts.val_samples,
-        batch_size,
-        workers=parts.data_workers(parts.val_fetch),
-        pin_memory=parts.device.type == "cuda",
-        device=parts.strategy.input_device,
+    workers = data.workers_for(
+        parts.val_fetch, parts.config.data_workers, devices.cpu_count(), distributed.local_world_size()
     )
+    batches = data.evaluation_batches(
+        parts.val_fetch, parts.val_samples, batch_size, workers=workers,
+        pin_memory=parts.device.type == "cuda", device=parts.strategy.input_device,
+    )  # fmt: skip
     try:
         return parts.strategy.evaluate(batches)
     except RuntimeError as error:

@@ -54,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Pass:
-    """The counts of one forward and backward pass."""
+    """The counts of a forward and backward pass."""
 
     samples: int
     operations: int
@@ -64,7 +64,7 @@ class Pass:
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators, except views, which only look at the same memory."""
+    """Counts operators, except views of the same memory."""
 
     number = 0
 
@@ -89,7 +89,7 @@ def count(config: TrainConfig, task: Task, half: bool) -> Facts:
 
 
 def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
-    """Compare a pass of two samples with one of four: the difference is the cost per sample, the rest is fixed."""
+    """Compare a pass of two samples with a pass of four: the difference is the cost per sample, the rest is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # where auto means fp32 (a P100, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"

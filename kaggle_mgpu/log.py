@@ -1,10 +1,4 @@
-"""The records of a run: training steps, evaluations, saves, notes, its start and its end, with the time of each.
-
-with Log(parts, state, lines=[], imported_from=None) as log:
-    log.step(parts, state, batch, losses=losses, lr=lr, norm=norm)
-    log.evaluated(parts, state)
-    log.close(parts, state, result)
-"""
+"""Keep the records of a run: training steps, evaluations, saves, notes, start and end, with the time of each."""
 
 from __future__ import annotations
 
@@ -12,8 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,19 +45,10 @@ class Log:
         self.clock = Clock(state.seconds, save=4 * nbytes / 50e6, evaluation=parts.val_samples / plan.global_batch_size)
         device_line = ", ".join([*(gpu.name for gpu in parts.gpus[: plan.num_replicas]), parts.strategy.precision])
         self.progress = progress.Progress(
-            parts.output_dir,
-            max_steps=plan.max_steps,
-            main=parts.is_main,
-            resumed_step=state.step,
-            unit=task.unit,
-            on_record=task.on_record,
-            tensorboard=config.tensorboard,
-            world_size=parts.world_size,
-            device_line=device_line,
-            settings=config.to_dict(),
-            history=history,
-            sample=devices.sample if parts.gpus else list,
-        )
+            parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step, unit=task.unit,
+            on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
+            device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
+        )  # fmt: skip
         # everything about the run that progress.attach and the pictures need
         record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
         record |= {"world_size": parts.world_size, "strategy": parts.strategy.name}
@@ -76,20 +60,12 @@ class Log:
         time_left = None if parts.deadline is None else parts.deadline.remaining()
         self.progress.record({**record, "time": self.clock.seconds(), "time_left": time_left})
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.__exit__(kind, error, trace)
-
     def _step_after(self, step: int) -> int:
         due = 1 if step < 1 else (step // self.log_every + 1) * self.log_every
         return min(due, self.last, step + MOST_UNCOUNTED)
 
     def note(self, text: str) -> None:
-        """Print a line and record it."""
+        """Print and record a line of text."""
         self.progress.note(text)
 
     def step(
@@ -117,7 +93,7 @@ class Log:
         return None
 
     def _times(self, parts: Parts) -> dict[str, Any]:
-        """Return the run's duration so far, and what the time since the last record was spent on."""
+        """Return the run's duration so far, and the use of the time since the last record."""
         return {"time": self.clock.seconds(), "spent": self.clock.where(parts.strategy.communication())}
 
     def evaluated(self, parts: Parts, state: TrainState) -> None:
@@ -127,7 +103,7 @@ class Log:
         self.progress.record({**record, **self._times(parts)})
 
     def saves(self, saves: Sequence[checkpoint.Saved]) -> None:
-        """Record checkpoints that have been written, or could not be."""
+        """Record checkpoints after their writing has ended or failed."""
         for saved in saves:
             self.clock.saved(saved.seconds)
             if saved.note:

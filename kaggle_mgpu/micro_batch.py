@@ -1,10 +1,7 @@
-"""The micro-batch size of a run: the largest that fits, the size of an earlier session, or half of one that did not.
-
-    parts = settle_micro_batch(parts, folders=[parts.checkpoint_folder])   # before the first step
-    parts, sentence = halve_micro_batch(parts, "in step 7")                # after running out of memory
+"""Find, remember and halve the micro-batch size of a run.
 
 The global batch keeps its size: accumulation steps make up for smaller micro-batches. The size is remembered beside the
-checkpoints, with the conditions that it was found under.
+checkpoints, together with everything that decides whether it fits.
 """
 
 from __future__ import annotations
@@ -33,7 +30,7 @@ NOT_EVEN_ONE = (
 
 
 def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
-    """Return the parts with the micro-batch size to start with: found, remembered, or as the config gives it.
+    """Return the parts with the micro-batch size to start with: found, remembered, or given by the config.
 
     Args:
         folders: where a size may be remembered. One smaller than the config's is preferred.
@@ -52,7 +49,7 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
     if size is None:
         raise torch.OutOfMemoryError(NOT_EVEN_ONE)
     if parts.is_main:
-        remember(parts.checkpoint_folder, size, LARGEST, _conditions(parts))
+        remember(parts.output_dir / "checkpoints", size, LARGEST, _conditions(parts))
     return replace(parts, plan=plan.with_micro_batch_size(size), micro_batch_reason=LARGEST)
 
 
@@ -69,7 +66,7 @@ def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
     # when two ranks write at the same time, one finds its file gone: the other has renamed it
     with contextlib.suppress(FileNotFoundError):
         why = f"{before} was too much {when}: out of memory"
-        remember(parts.checkpoint_folder, plan.micro_batch_size, why, _conditions(parts))
+        remember(parts.output_dir / "checkpoints", plan.micro_batch_size, why, _conditions(parts))
     return replace(parts, plan=plan), (
         f"out of memory with micro_batch_size {before} {when}: {plan.micro_batch_size} from here on, with "
         f"{plan.gradient_accumulation_steps} accumulation steps, so that the batch stays the same"
@@ -77,7 +74,7 @@ def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
 
 
 def _fits(parts: Parts, micro_batch_size: int) -> bool:
-    """Return whether every rank can take a real step with a micro-batch that is a tenth larger."""
+    """Return whether every rank can take a real step with a micro-batch larger by a tenth."""
     strategy, plan = parts.strategy, parts.plan
     size = micro_batch_size + math.ceil(micro_batch_size / 10) if micro_batch_size > 1 else 1
     size *= plan.num_replicas // parts.world_size
@@ -111,7 +108,7 @@ def _conditions(parts: Parts) -> dict[str, Any]:
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of some rising sizes that fits, or None. If a size fits, every smaller one must fit too.
+    """Return the largest of some rising sizes that fits, or None. All sizes below must fit too.
 
     >>> largest_that_fits([1, 2, 4, 8, 16, 32], lambda size: size <= 11)
     8

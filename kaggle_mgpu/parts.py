@@ -1,10 +1,6 @@
 """The parts of a training run: a frozen record made once from a config and a task, alike on every rank.
 
-    parts = build_parts(config, task)
-    batches = parts.batches(samples_seen=0)
-
-A step changes the tensors of the model, the optimizer and the averages, never the record. Half a micro-batch after an
-out-of-memory error is a new record with another plan.
+A step changes the tensors of model, optimizer and averages, never the record. A smaller micro-batch is a new record.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from .task import Task
 
 @dataclass(frozen=True, kw_only=True)
 class StepParts:
-    """The parts that a single training step needs."""
+    """The parts for a single training step."""
 
     strategy: Strategy
     optimizer: torch.optim.Optimizer
@@ -44,7 +40,7 @@ class StepParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts(StepParts):
-    """The parts of a run on one rank."""
+    """All parts of a run on this rank."""
 
     config: TrainConfig
     task: Task
@@ -54,6 +50,8 @@ class Parts(StepParts):
     gpus: list[devices.GPU]
     plan: data.BatchPlan
     fetch: data.Fetch
+    workers: int
+    """Loader processes of each rank for the training data."""
     val_fetch: data.Fetch | None
     val_samples: int
     deadline: session.Deadline | None
@@ -71,32 +69,20 @@ class Parts(StepParts):
         return self.rank == 0
 
     @property
-    def checkpoint_folder(self) -> Path:
-        """The folder of the run's checkpoints."""
-        return self.output_dir / "checkpoints"
-
-    @property
     def unit(self) -> str:
         """A word for the place where one replica runs."""
         return "GPU" if self.gpus else "replica" if self.strategy.name == "dp" else "process"
 
-    def data_workers(self, fetch: data.Fetch) -> int:
-        """Return the number of loader processes of this rank for a dataset."""
-        return _data_workers(self.config, fetch)
-
     def batches(self, samples_seen: int) -> Iterator[data.Step]:
         """Return this rank's share of each global batch from a position in the data on, moved to the device."""
-        steps = data.Batches(
-            data.Sampler(self.plan, seed=self.config.seed, samples_seen=samples_seen),
-            self.fetch,
-            count=None if type(self.task).count is Task.count else self.task.count,
-            workers=self.data_workers(self.fetch),
-            pin_memory=self.device.type == "cuda",
-        )
+        sampler = data.Sampler(self.plan, seed=self.config.seed, samples_seen=samples_seen)
+        count = None if type(self.task).count is Task.count else self.task.count
+        pinned = self.device.type == "cuda"
+        steps = data.Batches(sampler, self.fetch, count=count, workers=self.workers, pin_memory=pinned)
         return data.on_device(steps, self.strategy.input_device)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the model holds its averaged weights, where the run averages them."""
+        """Return a context for the averaged weights: inside, the model holds these, if the run averages any."""
         return nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
 
 
@@ -125,72 +111,40 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
         raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
     collate = default_collate if type(task).collate is Task.collate else task.collate
     fetch = data.Fetch(train_set, collate, seed=config.seed)
+    workers = data.workers_for(fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size())
     val_fetch = None if val_set is None else data.Fetch(val_set, collate, seed=config.seed, purpose="evaluation")
 
     randomness.seed_everything(config.seed)  # the same seed gives every rank the same weights
     strategy = kind(
-        task.loss,
-        task.metrics,
-        precision=precision,
-        device=device,
-        num_replicas=replicas,
-        find_unused_parameters=config.find_unused_parameters,
-        **_strategy_options(kind.name, config, task),
-    )
+        task.loss, task.metrics, precision=precision, device=device, num_replicas=replicas,
+        find_unused_parameters=config.find_unused_parameters, **_strategy_options(kind.name, config, task),
+    )  # fmt: skip
     lr = plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
     warmup_steps = optim.resolve_warmup(config.warmup_steps, plan.max_steps)
     lr_at = partial(
-        optim.lr_at,
-        schedule=config.schedule,
-        lr=lr,
-        max_steps=plan.max_steps,
-        warmup_steps=warmup_steps,
-        min_lr=config.min_lr,
-        cycles=config.schedule_cycles,
-        power=config.schedule_power,
-    )
+        optim.lr_at, schedule=config.schedule, lr=lr, max_steps=plan.max_steps, warmup_steps=warmup_steps,
+        min_lr=config.min_lr, cycles=config.schedule_cycles, power=config.schedule_power,
+    )  # fmt: skip
     lr_at(0)  # reports an impossible schedule now
     with strategy.building():
         model = _model(task, config)
     strategy.prepare(model)
-    return Parts(
-        strategy=strategy,
-        optimizer=strategy.attach(task.optimizer(model, config.replace(lr=lr))),
-        lr_at=lr_at,
-        max_norm=config.max_norm,
-        ema=optim.EMA(model, config.ema_decay) if config.ema_decay else None,
-        rng_key=randomness.key(config.seed, "step"),
-        rank=distributed.rank(),
-        config=config,
-        task=task,
-        output_dir=Path(config.output_dir),
-        world_size=world_size,
-        device=device,
-        gpus=gpus,
-        plan=plan,
-        fetch=fetch,
-        val_fetch=val_fetch,
-        val_samples=val_samples,
-        deadline=deadline,
-        stamp={
-            "task": task.name or type(task).__name__,
-            "backend": task.backend,
-            "global_batch_size": plan.global_batch_size,
-            "dataset_size": plan.dataset_size,
-        },
-        header=(
-            f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
-            f"learning rate {lr:g}"
-            + (f" ({config.lr:g} scaled {config.lr_scaling})" if lr != config.lr else "")
-            + f", {config.schedule}, {warmup_steps} warm-up steps; "
-            + f"{sum(p.numel() for p in model.parameters()):,} parameters; "
-            + f"{_data_workers(config, fetch)} loader processes per rank",
-        ),
+    stamp: dict[str, Any] = {"task": task.name or type(task).__name__, "backend": task.backend}
+    stamp |= {"global_batch_size": plan.global_batch_size, "dataset_size": plan.dataset_size}
+    scaled = f" ({config.lr:g} scaled {config.lr_scaling})" if lr != config.lr else ""
+    header = (
+        f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
+        f"learning rate {lr:g}{scaled}, {config.schedule}, {warmup_steps} warm-up steps; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {workers} loader processes per rank",
     )
-
-
-def _data_workers(config: TrainConfig, fetch: data.Fetch) -> int:
-    return data.workers_for(fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size())
+    optimizer = strategy.attach(task.optimizer(model, config.replace(lr=lr)))
+    return Parts(
+        config=config, task=task, output_dir=Path(config.output_dir), deadline=deadline, stamp=stamp, header=header,
+        strategy=strategy, optimizer=optimizer, lr_at=lr_at, max_norm=config.max_norm,
+        ema=optim.EMA(model, config.ema_decay) if config.ema_decay else None,
+        rng_key=randomness.key(config.seed, "step"), rank=distributed.rank(), world_size=world_size,
+        device=device, gpus=gpus, plan=plan, fetch=fetch, workers=workers, val_fetch=val_fetch, val_samples=val_samples,
+    )  # fmt: skip
 
 
 def _batch_plan(config: TrainConfig, dataset_size: int, kind: type[Strategy], num_replicas: int) -> data.BatchPlan:
@@ -210,18 +164,14 @@ def _batch_plan(config: TrainConfig, dataset_size: int, kind: type[Strategy], nu
             f"a number. One that is too large is halved, and the run starts again from its newest checkpoint."
         )
     return data.BatchPlan.make(
-        dataset_size=dataset_size,
-        num_replicas=num_replicas,
-        global_batch_size=config.global_batch_size,
+        dataset_size=dataset_size, num_replicas=num_replicas, epochs=config.epochs, max_steps=config.max_steps,
+        global_batch_size=config.global_batch_size, gradient_accumulation_steps=config.gradient_accumulation_steps,
         micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    )  # fmt: skip
 
 
 def _strategy_options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
-    """Return the arguments that only the named strategy takes."""
+    """Return the arguments of the named strategy alone."""
     if name == "ddp":
         return {"gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb}
     if name == "fsdp":

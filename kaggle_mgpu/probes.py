@@ -1,9 +1,9 @@
-"""What the ranks measure of a machine: products of matrices, an all-reduce, each strategy's gradient, a checkpoint.
+"""Measure a machine: products of matrices, an all-reduce, the gradient of each strategy, a checkpoint.
 
     launch(probes.all_reduce_bandwidth, nproc=2, in_worker=True)[0]["gigabytes_per_s"]
 
-Each is called on every rank of a launch and returns plain values, alike on all ranks (but `save_and_load`, which one
-rank calls). `check` judges what they find; `plan` asks for the bandwidth.
+Every rank of a launch calls these functions and gets the same plain values (`save_and_load` runs on one rank alone).
+`check` judges the values; `plan` uses the bandwidth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
 
 
 def workers() -> dict[str, Any]:
-    """How many there are (count), on which devices, whether each has a GPU (on_gpu), and torch's version."""
+    """Return the number of workers (count), their devices, their use of GPUs (on_gpu), and torch's version."""
     device = distributed.device()
     on_gpu = device.type == "cuda"
     names = distributed.gather(torch.cuda.get_device_name(device) if on_gpu else "the CPU")
@@ -38,7 +38,7 @@ def workers() -> dict[str, Any]:
 
 
 def precision() -> dict[str, Any]:
-    """A matrix product in each precision the device is good for, against float64: relative differences.
+    """Compare a matrix product in each precision of the device with float64.
 
     Returns:
         `precision` and `reason`, what "auto" means here; `differences`, of the rank that is furthest off.
@@ -59,7 +59,7 @@ def precision() -> dict[str, Any]:
 
 
 def all_reduce_bandwidth() -> dict[str, Any]:
-    """Bytes per second that an all-reduce moves between the ranks of this world, measured on all of them.
+    """Measure the bytes per second of an all-reduce between all ranks.
 
     `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
     for a ring is what each link carries, whatever the number of ranks n.
@@ -98,7 +98,7 @@ def all_reduce_bandwidth() -> dict[str, Any]:
 
 
 def gradients() -> dict[str, float]:
-    """How far each strategy's gradient is from one device's with the whole batch, relative to its length, by name.
+    """Return the relative difference of each strategy's gradient from a single device's with the whole batch.
 
     Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
     wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
@@ -154,13 +154,13 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """Relative to the length of the right one; inf for nan."""
+    """Return the length of the difference, relative to the right vector; inf for nan."""
     difference = float((found - right).norm() / right.norm())
     return float("inf") if math.isnan(difference) else difference
 
 
 def save_and_load(folder: str) -> dict[str, str]:
-    """A megabyte, saved in `folder` as a run saves it and loaded again: what was `found`, or the `error`."""
+    """Save and load a megabyte in `folder`, as a run does; return a sentence as `found`, or an `error`."""
     began = time.monotonic()
     numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
     made = not Path(folder).exists()

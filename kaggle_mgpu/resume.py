@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run goes on from: its own newest, or its newest among the inputs, never another run's.
+"""Find the checkpoint for a run to go on from: its own newest, or its newest among the inputs, never another run's.
 
     path = starting_point(checkpoints, resume="auto", config=config.to_dict(), may_change=…, stamp=…)
 
@@ -69,7 +69,7 @@ def _among_inputs(
     model: Mapping[str, Tensor] | None,
     state_names: Collection[str] | None,
 ) -> Path | None:
-    """Return this run's newest checkpoint; if only other runs' are there, print how the newest of them differs."""
+    """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
     found: list[tuple[int, Path, dict[str, Any]]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
@@ -118,7 +118,7 @@ def _unsound(state: Mapping[str, Any], names: Collection[str] | None) -> str | N
 def changes(
     facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that were changed since a checkpoint, and may be: {name: (then, now)}."""
+    """Return the allowed changes of settings since a checkpoint: {name: (then, now)}."""
     then, now = facts.get("config", {}), json.loads(json.dumps(config))
     return {name: (then.get(name), now[name]) for name in now if name in may_change and then.get(name) != now[name]}
 
@@ -130,7 +130,7 @@ def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
 def _differences(
     facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str], stamp: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that make a checkpoint another run's: {name: (then, now)}."""
+    """Return the forbidden changes of settings since a checkpoint: {name: (then, now)}."""
     sides = []
     for settings, its_stamp in ((facts.get("config", {}), facts.get("stamp", {})), (config, stamp)):
         fixed = {name: value for name, value in settings.items() if name not in may_change}

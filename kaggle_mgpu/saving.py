@@ -1,10 +1,4 @@
-"""What a run writes to continue from and to leave behind: checkpoints, the best weights, the final weights.
-
-start = starting_point(parts, checkpoints)      # on rank 0: the checkpoint to go on from
-state, lines = restore(parts, checkpoints, start)
-saving = Saving(parts, checkpoints, state)
-saving.save(parts, state)                       # copies the state; a thread writes it during the next steps
-"""
+"""Write and restore checkpoints; write the best and the final weights."""
 
 from __future__ import annotations
 
@@ -23,8 +17,8 @@ from .task import Result, TrainState
 
 def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
     """Return the checkpoints in the run's folder."""
-    records = parts.output_dir / progress.METRICS
-    return checkpoint.Checkpoints(parts.checkpoint_folder, keep_last=parts.config.keep_last, flush_first=[records])
+    folder, records = parts.output_dir / "checkpoints", parts.output_dir / progress.METRICS
+    return checkpoint.Checkpoints(folder, keep_last=parts.config.keep_last, flush_first=[records])
 
 
 def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | None:
@@ -33,14 +27,9 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
     for abandoned in parts.output_dir.glob(".rescue-step-*"):  # by a rank that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
-        checkpoints,
-        resume=config.resume,
-        config=config.to_dict(),
-        may_change=config.MAY_CHANGE,
-        stamp=parts.stamp,
-        model=parts.strategy.described(),
-        state_names=[field.name for field in dataclasses.fields(TrainState)],
-    )
+        checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
+        model=parts.strategy.described(), state_names=[field.name for field in dataclasses.fields(TrainState)],
+    )  # fmt: skip
     aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
     if aside is not None:
         print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
@@ -48,7 +37,7 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
 
 
 def finished_result(parts: Parts) -> Result | None:
-    """Return the result of a run that has already taken all its steps, or None. Every rank must call this."""
+    """Return the result of a finished run, or None. Every rank must call this."""
     # under torchrun rank 0 may go on, and change result.json, before another rank looks
     result = distributed.from_main(lambda: read_result(parts.output_dir, parts.plan.max_steps))
     if result is None:
@@ -58,10 +47,7 @@ def finished_result(parts: Parts) -> Result | None:
     if parts.is_main:
         edited = task_checks.code_then(parts.output_dir) != task_checks.code_of(parts.task)
         changed = "; the task's code has CHANGED since" if edited else ""
-        print(
-            f"already finished after {result.step} steps: {parts.output_dir}{changed}. resume='never' trains anew.",
-            flush=True,
-        )
+        print(f"already finished after {result.step} steps: {parts.output_dir}{changed}. resume='never' trains anew.")
     return dataclasses.replace(result, output_dir=str(parts.output_dir))
 
 
@@ -120,6 +106,8 @@ class Saving:
         self.checkpoints, self.every = checkpoints, parts.config.save_every
         self.interval_seconds = parts.config.save_interval_minutes * 60
         self.in_shards = parts.config.checkpoint_format == "sharded" and parts.strategy.name == "fsdp"
+        self.written: list[checkpoint.Saved] = []
+        """Saves that have ended since the log recorded one, in a run that ends with an error."""
         self._schedule(state.step)
         if imported:
             self.saved_step, self.next_time = -1, -math.inf
@@ -139,7 +127,7 @@ class Saving:
         self._schedule(state.step)
 
     def checkpoint_contents(self, parts: Parts, state: TrainState) -> dict[str, Any]:
-        """Return the tensors, the state and the facts of a checkpoint: the only list of what a checkpoint holds."""
+        """Return the tensors, the state and the facts of a checkpoint: the only list of its contents."""
         held = parts.strategy.held_state(parts.optimizer)
         tensors = {"model": held.pop("model")} | ({"ema": parts.ema.state_dict()} if parts.ema else {})
         if not self.in_shards:
@@ -152,7 +140,7 @@ class Saving:
         return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
 
     def write_weights(self, parts: Parts, path: Path) -> str:
-        """Write the weights, averaged where the run averages them; return why not where the disk is full, or "".
+        """Write the weights, averaged if the run averages; return a note if the disk is full, or "".
 
         Every rank must call this; rank 0 alone knows the outcome. The file keeps its old content on a full disk.
         """
@@ -165,7 +153,34 @@ class Saving:
                     return f"{path} could not be written: {error.strerror}"
         return ""
 
-    def newest(self) -> str:
-        """Return a sentence that names the newest checkpoint."""
+    def rescue(self, parts: Parts, state: TrainState) -> str:
+        """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
+        # a save that rank 0 has only begun is no use to another rank: torchrun kills rank 0, launch waits only so long
+        if not parts.strategy.alone or (parts.is_main and state.step == self.saved_step):
+            return self.newest(parts)
+        try:
+            path = self.rescue_checkpoint(parts, state)
+        except OSError as error:
+            return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
+        return f"The state after step {state.step} is in {path}: a run goes on from there."
+
+    def rescue_for_restart(self, parts: Parts, state: TrainState) -> str:
+        """Save the state before a failed step, if this rank has the whole state; return where the run goes on."""
+        if not parts.strategy.alone:
+            return "The newest checkpoint is from before that step"
+        return f"The state before that step is in {self.rescue_checkpoint(parts, state)}"
+
+    def wait(self, parts: Parts) -> str:
+        """Wait for the last save before an error ends the run; return a sentence if the save failed."""
+        try:
+            if parts.is_main:
+                self.written += self.checkpoints.wait()
+        except OSError as error:  # the run's own error matters more
+            return f" The last save failed: {error}."
+        return ""
+
+    def newest(self, parts: Parts) -> str:
+        """Wait for the last save; return a sentence about the newest checkpoint."""
+        failed = self.wait(parts)
         newest = next(iter(self.checkpoints.all()), None)
-        return f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet."
+        return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed

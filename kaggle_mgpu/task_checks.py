@@ -1,4 +1,4 @@
-"""Warnings about a task before it is trained: its loss is a mean, or its methods were edited since the last session.
+"""Warnings about a task before training: the loss is a mean, or methods were edited since the last session.
 
 Neither ends a run.
 """
@@ -26,7 +26,7 @@ A_MEAN = (
 
 
 def looks_like_a_mean(parts: Parts) -> bool:
-    """Return whether the loss of two samples is the mean of their losses and not the sum, a mistake that Adam hides."""
+    """Return whether the loss of two samples is the mean of their losses and not the sum, a mistake hidden by Adam."""
     strategy, plan = parts.strategy, parts.plan
     samples = min(plan.dataset_size, plan.micro_batch_size)
     if samples < 2 or type(parts.task).count is not Task.count or not strategy.alone:
@@ -45,7 +45,7 @@ def looks_like_a_mean(parts: Parts) -> bool:
 
 
 def code_of(task: Task) -> int:
-    """Return a checksum of the task's methods. It changes when they are edited."""
+    """Return a checksum of the code of the task's methods."""
     parts: list[Any] = []
 
     def add(code: types.CodeType) -> None:

@@ -74,14 +74,19 @@ def train(config: TrainConfig, task: Task) -> Result:
             lines += resumed
         if parts.is_main and state.step == 0 and looks_like_a_mean(parts):
             lines.append(A_MEAN)
-        log = stack.enter_context(Log(parts, state, lines=lines, history=start.parent.parent if start else None))
+        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None)
+        stack.enter_context(log.progress)
         stack.enter_context(checkpoints)
         imported = start is not None and start.parent != checkpoints.folder
-        return _loop(parts, state, Evaluation(parts, state), Saving(parts, checkpoints, state, imported), log)
+        saving = Saving(parts, checkpoints, state, imported)
+        try:
+            return _loop(parts, state, Evaluation(parts, state), saving, log)
+        finally:
+            log.saves(saving.written)  # those that an error waited for
 
 
 def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> Result:
-    """Take the steps from `state` to the last one."""
+    """Take the steps from `state` to the last step."""
     clock, ranks, deadline = log.clock, distributed.RankVote(), parts.deadline
     batches = parts.batches(state.samples_seen)
     with _stop_requests() as stop_request:
@@ -111,12 +116,18 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             try:
                 outcome = take_step(parts, batch, state.step)
             except OptimizerOutOfMemoryError as error:  # some weights may have moved, so nothing is saved
-                out_of_memory.raise_optimizer_oom(state.step + 1, _newest(parts, saving, log), error)
+                out_of_memory.raise_optimizer_oom(state.step + 1, saving.newest(parts), error)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                parts, outcome = _halve(parts, state, saving, log, error), None
+                parts.strategy.undo_step()  # the weights have not moved yet
+                state.seconds = clock.seconds()
+                parts, halved = _halve(parts, state, saving, f"in step {state.step + 1}", error)
+                if parts.world_size > 1:  # the others wait in a collective that only the end of their processes ends
+                    out_of_memory.raise_restart(parts.rank, halved, saving.rescue_for_restart(parts, state), error)
+                outcome = None
             if outcome is None:  # the same samples again, in smaller micro-batches
+                log.note(halved)
                 out_of_memory.release()
                 batches = parts.batches(state.samples_seen)
                 continue
@@ -133,7 +144,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
 
 
 class StepOutcome(NamedTuple):
-    """The result of one training step."""
+    """The result of a training step."""
 
     losses: list[Tensor]
     """The summed loss of each micro-batch on this rank, still on the device."""
@@ -145,7 +156,7 @@ class StepOutcome(NamedTuple):
 
 
 def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
-    """Compute the gradient of one global batch, clip it, and update the weights.
+    """Compute the gradient of a global batch, clip the gradient, and update the weights.
 
     Args:
         step: the number of steps taken before. Learning rate and random generators depend on it.
@@ -176,14 +187,19 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
 
 
 def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> None:
-    """Evaluate the weights, and keep them if they are the best so far. Errors of the task's metrics arise here."""
+    """Evaluate the weights, and keep the best. Errors of the task's metrics arise here."""
     with log.clock.evaluating():
         try:
             note = evaluation.run(parts, state)
-        except Exception as error:
-            if is_out_of_memory(error):
-                _raise_after_evaluation(parts, state, saving, log, error)
-            raise
+        except Exception as error:  # the weights are whole
+            if not is_out_of_memory(error):
+                raise
+            state.seconds = log.clock.seconds()
+            if parts.strategy.alone:
+                out_of_memory.raise_evaluation_oom(state.step, error, saving.rescue(parts, state))
+            parts, halved = _halve(parts, state, saving, f"in the evaluation after step {state.step}", error)
+            resume_from = "The newest checkpoint is from before that evaluation"
+            out_of_memory.raise_restart(parts.rank, halved, resume_from, error)
         if note:
             log.note(note)
         if is_best(parts.config, state):
@@ -196,70 +212,12 @@ def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: S
     log.evaluated(parts, state)
 
 
-def _halve(parts: Parts, state: TrainState, saving: Saving, log: Log, error: BaseException) -> Parts:
-    """Return the parts with half the micro-batch after a step without enough memory. The weights have not moved yet.
-
-    With several ranks the others wait in a collective that only the end of their processes ends: this rank saves the
-    state, and the run starts again.
-    """
-    parts.strategy.undo_step()
+def _halve(parts: Parts, state: TrainState, saving: Saving, when: str, error: BaseException) -> tuple[Parts, str]:
+    """Return the parts with half the micro-batch, and a sentence about the change; at size 1 save and end the run."""
     try:
-        parts, sentence = halve_micro_batch(parts, f"in step {state.step + 1}")
+        return halve_micro_batch(parts, when)
     except torch.OutOfMemoryError as not_even_one:
-        raise torch.OutOfMemoryError(f"{not_even_one} {_rescue(parts, state, saving, log)}") from error
-    if parts.world_size == 1:
-        log.note(sentence)
-        return parts
-    state.seconds = log.clock.seconds()
-    resume_from = "The newest checkpoint is from before that step"
-    if parts.strategy.alone:  # otherwise no rank has the whole state
-        resume_from = f"The state before that step is in {saving.rescue_checkpoint(parts, state)}"
-    out_of_memory.raise_restart(parts.rank, sentence, resume_from, error)
-
-
-def _raise_after_evaluation(
-    parts: Parts, state: TrainState, saving: Saving, log: Log, error: BaseException
-) -> NoReturn:
-    """End the run after an evaluation without enough memory. The weights are whole.
-
-    Ranks that compute together start again with smaller micro-batches.
-    """
-    if parts.strategy.alone:
-        out_of_memory.raise_evaluation_oom(state.step, error, _rescue(parts, state, saving, log))
-    try:
-        parts, sentence = halve_micro_batch(parts, f"in the evaluation after step {state.step}")
-    except torch.OutOfMemoryError as not_even_one:
-        raise torch.OutOfMemoryError(f"{not_even_one} {_rescue(parts, state, saving, log)}") from error
-    out_of_memory.raise_restart(parts.rank, sentence, "The newest checkpoint is from before that evaluation", error)
-
-
-def _rescue(parts: Parts, state: TrainState, saving: Saving, log: Log) -> str:
-    """Save the state in memory, if this rank has all of it; return a sentence that says where the run can go on."""
-    # a save that rank 0 has only begun is no use to another rank: torchrun kills rank 0, and launch waits only so long
-    if not parts.strategy.alone or (parts.is_main and state.step == saving.saved_step):
-        return _newest(parts, saving, log)
-    state.seconds = log.clock.seconds()
-    try:
-        path = saving.rescue_checkpoint(parts, state)
-    except OSError as error:
-        return f"The state after step {state.step} could not be saved: {error}. {_newest(parts, saving, log)}"
-    return f"The state after step {state.step} is in {path}: a run goes on from there."
-
-
-def _newest(parts: Parts, saving: Saving, log: Log) -> str:
-    """Wait for the last save; return a sentence that names the newest checkpoint."""
-    failed = _last_saves(parts, saving, log)
-    return saving.newest() + failed
-
-
-def _last_saves(parts: Parts, saving: Saving, log: Log) -> str:
-    """Wait for the last save of a run that ends with an error; return a sentence if the save failed."""
-    try:
-        if parts.is_main:
-            log.saves(saving.checkpoints.wait())
-    except OSError as error:  # the run's own error matters more
-        return f" The last save failed: {error}."
-    return ""
+        raise torch.OutOfMemoryError(f"{not_even_one} {saving.rescue(parts, state)}") from error
 
 
 def _raise_diverged(
@@ -269,7 +227,7 @@ def _raise_diverged(
     skipped = int(parts.strategy.skipped_in_a_row)
     first = state.step - max(skipped, 1) + 1
     samples = divergence.samples_of(first, parts.plan, parts.config.seed)
-    _last_saves(parts, saving, log)
+    saving.wait(parts)
     log.diverged(state.step, first, samples)
     distributed.barrier()  # a rank that raised sooner would end rank 0 before its checkpoint and record are written
     good = next((path for path in saving.checkpoints.all() if checkpoint.step_of(path) < first), None)
@@ -289,23 +247,13 @@ def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Sav
         log.saves(saves := saving.checkpoints.wait())
         if not finished and any(saved.path is None for saved in saves):
             reason += f"; {saves[-1].note}"
+    strategy = parts.strategy
     result = Result(
-        output_dir=str(parts.output_dir),
-        finished=finished,
-        reason=reason,
-        step=state.step,
-        max_steps=parts.plan.max_steps,
-        samples_seen=state.samples_seen,
-        metrics=state.metrics,
-        best=state.best,
-        seconds=state.seconds,
-        world_size=parts.world_size,
-        strategy=parts.strategy.name,
-        precision=parts.strategy.precision,
-        skipped_steps=int(parts.strategy.skipped),
-        remaining_steps=remaining,
-        remaining_seconds=log.clock.left(remaining),
-    )
+        output_dir=str(parts.output_dir), finished=finished, reason=reason, step=state.step,
+        max_steps=parts.plan.max_steps, samples_seen=state.samples_seen, metrics=state.metrics, best=state.best,
+        seconds=state.seconds, world_size=parts.world_size, strategy=strategy.name, precision=strategy.precision,
+        skipped_steps=int(strategy.skipped), remaining_steps=remaining, remaining_seconds=log.clock.left(remaining),
+    )  # fmt: skip
     weights = parts.output_dir / "model.safetensors"
     if failed := saving.write_weights(parts, weights):
         log.note(failed)
