@@ -11,7 +11,6 @@ call by the same function in between, counts once.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import sys
@@ -21,36 +20,37 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = f"{ROOT / 'kaggle_mgpu'}/"
+PACKAGE = f"{Path(__file__).resolve().parents[1] / 'kaggle_mgpu'}/"
 STEP = 20
-"""The step that is walked through: no record, evaluation or save is due around it."""
+"""The step to walk through: no record, evaluation or save is due around this step."""
 
 
 def walk(part: str) -> Counter[tuple[str, str]]:
-    """Count the switches of "step" or "setup" by (file of the caller, file of the called function)."""
-    sys.path.insert(0, str(ROOT))
+    """Count the calls of "step" or "setup" by (file of the caller, file of the called function)."""
+    sys.path.insert(0, str(Path(PACKAGE).parent))
     import torch
     from torch import Tensor, nn
 
     from kaggle_mgpu import Task, TrainConfig, train
 
-    switches: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
     latest: dict[FrameType | None, CodeType] = {}
 
+    def in_package(code: CodeType) -> bool:
+        return code.co_filename.startswith(PACKAGE) and code.co_name != "<module>"
+
     def on_event(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and _in_package(frame.f_code):
+        if event == "call" and in_package(frame.f_code):
             caller = frame.f_back
-            while caller is not None and not _in_package(caller.f_code):
+            while caller is not None and not in_package(caller.f_code):
                 caller = caller.f_back
-            here = frame.f_code.co_filename
-            there = here if caller is None else caller.f_code.co_filename
             if latest.get(caller) != frame.f_code:
-                switches[there.removeprefix(PACKAGE), here.removeprefix(PACKAGE)] += 1
+                here = frame.f_code.co_filename.removeprefix(PACKAGE)
+                calls[here if caller is None else caller.f_code.co_filename.removeprefix(PACKAGE), here] += 1
             latest[caller] = frame.f_code
 
     class Small(Task):
-        calls = 0
+        forward_passes = 0
 
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
@@ -59,44 +59,27 @@ def walk(part: str) -> Counter[tuple[str, str]]:
             return torch.utils.data.TensorDataset(torch.randn(640, 8), torch.randn(640, 1))
 
         def loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
-            self.calls += model.training
-            if model.training and (part == "setup" or self.calls > STEP):
-                sys.setprofile(None)
-            elif model.training and self.calls == STEP:
-                sys.setprofile(on_event)
+            if model.training:
+                self.forward_passes += 1
+                if part == "setup" or self.forward_passes >= STEP:
+                    sys.setprofile(on_event if part == "step" and self.forward_passes == STEP else None)
             return (model(batch[0]) - batch[1]).square().sum()
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         config = TrainConfig(max_steps=STEP + 5, global_batch_size=16, log_every=1000, output_dir=folder)
         config = config.replace(resume="never")
         train(config, Small())  # imports every module, so that the second run imports none
-        switches.clear()
+        calls.clear()
         sys.setprofile(on_event if part == "setup" else None)
         train(config, Small())
-    return switches
-
-
-def _in_package(code: CodeType) -> bool:
-    return code.co_filename.startswith(PACKAGE) and code.co_name != "<module>"
-
-
-def summary(switches: Counter[tuple[str, str]]) -> tuple[list[str], int]:
-    """Return the files gone through, and the number of switches between them."""
-    files = sorted({file for pair in switches for file in pair})
-    return files, sum(count for (there, here), count in switches.items() if there != here)
-
-
-def main() -> None:
-    """Print the files, the switches between each two of them, and how many there are."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=["step", "setup"])
-    switches = walk(parser.parse_args().part)
-    files, total = summary(switches)
-    for (there, here), count in sorted(switches.items()):
-        if there != here:
-            print(f"{count:4} {there} -> {here}")
-    print(f"{len(files)} files, {total} switches: {', '.join(files)}")
+    return calls
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] not in (["step"], ["setup"]):
+        sys.exit("usage: python tools/walk.py step|setup")
+    switches = walk(sys.argv[1])
+    files = sorted({file for pair in switches for file in pair})
+    switches = Counter({pair: count for pair, count in switches.items() if pair[0] != pair[1]})
+    print("\n".join(f"{count:4} {there} -> {here}" for (there, here), count in sorted(switches.items())))
+    print(f"{len(files)} files, {switches.total()} switches: {', '.join(files)}")
