@@ -1,48 +1,69 @@
-"""Where the time of a run goes, and how much of it must be kept back for stopping in good order."""
+"""Where the time of a run goes, and the time to keep back for a stop in good order."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import NamedTuple
 
-_T = TypeVar("_T")
+
+class StepTaken(NamedTuple):
+    """The times of a training step (batch asked for, batch there, finished) and its size."""
+
+    asked: float
+    arrived: float
+    finished: float
+    samples: int
+    terms: int
 
 
 class Clock:
     """Training time in all, throughput since the last record, and how long a step, an evaluation and a save take.
 
+    The loop appends each step to `taken`, which costs no call; the clock counts those steps when it is asked something.
+
     Args:
         before: seconds that earlier sessions of the run took.
-        save: a guess at a save, until one has been measured.
-        evaluation: how many steps an evaluation is worth, until one has been measured.
+        save: a guess at the seconds of a save, used until one is measured.
+        evaluation: a guess at how many steps an evaluation is worth, used until one is measured.
     """
 
     def __init__(self, before: float = 0.0, *, save: float = 0.0, evaluation: float = 0.0) -> None:
         self.before, self.began = before, time.monotonic()
+        self.taken: list[StepTaken] = []
         self.since = self.counted = self.began
         self.samples = self.terms = self.steps = 0
         self.paused = 0.0
         self.first_step = self.longest_step = 0.0
         self.save, self.evaluation, self.evaluation_in_steps = save, 0.0, evaluation
-        self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since it was last asked for
+        self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `where` was last called
         self.spent_since, self.spent_steps = self.began, 0
 
     def seconds(self) -> float:
-        """Of this run, over all sessions."""
+        """Return the training time over all sessions."""
         return self.before + time.monotonic() - self.began
 
-    def next(self, batches: Iterator[_T]) -> _T:
-        """The next batch, and how long it was waited for."""
-        start = time.monotonic()
-        batch = next(batches)
-        self.spent["data"] += time.monotonic() - start
-        return batch
+    def count(self) -> None:
+        """Count the steps in `taken`. All other methods with an answer about steps do this first."""
+        for step in self.taken:
+            took = step.finished - self.counted
+            if self.steps == 0:  # imports, compilation and tuning make the first step unlike the others
+                self.first_step = took
+            else:
+                self.longest_step = max(self.longest_step, took)
+            self.counted = step.finished
+            self.spent["data"] += step.arrived - step.asked
+            self.samples += step.samples
+            self.terms += step.terms
+        self.steps += len(self.taken)
+        self.spent_steps += len(self.taken)
+        self.taken.clear()
 
     @contextlib.contextmanager
     def pause(self, what: str = "saving") -> Iterator[None]:
-        """Time spent on something else than steps: it does not count as throughput."""
+        """Measure time spent on something else than steps, and leave this time out of the throughput."""
+        self.count()
         start = time.monotonic()
         yield
         took = time.monotonic() - start
@@ -53,46 +74,35 @@ class Clock:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """A pause for an evaluation."""
+        """Measure an evaluation."""
         start = time.monotonic()
         with self.pause("evaluation"):
             yield
         self.evaluation = max(self.evaluation, time.monotonic() - start)
 
     def saved(self, seconds: float) -> None:
-        """A save took so long, from its beginning to the last byte on the disk."""
+        """Take note of a save's duration, from its beginning to the last byte on the disk."""
         self.save = max(self.save, seconds)
 
-    def count(self, samples: int, terms: int) -> None:
-        """One step is taken."""
-        now = time.monotonic()
-        if self.steps == 0:  # imports, compiles and tunes: the others are not like it
-            self.first_step = now - self.counted
-        else:
-            self.longest_step = max(self.longest_step, now - self.counted)
-        self.counted = now
-        self.steps += 1
-        self.spent_steps += 1
-        self.samples += samples
-        self.terms += terms
-
     def throughput(self, unit: str) -> dict[str, float]:
-        """Since this was last asked; the GPU has just been waited for, so the time is its time."""
+        """Return samples or terms per second since the last call. Wait for the GPU before calling."""
+        self.count()
         now = time.monotonic()
         rate = (self.samples if unit == "samples" else self.terms) / max(now - self.since, 1e-9)
         self.since, self.samples, self.terms = now, 0, 0
         return {f"{unit.replace(' ', '_')}_per_s": rate}
 
     def where(self, communication: float | None = None) -> dict[str, float]:
-        """Seconds since this was last asked, by what they went into; they add up to all of them.
+        """Return the seconds since the last call by their use; the parts add up to the whole.
 
-        "data" is what this process waited for batches (while a GPU may have been busy with earlier steps),
-        "evaluation" and "saving" what training stood still for them, "steps" the rest: forward, backward, optimizer.
+        "data" is this process's waiting for batches (while a GPU may have been busy with earlier steps), "evaluation"
+        and "saving" are the pauses for them, "steps" is the rest: forward, backward, optimizer.
 
         Args:
-            communication: seconds of a step in which the GPU does nothing but send gradients, where that is known: it
-                is then taken out of "steps".
+            communication: seconds of a step in which the GPU only sends gradients, if known. They are taken out of
+                "steps".
         """
+        self.count()
         now = time.monotonic()
         steps = max(0.0, now - self.spent_since - sum(self.spent.values()))
         waited = {} if communication is None else {"communication": min(steps, communication * self.spent_steps)}
@@ -102,10 +112,12 @@ class Clock:
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:
-        """Seconds to keep back before a deadline: half as much again as `steps` steps and a save took at their longest.
+        """Return the seconds to keep back before a deadline: 1.5 times the longest `steps` steps and save so far.
 
-        And as an evaluation did, where one comes next.
+        Args:
+            evaluation: an evaluation comes next; its longest duration so far is counted too.
         """
+        self.count()
         step = self.longest_step or self.first_step
         needed = steps * step + self.save
         if evaluation:
@@ -113,7 +125,8 @@ class Clock:
         return 1.5 * needed
 
     def left(self, steps: int) -> float | None:
-        """Seconds that so many steps will take, at the pace of this session; None before its first."""
+        """Return the seconds of so many steps at the pace of this session; None before its first step."""
+        self.count()
         if self.steps == 0:
             return None
         return steps * (self.counted - self.began - self.paused) / self.steps

@@ -1,10 +1,10 @@
-"""What a second GPU buys, measured on this machine with this task, not promised.
+"""Measure how much faster a task trains on several GPUs of this machine, under each strategy.
 
     rows = compare_strategies(config, task, steps=20)   # prints a table: single, dp, ddp; returns its rows
 
 Each strategy takes the same real steps on the same global batch with the same micro-batch per GPU, in workers of its
-own: no checkpoint, evaluation or log is written, and nothing stays in this process. `measure` does one of them, and
-`plan` begins with it.
+own: no checkpoint, evaluation or log is written, and nothing stays in this process. `measure` times one strategy;
+`plan` uses it too.
 """
 
 from __future__ import annotations
@@ -13,21 +13,28 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from . import devices
+import torch
+
+from . import devices, distributed
 from .config import TrainConfig
+from .data import BatchPlan
 from .launch import launch
+from .micro_batch import settle_micro_batch
+from .out_of_memory import is_out_of_memory
+from .parts import build_parts
 from .task import Task, expect
+from .trainer import take_step
 
 WARM_UP = 3
-"""Steps before the clock starts: imports, autotuning, DistributedDataParallel's new bucket order after its first."""
+"""Steps before the timing starts: imports, autotuning, DistributedDataParallel's new bucket order after its first."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one strategy came to; figures are None where it could not run, and `note` says why."""
+    """The figures of a strategy. Figures are None if the strategy could not run, and `note` says why."""
 
     strategy: str
     replicas: int
@@ -35,33 +42,28 @@ class Row:
     samples_per_s: float | None = None
     step_seconds: float | None = None
     ratio: float | None = None
-    """Throughput against the first row that has one."""
+    """Throughput relative to the first row with a throughput."""
     memory_bytes: tuple[int, ...] = ()
     """Peak of torch's allocator on each GPU; () on a CPU."""
     micro_batch_size: int | None = None
     terms_per_s: float | None = None
-    """In the task's unit, where that is not samples."""
+    """In the task's unit, if the unit is not samples."""
     note: str = ""
 
 
 @dataclass
 class Measured:
-    """Some steps of one rank."""
+    """The measured steps of a rank."""
 
     seconds: list[float]
     samples: int
     terms: int
-    memory_bytes: list[int] = field(default_factory=list)
-    micro_batch_size: int = 0
-    gradient_accumulation_steps: int = 0
-    num_replicas: int = 0
-    val_samples: int = 0
-    sentence: str = ""
-    header: list[str] = field(default_factory=list)
+    memory_bytes: list[int]
+    micro_batch_size: int
 
     @property
     def step_seconds(self) -> float:
-        """The middle one: a busy machine's outliers do not count."""
+        """The median: outliers of a busy machine have no influence."""
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
@@ -72,11 +74,11 @@ def compare_strategies(
     nproc: int | None = None,
     strategies: Sequence[str] = ("single", "dp", "ddp"),
 ) -> list[Row]:
-    """Take `steps` training steps under each strategy, print throughput, memory per GPU and the ratio; the rows.
+    """Take `steps` training steps under each strategy; print and return throughput, memory per GPU and ratio.
 
     Args:
         nproc: replicas for dp and ddp. Default: one per GPU; two where there is none.
-        strategies: which, in the order of the rows; ratios are to the first.
+        strategies: the strategies in the order of the rows; ratios are to the first row.
 
     Raises:
         TypeError: not a TrainConfig and a Task.
@@ -100,7 +102,7 @@ def compare_strategies(
         try:
             got = measure(shared.replace(strategy=name, nproc=count), task, steps)
         except Exception as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             rows.append(Row(name, count, note="out of memory"))
             continue
@@ -110,9 +112,7 @@ def compare_strategies(
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """The config with the micro-batch that so many replicas have, whatever their number: the rest is accumulated."""
-    from .data import BatchPlan
-
+    """Return the config with the micro-batch of so many replicas: fewer replicas accumulate the rest."""
     if config.micro_batch_size == "auto":
         return config.replace(gradient_accumulation_steps=None)
     plan = BatchPlan.make(
@@ -130,7 +130,7 @@ def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
 
 
 def measure(config: TrainConfig, task: Task, steps: int) -> Measured:
-    """Take `steps` steps as `train` takes them, after a few that do not count. Rank 0's times; every GPU's memory."""
+    """Time `steps` training steps after a warm-up; return rank 0's times and every GPU's memory."""
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-measure-") as folder:
         quiet = config.replace(output_dir=folder, resume="never", max_restarts=0)
         every: list[Measured] = launch(_steps, quiet, task, steps, in_worker=True)
@@ -140,51 +140,31 @@ def measure(config: TrainConfig, task: Task, steps: int) -> Measured:
 
 
 def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
-    """The loop of `train` with a clock in it, and nothing that is written."""
-    import torch
-
-    from . import data, distributed, optim
-    from .run import Run
-
+    """Time training steps without writing anything."""
     on_gpu = torch.cuda.is_available()
     mine = [distributed.device()] if on_gpu else []
     if on_gpu and config.strategy == "dp":
         mine = [torch.device("cuda", index) for index in range(int(config.nproc))]  # one process, all of them
     for device in mine:
         torch.cuda.reset_peak_memory_stats(device)
-    run = Run(config, task)
-    run.fit_micro_batch()
-    batches, how = run.batches(), run.strategy
+    parts = settle_micro_batch(build_parts(config, task), folders=[])
+    # with a learning rate of 0 nothing diverges: only the time of a step is asked for
+    parts = dataclasses.replace(parts, lr_at=lambda step: 0.0, ema=None)
+    batches = parts.batches(samples_seen=0)
     seconds, samples, terms = [], 0, 0
     for number in range(WARM_UP + steps):
         distributed.alive(number)
         began = time.perf_counter()
-        step = next(batches)
-        how.begin_step()
-        for i, batch in enumerate(step.micro_batches):
-            with how.micro_step(sync=i == len(step.micro_batches) - 1):
-                how.backward(batch, step.weights[i], step.terms)
-        optim.set_lr(run.optimizer, 0.0)  # the gradient is all that is asked for: nothing diverges
-        how.step(run.optimizer, max_norm=config.max_norm)
+        batch = next(batches)
+        take_step(parts, batch, number)
         for device in mine:
             torch.cuda.synchronize(device)
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - began)
-            samples += step.samples
-            terms += step.terms()
-    val = 0 if run.val_fetch is None else data.size_of(run.val_fetch.dataset, "val_data()")
-    return Measured(
-        seconds=seconds,
-        samples=samples,
-        terms=terms,
-        memory_bytes=[torch.cuda.max_memory_allocated(device) for device in mine],
-        micro_batch_size=run.plan.micro_batch_size,
-        gradient_accumulation_steps=run.plan.gradient_accumulation_steps,
-        num_replicas=run.plan.num_replicas,
-        val_samples=val,
-        sentence=run.plan.sentence(run.unit),
-        header=run.header,
-    )
+            samples += batch.samples
+            terms += batch.terms()
+    memory_bytes = [torch.cuda.max_memory_allocated(device) for device in mine]
+    return Measured(seconds, samples, terms, memory_bytes, parts.plan.micro_batch_size)
 
 
 def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cpu: bool) -> Row:
@@ -204,7 +184,7 @@ def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cp
 
 
 def table(rows: Sequence[Row], unit: str = "samples") -> str:
-    """The rows as text, one line each."""
+    """Return the rows as lines of text."""
     heads = ["strategy", "replicas", "samples/s", *([f"{unit}/s"] if unit != "samples" else []), "ms a step", "ratio"]
     heads += ["micro-batch", "peak memory per GPU"]
     lines = [heads]
@@ -226,12 +206,5 @@ def table(rows: Sequence[Row], unit: str = "samples") -> str:
 
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain dictionaries, for JSON."""
+    """Return the rows as plain dictionaries, for JSON."""
     return [dataclasses.asdict(row) for row in rows]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU had no room for what was measured."""
-    from . import memory
-
-    return memory.out_of_memory(error)

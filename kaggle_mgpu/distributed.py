@@ -20,14 +20,12 @@ from typing import Any, TypeVar, cast, overload
 import torch
 import torch.distributed as dist
 
+from .errors import RestartError as RestartError
+
 T = TypeVar("T")
 
 # Longer than any one rank may keep the others waiting: rank 0 tokenising a corpus, writing a checkpoint to a slow disk.
 TIMEOUT = datetime.timedelta(minutes=30)
-
-
-class RestartError(RuntimeError):
-    """The run goes on where it was when it is started again, in fresh processes: what raised this has seen to that."""
 
 
 def active() -> bool:
@@ -222,11 +220,11 @@ def _sendable(error: Exception | None) -> Exception | None:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-class Poll:
-    """Questions whose answer is each rank's own (the clock, a signal), answered alike on every rank.
+class RankVote:
+    """Decisions that depend on each rank's own clock and signals, made alike on every rank.
 
-    A collective on every step would cost a small model more than a tenth of its time, so the ranks ask each other about
-    every `seconds`; after how many steps that is, they agree on too. A world of one answers at once.
+    A collective on every step would cost a small model more than a tenth of its time, so the ranks vote about every
+    `seconds`, and also agree on the number of steps until the next vote. A world of one decides at once.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -236,8 +234,8 @@ class Poll:
         self.interval = 1
         self.since = time.monotonic()
 
-    def __call__(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any rank raised it; all false on the steps between two questions."""
+    def vote(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether any rank raised it; all are false on the steps between two votes."""
         if not active():
             return list(flags)
         self.steps += 1

@@ -1,7 +1,7 @@
-"""What a model and its data are worth in operations and bytes, counted in a worker over a pass of a few samples.
+"""Count the operations and bytes of a model and its data, in a worker, over a pass of a few samples.
 
-facts = count(config, task, half=True)   # as it would be under autocast
-facts.memory(samples=32)                 # bytes on one GPU, by what they are for
+facts = count(config, task, half=True)   # under autocast
+facts.memory(samples=32)                 # bytes on one GPU, by their use
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import data, devices, distributed, memory
+from . import data, devices, distributed
 from .config import TrainConfig
 from .launch import launch
-from .run import Run
+from .out_of_memory import is_out_of_memory, release
+from .parts import Parts, build_parts
 from .task import Task
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a model and its data are, counted over a forward and backward pass of a few samples."""
+    """The counts of a model and its data, over a forward and backward pass of a few samples."""
 
     dataset_size: int
     val_samples: int
@@ -45,7 +46,7 @@ class Facts:
         return self.fixed_bytes + samples * self.sample_bytes
 
     def memory(self, samples: int, ema: bool = False, shards: int = 1) -> dict[str, float]:
-        """Bytes on one GPU by what they are for; all but the activations are shared out among `shards` GPUs."""
+        """Return bytes on one GPU by their use; all but the activations are shared out among `shards` GPUs."""
         parts = {"weights": float(self.weight_bytes), "gradients": float(self.gradient_bytes)}
         parts |= {"optimizer": float(self.optimizer_bytes)} | ({"averages": float(self.weight_bytes)} if ema else {})
         return {name: nbytes / shards for name, nbytes in parts.items()} | {"activations": self.activations(samples)}
@@ -53,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one forward and backward pass came to."""
+    """The counts of a forward and backward pass."""
 
     samples: int
     operations: int
@@ -63,7 +64,7 @@ class Pass:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that do something: a view is a new look at the same memory."""
+    """Counts operators, except views of the same memory."""
 
     number = 0
 
@@ -88,30 +89,30 @@ def count(config: TrainConfig, task: Task, half: bool) -> Facts:
 
 
 def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
-    """Two passes, of two and of four samples: what grows is per sample, what does not is fixed."""
+    """Compare a pass of two samples with a pass of four: the difference is the cost per sample, the rest is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
-    # where auto means fp32 (a P100, a CPU): what this machine computes in 16 bits at all
+    # where auto means fp32 (a P100, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
-    run = Run(config.replace(precision=small if half else "fp32"), task)
-    model, size = run.strategy.model, run.plan.dataset_size
+    parts = build_parts(config.replace(precision=small if half else "fp32"), task)
+    model, size = parts.strategy.model, parts.plan.dataset_size
     try:
-        passes = [_pass(run, samples) for samples in sorted({min(2, size), min(4, size)})]
+        passes = [_pass(parts, samples) for samples in sorted({min(2, size), min(4, size)})]
     except RuntimeError as error:
-        if not memory.out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         passes = []
-    if not passes:  # here, where the error no longer holds on to what it was about
+    if not passes:
         model.zero_grad(set_to_none=True)
-        memory.release()
-        passes = [_pass(run, 1)]
+        release()
+        passes = [_pass(parts, 1)]
     first, last = passes[0], passes[-1]
     apart = last.samples - first.samples
     per_sample = (last.kept - first.kept) / apart if apart else last.kept / last.samples
-    run.optimizer.step()
-    moments = [v for state in run.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    parts.optimizer.step()
+    moments = [v for state in parts.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return Facts(
         dataset_size=size,
-        val_samples=0 if run.val_fetch is None else data.size_of(run.val_fetch.dataset, "val_data()"),
+        val_samples=parts.val_samples,
         parameters=sum(p.numel() for p in model.parameters()),
         weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
@@ -123,15 +124,15 @@ def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
     )
 
 
-def _pass(run: Run, samples: int) -> Pass:
-    """Forward and backward of the first samples, twice: each way of counting would be in the other's way."""
+def _pass(parts: Parts, samples: int) -> Pass:
+    """Run forward and backward of the first samples twice, because the two ways of counting disturb each other."""
     distributed.alive()
-    how, model = run.strategy, run.strategy.model
-    order = data.Order(run.plan.dataset_size, run.config.seed, 0)[:samples]
-    batch = data.move(run.fetch[order], how.input_device)
-    # torch counts what the plain attention does; the fused kernels of a CPU it passes over
+    strategy, model = parts.strategy, parts.strategy.model
+    order = data.Order(parts.plan.dataset_size, parts.config.seed, 0)[:samples]
+    batch = data.move(parts.fetch[order], strategy.input_device)
+    # torch counts the operations of plain attention, but none of a CPU's fused kernels
     with FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
-        how.forward(batch).backward()
+        strategy.forward(batch).backward()
     model.zero_grad(set_to_none=True)
 
     weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -145,7 +146,7 @@ def _pass(run: Run, samples: int) -> Pass:
 
     operators = Operators()
     with operators, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = how.forward(batch)
+        loss = strategy.forward(batch)
     kept = sum(held.values())
     with operators:
         loss.backward()

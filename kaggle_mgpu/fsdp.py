@@ -142,6 +142,9 @@ class Sharded(Strategy):
     def forward(self, batch: Any) -> Tensor:
         return self.call(batch)
 
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        return shards.whole(norm)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
         found = super().evaluate(batches)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from . import devices, env, lock
 from .config import TrainConfig
+from .errors import RestartError
 from .worker_server import WorkerError
 from .workers import HangError, WorkerDiedError, Workers, WorkerTraceback, is_consequence, visible
 
@@ -98,8 +99,8 @@ def launch(
                 values = workers.run(interrupts, limit, from_start=timeout is not None)
                 return values[0] if one_value else values
             except Exception as error:
-                # what raises a RestartError has seen to it that the next attempt is another one: these do not count
-                again, which = type(error).__name__ == "RestartError", ""
+                # a RestartError is no accident: the next attempt uses smaller micro-batches, so it does not count
+                again, which = isinstance(error, RestartError), ""
                 if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
                     died += 1
                     again, which = died <= restarts, f": restart {died} of {restarts}"

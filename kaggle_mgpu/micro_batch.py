@@ -1,26 +1,27 @@
-"""The micro-batch size of a run: the largest that fits, what an earlier session learned, or half of what was too much.
+"""Find, remember and halve the micro-batch size of a run.
 
-    plan, because = sizes.settle(plan, auto=True, folders=[checkpoints])   # before the first step
-    plan, text = sizes.halve(plan, "in step 7")                            # after one that was out of memory
-
-The global batch stays what it is: what a micro-batch loses, accumulation steps gain.
+The global batch keeps its size: accumulation steps make up for smaller micro-batches. The size is remembered beside the
+checkpoints, together with everything that decides whether it fits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from . import data, distributed, memory
-from .config import TrainConfig
-from .devices import GPU
-from .strategy import Strategy
+from . import data, distributed, files, randomness
+from .out_of_memory import is_out_of_memory, release
+from .parts import Parts
 
+FILE = "micro_batch_size.json"
 LARGEST = "the largest that fits, with a tenth to spare"
 NOT_EVEN_ONE = (
     "out of memory with micro_batch_size 1: not even one sample fits. Try gradient_checkpointing=True, "
@@ -28,96 +29,144 @@ NOT_EVEN_ONE = (
 )
 
 
-class MicroBatchSizes:
-    """Finds, remembers and halves the micro-batch size, the same on every rank.
+def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
+    """Return the parts with the micro-batch size to start with: found, remembered, or given by the config.
 
     Args:
-        folder: where it is remembered.
+        folders: where a size may be remembered. One smaller than the config's is preferred.
+
+    Raises:
+        OutOfMemoryError: not even one sample fits.
     """
+    auto, plan = parts.config.micro_batch_size == "auto", parts.plan
+    known = distributed.from_main(lambda: remembered(folders, _conditions(parts)))
+    if known is not None and (auto or known[0] < plan.micro_batch_size):
+        return replace(parts, plan=plan.with_micro_batch_size(known[0]), micro_batch_reason=known[1])
+    if not auto:
+        return parts
+    with unchanged(parts.strategy.model, parts.optimizer):
+        size = largest_that_fits(plan.micro_batch_sizes, lambda size: _fits(parts, size))
+    if size is None:
+        raise torch.OutOfMemoryError(NOT_EVEN_ONE)
+    if parts.is_main:
+        remember(parts.output_dir / "checkpoints", size, LARGEST, _conditions(parts))
+    return replace(parts, plan=plan.with_micro_batch_size(size), micro_batch_reason=LARGEST)
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        plan: data.BatchPlan,
-        how: Strategy,
-        optimizer: torch.optim.Optimizer,
-        fetch: data.Fetch,
-        gpus: Sequence[GPU],
-        folder: Path,
-    ) -> None:
-        self.how, self.optimizer, self.fetch, self.folder, self.seed = how, optimizer, fetch, folder, config.seed
-        # what a size that fits depends on, beside the model's shapes
-        self.about = {
-            "devices": [[gpu.name, gpu.memory_bytes] for gpu in gpus[: plan.num_replicas]] or "cpu",
-            "global_batch_size": plan.global_batch_size,
-            "num_replicas": plan.num_replicas,
-            "strategy": how.name,
-            "precision": how.precision,
-            "compile": config.compile,
-            "gradient_checkpointing": config.gradient_checkpointing,
-        }
 
-    def settle(self, plan: data.BatchPlan, *, auto: bool, folders: Sequence[Path]) -> tuple[data.BatchPlan, str]:
-        """The plan with the size to begin with, and why it is that one: "" where it is as it was given.
+def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
+    """Return the parts with half the micro-batch size, and a sentence about the change. Any rank may call this.
 
-        Args:
-            auto: find the size, unless one of `folders` knows it; else a smaller one that they know is taken.
+    Raises:
+        OutOfMemoryError: the size was 1.
+    """
+    before = parts.plan.micro_batch_size
+    if before == 1:
+        raise torch.OutOfMemoryError(NOT_EVEN_ONE)
+    plan = parts.plan.with_micro_batch_size(before // 2)
+    # when two ranks write at the same time, one finds its file gone: the other has renamed it
+    with contextlib.suppress(FileNotFoundError):
+        why = f"{before} was too much {when}: out of memory"
+        remember(parts.output_dir / "checkpoints", plan.micro_batch_size, why, _conditions(parts))
+    return replace(parts, plan=plan), (
+        f"out of memory with micro_batch_size {before} {when}: {plan.micro_batch_size} from here on, with "
+        f"{plan.gradient_accumulation_steps} accumulation steps, so that the batch stays the same"
+    )
 
-        Raises:
-            OutOfMemoryError: not even one sample fits.
-        """
-        known = distributed.from_main(lambda: memory.remembered(folders, self._conditions()))
-        if known is not None and (auto or known[0] < plan.micro_batch_size):
-            return plan.with_micro_batch_size(known[0]), known[1]
-        if not auto:
-            return plan, ""
-        with memory.as_it_was(self.how.model, self.optimizer):
-            size = memory.largest_that_fits(plan.micro_batch_sizes, lambda size: self._fits(plan, size))
-        if size is None:
-            raise torch.OutOfMemoryError(NOT_EVEN_ONE)
-        plan = plan.with_micro_batch_size(size)
-        if distributed.is_main():
-            self._remember(plan, LARGEST)
-        return plan, LARGEST
 
-    def halve(self, plan: data.BatchPlan, when: str) -> tuple[data.BatchPlan, str]:
-        """The plan with half the size, which is remembered, and a sentence that says so. Any rank may ask for it.
+def _fits(parts: Parts, micro_batch_size: int) -> bool:
+    """Return whether every rank can take a real step with a micro-batch larger by a tenth."""
+    strategy, plan = parts.strategy, parts.plan
+    size = micro_batch_size + math.ceil(micro_batch_size / 10) if micro_batch_size > 1 else 1
+    size *= plan.num_replicas // parts.world_size
+    failed = False
+    try:
+        batch = parts.fetch[data.Order(plan.dataset_size, parts.config.seed, 0)[:size]]
+        strategy.try_step(data.move(batch, strategy.input_device), parts.optimizer)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    if failed:
+        strategy.model.zero_grad(set_to_none=True)
+        release()
+    return not distributed.agree(failed)
 
-        Raises:
-            OutOfMemoryError: the size was 1.
-        """
-        before = plan.micro_batch_size
-        if before == 1:
-            raise torch.OutOfMemoryError(NOT_EVEN_ONE)
-        plan = plan.with_micro_batch_size(before // 2)
-        # two ranks that write the same at the same time: one finds its file gone, renamed by the other
-        with contextlib.suppress(FileNotFoundError):
-            self._remember(plan, f"{before} was too much {when}: out of memory")
-        return plan, (
-            f"out of memory with micro_batch_size {before} {when}: {plan.micro_batch_size} from here on, with "
-            f"{plan.gradient_accumulation_steps} accumulation steps, so that the batch stays the same"
-        )
 
-    def _fits(self, plan: data.BatchPlan, micro_batch_size: int) -> bool:
-        """Whether every rank can take a real step with a micro-batch a tenth larger."""
-        size = micro_batch_size + math.ceil(micro_batch_size / 10) if micro_batch_size > 1 else 1
-        size *= plan.num_replicas // distributed.world_size()
-        failed = False
+def _conditions(parts: Parts) -> dict[str, Any]:
+    """Return everything that decides whether a size fits."""
+    config, plan, strategy = parts.config, parts.plan, parts.strategy
+    return {
+        "devices": [[gpu.name, gpu.memory_bytes] for gpu in parts.gpus[: plan.num_replicas]] or "cpu",
+        "global_batch_size": plan.global_batch_size,
+        "num_replicas": plan.num_replicas,
+        "strategy": strategy.name,
+        "precision": strategy.precision,
+        "compile": config.compile,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "model": {name: list(tensor.shape) for name, tensor in strategy.model.state_dict().items()},
+    }
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """Return the largest of some rising sizes that fits, or None. All sizes below must fit too.
+
+    >>> largest_that_fits([1, 2, 4, 8, 16, 32], lambda size: size <= 11)
+    8
+    """
+    # The search begins with the second size: a normalisation over the batch fails with one sample, rarely the answer.
+    good, bad, at = -1, len(sizes), min(1, len(sizes) - 1)
+    while at < bad:  # doubling comes before bisection, because an attempt with too large a size costs most
+        if not fits(sizes[at]):
+            bad = at
+            break
+        good = at
+        at = next((i for i in range(at + 1, bad) if sizes[i] >= 2 * sizes[at]), bad)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(sizes[middle]):
+            good = middle
+        else:
+            bad = middle
+    return sizes[good] if good >= 0 else None
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Allow steps inside, then restore weights, buffers, optimizer and random generators.
+
+    The optimizer must not have taken a step before.
+    """
+    # frozen weights do not move, and copies of a large model's weights would fill the host's memory
+    tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
+    before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    with randomness.undisturbed():
         try:
-            batch = self.fetch[data.Order(plan.dataset_size, self.seed, 0)[:size]]
-            self.how.try_step(data.move(batch, self.how.input_device), self.optimizer)
-        except RuntimeError as error:
-            if not memory.out_of_memory(error):
-                raise
-            failed = True
-        if failed:  # here, where the error no longer holds on to what it was about
-            self.how.model.zero_grad(set_to_none=True)
-            memory.release()
-        return not distributed.agree(failed)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, before, strict=True):
+                    tensor.copy_(value)
+            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                group.update(settings)
+            optimizer.state.clear()
+            model.zero_grad(set_to_none=True)
+            release()
 
-    def _conditions(self) -> dict[str, Any]:
-        shapes = {name: list(tensor.shape) for name, tensor in self.how.model.state_dict().items()}
-        return {**self.about, "model": shapes}
 
-    def _remember(self, plan: data.BatchPlan, why: str) -> None:
-        memory.remember(self.folder, plan.micro_batch_size, why, self._conditions())
+def remember(folder: Path, size: int, why: str, conditions: Mapping[str, Any]) -> None:
+    """Write a micro-batch size and its conditions into a folder."""
+    text = json.dumps({"micro_batch_size": size, "why": why, "conditions": conditions}, indent=1)
+    files.write_text(folder / FILE, text)
+
+
+def remembered(folders: Sequence[Path], conditions: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Return the first size, with its reason, that a folder remembers under exactly these conditions."""
+    for folder in folders:
+        try:
+            document = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            if document["conditions"] == json.loads(json.dumps(conditions)):
+                return int(document["micro_batch_size"]), str(document["why"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None

@@ -18,6 +18,7 @@ from .data import BatchPlan
 from .estimate import Exchange, Target
 from .facts import Facts, count
 from .launch import launch
+from .out_of_memory import is_out_of_memory
 from .task import Task, expect
 
 WEEKLY_HOURS = 30.0
@@ -119,7 +120,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         try:
             measured = compare.measure(config if strategy == "single" else config.replace(nproc=replicas), task, steps)
         except Exception as error:
-            if not compare.out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             source = f"out of memory with micro_batch_size {batch.micro_batch_size}"
         else:

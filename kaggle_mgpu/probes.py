@@ -1,9 +1,9 @@
-"""What the ranks measure of a machine: products of matrices, an all-reduce, each strategy's gradient, a checkpoint.
+"""Measure a machine: products of matrices, an all-reduce, the gradient of each strategy, a checkpoint.
 
     launch(probes.all_reduce_bandwidth, nproc=2, in_worker=True)[0]["gigabytes_per_s"]
 
-Each is called on every rank of a launch and returns plain values, alike on all ranks (but `save_and_load`, which one
-rank calls). `check` judges what they find; `plan` asks for the bandwidth.
+Every rank of a launch calls these functions and gets the same plain values (`save_and_load` runs on one rank alone).
+`check` judges the values; `plan` uses the bandwidth.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import checkpoint, devices, distributed
+from . import checkpoint, data, devices, distributed
 from .data_parallel import Distributed, Replicated
+from .parts import StepParts
 from .strategy import Strategy
+from .trainer import take_step
 
 ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
 """Bytes that are added up to measure the bandwidth, by kind of device."""
 
 
 def workers() -> dict[str, Any]:
-    """How many there are (count), on which devices, whether each has a GPU (on_gpu), and torch's version."""
+    """Return the number of workers (count), their devices, their use of GPUs (on_gpu), and torch's version."""
     device = distributed.device()
     on_gpu = device.type == "cuda"
     names = distributed.gather(torch.cuda.get_device_name(device) if on_gpu else "the CPU")
@@ -36,7 +38,7 @@ def workers() -> dict[str, Any]:
 
 
 def precision() -> dict[str, Any]:
-    """A matrix product in each precision the device is good for, against float64: relative differences.
+    """Compare a matrix product in each precision of the device with float64.
 
     Returns:
         `precision` and `reason`, what "auto" means here; `differences`, of the rank that is furthest off.
@@ -57,7 +59,7 @@ def precision() -> dict[str, Any]:
 
 
 def all_reduce_bandwidth() -> dict[str, Any]:
-    """Bytes per second that an all-reduce moves between the ranks of this world, measured on all of them.
+    """Measure the bytes per second of an all-reduce between all ranks.
 
     `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
     for a ring is what each link carries, whatever the number of ranks n.
@@ -96,7 +98,7 @@ def all_reduce_bandwidth() -> dict[str, Any]:
 
 
 def gradients() -> dict[str, float]:
-    """How far each strategy's gradient is from one device's with the whole batch, relative to its length, by name.
+    """Return the relative difference of each strategy's gradient from a single device's with the whole batch.
 
     Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
     wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
@@ -110,17 +112,17 @@ def gradients() -> dict[str, float]:
     batch = {"x": torch.randn(samples, 9, 16, generator=generator), "count": counts}
     terms = int(counts.sum())
 
-    def gradient(kind: type[Strategy], parts: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
-        how = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
+    def gradient(kind: type[Strategy], micro_batches: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
+        strategy = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
         if kind is not Distributed:
-            how.world_size = 1  # the other ranks have no part in it
+            strategy.world_size = 1  # the other ranks take no part
         torch.manual_seed(3)
-        model = how.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
+        model = strategy.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        for i, part in enumerate(parts):
-            with how.micro_step(sync=i == len(parts) - 1):
-                how.backward({name: tensor.to(how.input_device) for name, tensor in part.items()}, 1.0, lambda: terms)
-        how.step(torch.optim.SGD(model.parameters(), lr=1.0), max_norm=None)
+        moved = [data.move(micro_batch, strategy.input_device) for micro_batch in micro_batches]
+        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        parts = StepParts(strategy=strategy, optimizer=sgd, lr_at=lambda step: 1.0)
+        take_step(parts, data.Step(moved, [1.0] * len(moved), samples, lambda: terms), 0)
         return (before - nn.utils.parameters_to_vector(model.parameters()).detach()).cpu().double()
 
     def part(start: int, stop: int) -> dict[str, Tensor]:
@@ -152,13 +154,13 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """Relative to the length of the right one; inf for nan."""
+    """Return the length of the difference, relative to the right vector; inf for nan."""
     difference = float((found - right).norm() / right.norm())
     return float("inf") if math.isnan(difference) else difference
 
 
 def save_and_load(folder: str) -> dict[str, str]:
-    """A megabyte, saved in `folder` as a run saves it and loaded again: what was `found`, or the `error`."""
+    """Save and load a megabyte in `folder`, as a run does; return a sentence as `found`, or an `error`."""
     began = time.monotonic()
     numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
     made = not Path(folder).exists()

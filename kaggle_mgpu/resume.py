@@ -1,14 +1,13 @@
-"""Which checkpoint a run goes on from: its own newest, or its newest among the inputs, and never another run's.
+"""Find the checkpoint for a run to go on from: its own newest, or its newest among the inputs, never another run's.
 
     path = starting_point(checkpoints, resume="auto", config=config.to_dict(), may_change=…, stamp=…)
 
-A run is known by its settings, those aside that may change, and by its stamp. What is found among the inputs may be
-anybody's and hold anything: it is named and passed over, and never ends a run.
+A run is identified by its stamp and by its settings, apart from those that may change. Files among the inputs may be
+anybody's and hold anything: a checkpoint that cannot be used is named and passed over, and never ends a run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from . import files, session
 from .checkpoint import Checkpoints
 from .checkpoint_files import CheckpointError, damage, other_model, read_facts, whose
-from .task import Result, TrainState
 
 
 def starting_point(
@@ -30,14 +28,16 @@ def starting_point(
     may_change: Collection[str],
     stamp: Mapping[str, Any],
     model: Mapping[str, Tensor] | None = None,
+    state_names: Collection[str] | None = None,
 ) -> Path | None:
-    """The checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
+    """Return the checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
 
     Args:
-        resume: auto; never (what is there is put aside); or the path of a checkpoint.
+        resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
-        stamp: what else makes it this run and no other.
+        stamp: identifies the run beside the settings.
         model: the model's state; a checkpoint among the inputs with other names or shapes is another run's.
+        state_names: the fields of a run's state; a checkpoint among the inputs with others is passed over.
 
     Raises:
         CheckpointError: the checkpoint is another run's (the message lists each setting then and now), or damaged.
@@ -49,7 +49,7 @@ def starting_point(
     if resume == "auto":
         path = checkpoints.newest()
         if path is None:
-            return _among_inputs(config, may_change, stamp, model)
+            return _among_inputs(config, may_change, stamp, model, state_names)
     else:
         path = Path(resume)
         if problem := damage(path):
@@ -67,8 +67,9 @@ def _among_inputs(
     may_change: Collection[str],
     stamp: Mapping[str, Any],
     model: Mapping[str, Tensor] | None,
+    state_names: Collection[str] | None,
 ) -> Path | None:
-    """The newest of this run's; where there are only others', the newest of those is named with what is different."""
+    """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
     found: list[tuple[int, Path, dict[str, Any]]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
@@ -89,7 +90,7 @@ def _among_inputs(
                 broken = "it holds no model.safetensors"
             if broken is None and not any(whose(name) == "optimizer" for name in facts["files"]):
                 broken = "it holds no optimizer.safetensors"
-            broken = broken or _unsound(facts["state"])
+            broken = broken or _unsound(facts["state"], state_names)
             if broken is not None:
                 print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
             elif model is not None and (problem := other_model(files.shapes(path / weights), model)):
@@ -103,9 +104,9 @@ def _among_inputs(
     return None
 
 
-def _unsound(state: Mapping[str, Any]) -> str | None:
-    """Why this cannot be a run's position; None where it can."""
-    if unknown := set(state) - {field.name for field in dataclasses.fields(TrainState)}:
+def _unsound(state: Mapping[str, Any], names: Collection[str] | None) -> str | None:
+    """Return why this cannot be a run's position, or None."""
+    if unknown := set(state) - set(state if names is None else names):
         return f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known"
     for name in ("step", "samples_seen"):
         value = state.get(name)
@@ -117,7 +118,7 @@ def _unsound(state: Mapping[str, Any]) -> str | None:
 def changes(
     facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that have changed since a checkpoint and may: {name: (then, now)}."""
+    """Return the allowed changes of settings since a checkpoint: {name: (then, now)}."""
     then, now = facts.get("config", {}), json.loads(json.dumps(config))
     return {name: (then.get(name), now[name]) for name in now if name in may_change and then.get(name) != now[name]}
 
@@ -129,7 +130,7 @@ def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
 def _differences(
     facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str], stamp: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """What makes a checkpoint another run's: {name: (then, now)}."""
+    """Return the forbidden changes of settings since a checkpoint: {name: (then, now)}."""
     sides = []
     for settings, its_stamp in ((facts.get("config", {}), facts.get("stamp", {})), (config, stamp)):
         fixed = {name: value for name, value in settings.items() if name not in may_change}
@@ -137,13 +138,3 @@ def _differences(
         sides.append(json.loads(json.dumps({**fixed, **its_stamp})))
     then, now = sides
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}
-
-
-def finished(out: Path, max_steps: int) -> Result | None:
-    """The result of a run that took all its steps, with the weights it left; None otherwise."""
-    try:
-        document = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        result = Result(**document)
-    except (OSError, ValueError, TypeError):
-        return None
-    return result if result.finished and result.step == max_steps and (out / "model.safetensors").is_file() else None

@@ -1,6 +1,6 @@
-"""What a run works on and what it comes to: `Task` says what to train, `Result` what became of it.
+"""`Task` defines a model, its data and its loss; `TrainState` is a run's position, `Result` its outcome.
 
-A task says nothing of GPUs, precision or how the batch is split; `trainer.train` takes it from there.
+A task says nothing about GPUs, precision or the split of the batch: `trainer.train` takes care of them.
 """
 
 from __future__ import annotations
@@ -17,36 +17,40 @@ from torch.utils.data import Dataset, default_collate
 
 from . import checkpoint, data, optim, progress, strategy
 from .config import TrainConfig
+from .errors import DivergedError as DivergedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Task:
-    """What to train. How many GPUs, which precision, how the batch is split: none of the task's business.
+    """A model, its data and its loss, for `train`. A task may be defined in a notebook cell.
 
-    Losses and metrics are sums with counts, not means: that is what makes one gradient, and one figure, out of any
-    split of the batch. A task may be defined in a notebook cell.
+    Losses and metrics are sums with counts, not means, so that every split of the batch gives the same gradient and the
+    same figures.
     """
 
     name: str = ""
-    """Says whose checkpoint it is. Default: the class's name."""
+    """Identifies the task in checkpoints. Default: the class's name."""
     unit: str = "samples"
-    """What `count` counts; throughput is logged in it."""
+    """The unit that `count` counts in; throughput is logged in it."""
     backend: str = "torch"
-    """What makes the model trainable (a fine-tuning library, say): checkpoints of one are not another's."""
+    """The library that makes the model trainable. A run does not go on from another backend's checkpoint."""
 
     def model(self) -> nn.Module:
-        """The model, on the CPU, with weights drawn from torch's random generator (which is seeded before)."""
+        """Return the model on the CPU. torch's random generator is seeded before this call."""
         raise NotImplementedError(f"{type(self).__name__}.model: return the nn.Module to train")
 
     def train_data(self) -> Dataset[Any]:
-        """A map-style dataset. One with a method `batch(indices: int64 tensor)` is asked for whole batches; of one with
-        `sample_lengths`, a number for each sample, those of a step that are about as long share a micro-batch."""
+        """Return a map-style dataset.
+
+        If it has a method `batch(indices: int64 tensor)`, whole batches are fetched through it. If it has
+        `sample_lengths`, a number for each sample, samples of similar length share a micro-batch within a step.
+        """
         raise NotImplementedError(f"{type(self).__name__}.train_data: return a dataset with __len__ and __getitem__")
 
     def val_data(self) -> Dataset[Any] | None:
-        """What is evaluated, each sample once; None: nothing."""
+        """Return the dataset for evaluations, or None for no evaluation."""
         return None
 
     def collate(self, samples: list[Any]) -> Any:
@@ -54,44 +58,43 @@ class Task:
         return default_collate(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar."""
+        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar."""
         raise NotImplementedError(f"{type(self).__name__}.loss: return the sum of the batch's losses")
 
     def count(self, batch: Any) -> int:
-        """How many terms `loss` sums over for this batch (still on the CPU). Default: its samples."""
+        """Return the number of terms that `loss` sums over for a batch on the CPU. Default: its samples."""
         return data.samples_in(batch)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
-        """Sums and counts over a batch of val_data; over all batches and ranks sum / count is reported.
+        """Return {name: (sum, count)} over a batch of val_data. The sums over all batches and ranks are divided.
 
         Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
-        equally often for every batch, whatever is in it, or within `shards.gathered(model)`: where weights are spread
-        over the ranks, each call is one that all of them make together.
+        equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
         """
         return {"loss": (self.loss(model, batch), self.count(batch))}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """From the means over val_data to what is reported: the place for a perplexity or an F1 score."""
+        """Return the reported numbers from the means over val_data: a perplexity, an F1 score."""
         return {name: float(value) for name, value in metrics.items()}
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        """AdamW, with weight decay on matrices only. A group's `lr_scale` multiplies the learning rate for it."""
+        """Return the optimizer: AdamW with weight decay on matrices only. A group's `lr_scale` multiplies its rate."""
         return optim.adamw(model, config.lr, config.weight_decay)
 
     def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
-        """Under fsdp, the modules whose weights are gathered one at a time; None: the blocks that the model repeats.
+        """Return the modules for fsdp to gather, each by itself; None for the blocks repeated in the model.
 
         Each must be called as a module (`block(x)`, not `block.attention(x)`), and by every rank if by any.
         """
         return None
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Called on rank 0 with every record before it is logged (wandb, prints)."""
+        """Take note of a record, on rank 0, before the log writes it (wandb, prints). Added entries are written too."""
 
 
 @dataclass
 class TrainState:
-    """Where a run is. With weights, optimizer and random states it is all that a resumed run needs."""
+    """The position of a run. A checkpoint holds this beside weights and optimizer."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -100,14 +103,14 @@ class TrainState:
     evaluated: int = 0
     """The step of the last evaluation."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What it gave."""
+    """The metrics of the last evaluation."""
     best: float | None = None
     """The best value of best_metric so far."""
     seconds: float = 0.0
     """Time spent, over all sessions."""
 
 
-# What other trainers call a task's methods, for those that are silently not called under their name
+# Names of a task's methods in other trainers: methods of these names would never be called here
 _ELSEWHERE = {
     "val_dataset": "val_data", "valid_data": "val_data", "validation_data": "val_data", "eval_data": "val_data",
     "eval_dataset": "val_data", "val_dataloader": "val_data", "collate_fn": "collate", "compute_metrics": "metrics",
@@ -116,27 +119,26 @@ _ELSEWHERE = {
 
 
 def expect(config: object, task: object, who: str) -> None:
-    """Raise TypeError unless these are a TrainConfig and a Task, in this order, and the task's methods well named."""
+    """Raise TypeError unless given a TrainConfig and a Task, in this order, without misspelt methods."""
     if not isinstance(config, TrainConfig) or not isinstance(task, Task):
-        got = [
-            f"the class {it.__name__}" if isinstance(it, type) else f"a {type(it).__name__}" for it in (config, task)
-        ]
-        raise TypeError(
-            f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got[0]} and {got[1]}"
+        got = " and ".join(
+            f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+            for value in (config, task)
         )
+        raise TypeError(f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got}")
     _expect_no_misspelt_method(task)
 
 
 def _expect_no_misspelt_method(task: Task) -> None:
-    """Of a task that defines `metric` and no `metrics`, the kit would call neither, and say nothing."""
+    """Raise TypeError for a task with `metric` instead of `metrics`, say: no method of that name is ever called."""
     ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
     own = vars(task)
     missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name) and name not in own]
     # plain functions of the task's own classes: not a class, a loss object, or what a base of another library brings
     kinds = [kind for kind in type(task).__mro__[::-1] if issubclass(kind, Task)]
-    defined = {name: it for kind in kinds for name, it in vars(kind).items()}
-    functions = {name: it for name, it in defined.items() if inspect.isfunction(it)}
-    called = {name for it in functions.values() for name in it.__code__.co_names}
+    defined = {name: value for kind in kinds for name, value in vars(kind).items()}
+    functions = {name: value for name, value in defined.items() if inspect.isfunction(value)}
+    called = {name for function in functions.values() for name in function.__code__.co_names}
     for name in functions:
         if name.startswith("_") or name in called or name in own or hasattr(Task, name):
             continue
@@ -150,11 +152,11 @@ def _expect_no_misspelt_method(task: Task) -> None:
 
 @dataclass
 class Result:
-    """What a run came to; also in output_dir/result.json."""
+    """The outcome of a run, also written to output_dir/result.json."""
 
     output_dir: str
     finished: bool
-    """False where it stopped before its last step; run the same again and it goes on."""
+    """False if the run stopped before its last step. The same call continues from there."""
     reason: str
     step: int
     max_steps: int
@@ -170,20 +172,20 @@ class Result:
     skipped_steps: int
     """Steps not taken because the gradient was not finite."""
     remaining_steps: int = 0
-    """What is left to do where it is not finished."""
+    """Steps left to take, if not finished."""
     remaining_seconds: float | None = None
-    """How long that will take, at this session's pace."""
+    """Seconds for the remaining steps at this session's pace."""
 
     def records(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, one dictionary a line."""
+        """Return the lines of metrics.jsonl, each as a dictionary."""
         return progress.read(self.output_dir)
 
     def plot(self) -> Figure:
-        """Loss, learning rate, throughput and where the time went; also run.png and run.svg in the folder."""
+        """Draw loss, learning rate, throughput and use of time; also write run.png and run.svg."""
         return progress.plot(self.output_dir)
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
-        """Load the trained weights ("final", or the "best" by validation) into `model`; returns it, in eval mode."""
+        """Load the trained weights ("final", or the "best" by validation); return the model in eval mode."""
         if which not in ("final", "best"):
             raise ValueError(f"which: expected 'final' or 'best', got {which!r}")
         name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
@@ -194,7 +196,3 @@ class Result:
         checkpoint.check_model(weights, strategy.saved_state(model), str(path))
         strategy.load_saved_state(model, weights)
         return model.eval()
-
-
-class DivergedError(FloatingPointError):
-    """The gradient is not a number any more."""

@@ -27,6 +27,7 @@ from typing import Any
 
 from . import devices, env, pickling, server, session, worker_server
 from .config import TrainConfig
+from .errors import RestartError
 from .server import END, PULSE, SIGNAL
 from .worker_server import WorkerError
 
@@ -269,7 +270,7 @@ class Workers:
         Args:
             asked: how many interrupts there were when the failure was heard of; one more ends this.
         """
-        goes_on, since = type(failure).__name__ == "RestartError", time.monotonic()
+        goes_on, since = isinstance(failure, RestartError), time.monotonic()
         while len(interrupts) == asked:
             waited, left = time.monotonic() - since, set(range(self.count)) - self.ended
             pulses = self._pulses()

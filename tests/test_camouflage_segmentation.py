@@ -24,9 +24,8 @@ from PIL import Image
 from torch import nn
 
 from hold import Hold
-from kaggle_mgpu import clock, optim, progress, session
+from kaggle_mgpu import clock, optim, progress, saving, session, trainer
 from kaggle_mgpu import data as kit_data
-from kaggle_mgpu import run as run_room
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes.camouflage_segmentation import (
@@ -887,7 +886,7 @@ def test_the_time_limit_is_that_of_all_stages(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny(tmp_path, max_steps=100000, partial_epochs=0, eval_every="end", time_limit="3s")
-    now = by(Clock(), monkeypatch, clock, session, run_room, staged)
+    now = by(Clock(), monkeypatch, clock, session, saving, trainer, staged)
     loss = CamouflageSegmentation.loss
 
     def slow(*arguments: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kaggle_mgpu import distributed, launch
-from kaggle_mgpu.distributed import Poll
+from kaggle_mgpu.distributed import RankVote
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,9 +53,15 @@ class TestAWorldOfOne:
         with pytest.raises(LookupError, match=r"^gone$"):
             distributed.from_main(lambda: fail(LookupError("gone")))
 
-    def test_poll_answers_every_step(self) -> None:
-        poll = Poll(seconds=1e9)
-        assert [poll(i == 1, i == 2) for i in range(4)] == [[False, False], [True, False], [False, True], [False] * 2]
+    def test_a_vote_answers_every_step(self) -> None:
+        ranks = RankVote(seconds=1e9)
+        answers = [ranks.vote(i == 1, i == 2) for i in range(4)]
+        assert answers == [
+            [False, False],
+            [True, False],
+            [False, True],
+            [False] * 2,
+        ]
 
     @pytest.mark.parametrize(
         ("variables", "expected"),
@@ -195,24 +201,24 @@ STEP_SECONDS = [0.002, 0.006, 0.001]
 SECONDS = 0.06
 
 
-def polls(steps: int) -> dict[str, Any]:
+def votes(steps: int) -> dict[str, Any]:
     """Two flags, raised by rank 2 from step 20 and by rank 0 from step 33 on, until they are seen."""
     rank, now = distributed.rank(), [0.0]
     distributed.time = SimpleNamespace(monotonic=lambda: now[0], monotonic_ns=time.monotonic_ns)  # type: ignore
-    poll = Poll(SECONDS)
+    ranks = RankVote(SECONDS)
     asked, answers = [], []
     for step in range(1, steps + 1):
         now[0] += STEP_SECONDS[rank]
-        if step >= poll.next:
+        if step >= ranks.next:
             asked.append(step)
-        answer = poll(rank == 2 and step >= 20, rank == 0 and step >= 33)
+        answer = ranks.vote(rank == 2 and step >= 20, rank == 0 and step >= 33)
         assert all(type(flag) is bool for flag in answer)
         answers.append(tuple(answer))
     return {"asked": asked, "answers": answers}
 
 
-def test_poll_answers_alike_on_all_ranks_and_in_time() -> None:
-    first, *others = launch(polls, 80, nproc=3)
+def test_a_vote_answers_alike_on_all_ranks_and_in_time() -> None:
+    first, *others = launch(votes, 80, nproc=3)
     assert all(found == first for found in others)
     asked, answers = first["asked"], first["answers"]
     # between two questions: false. At one: whether any rank has raised the flag by then

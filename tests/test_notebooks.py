@@ -174,7 +174,7 @@ def test_a_notebook_carries_the_modules_it_uses_and_says_so_of_the_others(tmp_pa
     # named, imported relatively, in a function, by the worker server by its name, handed on by the package
     used = {"recipes/text_generation/model.py", "env.py", "fsdp.py", "trainer.py", "task.py"}
     assert used <= names < everything
-    text, where = files["kaggle_mgpu/run.py"].decode(), (ROOT / "kaggle_mgpu" / "run.py").read_text()
+    text, where = files["kaggle_mgpu/parts.py"].decode(), (ROOT / "kaggle_mgpu" / "parts.py").read_text()
     assert [line for line in text.splitlines() if line.strip()] != where.splitlines()
     assert text.count("\n") == where.count("\n")  # tracebacks name the same lines
     assert "# " not in text and text.splitlines()[0] == ""  # help() is for what the notebook itself imports

@@ -20,7 +20,7 @@ from kaggle_mgpu import (
     checkpoint_files,
     distributed,
     launch,
-    memory,
+    micro_batch,
     progress,
     randomness,
     train,
@@ -28,6 +28,7 @@ from kaggle_mgpu import (
 )
 from kaggle_mgpu.checkpoint import read_tensors
 from kaggle_mgpu.data import BatchPlan
+from kaggle_mgpu.out_of_memory import is_out_of_memory
 from tasks import Regression
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -99,7 +100,7 @@ def test_the_largest_that_fits_takes_few_tries() -> None:
                 return size <= room
 
             expected = max((size for size in sizes if size <= room), default=None)
-            assert memory.largest_that_fits(sizes, fits) == expected
+            assert micro_batch.largest_that_fits(sizes, fits) == expected
             assert len(tried) == len(set(tried))
             assert len(tried) <= 2 * len(sizes).bit_length() + 1
 
@@ -135,7 +136,7 @@ def test_a_micro_batch_that_is_too_much_is_halved_and_nothing_is_lost(kind: str,
     assert relative < 1e-6
 
     # the next session starts with what was learned
-    document = json.loads((tmp_path / "tight" / "checkpoints" / memory.FILE).read_text())
+    document = json.loads((tmp_path / "tight" / "checkpoints" / micro_batch.FILE).read_text())
     assert (document["micro_batch_size"], document["why"]) == (6, "12 was too much in step 4: out of memory")
     task = Tight(6)
     train(config(tmp_path / "tight", strategy=kind, nproc=nproc, epochs=3), task)
@@ -179,14 +180,14 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         train(config(tmp_path), Broken())
-    assert memory.out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
-    assert not memory.out_of_memory(RuntimeError("out of cheese"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"))
+    assert not is_out_of_memory(RuntimeError("out of cheese"))
 
 
 def test_a_cpu_that_has_no_memory_says_so_too() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60)
-    assert memory.out_of_memory(caught.value)
+    assert is_out_of_memory(caught.value)
 
 
 def test_what_was_trained_before_not_even_one_sample_fits_is_kept(tmp_path: Path) -> None:
@@ -411,7 +412,7 @@ def test_auto_finds_the_largest_with_a_tenth_to_spare(room: int, expected: int, 
     result = train(config(tmp_path, micro_batch_size="auto", max_steps=2), task)
     assert result.finished
     assert trained(tmp_path, "start")[0]["micro_batch_size"] == expected
-    document = json.loads((tmp_path / "checkpoints" / memory.FILE).read_text())
+    document = json.loads((tmp_path / "checkpoints" / micro_batch.FILE).read_text())
     assert document["micro_batch_size"] == expected
 
 
@@ -435,7 +436,7 @@ def test_weights_optimizer_and_chance_are_afterwards_what_they_were() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state = torch.get_rng_state()
-    with memory.as_it_was(model, optimizer):
+    with micro_batch.unchanged(model, optimizer):
         model(torch.randn(8, 4)).sum().backward()
         optimizer.param_groups[0]["lr"] = 7.0
         optimizer.step()

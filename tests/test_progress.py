@@ -388,14 +388,14 @@ class TestWhereTheTimeWent:
         now = [100.0]
         monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
 
-        def batches():
-            now[0] += 2.0
-            yield "batch"
+        def step() -> None:
+            run.taken.append(clock.StepTaken(now[0], now[0], now[0], 8, 8))
 
         run = clock.Clock()
-        assert run.next(batches()) == "batch"
+        now[0] += 2.0
+        asked, arrived = 100.0, now[0]
         now[0] += 5.0
-        run.count(8, 8)
+        run.taken.append(clock.StepTaken(asked, arrived, now[0], 8, 8))
         assert run.where() == {"data": 2.0, "steps": 5.0}
         with run.evaluating():
             now[0] += 3.0
@@ -403,11 +403,11 @@ class TestWhereTheTimeWent:
             now[0] += 1.0
         assert run.where() == {"evaluation": 3.0, "saving": 1.0}
         now[0] += 4.0
-        run.count(8, 8)
-        run.count(8, 8)
+        step()
+        step()
         assert run.where(communication=0.5) == {"steps": 3.0, "communication": 1.0}
         now[0] += 1.0
-        run.count(8, 8)
+        step()
         assert run.where(communication=9.0) == {"communication": 1.0}  # never more than there was
         assert run.where() == {}
 

@@ -21,8 +21,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from everything import Config, Everything, Killed
-from kaggle_mgpu import TrainConfig, checkpoint, clock, distributed, files, launch, progress, randomness, session, train
-from kaggle_mgpu import run as run_room
+from kaggle_mgpu import (
+    TrainConfig,
+    checkpoint,
+    clock,
+    distributed,
+    files,
+    launch,
+    progress,
+    randomness,
+    saving,
+    session,
+    train,
+    trainer,
+)
 from kaggle_mgpu.checkpoint import CheckpointError, read_tensors
 from kaggle_mgpu.data import Fetch
 from kaggle_mgpu.trainer import DivergedError
@@ -263,11 +275,15 @@ def test_three_processes_and_more_are_resumed_bit_for_bit(tmp_path: Path) -> Non
 def test_the_margin_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = by(Seconds(), monkeypatch, clock)
     run = clock.Clock(save=2.0, evaluation=10)
+
+    def step() -> None:
+        run.taken.append(clock.StepTaken(now.now, now.now, now.now, 1, 1))
+
     assert run.margin(1, False) == 3.0, "nothing measured: the guess at a save, half as much again"
     now.now += 100  # a first step, which compiled
-    run.count(1, 1)
+    step()
     now.now += 5
-    run.count(1, 1)
+    step()
     assert run.margin(1, False) == 1.5 * (5 + 2)
     assert run.margin(3, False) == 1.5 * (15 + 2)
     assert run.margin(1, True) == 1.5 * (5 + 2 + 50), "unmeasured, it is worth ten steps"
@@ -298,7 +314,7 @@ def test_a_time_limit_ends_a_session_in_good_order(
 ) -> None:
     settings = config(tmp_path, time_limit="0.5s", save_every=None)
     with monkeypatch.context() as patch:
-        result = train(settings, Slow(settings, by(Seconds(), patch, clock, session, run_room)))
+        result = train(settings, Slow(settings, by(Seconds(), patch, clock, session, saving, trainer)))
     assert (result.finished, result.reason) == (False, "time limit")
     assert result.step == 10, (
         "the evaluation that is due then has no room in what is left, half as much again kept back"

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from hold import Hold
-from kaggle_mgpu import distributed, resume
+from kaggle_mgpu import distributed, saving
 from kaggle_mgpu.files import read_tensors, replace_tensors
 from kaggle_mgpu.launch import launch
 from kaggle_mgpu.recipes import surface_segmentation as ss
@@ -559,7 +559,7 @@ def test_again_it_goes_straight_to_what_is_missing(finished, monkeypatch):
 def again(config, task):
     """As under torchrun, where rank 0 has gone on and written that the predictions are to come before rank 1 looks."""
     if distributed.rank() == 1:
-        resume.finished = lambda *_: None
+        saving.read_result = lambda *_: None
     return train(config, task)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import Result, TrainConfig, checkpoint, clock, launch, optim, progress, train
+from kaggle_mgpu import Result, TrainConfig, checkpoint, clock, launch, optim, progress, train, trainer
 from kaggle_mgpu.checkpoint import CheckpointError, Checkpoints, read_tensors
 from kaggle_mgpu.data import Order
 from kaggle_mgpu.recipes import text_generation
@@ -257,7 +257,7 @@ def test_no_prefix_in_any_file(two: Path) -> None:
 # With one process
 def test_one_process_learns_and_writes_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
-    by(lambda: next(ticks) / 1000, monkeypatch, clock)  # each look at the clock takes a millisecond
+    by(lambda: next(ticks) / 1000, monkeypatch, clock, trainer)  # each look at the clock takes a millisecond
     task = Regression()
     settings = config(tmp_path / "run", epochs=4, eval_every=15, warmup_steps=5, min_lr=1e-4)
     run = launch(train, settings, task)

@@ -1,6 +1,6 @@
-"""What a run notices about its task, and says: a loss that is a mean, methods that were edited since.
+"""Warnings about a task before training: the loss is a mean, or methods were edited since the last session.
 
-No more than hints. Neither ends a run, and neither is looked at again once it trains.
+Neither ends a run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import data, randomness
-from .strategy import Strategy
+from .parts import Parts
 from .task import Task
 
 A_MEAN = (
@@ -25,29 +25,27 @@ A_MEAN = (
 )
 
 
-def looks_like_a_mean(task: Task, how: Strategy, fetch: data.Fetch, samples: int) -> bool:
-    """Whether the loss of two samples is the mean of theirs and not the sum: the usual slip, which Adam hides.
-
-    Args:
-        samples: how many the model can be given at a time; with fewer than two there is no telling.
-    """
-    if samples < 2 or type(task).count is not Task.count:
+def looks_like_a_mean(parts: Parts) -> bool:
+    """Return whether the loss of two samples is the mean of their losses and not the sum, a mistake hidden by Adam."""
+    strategy, plan = parts.strategy, parts.plan
+    samples = min(plan.dataset_size, plan.micro_batch_size)
+    if samples < 2 or type(parts.task).count is not Task.count or not strategy.alone:
         return False
-    how.model.eval()
+    strategy.model.eval()
     try:
         with torch.no_grad(), randomness.undisturbed():
-            batches = (fetch[np.array(rows)] for rows in ([0, 1], [0], [1]))
-            both, one, other = (float(how.call(data.move(batch, how.device))) for batch in batches)
-    except Exception:  # a model that cannot take a single sample, say: then it is not told
+            batches = (parts.fetch[np.array(rows)] for rows in ([0, 1], [0], [1]))
+            both, one, other = (float(strategy.call(data.move(batch, strategy.device))) for batch in batches)
+    except Exception:  # the model may not take a single sample
         return False
     finally:
-        how.model.train()
+        strategy.model.train()
     total = one + other
     return math.isclose(both, total / 2, rel_tol=1e-3) and not math.isclose(both, total, rel_tol=1e-2)
 
 
 def code_of(task: Task) -> int:
-    """A checksum of the task's methods, by which a run notices that they were edited."""
+    """Return a checksum of the code of the task's methods."""
     parts: list[Any] = []
 
     def add(code: types.CodeType) -> None:
@@ -67,7 +65,7 @@ def code_of(task: Task) -> int:
 
 
 def code_then(folder: Path) -> int | None:
-    """That checksum as the run in a folder has noted it; None where it has not."""
+    """Return the checksum in a run's folder, or None."""
     try:
         code: int | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("code")
         return code
