@@ -6,7 +6,7 @@
 # make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
 # make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
-#                    These three end with what differs from the lock. ARGS="tests/test_data.py -x" is pytest's.
+#                    These three end with what differs from the lock. ARGS="tests/data/test_data.py -x" is pytest's.
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
 # demo, quick and test make .venv first, with the versions of the lock. PYTHON=python3.12 chooses another interpreter.
@@ -144,7 +144,7 @@ $(DEEPSPEED)/installed: $(LOCK)
 
 test-deepspeed: $(DEEPSPEED)/installed
 	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/build/torch_extensions" \
-	    $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/test_zero.py
+	    $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/parallel/test_zero.py
 
 test-env:
 	$(PYTHON) tools/env_matrix.py

@@ -9,37 +9,32 @@ Importing the package imports nothing else: the names below load when they are f
 environment can be fixed before torch or protobuf are there.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+# where the names come from, and the modules that go by a short name
 _HOMES = {
     "TrainConfig": "config",
-    "notebook_parameters": "config",
-    "Task": "task",
-    "Result": "task",
-    "train": "trainer",
-    "compare_strategies": "compare",
+    "notebook_parameters": "notebook",
+    "launch": "launching",
+    "Result": "training",
+    "Task": "training",
+    "train": "training",
+    "compare_strategies": "planning",
+    "plan": "planning",
 }
-_ROOMS = {
-    "check",
-    "checkpoint",
-    "config",
-    "data",
-    "devices",
-    "distributed",
-    "env",
-    "optim",
-    "plots",
-    "progress",
-    "recipes",
-    "session",
-    "task",
-    "trainer",
+_MODULES = {
+    "check": "planning.check",
+    "checkpoint": "checkpoints.checkpoint",
+    "devices": "machine.devices",
+    "distributed": "parallel.distributed",
+    "optim": "training.optim",
+    "plots": "progress.plots",
+    "session": "machine.session",
 }
+_PACKAGES = ("checkpoints config data env errors launching machine parallel planning progress recipes training").split()
 
 __all__ = [
     "Result", "Task", "TrainConfig", "check", "compare_strategies", "devices", "env", "launch", "notebook_parameters",
@@ -47,53 +42,26 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from . import check, devices, env, session
-    from .compare import compare_strategies
-    from .config import TrainConfig, notebook_parameters
-    from .launch import launch
-    from .plan import plan
-    from .task import Result, Task
-    from .trainer import train
+    from . import env
+    from .checkpoints import checkpoint as checkpoint
+    from .config import TrainConfig
+    from .launching import launch
+    from .machine import devices, session
+    from .notebook import notebook_parameters
+    from .parallel import distributed as distributed
+    from .planning import check, compare_strategies, plan
+    from .progress import plots as plots
+    from .training import Result, Task, train
+    from .training import optim as optim
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        if name in _HOMES:
-            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-        if name in _ROOMS:
-            return import_module(f".{name}", __name__)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith(f"{__name__}."):
-            raise AttributeError(
-                f"{error.name} is not in {__path__[0]}: a notebook carries only the modules that it uses. Where you "
-                f"need all of them, install the package or run in a checkout."
-            ) from None
-        raise
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES or name in _PACKAGES:
+        return import_module(f".{_MODULES.get(name, name)}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES, *_ROOMS, "launch", "plan"})
-
-
-class _Package(ModuleType):
-    """`launch` and `plan` are modules and the functions in them. Importing the module binds it here: they win."""
-
-    @property
-    def launch(self) -> Any:
-        return getattr(import_module(".launch", __name__), "launch")  # noqa: B009 (a module attribute mypy cannot see)
-
-    @launch.setter
-    def launch(self, module: ModuleType) -> None:
-        pass
-
-    @property
-    def plan(self) -> Any:
-        return getattr(import_module(".plan", __name__), "plan")  # noqa: B009
-
-    @plan.setter
-    def plan(self, module: ModuleType) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package
+    return sorted({*globals(), *_HOMES, *_MODULES, *_PACKAGES})

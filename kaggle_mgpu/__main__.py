@@ -32,7 +32,7 @@ from . import __version__, env
 
 if TYPE_CHECKING:
     from .config import TrainConfig
-    from .task import Result
+    from .training import Result
 
 
 def recipes() -> list[str]:
@@ -102,20 +102,20 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], given, modules)}")
     if given.command == "gpus":
-        from . import devices
+        from .machine import devices
 
         print(devices.report())
         return 0
     if given.command == "check":
-        from . import check
+        from .planning import check
 
         if given.output_dir == "":  # a variable in a shell that was not set
             top.error("argument --output-dir: expected a folder's name, got ''")
         report = check.run(given.output_dir)
         print(report)
         return 0 if report.ok else 1
-    from .launch import launch
-    from .trainer import train
+    from .launching import launch
+    from .training import train
 
     config = None
     try:
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
         if given.command == "plan":
-            from .plan import plan
+            from .planning import plan
 
             print(plan(config, recipe.task(config), on=given.plan_on))
             return 0
@@ -161,7 +161,7 @@ def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
         if os.environ.get("RANK", "0") == "0":
             print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
     if getattr(given, "plan_on", None) is not None:
-        from .plan import Target
+        from .planning import Target
 
         Target.named(given.plan_on)
     return kind.from_arguments(given, {**base, **from_environment})
@@ -178,7 +178,7 @@ def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType])
     """Which flag of the recipe an unknown one may be."""
     if not flag.startswith("--") or not getattr(given, "recipe", None):
         return ""
-    from .config import either, nearest
+    from .names import either, nearest
 
     flags = [field.name.replace("_", "-") for field in dataclasses.fields(modules[given.recipe].Config)]
     near = nearest(flag[2:].partition("=")[0], flags)
@@ -197,7 +197,7 @@ def _draw(result: Result) -> None:
 
 def _says_all(error: Exception) -> bool:
     """Whether this package raised the error, here or in a worker, so that its message was written for the user."""
-    from .launch import WorkerTraceback
+    from .errors import WorkerTraceback
 
     if isinstance(error.__cause__, WorkerTraceback):
         trace = str(error.__cause__)

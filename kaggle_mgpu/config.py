@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import difflib
 import inspect
 import json
 import os
 import re
-import symtable
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from . import fields
+from .names import check_names, either, nearest
 
 
 def parse_duration(text: str | float) -> float:
@@ -377,79 +376,3 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{twice[0]!r} is set {counts[twice[0]]} times")
     return dict(pairs)
-
-
-def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Raise TypeError for the first name that is not known, suggesting the nearest that is."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            near = nearest(str(name), known)
-            hint = f" Did you mean {either(map(repr, near))}?" if near else f" It has: {', '.join(sorted(known))}."
-            raise TypeError(f"{where} has no parameter {name!r}.{hint}")
-
-
-# By the names that transformers' TrainingArguments, Lightning's Trainer and people's own loops have for them
-_ELSEWHERE = {
-    other: name
-    for name, others in {
-        "lr": "learning_rate",
-        "epochs": "num_train_epochs num_epochs max_epochs n_epochs",
-        "micro_batch_size": "per_device_train_batch_size",
-        "gradient_accumulation_steps": "accumulate_grad_batches accumulation_steps accum_steps",
-        "precision": "fp16 bf16 amp mixed_precision",
-        "max_norm": "max_grad_norm gradient_clip_val grad_clip",
-        "warmup_steps": "warmup_ratio",
-        "schedule": "lr_scheduler_type lr_scheduler scheduler",
-        "eval_every": "eval_steps val_check_interval",
-        "log_every": "logging_steps log_every_n_steps",
-        "save_every": "save_steps",
-        "keep_last": "save_total_limit",
-        "data_workers": "num_workers dataloader_num_workers",
-        "nproc": "num_gpus n_gpus devices num_processes nproc_per_node",
-        "best_metric": "metric_for_best_model",
-        "resume": "resume_from_checkpoint",
-        "time_limit": "max_time",
-    }.items()
-    for other in others.split()
-}
-
-
-def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known names that may be meant: what other libraries' name stands for, one that differs by a slip, or those of
-    which it is a part (batch_size)."""
-    meant = _ELSEWHERE.get(name.lower().replace("-", "_"))
-    if same := [other for other in known if other.lower().replace("-", "_") == meant]:
-        return same
-    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-    around = [other for other in known if len(name) > 3 and name in other][:3]
-    return slip or around or difflib.get_close_matches(name, known, n=1)
-
-
-def either(names: Iterable[str]) -> str:
-    """ "a", "a or b", "a, b or c"."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """What a notebook's parameters cell defines, and the cell that papermill puts after it, by IPython's history `In`.
-
-    Both begin with "# Parameters", the notebook's own with "# Parameters of this notebook". Only what they assign
-    counts, so the cell can be edited and run again when the notebook is full of other names. What they import, define
-    with def or class, or use inside a comprehension is no parameter. Give the result to
-    `Config.from_dict`: a misspelt name is an error there, while papermill only warns of it in its log.
-
-    Raises:
-        RuntimeError: no such cell was run.
-    """
-    names: list[str] | None = None
-    for cell in namespace["In"][:-1]:
-        if cell.startswith("# Parameters of this notebook"):
-            names = []  # edited and run again: the newest counts
-        if names is not None and cell.startswith("# Parameters"):
-            symbols = symtable.symtable(cell, "<parameters>", "exec").get_symbols()
-            names += [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()]
-    if names is None:
-        raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
-    return {name: namespace[name] for name in names if name in namespace}

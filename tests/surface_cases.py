@@ -1,8 +1,8 @@
 """Inputs that the surface recipe's figures are compared on, made the same way wherever the reference values are made.
 
-tests/data/surface_reference.json holds what independent packages say of them. Made in an environment of its own, with
-surface-distance 0.1 (Dice, surface Dice), scikit-image 0.26 (variation of information) and MONAI 1.6.1 (sliding window)
-beside torch 2.13: `python tests/surface_cases.py > tests/data/surface_reference.json`.
+tests/reference/surface_reference.json holds what independent packages say of them. Made in an environment of its own,
+with surface-distance 0.1 (Dice, surface Dice), scikit-image 0.26 (variation of information) and MONAI 1.6.1 (sliding
+window) beside torch 2.13: `python tests/surface_cases.py > tests/reference/surface_reference.json`.
 """
 
 from __future__ import annotations

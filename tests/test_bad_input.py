@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import Task, TrainConfig, devices, distributed, env, launch, train
-from kaggle_mgpu.checkpoint import CheckpointError
-from kaggle_mgpu.launch import WorkerTraceback
+from kaggle_mgpu import Task, TrainConfig, devices, distributed, launch, train
+from kaggle_mgpu.env import environment as env
+from kaggle_mgpu.errors import CheckpointError, DivergedError, WorkerTraceback
 from kaggle_mgpu.recipes import text_generation
-from kaggle_mgpu.trainer import DivergedError
 from tasks import Regression
 
 

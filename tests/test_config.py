@@ -16,8 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaggle_mgpu.config import _ELSEWHERE as ELSEWHERE
-from kaggle_mgpu.config import TrainConfig, check_names, notebook_parameters, parse_duration
+from kaggle_mgpu.config import TrainConfig, parse_duration
+from kaggle_mgpu.names import _ELSEWHERE as ELSEWHERE
+from kaggle_mgpu.names import check_names
+from kaggle_mgpu.notebook import notebook_parameters
 
 
 @dataclass(frozen=True)

@@ -1,174 +1,170 @@
-"""The house: a room imports only from the floors below it, and nothing that should wait is imported at the top."""
+"""Which file imports which, read from the code: no circle, public names only, nothing heavy at the bottom."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "kaggle_mgpu"
-
-# room -> the rooms it may import
-FLOORS: dict[str, set[str]] = {
-    # below the first floor: parts of env, each one sitting to read
-    "import_hooks": set(),
-    "protobuf_fix": set(),
-    "worker_server": set(),
-    "env": {"import_hooks", "protobuf_fix", "worker_server"},
-    "errors": set(),
-    "session": set(),
-    "fields": set(),
-    "config": {"fields"},
-    "lock": set(),
-    "files": set(),
-    "shards": set(),
-    "randomness": set(),
-    "clock": set(),
-    "devices": {"env", "session"},
-    "distributed": {"errors", "session"},
-    "optim": {"shards"},
-    "pickling": set(),
-    "server": {"worker_server", "env", "session", "pickling", "distributed"},
-    "workers": {"errors", "server", "worker_server", "pickling", "devices", "session", "config", "env"},
-    "launch": {"errors", "workers", "worker_server", "devices", "distributed", "config", "env", "lock"},
-    "data": {"distributed", "randomness"},
-    # the others are above it, and imported by `choose` alone: fsdp when asked for, and so is zero, by its name
-    "strategy": {"distributed", "shards", "data_parallel", "fsdp"},
-    "data_parallel": {"strategy"},
-    "fsdp": {"strategy", "distributed", "shards"},
-    "zero": {"strategy", "distributed"},
-    "checkpoint_files": {"files", "shards"},
-    "checkpoint": {"checkpoint_files", "distributed", "files"},
-    "records": set(),
-    "panel": {"records"},
-    "display": {"session", "panel", "records"},
-    "plots": {"records"},
-    "progress": {"records", "panel", "display", "plots", "import_hooks"},
-    "task": {"config", "data", "errors", "optim", "checkpoint", "progress", "strategy"},
-    "parts": {"task", "config", "data", "devices", "distributed", "optim", "randomness", "session", "strategy"},
-    "out_of_memory": {"errors"},
-    "micro_batch": {"parts", "data", "distributed", "files", "out_of_memory", "randomness"},
-    "evaluation": {"parts", "task", "config", "data", "devices", "distributed", "out_of_memory", "randomness"},
-    "divergence": {"errors", "data"},
-    "task_checks": {"parts", "task", "data", "randomness"},
-    "resume": {"checkpoint", "checkpoint_files", "files", "session"},
-    "saving": {"parts", "task", "task_checks", "checkpoint", "distributed", "progress", "resume"},
-    "log": {
-        "parts",
-        "task",
-        "task_checks",
-        "checkpoint",
-        "clock",
-        "data",
-        "devices",
-        "distributed",
-        "divergence",
-        "progress",
-    },
-    "trainer": {
-        *("parts", "evaluation", "saving", "log", "out_of_memory", "micro_batch", "divergence", "task_checks", "clock"),
-        *("task", "config", "errors", "data", "distributed", "checkpoint", "lock", "optim", "randomness"),
-    },
-    # its workers do what a run does, one thing at a time
-    "probes": {"parts", "trainer", "data", "devices", "distributed", "strategy", "data_parallel", "checkpoint"},
-    "check": {"worker_server", "env", "session", "devices", "launch", "distributed", "probes"},
-    "compare": {
-        *("parts", "trainer", "micro_batch", "out_of_memory"),
-        *("task", "config", "data", "distributed", "devices", "launch"),
-    },
-    "facts": {"parts", "task", "config", "data", "distributed", "out_of_memory", "devices", "launch"},
-    "estimate": {"facts", "data", "devices"},
-    "plan": {
-        *("out_of_memory", "estimate", "facts", "compare", "probes"),
-        *("task", "config", "data", "devices", "launch", "session"),
-    },
-    "recipes": {
-        "session",
-        "lock",
-        "config",
-        "devices",
-        "distributed",
-        "data",
-        "files",
-        "checkpoint",
-        "optim",
-        "plots",
-        "progress",
-        "randomness",
-        "shards",
-        "strategy",
-        "task",
-        "trainer",
-        "launch",
-    },
+ROOT = Path(__file__).parents[1] / "kaggle_mgpu"
+FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+MODULES = {
+    ".".join(("kaggle_mgpu", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in FILES
 }
-# rooms that run before anything is installed or imported
-STDLIB_ONLY = {
-    *(
-        "errors",
-        "import_hooks",
-        "protobuf_fix",
-        "worker_server",
-        "env",
-        "fields",
-        "session",
-        "lock",
-        "devices",
-        "pickling",
-    ),
-    *("server", "workers", "launch", "check"),
-}
-FREE = {"__init__", "__main__"}
+NAMES = {path: name for name, path in MODULES.items()}
+PACKAGES = sorted({path.parent.name for path in FILES if path.name == "__init__.py" and path.parent.parent == ROOT})
+LIGHT = ("env", "machine", "launching")
+"""Packages that a notebook imports before torch is there."""
+ids = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
-def rooms() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def room_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node, in functions too; what only a type checker reads is left out."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return
+    yield node
+    for child in ast.iter_child_nodes(node):
+        yield from statements(child)
 
 
-def imported(path: Path, top_level: bool = False) -> set[str]:
-    """Full names of the modules a file imports, anywhere in it or at its top level."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    package = ["kaggle_mgpu", *path.relative_to(PACKAGE).parts[:-1]]
-    names: set[str] = set()
-    for node in tree.body if top_level else ast.walk(tree):
+@cache
+def imports(path: Path, top_level: bool = False) -> list[tuple[str, str]]:
+    """(module, name) for each name that a file imports, from wherever; the name is "" for `import module`."""
+    package = NAMES[path].split(".") if path.name == "__init__.py" else NAMES[path].split(".")[:-1]
+    found = []
+    for node in tree(path).body if top_level else statements(tree(path)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "kaggle_mgpu" else {module}
-    return names
+            found += [(module, alias.name) for alias in node.names]
+    return found
 
 
-@pytest.mark.parametrize("path", rooms(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_from_the_floors_below(path: Path) -> None:
-    room = room_of(path)
-    if room in FREE:
-        return
-    assert room in FLOORS, f"{room} is a new room: give it a floor in this table"
-    inside = {name.split(".")[1] for name in imported(path) if name.startswith("kaggle_mgpu.")}
-    assert inside - {room} <= FLOORS[room]
+def arrows(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    targets = set()
+    for module, name in imports(path):
+        if module.split(".")[0] == "kaggle_mgpu":
+            targets.add(f"{module}.{name}" if f"{module}.{name}" in MODULES else module)
+    return targets
 
 
-@pytest.mark.parametrize("room", sorted(STDLIB_ONLY))
-def test_the_ground_floor_needs_nothing_installed(room: str) -> None:
-    outside = {name.split(".")[0] for name in imported(PACKAGE / f"{room}.py", top_level=True)}
-    assert outside - {"kaggle_mgpu"} <= set(sys.stdlib_module_names) | {"__future__"}
+def room(module: str) -> str:
+    """The package, or the module beside the packages, that a module belongs to; "" for kaggle_mgpu itself."""
+    return ".".join(module.split(".")[1:2])
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a node back to itself; [] where there is none."""
+    done: set[str] = set()
+
+    def search(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := search(other, [*way, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := search(node, []))), [])
+
+
+def public(package: str) -> set[str]:
+    """The names in a package's __all__."""
+    for node in tree(ROOT / package / "__init__.py").body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_circle_among_the_packages() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        graph.setdefault(room(name), set()).update({room(target) for target in arrows(path)} - {room(name)})
+    assert circle(graph) == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_circle_among_the_files_of_a_package(package: str) -> None:
+    inside = {name: path for name, path in MODULES.items() if room(name) == package}
+    assert circle({name: arrows(path) & set(inside) for name, path in inside.items()}) == []
+
+
+@pytest.mark.parametrize("path", FILES, **ids)
+def test_a_package_is_imported_through_its_public_names(path: Path) -> None:
+    own = room(NAMES[path])
+    bound = set()  # packages as a whole
+    for module, name in imports(path):
+        parts = module.split(".")
+        if parts[0] != "kaggle_mgpu" or room(module) == own != "":
+            continue
+        if len(parts) == 1 and name in PACKAGES:
+            bound.add(name)
+        elif len(parts) > 1 and parts[1] in PACKAGES and parts[1] != "recipes":
+            assert len(parts) == 2, f"{module} is inside a package: import {name} from kaggle_mgpu.{parts[1]}"
+            assert name in public(parts[1]), f"{name} is no public name of {parts[1]}"
+    assigned = {n.id for n in ast.walk(tree(path)) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = node.value.id
+            if name in bound and name not in assigned and name != own:
+                assert node.attr in public(name), f"{name}.{node.attr} is no public name"
+
+
+@pytest.mark.parametrize("package", [name for name in PACKAGES if name != "recipes"])
+def test_a_package_says_what_it_is_and_hands_on_what_it_has(package: str) -> None:
+    assert len((ast.get_docstring(tree(ROOT / package / "__init__.py")) or "").splitlines()) > 2
+    code = f"from kaggle_mgpu import {package} as it; print([n for n in it.__all__ if getattr(it, n, None) is None])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(NAMES[p]) in ("env", "errors")], **ids)
+def test_env_needs_nothing_installed(path: Path) -> None:
+    outside = {module.split(".")[0] for module, _ in imports(path)} - {"kaggle_mgpu"}
+    assert outside <= set(sys.stdlib_module_names)
+    assert {room(target) for target in arrows(path)} <= {"env", "errors"}
+
+
+@pytest.mark.parametrize("path", FILES, **ids)
+def test_the_config_is_known_where_runs_are_made_and_nowhere_else(path: Path) -> None:
+    if "kaggle_mgpu.config" in arrows(path):
+        assert room(NAMES[path]) in ("training", "planning", "recipes", "__main__")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(NAMES[p]) in LIGHT or p.stem in ("check", "fields")], **ids)
+def test_what_comes_before_torch_imports_the_standard_library_alone(path: Path) -> None:
+    outside = {module.split(".")[0] for module, _ in imports(path, top_level=True)} - {"kaggle_mgpu"}
+    assert outside <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.quick
 def test_importing_the_package_imports_no_torch() -> None:
     code = (
         "import sys, kaggle_mgpu\n"
-        "from kaggle_mgpu import env, session, devices, TrainConfig, notebook_parameters\n"
+        "from kaggle_mgpu import check, env, session, devices, launch, TrainConfig, notebook_parameters\n"
+        "from kaggle_mgpu import errors, launching, machine, planning\n"
         "env.fix(); devices.gpus(); TrainConfig(lr=1e-3)\n"
         "print([name for name in ('torch', 'numpy', 'tensorflow', 'google.protobuf') if name in sys.modules])"
     )
@@ -178,11 +174,11 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 def test_every_name_the_package_hands_on_is_there() -> None:
     import kaggle_mgpu
-    from kaggle_mgpu.launch import launch  # importing the room must not hide the function of the same name
+    from kaggle_mgpu.launching import launch
+    from kaggle_mgpu.planning import plan
 
     assert {name: getattr(kaggle_mgpu, name) for name in kaggle_mgpu.__all__}
-    from kaggle_mgpu.plan import plan
-
+    assert {name: getattr(kaggle_mgpu, name) for name in dir(kaggle_mgpu)}
     assert kaggle_mgpu.launch is launch
     assert kaggle_mgpu.plan is plan
     with pytest.raises(AttributeError, match="has no attribute 'lunch'"):

@@ -15,7 +15,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
-from kaggle_mgpu import pickling
+from kaggle_mgpu.launching import pickling
 
 CODE = textwrap.dedent(
     """

@@ -37,7 +37,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
 
-from kaggle_mgpu import checkpoint, progress
+from kaggle_mgpu import checkpoint
+from kaggle_mgpu.progress import progress
 
 ROOT = Path(__file__).parents[1]
 

@@ -30,8 +30,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kaggle_mgpu import launch, worker_server
-from kaggle_mgpu.launch import HangError, WorkerDiedError
+from kaggle_mgpu import launch
+from kaggle_mgpu.env import worker_server
+from kaggle_mgpu.errors import HangError, WorkerDiedError
 
 INSIDE = ["exception", "kill", "segfault", "exit", "hang"]
 OUTSIDE = ["kill from outside", "interrupt", "two interrupts"]

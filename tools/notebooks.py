@@ -28,7 +28,6 @@ import stat
 import sys
 import tempfile
 import time
-import tokenize
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_BYTES = 150_000
+MAX_BYTES = 700_000
 BUILD = "python tools/notebooks.py build"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -148,89 +147,12 @@ def _use_payload(payload: str, expected: str) -> str:
     return os.path.join(home, "site-packages")
 
 
-def package_files(package: Path, notebook: str | None = None) -> dict[str, bytes]:
-    """The package's Python files, by their path in a site-packages folder.
-
-    Args:
-        notebook: the text of a notebook's source, which then gets the modules that it imports and those that they
-            import, shortened. The package as a whole would make every notebook larger than may be pushed.
-    """
+def package_files(package: Path) -> dict[str, bytes]:
+    """The package's Python files, by their path in a site-packages folder."""
     paths = sorted(path for path in package.rglob("*.py") if "__pycache__" not in path.parts)
     if not paths:
         raise NotebookError(f"no Python files in {package}: expected the package kaggle_mgpu there")
-    files = {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
-    if notebook is None:
-        return files
-    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in files}
-    homes = _homes(files["kaggle_mgpu/__init__.py"])
-    code = re.sub(r"(?m)^\s*[%!].*$", "", notebook)
-    # these look for the others by name, or hand them on when asked for: they are carried, and not followed
-    carried: set[str] = {
-        name for name in ("kaggle_mgpu", "kaggle_mgpu.__main__", "kaggle_mgpu.recipes") if name in modules
-    }
-    own = wanted = _imported(code, "", modules, homes)
-    while wanted := wanted - carried:
-        carried |= wanted
-        wanted = set().union(
-            *(_imported(files[modules[m]].decode(), _package_of(m, modules), modules, homes) for m in wanted)
-        )
-    # help() answers for what the notebook itself imports, and for what a package that it imports hands on
-    for recipe in [name for name in own if name.startswith("kaggle_mgpu.recipes.")]:
-        for node in ast.walk(ast.parse(files[modules[recipe]])):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                own = own | {f"{recipe}.{node.module}"}
-    return {modules[name]: _shortened(files[modules[name]].decode(), name in own) for name in sorted(carried)}
-
-
-def _shortened(source: str, with_docstrings: bool) -> bytes:
-    """The source without comments, and without docstrings where they are not wanted; every line in its place, so that
-    tracebacks name the same ones. A notebook may have 150 kB; the two make up a quarter of what it carries."""
-    lines = source.split("\n")
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column].rstrip()
-    for node in ast.walk(ast.parse(source)) if not with_docstrings else ():
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if len(node.body) > 1 and ast.get_docstring(node) is not None:  # a body of nothing else keeps it
-            first = node.body[0]
-            lines[first.lineno - 1 : first.end_lineno] = [""] * ((first.end_lineno or 0) - first.lineno + 1)
-    text = "\n".join(lines)
-    compile(text, "<shortened>", "exec")
-    return text.encode()
-
-
-def _package_of(module: str, modules: dict[str, str]) -> str:
-    return module if modules[module].endswith("/__init__.py") else module.rpartition(".")[0]
-
-
-def _homes(init: bytes) -> dict[str, str]:
-    """The names that the package hands on, and the modules that they come from: its _HOMES."""
-    for node in ast.parse(init).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES":
-            return dict(ast.literal_eval(node.value))
-    return {}
-
-
-def _imported(source: str, package: str, modules: dict[str, str], homes: dict[str, str]) -> set[str]:
-    """Modules of kaggle_mgpu that the source imports, anywhere in it; relative imports begin at `package`."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("kaggle_mgpu."):
-            names.add(node.value)  # what the worker server preloads
-    names |= {
-        f"kaggle_mgpu.{homes[name[12:]]}" for name in names if name.startswith("kaggle_mgpu.") and name[12:] in homes
-    }
-    found = {name for name in names if name in modules}
-    # a module in a package needs that package
-    return found | {name.rpartition(".")[0] for name in found if name.rpartition(".")[0] in modules}
+    return {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
 
 
 def payload_source(files: dict[str, bytes]) -> str:
@@ -308,7 +230,7 @@ def build(source: Path, package: Path) -> Any:
     for cell in notebook.cells:
         if "payload" in tags(cell):
             cell.source, cell.metadata = (
-                payload_source(package_files(package, text)),
+                payload_source(package_files(package)),
                 nbformat.from_dict(PAYLOAD_METADATA),
             )
         # From the text, so that an edit elsewhere leaves a cell's id alone; jupytext's own are random
@@ -391,11 +313,14 @@ def parameters(notebook: Any) -> dict[str, Any]:
 
 
 def config_fields(notebook: Any) -> list[str]:
-    """What the notebook's Config takes: the fields of each class Config in the payload's recipes, and TrainConfig's."""
+    """What the notebook's Config takes: the fields of TrainConfig, and of each Config in the recipes it imports."""
     found: list[str] = []
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in tags(cell))
+    files = {"kaggle_mgpu/config.py"}
+    folders = tuple(f"kaggle_mgpu/recipes/{name}" for name in re.findall(r"kaggle_mgpu\.recipes\.(\w+)", code))
     for cell in notebook.cells:
         for name, content in payload_files(cell.source).items() if "payload" in tags(cell) else ():
-            if name != "kaggle_mgpu/config.py" and "/recipes/" not in name:
+            if name not in files and not name.removesuffix(".py").startswith(folders):
                 continue
             for node in ast.parse(content).body:
                 if isinstance(node, ast.ClassDef) and node.name in ("Config", "TrainConfig"):

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-from hold import Hold
+from pause_at import PauseAt
 from runs import NO_KERNEL
 
 # As Kaggle does it: no kernel is named here, so a notebook that names none fails. Not as Kaggle does it: where one of
@@ -99,9 +99,9 @@ class Session:
             MARK: self.name,
             **(variables or {}),
         }
-        self.hold: Hold | None = None
+        self.hold: PauseAt | None = None
         if kill_in_save or slow_save:  # the tensors are there, and what says so is not
-            self.hold = Hold(folder / "hold", "open", r"/checkpoints/\.writing-step-\d+-\d+/state\.json$", before=2)
+            self.hold = PauseAt(folder / "hold", "open", r"/checkpoints/\.writing-step-\d+-\d+/state\.json$", before=2)
             environment |= self.hold.variables(environment)
         self._began = time.monotonic()
         self.process = subprocess.Popen(

@@ -195,7 +195,7 @@ def first_and_second(rounds: int, folder: str) -> None:
     # the user's own cells go on until the server is ready, however busy the machine
     ready = (
         "from multiprocessing import connection\n"
-        "from kaggle_mgpu import worker_server\n"
+        "from kaggle_mgpu.env import worker_server\n"
         "connection.wait([worker_server.current.control], 120)"
     )
     times: dict[str, list[float]] = {"first": [], "second": [], "first, server started by it": []}

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, in
 from loop import GPTTask
 
 from kaggle_mgpu import TrainConfig, devices, progress, session, train
-from kaggle_mgpu.display import Lines, Panel
-from kaggle_mgpu.panel import View, panel_html
+from kaggle_mgpu.progress import View, panel_html
+from kaggle_mgpu.progress.display import Lines, Panel
 
 STAND_IN = """#!/bin/sh
 case "$*" in

@@ -26,8 +26,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
 
 from kaggle_mgpu import optim
-from kaggle_mgpu.checkpoint import Checkpoints
-from kaggle_mgpu.strategy import named_optimizer_state
+from kaggle_mgpu.checkpoints import Checkpoints
+from kaggle_mgpu.parallel.state import named_optimizer_state
 
 
 def model_of(parameters: int) -> nn.Module:

@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import devices, distributed
 from kaggle_mgpu.config import TrainConfig
 from kaggle_mgpu.data import BatchPlan, counted
-from kaggle_mgpu.launch import launch
-from kaggle_mgpu.task import Result, Task
-from kaggle_mgpu.trainer import train
+from kaggle_mgpu.launching import launch
+from kaggle_mgpu.machine import devices
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Result, Task, train
 
 from .model import CHANCES, Network, augment, triads
 from .sources import SHORTEST, Windows, digest, find, split

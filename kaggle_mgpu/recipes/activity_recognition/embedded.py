@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .sources import Windows
+from .windows import Windows
 
 FOLDERS = {
     "aeon": "datasets/data/BasicMotions",

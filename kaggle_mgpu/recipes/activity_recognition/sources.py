@@ -25,13 +25,15 @@ import warnings
 import zipfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kaggle_mgpu import session
+from kaggle_mgpu.machine import session
+
+from .embedded import embedded
+from .windows import Windows
 
 UCI_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
 UCI_ACTIVITIES = ("WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING")
@@ -44,24 +46,6 @@ LAYOUTS = (
     "the UCI HAR layout (train/Inertial Signals, test/Inertial Signals), an .npz file with the arrays x, y and "
     "subject, or .csv with the columns subject,label,time,CHANNEL,..."
 )
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Signals cut into windows, all in memory."""
-
-    x: NDArray[np.float32]
-    """(windows, channels, time)."""
-    y: NDArray[np.int64]
-    """(windows,), an index into classes."""
-    subject: NDArray[np.str_] | None
-    """(windows,), whose each is; None where the data does not say."""
-    test: NDArray[np.bool_] | None
-    """(windows,), whether it belongs to the published test set; None where none was published."""
-    classes: tuple[str, ...]
-    channels: tuple[str, ...]
-    source: str
-    note: str = ""
 
 
 def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Windows, str]:
@@ -84,8 +68,6 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
     elif data_path is not None:
         raise ValueError(f"data_path: {path} is not in a known layout. Expected {LAYOUTS}")
     else:
-        from .embedded import embedded  # which imports from here
-
         windows, reason = embedded(), "no data_path, and nothing in a known layout among the inputs"
     if windows.x.shape[2] < SHORTEST:
         raise ValueError(

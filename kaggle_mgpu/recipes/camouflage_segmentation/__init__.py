@@ -12,7 +12,7 @@ under output_dir that starts from the weights of the one before: a finished one 
 
 from __future__ import annotations
 
-from kaggle_mgpu.task import Task
+from kaggle_mgpu.training import Task
 
 from .segmentation import CamouflageSegmentation, baselines
 from .settings import PRESETS, Config, Stage, stages

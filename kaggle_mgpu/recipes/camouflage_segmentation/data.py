@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import session
+from kaggle_mgpu.machine import session
 
 if TYPE_CHECKING:
     from PIL.Image import Image

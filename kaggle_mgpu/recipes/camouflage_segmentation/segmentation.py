@@ -13,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kaggle_mgpu import checkpoint, distributed, files, optim, session, shards
+from kaggle_mgpu.checkpoints import checkpoint, files
 from kaggle_mgpu.config import TrainConfig
-from kaggle_mgpu.task import Task
+from kaggle_mgpu.machine import session
+from kaggle_mgpu.parallel import distributed, shards
+from kaggle_mgpu.training import Task, optim
 
 from . import data
 from .data import Samples

@@ -11,11 +11,12 @@ import shutil
 import time
 from pathlib import Path
 
-from kaggle_mgpu import distributed, files, lock, progress
+from kaggle_mgpu import progress
+from kaggle_mgpu.checkpoints import files
 from kaggle_mgpu.config import parse_duration
-from kaggle_mgpu.launch import launch
-from kaggle_mgpu.task import Result
-from kaggle_mgpu.trainer import train
+from kaggle_mgpu.launching import launch, lock
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Result, train
 
 from . import data
 from .segmentation import CamouflageSegmentation, find

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import datetime
 
-from kaggle_mgpu import distributed
-from kaggle_mgpu.launch import launch
-from kaggle_mgpu.task import Result, Task
-from kaggle_mgpu.trainer import train
+from kaggle_mgpu.launching import launch
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Result, Task, train
 
 from . import data, generation, models, output, rouge
 from .config import Config

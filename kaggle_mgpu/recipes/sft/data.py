@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import distributed
+from kaggle_mgpu.parallel import distributed
 
 from .reading import Conversation, short
 

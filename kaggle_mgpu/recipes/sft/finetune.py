@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaggle_mgpu import devices, distributed, shards
 from kaggle_mgpu.data import DEFAULT_GLOBAL_BATCH_SIZE
-from kaggle_mgpu.task import Result, Task
+from kaggle_mgpu.machine import devices
+from kaggle_mgpu.parallel import distributed, shards
+from kaggle_mgpu.training import Result, Task
 
 from . import data, generation, models, output, rouge
 from .config import Config

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kaggle_mgpu import files
+from kaggle_mgpu.checkpoints import files
 
 from . import models
 

@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import files, session
+from kaggle_mgpu.checkpoints import files
+from kaggle_mgpu.machine import session
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTRA = {"transformers": "sft", "peft": "sft", "bitsandbytes": "qlora"}

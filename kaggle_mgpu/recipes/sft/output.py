@@ -9,20 +9,35 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from kaggle_mgpu import files
-from kaggle_mgpu.task import Result
+from kaggle_mgpu.checkpoints import files
+from kaggle_mgpu.training import Result
 
 from . import models
-
-if TYPE_CHECKING:
-    from .finetune import Finetune
+from .config import Config
+from .prepare import Prepared
 
 EXPORT = "export.json"
+
+
+class Tuned(Protocol):
+    """A fine-tuning task, as far as the files of a finished run tell of it."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def prepared(self) -> Prepared: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def backend(self) -> str: ...
+    def plan(self) -> tuple[models.Estimate, list[str]]: ...
 
 
 def weights_file(result: Result, which: str) -> Path:
@@ -31,7 +46,7 @@ def weights_file(result: Result, which: str) -> Path:
     return Path(result.output_dir) / ("best/model.safetensors" if best else "model.safetensors")
 
 
-def export(task: Finetune, result: Result, which: str = "best") -> Path:
+def export(task: Tuned, result: Result, which: str = "best") -> Path:
     """Write the adapter as peft does, the tokenizer and the model card; for full tuning the card alone.
 
     Returns the folder: output_dir/adapter, or output_dir.
@@ -70,7 +85,7 @@ def measured(result: Result) -> dict[str, str]:
     return rows
 
 
-def card(task: Finetune, result: Result, which: str) -> str:
+def card(task: Tuned, result: Result, which: str) -> str:
     """The model card: what was tuned how on what, and the figures that were measured."""
     config, prepared = task.config, task.prepared
     library = "transformers" if config.mode == "full" else "peft"
@@ -116,7 +131,7 @@ learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {confi
 """
 
 
-def farewell(task: Finetune, result: Result, folder: Path) -> str:
+def farewell(task: Tuned, result: Result, folder: Path) -> str:
     """Where everything is, and what was measured against what had been estimated."""
     memory, _ = task.plan()
     found = measured(result)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kaggle_mgpu import session
+from kaggle_mgpu.machine import session
 
 SUFFIXES = (".jsonl", ".json")
 Conversation = list[dict[str, str]]

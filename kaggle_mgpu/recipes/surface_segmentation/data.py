@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import session
+from kaggle_mgpu.machine import session
 
 from .stacks import SUFFIXES, read_stack, shape_of
 from .synthetic import synthesise

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaggle_mgpu import distributed
-from kaggle_mgpu.files import whole, write_text
+from kaggle_mgpu.checkpoints import whole, write_text
+from kaggle_mgpu.parallel import distributed
 
 from .data import crop, stacks_in
 from .metrics import without_specks

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaggle_mgpu.files import whole
+from kaggle_mgpu.checkpoints import whole
 
 SUFFIXES = (".tif", ".tiff")
 

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import devices, distributed, session
+from kaggle_mgpu.checkpoints import read_tensors, whole, write_text
 from kaggle_mgpu.config import parse_duration
 from kaggle_mgpu.data import counted
-from kaggle_mgpu.files import read_tensors, whole, write_text
-from kaggle_mgpu.launch import launch
-from kaggle_mgpu.task import Result
-from kaggle_mgpu.trainer import train
+from kaggle_mgpu.launching import launch
+from kaggle_mgpu.machine import devices, session
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Result, train
 
 from . import stacks
 from .data import Volume

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import distributed, session
 from kaggle_mgpu.config import TrainConfig
-from kaggle_mgpu.task import Task
+from kaggle_mgpu.machine import session
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Task
 
 from . import data
 from .data import Cache, Catalogue, Facts, Patches, Tiles, Volume

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kaggle_mgpu import session
 from kaggle_mgpu.data import counted
+from kaggle_mgpu.machine import session
 
 from .documents import SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
 from .settings import Config

@@ -8,9 +8,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kaggle_mgpu import distributed
 from kaggle_mgpu.data import counted
-from kaggle_mgpu.task import Task
+from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.training import Task
 
 from .corpus import IGNORED, Corpus, TokenBlocks, prepare
 from .generation import generate

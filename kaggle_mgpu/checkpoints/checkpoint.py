@@ -1,0 +1,353 @@
+"""Checkpoints that are there or not there, never half there, and written while training goes on.
+
+    checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
+
+A checkpoint is copied to host memory, which is all that training waits for; a thread then writes it into a temporary
+folder, flushes it to disk and renames the folder: it exists once its name does. state.json, written last, holds every
+file's length and checksum and its own, so that one which a disk or a download damaged is recognised, named, and passed
+over for the one before it. Nothing in it can run code when it is loaded: the optimizer's state too is tensors and JSON.
+
+Tensors that are spread over the ranks can be written as they are, each rank its own rows into files of its own:
+model-00001-of-00002.safetensors and so on. What is loaded from these are whole tensors again. (The format of
+torch.distributed.checkpoint is another one, whose list of contents is a pickle.)
+
+What the files hold is in format.py, which checkpoint a run goes on from in resume.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+
+from ..errors import CheckpointError, DiskFullError
+from ..parallel import distributed
+from . import files, format
+from .files import read_tensors, replace_tensors, write_tensors, write_text
+from .format import Checkpoint, all_in, check_model, damage, load, read_facts, step_of
+
+__all__ = [
+    "Checkpoint", "CheckpointError", "Checkpoints", "DiskFullError", "Saved", "all_in", "check_model", "damage", "load",
+    "read_facts", "read_tensors", "replace_tensors", "step_of", "write_tensors", "write_text",
+]  # fmt: skip
+
+# state.json, the folder itself, and what rounding to the disk's blocks adds
+_SLACK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save."""
+
+    step: int
+    path: Path | None
+    """None where the disk had no room for it."""
+    seconds: float
+    """From its beginning to the last byte on the disk."""
+    note: str = ""
+    """What there is to say about it: that the disk is full, and what was done."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`. Only one process may write there.
+
+    Used as a context, it waits for the last save on the way out, also when an error ends the run.
+
+    Args:
+        keep_last: how many stay when a new one is written.
+        flush_first: files that a checkpoint relies on (the records up to its step), flushed before it exists.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int = 4, flush_first: Sequence[Path] = ()) -> None:
+        self.folder, self.keep_last, self.flush_first = folder, keep_last, flush_first
+        self._buffer = files.Buffer()
+        self._thread: threading.Thread | None = None
+        self._saved: list[Saved] = []
+        self._error: BaseException | None = None
+        self.news = False
+        """Whether a save has ended that `collect` has not told of yet."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._join()
+
+    def save(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
+
+        Raises:
+            DiskFullError: there is no room, and removing the oldest would not make any. All that was there still is.
+            TypeError: the state holds what is neither a tensor nor plain.
+        """
+        self.begin(step, tensors=tensors, state=state, facts=facts)
+        saved = self.wait()[-1]
+        if saved.path is None:
+            raise DiskFullError(saved.note)
+        return saved.path
+
+    def begin(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> None:
+        """The same, behind the training: copy everything to host memory, hand it to a thread and return.
+
+        One is written at a time, so a second call waits for the first. What came of it is told by `collect`.
+        """
+        self._join()
+        began = time.monotonic()
+        held = self._buffer.hold(format.layouts(tensors, state))
+        contents = {f"{name}.safetensors": content for name, content in held.items()}
+        distributed.saving(True)
+        self._start(self._run, step, contents, dict(facts), began)
+
+    def begin_together(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> None:
+        """The same by all ranks, each of which writes its rows of the tensors that are spread over them.
+
+        Rank 0 gives the checkpoint its name, and so its being, when it has heard from every rank that its part is on
+        the disk, which all of them must see.
+        """
+        self._join()
+        began = time.monotonic()
+        rank, ranks = distributed.rank(), distributed.world_size()
+        mine = {
+            f"{name}-{rank + 1:05d}-of-{ranks:05d}.safetensors": layout
+            for name, layout in format.layouts(tensors, state, main=rank == 0).items()
+        }
+        needed = distributed.sum(sum(layout.nbytes for layout in mine.values())) + _SLACK
+        temporary, note = distributed.from_main(lambda: self._open(step, needed))
+        if temporary is None:
+            self._saved.append(Saved(step, None, time.monotonic() - began, note))
+            self.news = True
+            return
+        contents = self._buffer.hold(mine)
+        if rank == 0:
+            self._start(self._run_main, step, temporary, contents, dict(facts), began, note, ranks)
+        else:
+            self._start(format.write_part, temporary, contents, rank)
+
+    def _open(self, step: int, needed: int) -> tuple[Path | None, str]:
+        """A temporary folder for all ranks, with room for what they will write, and what was done to make it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        note = ""
+        if (free := files.free_bytes(self.folder)) < needed:
+            note = f"the disk is full: {needed:,} bytes needed, {free:,} free"
+            if not (dropped := self._make_room(needed, free)):
+                return None, (
+                    f"no checkpoint of step {step}: {note}, and dropping older checkpoints would not make room. Free "
+                    f"some space."
+                )
+            note += f". Dropped to make room: {', '.join(path.name for path in dropped)}"
+        temporary = self.folder / f".writing-{self._path(step).name}-{os.getpid()}"
+        temporary.mkdir()
+        return temporary, note
+
+    def collect(self) -> list[Saved]:
+        """The saves that have ended since this was last asked.
+
+        Raises:
+            OSError: writing failed, and not for want of room.
+        """
+        self.news = False
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        # taken out one by one: the thread may be about to add one to this very list
+        return [self._saved.pop(0) for _ in range(len(self._saved))]
+
+    def wait(self) -> list[Saved]:
+        """`collect`, once nothing is being written any more."""
+        self._join()
+        return self.collect()
+
+    def rescue(
+        self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
+    ) -> Path:
+        """`save` by a process that is not the one that writes here, which may be writing at this moment."""
+        final = self._path(step)
+        contents = {f"{name}.safetensors": layout.pieces() for name, layout in format.layouts(tensors, state).items()}
+        temporary = self.folder.parent / f".rescue-{final.name}-{os.getpid()}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not final.exists():
+            try:
+                temporary.mkdir(parents=True)
+                written = {name: files.write(temporary / name, pieces) for name, pieces in contents.items()}
+                format.write_facts(temporary, written, {"step": step, **facts})
+                os.replace(temporary, final)
+                files.flush(self.folder)
+            except OSError:
+                if not final.exists():  # else another rank was quicker: all have the same state
+                    raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return final
+
+    def all(self) -> list[Path]:
+        """Checkpoint folders, newest (highest step) first, whether valid or not."""
+        return all_in(self.folder)
+
+    def newest(self, warn: Callable[[str], None] = print) -> Path | None:
+        """The newest checkpoint that is whole; damaged ones are named through `warn` and passed over."""
+        for path in self.all():
+            problem = damage(path)
+            if problem is None:
+                return path
+            warn(f"checkpoint {path} cannot be used: {problem}. Trying the one before it.")
+        return None
+
+    def put_aside(self, after: int = -1) -> Path | None:
+        """Move the checkpoints of later steps than `after` out of the way; the folder they are in now.
+
+        They are damaged, or a future that the run has been taken back from: counted as the newest, they would push
+        what is saved from now on out of the folder.
+        """
+        later = [path for path in self.all() if step_of(path) > after]
+        if not later:
+            return None
+        aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}-before-{i}")).exists())
+        if len(later) == len(self.all()):
+            self.folder.rename(aside)
+            return aside
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        return aside
+
+    # The writer's thread
+    def _start(self, function: Callable[..., None], *args: Any) -> None:
+        def run() -> None:
+            with contextlib.suppress(OSError, AttributeError):
+                # on Linux a thread has a priority of its own: where CPUs are few, training comes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            function(*args)
+
+        self._thread = threading.Thread(target=run, name="checkpoint writer", daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, step: int, contents: dict[str, Any], facts: dict[str, Any], began: float) -> None:
+        self._finish(step, began, lambda: self._write_with_room(step, contents, {"step": step, **facts}))
+        distributed.saving(False)
+
+    def _run_main(
+        self, step: int, temporary: Path, contents: dict[str, Any], facts: dict[str, Any], began: float, note: str,
+        ranks: int,
+    ) -> None:  # fmt: skip
+        def write() -> tuple[Path, str]:
+            try:
+                written = format.write_files(temporary, contents)
+                for rank in range(1, ranks):
+                    written.update(format.part_of(temporary, rank))
+                self._complete(temporary, self._path(step), written, {"step": step, **facts})
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return self._path(step), note
+
+        self._finish(step, began, write)
+
+    def _finish(self, step: int, began: float, write: Callable[[], tuple[Path, str]]) -> None:
+        try:
+            path, note = write()
+            self._rotate()
+            self._saved.append(Saved(step, path, time.monotonic() - began, note))
+        except DiskFullError as error:
+            note = f"no checkpoint of step {step}: {error.strerror or error}"
+            self._saved.append(Saved(step, None, time.monotonic() - began, note))
+        except BaseException as error:
+            self._error = error
+        self.news = True
+
+    def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
+        """Write the checkpoint; on a full disk drop the oldest ones first, where that makes room."""
+        final = self._path(step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        needed = sum(len(content) for content in contents.values()) + _SLACK
+        try:
+            self._write_and_rename(final, contents, facts, needed)
+            return final, ""
+        except DiskFullError as error:
+            # a quota does not show in what the disk says is free
+            free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
+            full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
+            dropped = self._make_room(needed, free)
+            if not dropped:
+                raise DiskFullError(
+                    error.errno, f"{full}, and dropping older checkpoints would not make room. Free some space."
+                ) from None
+        note = f"{full}. Dropped to make room: {', '.join(path.name for path in dropped)}"
+        try:
+            self._write_and_rename(final, contents, facts, needed)
+        except DiskFullError as error:
+            raise DiskFullError(error.errno, f"{note}; it was not enough") from None
+        return final, note
+
+    def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
+        temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
+        # asked first, so that the records of the run find room to the end
+        if (free := files.free_bytes(self.folder)) < needed:
+            raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
+        try:
+            temporary.mkdir(parents=True)
+            self._complete(temporary, final, format.write_files(temporary, contents), facts)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _complete(self, temporary: Path, final: Path, written: dict[str, Any], facts: dict[str, Any]) -> None:
+        format.write_facts(temporary, written, facts)
+        for path in self.flush_first:
+            if path.exists():
+                files.flush(path)
+        if final.exists():  # the same step again, after a resume that did not trust it
+            self._remove(final)
+        os.replace(temporary, final)
+        files.flush(self.folder)
+
+    def _rotate(self) -> None:
+        for path in self.all()[self.keep_last :]:
+            self._remove(path)
+
+    def _make_room(self, needed: int, free: int) -> list[Path]:
+        """Remove as many of the oldest checkpoints as make room, but none if all would not, and never the newest."""
+        checkpoints = self.all()
+        newest = next((path for path in checkpoints if damage(path) is None), None)
+        dropped: list[Path] = []
+        for path in reversed(checkpoints):
+            if free >= needed:
+                break
+            if path != newest:
+                free += sum(file.stat().st_size for file in path.iterdir())
+                dropped.append(path)
+        if free < needed:
+            return []
+        for path in dropped:
+            self._remove(path)
+        return dropped
+
+    def _remove(self, path: Path) -> None:
+        # renamed first: a half-removed folder must not look like a checkpoint
+        doomed = path.with_name(f".removing-{path.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"

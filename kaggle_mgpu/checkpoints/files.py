@@ -1,0 +1,356 @@
+"""Files that are whole or not there: tensors and text, flushed to disk, with checksums.
+
+    write_tensors(path, {"weight": tensor})      # the .safetensors layout; read_tensors(path) gives them back
+    replace_tensors(path, model.state_dict())    # the same, atomically
+    image = Buffer().hold(layout)                # the bytes of such a file, copied now, to be written by a thread
+
+Everything is written through `write`: large pieces, which release the interpreter's lock, and a checksum on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DiskFullError
+
+# What the format calls them (https://huggingface.co/docs/safetensors); it is little-endian, as is every machine here
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+}  # fmt: skip
+_PIECE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A .safetensors file before its content: the header, and which tensor goes where after it."""
+
+    header: bytes
+    tensors: list[Tensor]
+    offsets: list[int]
+    """Where each tensor's bytes begin, counted from the file's first byte."""
+    nbytes: int
+    """Of the whole file."""
+
+    @classmethod
+    def of(cls, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
+        """Lay tensors out; names that share one tensor (tied weights) are written once.
+
+        The names left out are noted in the file's metadata, and `read_tensors` puts them back.
+        """
+        first: dict[tuple[Any, ...], str] = {}
+        aliases: dict[str, str] = {}
+        unique: dict[str, Tensor] = {}
+        for name, tensor in named.items():
+            key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            if tensor.numel() and key in first:
+                aliases[name] = first[key]
+                continue
+            if tensor.dtype not in _DTYPES:
+                raise TypeError(f"{name} is of type {tensor.dtype}, which a .safetensors file cannot hold")
+            first[key] = name
+            unique[name] = tensor.detach()
+        # wide types first, so that each tensor lies at a multiple of its own width
+        order = sorted(unique, key=lambda name: -unique[name].itemsize)
+        entries: dict[str, Any] = {}
+        notes = {**(metadata or {}), **({"aliases": json.dumps(aliases)} if aliases else {})}
+        if notes:
+            entries["__metadata__"] = notes
+        position = 0
+        offsets = []
+        for name in order:
+            tensor = unique[name]
+            size = tensor.numel() * tensor.itemsize
+            entries[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [position, position + size],
+            }
+            offsets.append(position)
+            position += size
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = len(text).to_bytes(8, "little") + text
+        return cls(header, [unique[name] for name in order], [len(header) + o for o in offsets], len(header) + position)
+
+    def pieces(self) -> Iterable[Any]:
+        """The file's content, a tensor at a time."""
+        yield self.header
+        for tensor in self.tensors:
+            yield _bytes_of(tensor.cpu().contiguous())
+
+
+class Buffer:
+    """Host memory that is used again for every save: fresh memory costs more than the copy into it.
+
+    Page-locked for a GPU's tensors, which then come at the bus' full speed.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def hold(self, layouts: Mapping[str, Layout]) -> dict[str, memoryview]:
+        """Copy the files' content in; what this returns is valid until the next call."""
+        starts: dict[str, int] = {}
+        size = 0
+        for name, layout in layouts.items():
+            # the tensors, not the header before them, begin at a multiple of 64
+            starts[name] = size + -(size + len(layout.header)) % 64
+            size = starts[name] + layout.nbytes
+        tensors = [tensor for layout in layouts.values() for tensor in layout.tensors]
+        self._reserve(size, any(tensor.device.type == "cuda" for tensor in tensors))
+        copies: list[tuple[Tensor, Tensor]] = []
+        for name, layout in layouts.items():
+            start = starts[name]
+            self._memory[start : start + len(layout.header)] = torch.frombuffer(
+                bytearray(layout.header), dtype=torch.uint8
+            )
+            for tensor, offset in zip(layout.tensors, layout.offsets, strict=True):
+                if tensor.numel():
+                    target = self._memory[start + offset : start + offset + tensor.numel() * tensor.itemsize]
+                    copies.append((target.view(tensor.dtype).view(tensor.shape), tensor))
+        _copy(copies)
+        for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        content = self._memory.numpy().data
+        return {name: content[starts[name] : starts[name] + layout.nbytes] for name, layout in layouts.items()}
+
+    def _reserve(self, size: int, pinned: bool) -> None:
+        if self._memory.numel() >= size and self._memory.is_pinned() == pinned:
+            return
+        self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
+        if pinned:
+            try:
+                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                return
+            except RuntimeError:  # a limit on locked memory: slower, not wrong
+                pass
+        self._memory = torch.empty(size, dtype=torch.uint8)
+
+
+def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy each second tensor to the first; large ones of the CPU in pieces and by several threads (1.2 x as fast)."""
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for target, source in copies:
+        if source.device.type == "cpu" and source.is_contiguous():
+            step = _PIECE // source.itemsize
+            pieces += zip(target.reshape(-1).split(step), source.reshape(-1).split(step), strict=True)
+        else:
+            target.copy_(source, non_blocking=True)
+    if sum(target.nbytes for target, _ in pieces) < 4 * _PIECE:
+        for target, source in pieces:
+            target.copy_(source)
+        return
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda piece: piece[0].copy_(piece[1]), pieces):
+            pass
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def write(path: Path, pieces: Iterable[Any]) -> dict[str, int]:
+    """Write a file and flush it to disk. Returns its length and checksum.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    size = crc = 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                part = rest[:_PIECE]
+                written = os.write(descriptor, part)
+                crc = zlib.crc32(part[:written], crc)
+                size += written
+                rest = rest[written:]
+        os.fsync(descriptor)
+    except OSError as error:
+        raise no_room(path, error) or error from None
+    finally:
+        os.close(descriptor)
+    return {"bytes": size, "crc32": crc}
+
+
+def no_room(path: Path, error: OSError, needed: int | None = None) -> DiskFullError | None:
+    """The error as one that says how much room there is, if want of room is what it is about."""
+    if isinstance(error, DiskFullError):
+        return error
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    wanted = "" if needed is None else f"{needed:,} bytes needed, "
+    return DiskFullError(error.errno, f"the disk is full: {wanted}{free_bytes(path.parent):,} free", str(path))
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free for this user on the folder's disk."""
+    return shutil.disk_usage(folder).free
+
+
+def write_tensors(path: Path, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one .safetensors file (see `Layout.of`) and flush it."""
+    write(path, Layout.of(named, metadata).pieces())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a .safetensors file that `write_tensors` wrote, on the CPU."""
+    return read_with_metadata(path)[0]
+
+
+def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, and the text that was written with them."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        metadata = file.metadata() or {}
+    aliases = json.loads(metadata.get("aliases", "{}"))
+    return {**tensors, **{name: tensors[first] for name, first in aliases.items()}}, metadata
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a .safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"{path.name} is no safetensors file: its header would be {length} bytes long")
+        entries = json.loads(file.read(length))
+    notes = entries.pop("__metadata__", {})
+    aliases = json.loads(notes.get("aliases", "{}"))
+    found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    # of a tensor that is spread over several files, the whole one's
+    found |= {name: tuple(shape) for name, (shape, _) in json.loads(notes.get("shards", "{}")).items()}
+    return {**found, **{name: found[first] for name, first in aliases.items()}}
+
+
+def replace_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    """`write_tensors`, atomically: the old file stays until the new one is whole."""
+    layout = Layout.of(named)
+    _replace(path, layout.pieces(), layout.nbytes)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically and flush it to disk."""
+    content = text.encode()
+    _replace(path, [content], len(content))
+
+
+_LEFT_BEHIND = 3600.0
+"""Seconds after which nobody is writing a file any more."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Within it a temporary file's name beside `path`; the file then takes its place, flushed: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of this process's own: two that write the same file at the same time would take each other's away
+    temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # by a process that was killed
+        with contextlib.suppress(OSError):
+            if left.stat().st_mtime < time.time() - _LEFT_BEHIND:
+                left.unlink()
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
+    try:
+        with whole(path) as temporary:
+            write(temporary, pieces)
+    except OSError as error:
+        if full := no_room(path, error):
+            full.strerror = f"the disk is full: {needed:,} bytes needed, {free_bytes(path.parent):,} free"
+            raise full from None
+        raise
+
+
+def flush(path: Path) -> None:
+    """fsync a file or a folder: the name alone survives a crash sooner than the content does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def crc32(path: Path) -> int:
+    """The checksum of a file's content."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_PIECE):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+# Any state as tensors and text: what a .safetensors file and its metadata can hold, and nothing that runs when read
+def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
+    """Tensors by their path in the tree ("optimizer/state/weight/exp_avg"), and the rest as JSON.
+
+    Raises:
+        TypeError: it holds something else than tensors, plain values, lists, tuples and dictionaries.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path] = value
+            return {"tensor": path}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, dict):
+            return {"dict": [[key_of(k, path), plain(v, f"{path}/{k}" if path else str(k))] for k, v in value.items()]}
+        if isinstance(value, list | tuple):
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [plain(item, f"{path}/{i}" if path else str(i)) for i, item in enumerate(value)]}
+        raise TypeError(
+            f"{path} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, lists and dictionaries; "
+            f"nothing is pickled"
+        )
+
+    def key_of(key: Any, path: str) -> Any:
+        if isinstance(key, str | int) and not isinstance(key, bool):
+            return key
+        raise TypeError(f"{path} has the key {key!r}: expected text or a whole number")
+
+    return tensors, json.dumps(plain(tree, ""))
+
+
+def unpack(tensors: Mapping[str, Tensor], text: str) -> Any:
+    """What `pack` was given."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            ((kind, content),) = value.items()
+            if kind == "tensor":
+                return tensors[content]
+            if kind == "dict":
+                return {key: restored(item) for key, item in content}
+            return (list if kind == "list" else tuple)(restored(item) for item in content)
+        return value
+
+    return restored(json.loads(text))

@@ -1,0 +1,368 @@
+"""Which samples make up which step, on which rank, and getting them there.
+
+The order of samples is a function of (seed, epoch) alone. A step takes the next `global_batch_size` samples of that
+order, whoever computes them: each rank takes its share of that slice and cuts it into micro-batches. So one GPU and
+four see the same samples at the same step, and the position in the data is one number, `samples_seen`. What is random
+about a sample (augmentation) is a function of (seed, epoch, sample), whichever process fetches it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+
+from ..parallel import distributed
+from . import randomness
+from .batch_plan import BatchPlan
+
+
+class Order:
+    """A pseudo-random permutation of range(size) that costs nothing to make and nothing to start in the middle.
+
+    A Feistel network is a bijection of 2^k numbers for any round function; walking its cycle until it lands below size
+    makes it a bijection of range(size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No array of
+    the dataset's length is ever made, and the order does not depend on any library's random generator.
+    """
+
+    ROUNDS = 8
+
+    def __init__(self, size: int, seed: int, epoch: int) -> None:
+        self.size = size
+        # at least 8 bits: halves of one or two bits would permute tiny datasets in only a few ways
+        self.half_bits = max(4, math.ceil((size - 1).bit_length() / 2))
+        self.mask = np.uint64((1 << self.half_bits) - 1)
+        state = _mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch)
+        self.keys = _mix(state + np.arange(1, self.ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        # a handful of samples among 256 numbers means long walks, each epoch: there a table makes them 15 times as fast
+        self.table: np.ndarray | None = None
+        if self.half_bits == 4:
+            self.table = self._permute(np.arange(256, dtype=np.uint64))
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """The samples at these positions, as int64[number of positions]."""
+        values = self._permute(np.arange(*positions.indices(self.size)).astype(np.uint64))
+        while (outside := values >= self.size).any():
+            values[outside] = self._permute(values[outside])
+        return values.astype(np.int64)
+
+    def _permute(self, values: np.ndarray) -> np.ndarray:
+        if self.table is not None:
+            return self.table[values]
+        bits = np.uint64(self.half_bits)
+        left, right = values >> bits, values & self.mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right ^ key) & self.mask)
+        return (left << bits) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class Share(NamedTuple):  # one is made every step: a frozen dataclass takes five times as long
+    """One rank's part of one global batch: the indices of each micro-batch, and what the whole batch holds."""
+
+    micro_batches: list[np.ndarray]
+    real: list[bool]
+    """False where a rank has no sample left while another still has: it then computes any one sample with weight 0,
+    since every rank must take part in every gradient all-reduce."""
+    samples: int
+    epoch: int = 0
+
+
+class Sampler:
+    """This rank's shares of the global batches, one a step, from any `samples_seen` on, without end.
+
+    Where samples have lengths, those of a global batch that are about as long share a micro-batch, longest first, and
+    each rank gets as much of every length: less padding, and the global batch stays what it is.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        *,
+        seed: int,
+        samples_seen: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.plan, self.seed, self.samples_seen = plan, seed, samples_seen
+        self.lengths: np.ndarray | None = None
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        # under dp one process feeds all its replicas
+        self.micro = plan.micro_batch_size * (plan.num_replicas // self.world_size)
+
+    # The permutation is evaluated for this many positions at a time: one by one, NumPy's call overhead would show.
+    BLOCK = 1 << 15
+
+    def __iter__(self) -> Iterator[Share]:
+        size, batch = self.plan.dataset_size, self.plan.global_batch_size
+        epoch, position = divmod(self.samples_seen, size)
+        while True:
+            order = Order(size, self.seed, epoch)
+            while position < size:
+                block = order[position : position + max(self.BLOCK // batch, 1) * batch]
+                for start in range(0, len(block), batch):
+                    yield self._share(block[start : start + batch], epoch)
+                position += len(block)
+            epoch, position = epoch + 1, 0
+
+    def _share(self, indices: np.ndarray, epoch: int) -> Share:
+        count, ranks = len(indices), self.world_size
+        if self.lengths is None:
+            mine = indices[count * self.rank // ranks : count * (self.rank + 1) // ranks]
+        else:
+            mine = indices[np.argsort(-self.lengths[indices], kind="stable")][self.rank :: ranks]
+        micro_steps = math.ceil(math.ceil(count / ranks) / self.micro)
+        parts = [mine[i * self.micro : (i + 1) * self.micro] for i in range(micro_steps)]
+        real = [len(part) > 0 for part in parts]
+        return Share([part if len(part) else indices[:1] for part in parts], real, count, epoch)
+
+
+@dataclass
+class Step:
+    """What a rank computes in one optimizer step."""
+
+    micro_batches: list[Any]
+    weights: list[float]
+    """1.0, or 0.0 where the micro-batch stands in for none (see `Share.real`)."""
+    samples: int
+    """In the whole global batch, over all ranks."""
+    terms: Callable[[], int]
+    """How many terms the loss of the whole global batch has; asking waits until all ranks have counted theirs."""
+
+
+def size_of(dataset: Dataset[Any], what: str) -> int:
+    """len(dataset), or a TypeError that says what is needed."""
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        lacks = "is a loader" if isinstance(dataset, DataLoader) else "has no length or no __getitem__"
+        raise TypeError(
+            f"{what} {lacks}: expected a map-style dataset (__len__ and __getitem__), got "
+            f"{type(dataset).__name__}. Exact resume needs samples that can be asked for by number."
+        )
+    return len(dataset)
+
+
+class Fetch(Dataset[Any]):
+    """Samples by index, as one batch: the dataset's own `batch(indices)` where it has one, else items collated.
+
+    The global random generators are seeded for each sample, and once more for a collate of the task's own: for its
+    first sample. Where a dataset makes several samples at a time (`batch`, `__getitems__`) they are seeded for the
+    first of them, so what it draws repeats as long as the batches are split alike.
+
+    A dataset of samples that are padded may have `sample_lengths`, a number for each: see `Sampler`.
+
+    Args:
+        seed: the run's.
+        purpose: keeps the chance of training and evaluation apart.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate: Callable[[list[Any]], Any] = default_collate,
+        *,
+        seed: int = 0,
+        purpose: str = "sample",
+    ) -> None:
+        self.dataset, self.collate = dataset, collate
+        lengths = getattr(dataset, "sample_lengths", None)
+        self.lengths = None if lengths is None else np.asarray(lengths)
+        if self.lengths is not None and self.lengths.shape != (len(cast(Any, dataset)),):
+            raise ValueError(
+                f"sample_lengths: expected a number for each of the {len(cast(Any, dataset))} samples, got an array of "
+                f"shape {self.lengths.shape}"
+            )
+        self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
+        self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
+        self.draws = True
+        if self.whole is None and type(dataset) is TensorDataset and collate is default_collate:
+            # what collating its rows one by one would give, 30 times as fast; rows are lists there, so is this
+            self.whole = lambda indices: [tensor[indices] for tensor in dataset.tensors]
+            self.draws = False
+        self.several: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
+        if type(dataset) is Subset and not hasattr(dataset.dataset, "__getitems__"):
+            self.several = None  # it would fetch them one by one itself, unseeded
+
+    def __getitem__(self, part: np.ndarray | tuple[int, np.ndarray]) -> Any:
+        """The batch of some samples of an epoch: (epoch, indices), or indices for epoch 0."""
+        epoch, indices = part if isinstance(part, tuple) else (0, part)
+        if self.draws and (self.whole or self.several):
+            randomness.seed_for(self.keys[0], epoch, int(indices[0]))
+        if self.whole is not None:
+            return self.whole(torch.from_numpy(np.ascontiguousarray(indices)))
+        rows = indices.tolist()
+        samples = self.several(rows) if self.several else [self._sample(epoch, row) for row in rows]
+        if self.collate is not default_collate:
+            randomness.seed_for(self.keys[1], epoch, rows[0])
+        return self.collate(samples)
+
+    def _sample(self, epoch: int, row: int) -> Any:
+        randomness.seed_for(self.keys[0], epoch, row)
+        return self.dataset[row]
+
+
+def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
+    """Loader processes for one rank. Where a batch is one indexing operation, a process costs more than it saves."""
+    if wanted != "auto":
+        return wanted
+    return 0 if fetch.whole is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
+
+
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
+"""Characters: what Linux allows a socket's path, less what multiprocessing appends."""
+
+
+def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
+    """Batches for an iterable of what `Fetch` takes, in its order, fetched here or by `workers` loader processes."""
+    if workers == 0 and not pin_memory:
+        return (fetch[indices] for indices in index_batches)
+    if workers > 0 and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
+        # a loader process would say so in its log alone, and training would wait for its batch for good
+        raise ValueError(
+            f"the path of the temporary folder, {tempfile.gettempdir()}, has {len(tempfile.gettempdir())} characters: "
+            f"loader processes make sockets in it, whose paths may have 107, so expected at most {LONGEST_TMPDIR}. Set "
+            f"TMPDIR to a shorter path, or data_workers=0."
+        )
+    loader: DataLoader[Any] = DataLoader(
+        fetch,
+        batch_size=None,
+        sampler=cast(Any, index_batches),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else making an iterator draws from the global one
+    )
+    return iter(loader)
+
+
+class Batches:
+    """Endless `Step`s for training, from the sampler's position on.
+
+    `count` is the number of loss terms in a batch; None where each sample is one term, which needs no collective.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        fetch: Fetch,
+        *,
+        count: Callable[[Any], int] | None = None,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.count, self.fetch = count, fetch
+        sampler.lengths = fetch.lengths
+        self.shares = iter(sampler)
+        self.loaded: Iterator[Any] | None = None  # fetched here
+        if workers or pin_memory:
+            self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        share = next(self.shares)
+        if self.loaded is None:
+            batches = [self.fetch[share.epoch, part] for part in share.micro_batches]
+        else:
+            batches = [next(self.loaded) for _ in share.micro_batches]
+        distributed.alive()
+        if self.count is None:
+            terms: Callable[[], int] = lambda: share.samples  # noqa: E731
+        else:
+            # counted before the copy to the device, so that no count ever waits for the GPU
+            mine = sum(int(self.count(batch)) for batch, real in zip(batches, share.real, strict=True) if real)
+            terms = distributed.sum_later(mine)
+        return Step(batches, [float(real) for real in share.real], share.samples, terms)
+
+
+class _Parts:
+    """The sampler's epochs and index arrays, one after the other, for the loader."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        return ((share.epoch, part) for share in self.sampler for part in share.micro_batches)
+
+
+def evaluation_batches(
+    fetch: Fetch,
+    size: int,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+    device: torch.device | None = None,
+) -> Iterator[Any]:
+    """This rank's batches of a dataset seen once in order: over all ranks each sample exactly once, none padded."""
+    ranks, rank = distributed.world_size(), distributed.rank()
+    starts: Sequence[int] = range(rank * batch_size, size, ranks * batch_size)
+    indices = [np.arange(start, min(start + batch_size, size)) for start in starts]
+    batches = load(fetch, indices, workers=workers, pin_memory=pin_memory)
+    return batches if device is None or device.type == "cpu" else (move(batch, device) for batch in batches)
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on `device`; dicts, lists, tuples and objects with `.to` are followed."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(move(value, device) for value in batch)
+    return batch.to(device) if hasattr(batch, "to") else batch
+
+
+def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
+    """The same steps with their batches on `device`; on a GPU each is copied while the step before it computes."""
+    if device.type != "cuda":
+        yield from steps
+        return
+    copying = torch.cuda.Stream(device)
+
+    def start_copy(step: Step) -> Step:
+        # The memory that this may be given was a batch's before: wait until the steps queued so far have read theirs.
+        # The step that is about to be queued is not among them, so the copy and it overlap.
+        copying.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(copying):
+            return Step([move(batch, device) for batch in step.micro_batches], step.weights, step.samples, step.terms)
+
+    coming = start_copy(next(steps))
+    while True:
+        torch.cuda.current_stream(device).wait_stream(copying)
+        step, coming = coming, start_copy(next(steps))
+        yield step
+
+
+def samples_in(batch: Any) -> int:
+    """Length of the first dimension of the first tensor in the batch.
+
+    Raises:
+        TypeError: there is no tensor in it.
+    """
+    found = next(_tensors(batch), None)
+    if found is None or found.ndim == 0:
+        raise TypeError(f"cannot count the samples of a batch of type {type(batch).__name__}: define Task.count")
+    return int(found.shape[0])
+
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, dict | list | tuple):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(part)

@@ -1,0 +1,366 @@
+"""What must be true before anything else is imported: quiet logs, the allocator, a protobuf that works.
+
+Use it in the first cell of a notebook, before torch, TensorFlow or transformers::
+
+    from kaggle_mgpu import env
+    env.fix()                 # one line of output where all is well
+    print(env.fix())          # what it found and did, and why
+
+or from a shell, which ends with exit code 1 where something cannot work::
+
+    python -m kaggle_mgpu.env
+    python -m kaggle_mgpu.env --protobuf pin
+
+Standard library only, imports nothing heavy, takes a few milliseconds, can be called any number of times, and never
+changes a variable that the user has set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from . import import_hooks, protobuf_fix, worker_server
+
+Action = Literal[
+    "found", "set", "kept", "removed", "shimmed", "filtered", "installed", "refused", "too late", "left", "broken"
+]
+Protobuf = Literal["auto", "shim", "pin", "off"]
+
+NVIDIA_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia")
+IMPLEMENTATION = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+
+_set_here: dict[str, str] = {}  # what fix() has set in this process: fix(quiet=False) takes its part back
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing looked at: its name, its value now ("" if none), what was done about it, and why."""
+
+    name: str
+    value: str
+    action: Action
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fix` found and did, in order."""
+
+    items: tuple[Item, ...]
+    _cell: int | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def changed(self) -> tuple[Item, ...]:
+        """The items that this call changed, refused or came too late for, and those that cannot work."""
+        return tuple(item for item in self.items if item.action not in ("kept", "found"))
+
+    @property
+    def trouble(self) -> tuple[Item, ...]:
+        """The items that a user should know of."""
+        return tuple(item for item in self.items if item.action in ("refused", "too late", "left", "broken"))
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was asked for could be done, and everything installed can work."""
+        return not self._failed
+
+    @property
+    def _failed(self) -> list[str]:
+        return list(dict.fromkeys(item.name for item in self.items if item.action in ("refused", "broken")))
+
+    @property
+    def summary(self) -> str:
+        """One line: ``environment ready (protobuf 6.33.6, tensorflow 2.19.0): 4 set, 1 shimmed, 1 filtered``."""
+        actions = [item.action for item in self.changed]
+        counts = [f"{actions.count(action)} {action}" for action in dict.fromkeys(actions)]
+        versions = [f"{item.name} {item.value}" for item in self.items if item.action == "found"]
+        what = f" ({', '.join(versions)})" if versions else ""
+        state = "ready" if self.ok else f"ready except for {', '.join(self._failed)}"
+        return f"environment {state}{what}: {', '.join(counts) or 'nothing to change'}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *_table(self.items)])
+
+    def _ipython_display_(self) -> None:
+        """A cell that ends with ``env.fix()`` has its one line already; any other that ends with a report shows it."""
+        if self._cell is None or self._cell != _cell():
+            print(self)
+
+
+def _table(items: Sequence[Item]) -> list[str]:
+    names = [f"{item.name}={item.value}" if item.value else item.name for item in items]
+    width = max(map(len, names), default=0)
+    return [f"  {item.action:9} {name:{width}}  {item.why}" for item, name in zip(items, names, strict=True)]
+
+
+def fix(
+    protobuf: Protobuf = "auto",
+    quiet: bool | None = None,
+    verbose: bool = True,
+    start_workers: bool | None = None,
+) -> Report:
+    """Prepare this process, and every process started from it, for a quiet and correct import of the rest.
+
+    Call it before torch, TensorFlow and transformers are imported. Called later it does what still
+    helps (processes started afterwards inherit the variables) and marks the rest "too late".
+
+    Args:
+        protobuf: ``"auto"`` installs nothing: TensorFlow up to 2.19 gets the method that newer protobufs lack, and
+            for pairs that cannot work the report names the command that mends them. ``"off"`` leaves protobuf alone;
+            that holds in workers and for later calls with ``"auto"``, until one says ``"shim"``, which is the same as
+            ``"auto"`` otherwise. ``"pin"`` installs protobuf==3.20.3 in a few seconds, unless that would break
+            something installed or protobuf is imported; then the report says so and the shim serves.
+        quiet: hide what TensorFlow writes about nothing at its import. False shows all, here and in workers.
+            Default: as an earlier call, or the process that started this one, decided; at first True.
+        verbose: print the summary line, and below it only what came too late, was refused or cannot work.
+        start_workers: let the processes behind ``launch`` import torch from now on, in the background. Default: in a
+            notebook with more than one GPU.
+
+    Raises:
+        ValueError: ``protobuf`` is none of the four.
+    """
+    if protobuf not in get_args(Protobuf):
+        raise ValueError(f"protobuf={protobuf!r}: expected 'auto', 'shim', 'pin' or 'off'")
+    off, quiet = _decide(protobuf, quiet)
+    before = import_hooks.installed()
+    pinned = [_pin()] if protobuf == "pin" else []  # first: it may change what is found
+    items = _found()
+    items += _fix_variables(quiet)
+    import_hooks.install(shim=not off, quiet=quiet, stub=os.environ["USE_TF"].upper() not in ("1", "ON", "YES", "TRUE"))
+    items += pinned
+    if off:
+        items.append(Item("protobuf", "", "kept", "left alone, as fix(protobuf='off') asked"))
+    else:
+        items += [*_fix_implementation(), _fix_get_prototype(before), *_impossible()]
+    items += _fix_lines(before, quiet)
+    if start_workers or (start_workers is None and "ipykernel" in sys.modules and os.path.exists("/dev/nvidia1")):
+        if not worker_server.running():
+            worker_server.start()
+        items.append(Item("worker server", "", "set", "imports torch in the background, for launch"))
+    report = Report(tuple(items), _cell() if verbose else None)
+    if verbose:
+        print("\n".join([report.summary, *_table(report.trouble)]), flush=True)
+    return report
+
+
+def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
+    """(leave protobuf alone, be quiet). Two variables carry the answers to workers and to later calls."""
+    if protobuf != "auto":
+        _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
+    if quiet is not None:
+        _set_or_unset("KAGGLE_MGPU_QUIET", None if quiet else "0")
+    return os.environ.get("KAGGLE_MGPU_PROTOBUF") == "off", os.environ.get("KAGGLE_MGPU_QUIET") != "0"
+
+
+def _set_or_unset(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
+
+
+@contextlib.contextmanager
+def variables(changed: Mapping[str, str]) -> Iterator[None]:
+    """Within it these environment variables have these values; afterwards what they had before, or none."""
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            _set_or_unset(name, value)
+
+
+def _cell() -> int | None:
+    """The number of the notebook cell that runs; None outside a notebook. IPython is never imported for it."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return getattr(get_ipython() if get_ipython else None, "execution_count", None)
+
+
+# --- variables --------------------------------------------------------------------------------------
+
+
+def nvidia_present() -> bool:
+    """Whether this machine has an NVIDIA driver loaded; asks the file system only."""
+    return any(os.path.exists(path) for path in NVIDIA_PATHS)
+
+
+def _fix_variables(quiet: bool) -> list[Item]:
+    gpu = nvidia_present()
+    level = "TF_CPP_MIN_LOG_LEVEL"
+    items = []
+    if quiet:
+        why = "TensorFlow's C++ log: GPU errors stay visible" if gpu else "TensorFlow's C++ log: no GPU to report on"
+        items.append(_default(level, "2" if gpu else "3", why, reader="tensorflow"))
+    elif level in _set_here and os.environ.get(level) == _set_here.pop(level):
+        del os.environ[level]
+        items.append(Item(level, "", "removed", "an earlier fix() had set it"))
+    items += [
+        _default("USE_TF", "0", "transformers does not import TensorFlow", reader="transformers"),
+        _default("USE_FLAX", "0", "transformers does not import Flax", reader="transformers"),
+        _default("TOKENIZERS_PARALLELISM", "false", "no warning or deadlock in loader workers"),
+    ]
+    if gpu:
+        items.append(_fix_allocator())
+    return items
+
+
+def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:
+    """Set one variable unless it is there already; ``reader`` is the package that reads it at its import."""
+    present = os.environ.get(name)
+    if present is not None:
+        return Item(name, present, "kept", "set already")
+    os.environ[name] = _set_here[name] = value
+    if reader in sys.modules:
+        return Item(name, value, "too late", f"{reader} is already imported: holds in new processes only")
+    return Item(name, value, "set", why)
+
+
+def _fix_allocator() -> Item:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if name in os.environ:  # either is read, so a second one could contradict the user's
+            return _default(name, "", "")
+    # torch 2.9's CUDA allocator reads the old name only, although it warns that it is deprecated;
+    # from 2.10 on it reads both (c10/cuda/CUDAAllocatorConfig.h of 2.9.0, 2.9.1, 2.10.0, 2.11.0, 2.15.0).
+    old = _torch_version() < (2, 10)
+    name = "PYTORCH_CUDA_ALLOC_CONF" if old else "PYTORCH_ALLOC_CONF"
+    return _default(name, "expandable_segments:True", "less GPU memory lost to fragmentation", reader="torch")
+
+
+def _torch_version() -> tuple[int, int]:
+    """(major, minor) of the installed torch, read from its file so that torch is not imported."""
+    spec = PathFinder.find_spec("torch")
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+    except OSError:
+        text = ""
+    found = re.search(r"__version__\s*=\s*['\"](\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (99, 0)  # not there (yet): what comes will be new
+
+
+# --- protobuf and TensorFlow ------------------------------------------------------------------------
+
+
+def _found() -> list[Item]:
+    """The versions there are; and files that a process left which died at TensorFlow's import."""
+    items = []
+    if protobuf := protobuf_fix.installed():
+        items.append(Item("protobuf", protobuf_fix.text(protobuf), "found", "installed"))
+    if tensorflow := _tensorflow_version():
+        items.append(Item("tensorflow", tensorflow, "found", "installed"))
+    for pid, path in import_hooks.left_behind():
+        why = f"process {pid} died as it imported tensorflow: what that wrote is in the file; delete it when read"
+        items.append(Item(path, "", "left", why))
+    return items
+
+
+def _tensorflow_version() -> str | None:
+    """From the name of its .dist-info folder: the package comes under several names."""
+    package = protobuf_fix.locate("tensorflow/__init__.py")
+    if package is None:
+        return None
+    pattern = re.compile(r"(?:tensorflow|tf_nightly)(?:_cpu|_intel|_rocm|_macos|_cpu_aws)?-(\d[^-]*)\.dist-info")
+    try:
+        names = sorted(os.listdir(package.parent.parent))
+    except OSError:
+        return None
+    return next((found[1] for found in map(pattern.fullmatch, names) if found), None)
+
+
+def _pin() -> Item:
+    name = f"protobuf=={protobuf_fix.text(protobuf_fix.PINNED)}"
+    try:
+        done = protobuf_fix.pin()
+    except protobuf_fix.RefusedError as error:
+        return Item(name, "", "refused", f"{error}; the shim (protobuf='auto') does without it")
+    return Item(name, "", "kept" if done == "installed already" else "installed", done)
+
+
+def _fix_implementation() -> list[Item]:
+    value, version = os.environ.get(IMPLEMENTATION), protobuf_fix.installed()
+    if value is None:
+        return []
+    if value == "":
+        del os.environ[IMPLEMENTATION]
+        return [Item(IMPLEMENTATION, "", "removed", "protobuf fails to import with an empty value")]
+    if value == "python":
+        return [Item(IMPLEMENTATION, value, "kept", "set already; it mends nothing and parses 15-20 times slower")]
+    if version is None or (value == "upb" and version[0] > 3):
+        return [Item(IMPLEMENTATION, value, "kept", "set already")]
+    why = f"protobuf {protobuf_fix.text(version)} cannot be imported with this value: unset it, then restart"
+    return [Item(IMPLEMENTATION, value, "broken", why)]
+
+
+def _fix_get_prototype(before: Any) -> Item:
+    name, version = "protobuf GetPrototype", protobuf_fix.installed()
+    loaded = [module for module in map(sys.modules.get, import_hooks.PROTOBUF_CLASSES) if module is not None]
+    if any([import_hooks.add_get_prototype(module) for module in loaded]):
+        if "tensorflow" in sys.modules:
+            why = "tensorflow is already imported: what it printed about the method stays printed; restart"
+            return Item(name, "", "too late", why)
+        return Item(name, "", "shimmed", "this protobuf lacks the method")
+    if loaded or (version and version < (6, 30, 0)):
+        return Item(name, "", "kept", "this protobuf has the method")
+    if before is not None and before.shim:
+        return Item(name, "", "kept", "added when protobuf loads, by an earlier fix()")
+    if version is None and protobuf_fix.locate("google/protobuf") is None:
+        return Item(name, "", "kept", "no protobuf; should one be installed, it is looked at as it loads")
+    return Item(name, "", "shimmed", "added when protobuf loads, if it lacks the method")
+
+
+def _impossible() -> list[Item]:
+    """Packages that cannot load with the protobuf there is; the one command mends them all."""
+    version = protobuf_fix.installed()
+    loaded = getattr(sys.modules.get("google.protobuf"), "__version__", None)
+    items: list[Item] = []
+    if version is None:
+        return items
+    here = protobuf_fix.text(version)
+    if isinstance(loaded, str) and loaded != here:
+        items.append(Item("protobuf", here, "too late", f"{loaded} is imported in this process: restart it"))
+    floors = protobuf_fix.floors(version)
+    mend = protobuf_fix.command(max(floors.values(), default=version))
+    for name, floor in floors.items():
+        if floor > version:
+            why = f"needs protobuf {protobuf_fix.text(floor)}, there is {here}: {mend}, then restart"
+            items.append(Item(name, "", "broken", why))
+    return items
+
+
+def _fix_lines(before: Any, quiet: bool) -> list[Item]:
+    name = "tensorflow's lines at import"
+    if protobuf_fix.locate("tensorflow/__init__.py") is None and "tensorflow" not in sys.modules:
+        return []
+    if not quiet:
+        return [Item(name, "", "kept", "all are shown, as fix(quiet=False) asked")]
+    if before is not None and before.quiet:
+        return [Item(name, "", "kept", "the known ones are dropped, by an earlier fix()")]
+    if "tensorflow" in sys.modules:
+        return [Item(name, "", "too late", "tensorflow is already imported: what it wrote stays")]
+    why = f"known ones dropped, others shown after it; all stay in {import_hooks.folder()} should the process die"
+    return [Item(name, "", "filtered", why)]
+
+
+# --- processors -------------------------------------------------------------------------------------
+
+
+# --- command line -----------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report of :func:`fix` for a process like this one; 1 where something cannot work, else 0."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="python -m kaggle_mgpu.env", description=(main.__doc__ or "").split(":")[0])
+    parser.add_argument("--protobuf", choices=get_args(Protobuf), default="auto", help="pin installs protobuf==3.20.3")
+    report = fix(parser.parse_args(arguments).protobuf, verbose=False)
+    print(report)
+    return 0 if report.ok else 1

@@ -1,0 +1,163 @@
+"""Run a function on N worker processes from a notebook cell, a script, or under torchrun.
+
+    result = launch(train, config, task)      # one worker per GPU; config.nproc says otherwise
+    values = launch(lambda: rank(), nproc=2)  # any function: every rank's value, in the order of ranks
+
+The workers are forked from a clean server process that has imported torch already (server.py), never from the notebook:
+they are ready in a tenth of a second, and what the notebook did before, CUDA included, does not matter. They find the
+environment variables, sys.path and working folder that the notebook has at the call; functions and classes from cells
+travel by value (cloudpickle). Rank 0's lines appear in the cell, each rank's in logs/rankN.log; a worker's exception is
+raised here, as itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import env
+from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
+from ..machine import devices
+from . import lock
+from .settings import ProcessSettings, RunSettings, is_run_settings
+from .workers import Workers, is_consequence, visible
+
+__all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
+
+
+def launch(
+    function: Callable[..., Any],
+    *args: Any,
+    nproc: int | Literal["auto"] | None = None,
+    gpu_ids: str | None = None,
+    timeout: float | None = None,
+    max_restarts: int | None = None,
+    in_worker: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Call `function(*args, **kwargs)` on every worker; the list of their values, or for `train` the one result.
+
+    An interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second one ends them at once.
+
+    Args:
+        nproc: number of processes on this machine. Default: what a TrainConfig among the arguments says, else one for
+            each GPU, or one where there is none. With one, and under torchrun, the call is made in this process.
+        gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
+        timeout: seconds without a sign of life of any rank (see distributed.alive) after which it is a hang. Default:
+            the config's hang_timeout_minutes, else 30 minutes; a default counts from the first step on.
+        max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
+        in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
+
+    Raises:
+        TypeError: `function` is none.
+        ValueError: more processes than there are GPUs.
+        WorkerDiedError, HangError: see there.
+        Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"launch expects a function first, got a {type(function).__name__}: launch(train, config, task)"
+        )
+    config = next((value for value in [*args, *kwargs.values()] if is_run_settings(value)), None)
+    settings = ProcessSettings() if config is None else ProcessSettings.of(config)
+    one_value = getattr(function, "returns_rank0", False)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        from ..parallel import distributed  # not above: it imports torch, which this process may do without
+
+        distributed.init(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
+        value = function(*args, **kwargs)
+        return value if one_value else distributed.gather(value)
+    gpus = devices.select(gpu_ids or settings.gpu_ids)
+    count = _number_of_processes(nproc, config, len(gpus))
+    if count == 1 and not in_worker:
+        # of no effect once this process has used CUDA
+        with env.variables(visible(gpus) if gpu_ids or settings.gpu_ids else {}):
+            value = function(*args, **kwargs)
+        return value if one_value else [value]
+
+    if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone
+        with lock.held(config.output_dir):
+            pass
+    logs = Path(config.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
+    limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
+    restarts = settings.max_restarts if max_restarts is None else max_restarts
+    died = 0
+    started = time.time()
+    with _interrupts() as interrupts:
+        for attempt in itertools.count():
+            call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, started)
+            workers = Workers(call, count, gpus, logs, settings, attempt)
+            try:
+                values = workers.run(interrupts, limit, from_start=timeout is not None)
+                return values[0] if one_value else values
+            except Exception as error:
+                # a RestartError is no accident: the next attempt uses smaller micro-batches, so it does not count
+                again, which = isinstance(error, RestartError), ""
+                if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
+                    died += 1
+                    again, which = died <= restarts, f": restart {died} of {restarts}"
+                if interrupts or not again:
+                    raise
+                print(f"{str(error).splitlines()[0]}\nstarting again{which}", flush=True)
+    raise AssertionError("not reached")
+
+
+def _number_of_processes(nproc: int | str | None, config: RunSettings | None, gpus: int) -> int:
+    """From the argument, else the config, else the number of GPUs."""
+    wanted: int | str | None = nproc
+    if wanted is None and config is not None:
+        wanted = config.workers_wanted
+    if wanted is None or wanted == "auto":
+        return max(1, gpus)
+    try:
+        count = int(str(wanted))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"nproc: expected 1 or more, or 'auto', got {nproc!r}")
+    if gpus and count > gpus:
+        raise ValueError(
+            f"nproc={count}, but there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}: expected at most {gpus}, one "
+            f"process per GPU. Use nproc='auto', or choose 'GPU T4 x2' in the notebook's Settings > Accelerator."
+        )
+    return count
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[float]]:
+    """Within it interrupts are collected in a list, instead of raised wherever this process happens to be."""
+    times: list[float] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield times  # then they are the main thread's, or not Python's to handle
+        return
+    signal.signal(signal.SIGINT, lambda *_: times.append(time.monotonic()))
+    try:
+        yield times
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _resumed(call: Any, config: RunSettings | None, started: float) -> Any:
+    """The call for a restart: a run that began anew, or from a given checkpoint, goes on from what it has saved."""
+    if config is None or config.resume == "auto":
+        return call
+    saved = Path(config.output_dir).glob("checkpoints/*/state.json")
+    if not any(path.stat().st_mtime >= started for path in saved):
+        return call
+    changed = config.replace(resume="auto")
+
+    def swap(value: Any) -> Any:
+        return changed if value is config else value
+
+    function, args, kwargs = call
+    return function, tuple(map(swap, args)), {name: swap(value) for name, value in kwargs.items()}

@@ -1,0 +1,55 @@
+"""What rank 0 prints, shown in the notebook's cell as far as there is room."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_GLOO_LINE = re.compile(r"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. .*\n", re.MULTILINE)
+"""What gloo of torch 2.10 prints, a write a line, for each group that is made; the log keeps it."""
+CELL_CHARACTERS = 100_000
+"""How much of rank 0's output is shown in the cell; its log has all of it."""
+
+
+class Output:
+    """Rank 0's log as it grows, shown in the cell: the worker never waits for the notebook, and nothing comes twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
+        self.file.seek(0, os.SEEK_END)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.shown, self.end = 0, sys.maxsize
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.shown >= CELL_CHARACTERS:
+            size = min(self.end, self.size())
+            self.file.seek(max(self.file.tell(), size - 2000))
+            lines = self.file.read(max(0, size - self.file.tell())).decode(errors="replace").splitlines()[1:]
+            print("\n".join(["…", *lines[-20:]]), flush=True)
+        self.file.close()
+
+    def size(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def show(self, size: int) -> None:
+        """Show what is new in the first `size` bytes, as long as the cell has room."""
+        if self.shown >= CELL_CHARACTERS:
+            return
+        room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())
+        text = _GLOO_LINE.sub("", self.decoder.decode(self.file.read(max(0, room))))
+        if not text:
+            return
+        self.shown += len(text)
+        sys.stdout.write(text)
+        if self.shown >= CELL_CHARACTERS:
+            print(
+                f"\n… more than {CELL_CHARACTERS} characters: {self.path} has it all, the last lines follow at the end"
+            )
+        sys.stdout.flush()

@@ -1,0 +1,406 @@
+"""The processes behind `launch`: a server that has imported torch, and forks workers that have it too.
+
+    the notebook ── server ── one supervisor for each launch ── its workers
+
+The notebook's side is worker_server.py, which starts the server, and workers.py, which asks it for workers. The server
+imports what a first training step needs, touches no GPU and starts no thread, so it can be forked at any time. A
+launch's supervisor forks the workers, passes signals on to them, reports how each of them ended, and then ends whatever
+they left behind. Whatever happens to one of these processes, those to its right end too: the server notices that the
+notebook is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import datetime
+import faulthandler
+import gc
+import importlib
+import linecache
+import mmap
+import multiprocessing
+import os
+import pickle
+import random
+import select
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import env
+from ..env import worker_server
+from ..machine import session
+from . import pickling
+
+PRELOAD = (
+    "torch", "torch.distributed", "torch.nn.parallel.distributed", "torch.utils.data",
+    # DistributedDataParallel and the optimizers import it, and with it sympy, when they are first used
+    "torch._dynamo",
+    "torch.profiler._cupti_monitor", "torch.utils.serialization", "numpy.ctypeslib", "cloudpickle", "safetensors.torch",
+    "kaggle_mgpu.training",
+)  # fmt: skip
+"""What a first training step needs."""
+
+END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
+SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
+PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
+
+SWEEP_SECONDS = 2.0
+"""How long what the workers have left behind may take to end when asked."""
+
+
+@dataclass
+class Request:
+    """What a launch asks for, beside the pickled call: the state of the notebook's process at that moment."""
+
+    count: int
+    variables: dict[str, str]
+    path: list[str]
+    folder: str | None
+    sources: dict[str, Any]
+    """linecache's entries of notebook cells, for the source lines of tracebacks."""
+    semaphores: str
+    """What the names of multiprocessing's semaphores begin with: a worker may be killed before it registers one."""
+    threads: int
+    timeout: float
+    can_draw: bool
+    can_show: bool
+
+
+# --- the server -------------------------------------------------------------------------------------
+
+
+def main(control_fd: int) -> NoReturn:
+    """Import, say ready, and fork a supervisor for each launch until the notebook's process is gone."""
+    me, parent = os.getpid(), os.getppid()
+    control = socket.socket(fileno=control_fd)
+    # pending in a worker until it can deal with it; ignored by none of them
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the operating system
+    _adopt_orphans()
+    variables = dict(os.environ)
+    # torch.cuda.is_available() would otherwise start CUDA, which cannot be forked (an import may well ask)
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    env.fix(verbose=False, start_workers=False)
+    for name in PRELOAD:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if name in ("torch", "cloudpickle"):
+                raise
+            print(f"not preloaded: {name} ({error})")
+    os.environ.clear()
+    os.environ.update(variables)
+    gc.collect()
+    gc.freeze()  # the collector would touch, and so copy, every page that the workers share
+    sys.stdout.flush()
+    supervisors: set[int] = set()
+    with contextlib.suppress(ConnectionError):
+        control.send(pickle.dumps(_watched()))
+        while os.getppid() == parent:
+            if select.select([control], [], [], 1.0)[0]:
+                message, fds, _, _ = socket.recv_fds(control, 1, 250)
+                if not message:
+                    break
+                if (pid := os.fork()) == 0:
+                    control.close()
+                    _never_return(_supervise, me, fds)
+                supervisors.add(pid)
+                for fd in fds:
+                    os.close(fd)
+            _end_orphans(supervisors)
+    deadline = time.monotonic() + 4 * SWEEP_SECONDS
+    while _end_orphans(supervisors) and time.monotonic() < deadline:  # supervisors see that the notebook is gone
+        time.sleep(0.05)
+    os._exit(0)
+
+
+def _end_orphans(supervisors: set[int]) -> bool:
+    """Kill what a supervisor that was killed had under it; whether there is any process left."""
+    children = set(_children())
+    # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
+    supervisors -= {pid for pid in supervisors - children if not _exists(pid)}
+    for pid in children - supervisors:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return bool(children or supervisors)
+
+
+def _watched() -> dict[str, tuple[str, int]]:
+    """The files whose change makes this process out of date: this package's, and one of every other package."""
+    found = {}
+    for name, module in sys.modules.items():
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names or name.startswith("_") or ("." in name and top != "kaggle_mgpu"):
+            continue
+        if (spec := getattr(module, "__spec__", None)) is not None and spec.has_location:
+            with contextlib.suppress(OSError):
+                found[name] = (spec.origin, os.stat(spec.origin).st_mtime_ns)
+    return found
+
+
+def _never_return(function: Callable[..., None], *args: Any) -> NoReturn:
+    """Whatever happens in a forked process, it must not go on with what its parent was about to do."""
+    code = 70
+    try:
+        function(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was too late
+        os._exit(70)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of every process below this one whose own parent ends."""
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+# --- the supervisor of a launch ---------------------------------------------------------------------
+
+
+def _supervise(parent: int, fds: list[int]) -> None:
+    """Fork the workers, pass signals on, report ends; leave nothing behind.
+
+    `fds`: the channel to the notebook, the Request, the pickled call, the pulse; then each rank's link and log.
+    """
+    _die_with(parent)
+    _adopt_orphans()
+    os.setsid()
+    channel = socket.socket(fileno=fds[0])
+    with open(fds[1], "rb") as file:
+        file.seek(0)  # the position is shared with whoever else has the file: a supervisor that was killed, say
+        request: Request = pickle.load(file)
+    wake, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    # bound to a port that is free by construction, before anybody needs to know which
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    me, workers = os.getpid(), {}
+    for rank in range(request.count):
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            signal.set_wakeup_fd(-1)
+            os.close(wake)
+            os.close(waker)
+            _never_return(_work, me, rank, request, listener, *fds[2:4], fds[4 + 2 * rank], fds[5 + 2 * rank], fds[4:])
+        workers[pid] = rank
+    listener.close()
+    for fd in fds[2:]:
+        os.close(fd)
+    with contextlib.suppress(OSError):
+        channel.send(END.pack(-1, 0))  # they are on their way
+    watched: list[Any] = [channel, wake]
+    while workers:
+        ready = select.select(watched, [], [])[0]
+        if wake in ready:
+            os.read(wake, 4096)
+            for pid, status in _reap():
+                if (ended := workers.pop(pid, None)) is not None:
+                    with contextlib.suppress(OSError):
+                        channel.send(END.pack(ended, status))
+        if channel in ready:
+            try:
+                message = channel.recv(SIGNAL.size)
+            except ConnectionError:  # the notebook was killed with a message of ours unread
+                message = b""
+            number, wanted = SIGNAL.unpack(message) if message else (signal.SIGKILL, -1)
+            for pid, rank in workers.items():
+                if wanted in (rank, -1):
+                    os.kill(pid, number)
+            if not message:
+                watched.remove(channel)
+    _sweep()
+    remove_semaphores(request.semaphores)
+
+
+def _reap() -> Iterator[tuple[int, int]]:
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            yield found
+
+
+def _sweep() -> None:
+    """End what the workers' children are still there."""
+    start = time.monotonic()
+    while (children := _children()) or _is_parent():
+        waited = time.monotonic() - start
+        if waited > 2 * SWEEP_SECONDS:  # stuck in the operating system: not ours to wait for
+            break
+        for pid in children:
+            with contextlib.suppress(OSError):
+                # a resource tracker removes what was registered with it, and ends when the others have
+                if waited > SWEEP_SECONDS or b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL if waited > SWEEP_SECONDS else signal.SIGTERM)
+        time.sleep(0.02)
+
+
+def remove_semaphores(prefix: str) -> None:
+    """Those that processes of a launch have created, and no one is left to remove."""
+    for path in Path("/dev/shm").glob(f"sem.{prefix.lstrip('/')}-*"):
+        path.unlink(missing_ok=True)
+
+
+def _children() -> list[int]:
+    """This process's children; one may be left out when another ends while the kernel lists them (proc(5))."""
+    for _ in _reap():
+        pass
+    try:
+        return [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _is_parent() -> bool:
+    """Whether this process has any child: exact, where `_children` is not."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return True
+    except ChildProcessError:
+        return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return True
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        return False
+
+
+# --- a worker ---------------------------------------------------------------------------------------
+
+
+def _work(
+    parent: int,
+    rank: int,
+    request: Request,
+    listener: socket.socket,
+    call_fd: int,
+    pulse_fd: int,
+    link_fd: int,
+    log_fd: int,
+    others: list[int],
+) -> None:
+    """Become the process that the notebook's would have started now; make the call; send its value or its error."""
+    _die_with(parent)
+    os.setsid()
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    for fd in others:
+        if fd != link_fd:
+            os.close(fd)
+    sys.stdout.reconfigure(line_buffering=True, encoding="utf-8")  # type: ignore[union-attr]
+    sys.stderr.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    faulthandler.enable(all_threads=True)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the notebook was started in a background
+    multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
+    link, lock = Connection(link_fd), threading.Lock()
+
+    def send(*message: Any) -> None:
+        with lock, contextlib.suppress(OSError):  # the notebook is gone: so is anybody who would listen
+            link.send(message)
+
+    try:
+        _become(rank, request)
+        if request.can_draw:
+            # with the size of the log, so that the lines before it are shown before it, and none that follow
+            session.set_channel(lambda *shown: send("show", os.fstat(1).st_size, *shown), live=request.can_show)
+        import torch.distributed as dist
+
+        from ..parallel import distributed
+
+        if dist.is_available() and sys.modules["torch"].cuda._is_in_bad_fork():
+            raise RuntimeError("an import in the worker server has started CUDA, which does not survive a fork")
+        # the two maps are never closed: buffers of theirs are in use until the process ends
+        pulses, call = mmap.mmap(pulse_fd, 0), mmap.mmap(call_fd, 0, access=mmap.ACCESS_READ)
+        distributed.set_pulse(memoryview(pulses).cast("q")[4 * rank : 4 * rank + 4])
+        (host, port), timeout = listener.getsockname(), datetime.timedelta(seconds=request.timeout)
+        fd = listener.detach()
+        if rank != 0:
+            os.close(fd)
+        store = dist.TCPStore(
+            host, port, request.count, rank == 0, timeout, False, master_listen_fd=fd if rank == 0 else None
+        )
+        distributed.init(store, rank=rank, world_size=request.count, timeout=timeout)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # one that came too early is delivered here
+        function, args, kwargs = pickle.loads(call)
+        value = function(*args, **kwargs)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the work is done: too late to interrupt it
+        if getattr(function, "returns_rank0", False) and rank != 0:
+            value = None
+        answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
+        distributed.barrier()  # nobody leaves while another still talks to it
+        _leave(send, answer)
+    except BaseException as error:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        trace = _traceback(error)
+        line, in_collective = f"{type(error).__name__}: {error}", _came_from_a_collective(error)
+        _leave(send, ("error", pickling.dumps_error(error), line, trace, in_collective), trace)
+
+
+def _become(rank: int, request: Request) -> None:
+    """Take over the notebook's state at the time of the launch, and what tells this worker from the others."""
+    mark = os.environ[worker_server.MARK]
+    os.environ.clear()
+    os.environ.update({**request.variables, "RANK": str(rank), "LOCAL_RANK": str(rank), worker_server.MARK: mark})
+    if request.folder is not None:
+        os.chdir(request.folder)
+    sys.path[:] = request.path
+    sys.argv = [""]
+    importlib.invalidate_caches()  # files may have been written since the server looked
+    linecache.cache.update(request.sources)
+    import numpy
+    import torch
+
+    # a fork would draw what every other fork draws; Python's own generator is seeded anew by itself
+    numpy.random.seed(random.getrandbits(32))
+    torch.set_num_threads(request.threads)
+
+
+def _leave(send: Callable[..., None], answer: tuple[Any, ...], trace: str = "") -> NoReturn:
+    """Send the answer, then write the traceback to the log: so the notebook knows not to show it a second time."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, or the disk is full
+            stream.flush()
+    send(*answer, os.fstat(1).st_size)
+    with contextlib.suppress(OSError):
+        os.write(2, trace.encode(errors="backslashreplace"))
+    # not sys.exit: destructors of a broken process group may hang, and there is nothing left to do
+    os._exit(0)
+
+
+def _came_from_a_collective(error: BaseException) -> bool:
+    """Whether torch.distributed raised the error, so that the end of another rank may explain it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = (os.path.join("torch", "distributed", ""), os.path.join("torch", "nn", "parallel", "distributed.py"))
+    return isinstance(error, RuntimeError | OSError) and bool(frames) and any(p in frames[-1].filename for p in places)
+
+
+def _traceback(error: BaseException) -> str:
+    """As the user's function sees it: without the frame that called it, which is the first."""
+    where = error.__traceback__.tb_next if error.__traceback__ and error.__traceback__.tb_next else error.__traceback__
+    return "".join(traceback.format_exception(type(error), error, where))

@@ -1,0 +1,387 @@
+"""One set of workers: a call made on each of them, and what became of it.
+
+    workers = Workers((function, args, kwargs), count=2, gpus=[], logs=Path("logs"), settings=settings, attempt=0)
+    values = workers.run(interrupts=[], limit=1800.0, from_start=False)
+
+For `launch`, which decides how many there are and whether they are started again. The worker server forks them
+(server.py); here their output is shown, their values and errors arrive, and a rank that no longer gets on is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import mmap
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import time
+import uuid
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from ..env import worker_server
+from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
+from ..machine import cpu, devices, session
+from . import pickling, server
+from .output import Output
+from .server import END, PULSE, SIGNAL
+from .settings import ProcessSettings
+
+GRACE_SECONDS = 10.0
+"""How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
+busy machine the word that a rank was killed may come seconds after what the others make of it."""
+SAVE_SECONDS = 120.0
+"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk. One in
+shards is not waited for: it lacks the part of the rank that failed."""
+END_SECONDS = 10.0
+"""How long workers that have given their value may take to end."""
+STACK_SECONDS = 2.0
+"""How long a rank that hangs may take to write its stack when asked."""
+_OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\n', re.MULTILINE)
+"""How a stack ends: with the worker server's program, in the main thread, which comes last; or where it is too deep."""
+
+
+class Workers:
+    """N worker processes, from their start to the last value or the first error.
+
+    Args:
+        call: function, arguments and keyword arguments.
+        gpus: those that the workers may use.
+        logs: the folder of their logs.
+        settings: what the run's settings say of the processes.
+        attempt: 0, or the number of this restart, whose lines follow those of the attempt before in the logs.
+    """
+
+    def __init__(
+        self, call: Any, count: int, gpus: list[devices.GPU], logs: Path, settings: ProcessSettings, attempt: int
+    ) -> None:
+        self.count, self.log_paths = count, [logs / f"rank{rank}.log" for rank in range(count)]
+        self.call = pickling.dumps(call, "the function, with its arguments,")
+        self.request = server.Request(
+            count=count,
+            variables=_variables(count, gpus, settings),
+            path=list(sys.path),
+            folder=_folder(),
+            # IPython keeps the source of cells there; files are read where they are
+            sources={name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
+            semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
+            threads=cpu.threads_per_worker(count),
+            timeout=settings.collective_timeout_minutes * 60,
+            can_draw=session.can_draw(),
+            can_show=session.can_show(),
+        )
+        self.values: dict[int, Any] = {}
+        self.failures: dict[int, BaseException] = {}
+        self.ended: set[int] = set()
+        logs.mkdir(parents=True, exist_ok=True)
+        for path in self.log_paths:
+            if attempt == 0:
+                path.write_bytes(b"")
+            else:
+                with open(path, "a") as log:
+                    log.write(f"--- restart {attempt} ---\n")
+
+    def run(self, interrupts: list[float], limit: float, from_start: bool) -> list[Any]:
+        """Have the workers make the call and see it through. Nothing of theirs is left when this returns.
+
+        Args:
+            interrupts: grows by one with each interrupt. The first is passed on to the workers.
+            limit: seconds without a sign of life of any rank after which it is a hang.
+            from_start: whether that holds before the first step too.
+
+        Returns:
+            Each rank's value.
+
+        Raises:
+            WorkerDiedError, HangError: see there.
+            KeyboardInterrupt: there was a second interrupt, or one before they had started.
+            Exception: what the function raised in a worker.
+        """
+        with contextlib.ExitStack() as stack:
+            self.output = stack.enter_context(Output(self.log_paths[0]))
+            self._start(stack, interrupts)
+            told = False
+            try:
+                while len(self.values) < self.count:
+                    self._next(0.1)
+                    if self.failures:
+                        asked = len(interrupts)
+                        self._hear_them_out()
+                        failure = self._first_failure()  # not what the others, left to end, make of it
+                        self._let_them_write(failure, interrupts, asked)
+                        raise failure
+                    if len(interrupts) > 1:
+                        raise KeyboardInterrupt
+                    if interrupts and not told:
+                        # in sessions of their own, the workers have not heard of it: `train` saves and returns
+                        told = True
+                        self._signal(signal.SIGINT)
+                    self._check_pulse(limit, from_start)
+                self._wait_for_the_end(END_SECONDS)
+            finally:
+                self._signal(signal.SIGKILL)
+                self._wait_for_the_end(END_SECONDS)
+                if worker_server.current is not None and not worker_server.running():
+                    worker_server.current.stop()  # it was killed: what it had under it ends too
+                server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
+                self._show_output()
+        return [self.values[rank] for rank in range(self.count)]
+
+    def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
+        self.links: list[connection.Connection] = []
+        with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
+            call, request = _file_in_memory(self.call), _file_in_memory(pickle.dumps(self.request))
+            pulse = _file_in_memory(PULSE.pack(-1, 0, 0, 0) * self.count)
+            self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
+            given: list[Any] = [request, call, pulse]
+            for path in self.log_paths:
+                ours, link = connection.Pipe()
+                self.links.append(stack.enter_context(ours))
+                given += [link, open(path, "ab")]  # noqa: SIM115
+            for item in given:
+                theirs.enter_context(item)
+            for _ in range(3):
+                control = worker_server.ready(interrupts).control
+                self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                stack.enter_context(self.channel)
+                with channel, contextlib.suppress(OSError):
+                    socket.send_fds(control, [b"launch"], [item.fileno() for item in [channel, *given]])
+                while not connection.wait([self.channel], 0.1):
+                    if interrupts:
+                        raise KeyboardInterrupt
+                if self.channel.recv(END.size):
+                    self.started = time.monotonic_ns()
+                    return
+                worker_server.start()  # the one before was killed just now
+        raise WorkerError("the worker server was killed three times before it had started a worker")
+
+    def _next(self, timeout: float) -> None:
+        """Deal with whatever comes next from any worker."""
+        waiting: list[Any] = [self.channel, *(link for link in self.links if not link.closed)]
+        for ready in connection.wait(waiting, timeout):
+            if ready is self.channel:
+                self._hear_of_an_end()
+            else:
+                self._receive(self.links.index(ready))  # type: ignore[arg-type]
+        self._show_output()
+
+    def _show_output(self) -> None:
+        """What rank 0 has written; but not the traceback of its error, which it announces before it writes it."""
+        size = self.output.size()
+        while not self.links[0].closed and self.links[0].poll():
+            self._receive(0)
+        self.output.show(size)
+
+    def _hear_of_an_end(self) -> None:
+        try:
+            message = self.channel.recv(END.size)
+        except ConnectionError:  # it has left a signal of ours unread; what it had to say is still to come
+            return
+        for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
+            while not self.links[rank].closed and self.links[rank].poll():  # its last words may not be read yet
+                self._receive(rank)
+            if rank not in self.values and rank not in self.failures and rank not in self.ended:
+                self.failures[rank] = WorkerDiedError(self._death(rank, status))
+            self.ended.add(rank)
+
+    def _receive(self, rank: int) -> None:
+        link = self.links[rank]
+        try:
+            kind, *content = link.recv()
+        except (EOFError, OSError):
+            link.close()
+            return
+        if kind == "show":
+            log_size, *shown = content
+            if rank == 0:
+                self.output.show(log_size)
+            with contextlib.suppress(Exception):  # whatever the front end does, training goes on
+                session.show(*shown)
+        elif kind == "value":
+            try:
+                self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
+            except Exception as error:
+                what = f"rank {rank}'s return value cannot be read here: {type(error).__name__}: {error}"
+                self.failures[rank] = TypeError(f"{what}. Return plain values, tensors or a path.")
+        elif kind == "error":
+            self.failures[rank] = self._error(rank, *content)
+
+    def _error(
+        self, rank: int, pickled: bytes | None, line: str, trace: str, in_collective: bool, log_size: int
+    ) -> BaseException:
+        if rank == 0:
+            self.output.end = log_size  # the traceback that follows is shown with the exception
+        error: BaseException = WorkerError(f"rank {rank}: {line}")
+        with contextlib.suppress(Exception):  # its class may not unpickle here
+            error = error if pickled is None else pickle.loads(pickled)
+        if isinstance(error, SystemExit):  # would end this process, silently
+            error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
+        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective)
+        return error
+
+    def _hear_them_out(self) -> None:
+        """The failed write their tracebacks; and what came first may follow from another's failure, still to come."""
+        until = time.monotonic() + GRACE_SECONDS
+        while (left := until - time.monotonic()) > 0:
+            known = not all(is_consequence(error) for error in self.failures.values())
+            complete = len(self.values) + len(self.failures) == self.count
+            if (known or complete) and self.ended.issuperset(self.failures):
+                return
+            self._next(min(left, 0.1))
+
+    def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
+        """Wait for what the next start goes on from.
+
+        That is a checkpoint that is being written; and where the start comes now, the record of the step before. Then
+        the others end by themselves, most often: a rank is missing in their next collective.
+
+        Args:
+            asked: how many interrupts there were when the failure was heard of; one more ends this.
+        """
+        goes_on, since = isinstance(failure, RestartError), time.monotonic()
+        while len(interrupts) == asked:
+            waited, left = time.monotonic() - since, set(range(self.count)) - self.ended
+            pulses = self._pulses()
+            saving = waited < SAVE_SECONDS and any(pulses[rank][3] for rank in left)
+            if not (saving or (goes_on and left and waited < GRACE_SECONDS)):
+                return
+            self._next(0.1)
+
+    def _first_failure(self) -> BaseException:
+        """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""
+        ranked = sorted(self.failures.items(), key=lambda item: (is_consequence(item[1]), item[0]))
+        return ranked[0][1]
+
+    def _death(self, rank: int, status: int | None) -> str:
+        if status is None:
+            how = "with the server of its launch, which was killed"
+        elif os.WIFSIGNALED(status):
+            name = signal.Signals(os.WTERMSIG(status)).name
+            likely = {
+                "SIGKILL": "killed, most often for want of memory: lower micro_batch_size or data_workers",
+                "SIGSEGV": "a crash in native code",
+                "SIGABRT": "given up by native code",
+                "SIGBUS": "most often /dev/shm is full: lower data_workers",
+            }.get(name, "ended by a signal")
+            how = f"by {name} ({likely})"
+        else:
+            how = f"with exit code {os.WEXITSTATUS(status)}, without an exception"
+        path = self.log_paths[rank]
+        lines = path.read_text(errors="replace").splitlines()[-30:] if path.exists() else []
+        tail = "\n  ".join(lines) or "(nothing)"
+        return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
+
+    # Hangs
+    def _pulses(self) -> list[tuple[Any, ...]]:
+        return [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
+
+    def _check_pulse(self, limit: float, from_start: bool) -> None:
+        pulses = self._pulses()
+        silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
+        if silent < limit or not (from_start or any(step >= 0 for step, *_ in pulses)):
+            return
+        if any(path.exists() and time.time() - path.stat().st_mtime < limit for path in self.log_paths):
+            return  # a line is a sign of life too
+        behind = min(range(self.count), key=lambda rank: pulses[rank][:2])
+        level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
+        where = [
+            f"rank {rank}: " + (f"step {step}, {beats} signs of life since" if step >= 0 else f"{beats} signs of life")
+            for rank, (step, beats, *_) in enumerate(pulses)
+        ]
+        stacks = [f"Stack of rank {rank}:\n{self._stack(rank)}" for rank in range(self.count)]
+        raise HangError(
+            f"no rank has got on for {silent:.0f} s (timeout {limit:g} s); "
+            + ("all are equally far" if level else f"rank {behind} is behind")
+            + f" ({'; '.join(where)}).\n"
+            + "\n".join(stacks)
+        )
+
+    def _stack(self, rank: int) -> str:
+        """What faulthandler writes into the rank's log when asked to."""
+        text = ""
+        with contextlib.suppress(OSError), open(self.log_paths[rank], "rb") as log:
+            before = log.seek(0, os.SEEK_END)
+            if rank == 0:
+                self.output.end = before
+            self._signal(signal.SIGQUIT, rank)
+            until = time.monotonic() + STACK_SECONDS
+            while time.monotonic() < until and not _OUTERMOST_FRAME.search(text):
+                time.sleep(0.1)
+                log.seek(before)
+                text = log.read(20_000).decode(errors="replace")
+        return text.strip() or "(it does not answer: stopped, or in the kernel)"
+
+    # The end
+    def _signal(self, number: signal.Signals, rank: int = -1) -> None:
+        with contextlib.suppress(OSError):
+            self.channel.send(SIGNAL.pack(number, rank))
+
+    def _wait_for_the_end(self, seconds: float) -> None:
+        """Until the supervisor has gone, and with it everything it watches over; at most so long."""
+        until = time.monotonic() + seconds
+        with contextlib.suppress(OSError):
+            while (left := until - time.monotonic()) > 0:
+                if connection.wait([self.channel], left) and not self.channel.recv(END.size):
+                    return
+
+
+def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
+    """This process's environment variables, with what the workers need beside."""
+    variables = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONUNBUFFERED": "1"}
+    # what workers start as programs finds what they find
+    variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    defaults = {
+        "OMP_NUM_THREADS": str(cpu.threads_per_worker(count)),
+        # all workers are on this machine. Otherwise gloo looks its name up, and NCCL takes the first network card:
+        # both fail or stall in a session without internet
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    if settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
+        defaults["NCCL_P2P_DISABLE"] = "1"
+        # without peer access NCCL >= 2.24 takes host buffers from cuMem, which fails on some drivers' T4s at the first
+        # collective ("CUDA error 217"; ray #64109, nccl #1838)
+        defaults["NCCL_CUMEM_HOST_ENABLE"] = "0"
+    # all GPUs for each worker, which takes its own by LOCAL_RANK
+    return {**defaults, **variables, **visible(gpus)}
+
+
+def visible(gpus: list[devices.GPU]) -> dict[str, str]:
+    """The environment variables by which a process sees these GPUs alone, as nvidia-smi numbers them; {} for none."""
+    if not gpus:
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # deleted in the meantime
+        return None
+
+
+def _file_in_memory(content: bytes) -> Any:
+    """A nameless file in memory, which can be handed to other processes."""
+    file = os.fdopen(os.memfd_create("kaggle_mgpu"), "w+b")
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether another rank's end explains the error: it came out of torch.distributed, or its text is about sending.
+
+    torch words these errors differently from version to version; where they come from stays. Those of backward and of
+    a wait for a collective come from no Python code of torch.distributed, and are known by their text.
+    """
+    if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
+        return True
+    return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None

@@ -1,0 +1,210 @@
+"""Replicas of the whole model: DistributedDataParallel, one process per GPU, and DataParallel, one thread per GPU.
+
+Chosen by `choose`. Where there is no GPU, ddp's processes and dp's replicas share the CPU, so that both can be
+tried and tested anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .strategy import Strategy
+
+
+class Distributed(Strategy):
+    """One process per GPU, gradients averaged by DistributedDataParallel while backward still runs.
+
+    Args:
+        gradient_compression: fp16 sends gradients in half their bytes; none as they are.
+        bucket_mb: MiB of gradients sent at a time.
+    """
+
+    name = "ddp"
+    checked = False
+    """Whether a step has shown that gradients reach every parameter."""
+
+    def __init__(self, *args: Any, gradient_compression: str = "none", bucket_mb: int = 25, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        on_gpu = self.device.type == "cuda"
+        # a broadcast before every forward pass buys nothing: sync_buffers does it where buffers are read (the option
+        # changed its name in torch 2.13)
+        accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
+        wrapped = nn.parallel.DistributedDataParallel(
+            call,
+            device_ids=[self.device.index] if on_gpu else None,
+            # gradients are views of the buckets that are sent: one gradient's worth of memory less
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self.find_unused_parameters,
+            bucket_cap_mb=self.bucket_mb,
+            **{per_forward: False},  # type: ignore[arg-type]
+        )
+        if self.gradient_compression == "fp16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+
+            wrapped.register_comm_hook(None, fp16_compress_hook)
+        elif not on_gpu and self.world_size > 2:
+            # a lambda, since torch rejects annotations that are text, as this file's are
+            wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
+        return wrapped
+
+    def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
+        assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
+        return super().micro_step(sync=sync) if sync else self.parallel.no_sync()
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
+        if not (self.checked or self.find_unused_parameters):
+            # torch would say so in the second step, by number, and advise an option of its own
+            unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+            if unused:
+                more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+                raise ValueError(
+                    f"no gradient reached {', '.join(unused[:3])}{more}: the loss does not use them, and ddp waits for "
+                    f"every parameter. Take them out of the model, freeze them with requires_grad_(False), or set "
+                    f"find_unused_parameters=True, which costs time in each step."
+                )
+            self.checked = True
+        return super().step(optimizer, max_norm=max_norm)
+
+    def communication(self) -> float | None:
+        """DistributedDataParallel times its first ten steps and every hundredth after them; this is their mean."""
+        with contextlib.suppress(Exception):  # not a public interface: without it this is not known
+            assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
+            found = self.parallel._get_ddp_logging_data()
+            apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
+            return max(0, apart) / 1e9 if found["avg_backward_comm_time"] > 0 else None
+        return None
+
+
+def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average gradients over the ranks so that no bit of the sum depends on how they lie in the bucket.
+
+    DistributedDataParallel lays its buckets out anew after its first step, and gloo adds three or more numbers in an
+    order that depends on where they lie: a resumed run, whose first step is another one, would differ in the last bit.
+    With two ranks there is only one order, and GPUs promise no such thing.
+    """
+    own = bucket.buffer()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+
+    def added(_: torch.futures.Future[Any]) -> Tensor:
+        total = own.copy_(parts[0])
+        for part in parts[1:]:
+            total.add_(part)
+        return total.div_(len(parts))
+
+    gathered = dist.all_gather(parts, own, async_op=True)
+    return gathered.get_future().then(added)
+
+
+class Replicated(Strategy):
+    """One process, one replica of the model per GPU and thread. Each computes its own loss: scalars are gathered."""
+
+    name = "dp"
+
+    def wrap(self, call: nn.Module) -> nn.Module:
+        if self.device.type == "cuda":
+            return nn.DataParallel(call, device_ids=list(range(self.num_replicas)))
+        return CPUReplicas(call, self.num_replicas)
+
+    @property
+    def input_device(self) -> torch.device:
+        return torch.device("cpu")  # scattered from there straight to each GPU
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.parallel(batch, "losses").sum()
+
+    def forward_alone(self, batch: Any) -> Tensor:
+        return self.forward(batch)
+
+    def call_for_metrics(self, batch: Any) -> Any:
+        return self.parallel(batch, "metrics")
+
+
+class CPUReplicas(nn.Module):
+    """What nn.DataParallel does, for replicas that share one CPU: there nn.DataParallel itself is a pass-through.
+
+    Scatter, torch's own replica modules, a thread for each, gather: so that dp can be tried and tested without a GPU.
+    """
+
+    def __init__(self, module: nn.Module, num_replicas: int) -> None:
+        super().__init__()
+        self.module, self.num_replicas = module, num_replicas
+
+    def forward(self, batch: Any, what: str = "loss") -> Any:
+        parts = _scatter(batch, self.num_replicas)
+        if len(parts) == 1:
+            return _gather([self.module(parts[0], what)])
+        replicas = [_replica(self.module, index) for index in range(len(parts))]
+        outputs: list[Any] = [None] * len(parts)
+        grad = torch.is_grad_enabled()
+
+        def run(index: int) -> None:
+            try:
+                with torch.set_grad_enabled(grad):
+                    outputs[index] = replicas[index](parts[index], what)
+            except Exception as error:
+                outputs[index] = error
+
+        for index in range(len(parts)):
+            thread = threading.Thread(target=run, args=(index,))
+            thread.start()
+            thread.join()  # one after the other: they share the CPU's random generator, and dropout must repeat
+        for output in outputs:
+            if isinstance(output, Exception):
+                raise output
+        return _gather(outputs)
+
+
+def _scatter(value: Any, parts: int) -> list[Any]:
+    """At most so many parts of a batch, its tensors cut along their first dimension as torch.chunk cuts."""
+    if isinstance(value, Tensor):
+        return list(value.chunk(parts))
+    if isinstance(value, dict) and value:
+        columns = {key: _scatter(item, parts) for key, item in value.items()}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+    if isinstance(value, list | tuple) and value:
+        make = getattr(value, "_make", type(value))  # a namedtuple wants its fields one by one
+        return [make(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
+    return [value] * parts
+
+
+def _replica(module: nn.Module, index: int) -> nn.Module:
+    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it.
+
+    As on GPUs, what the first replica writes into its buffers stays, and what the others write is lost.
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+    views: dict[Tensor, Tensor] = {}
+    for original in module.modules():
+        copies[original] = original._replicate_for_data_parallel()
+    for original, copy in copies.items():
+        for name, child in original._modules.items():
+            copy._modules[name] = None if child is None else copies[child]
+        if index > 0:
+            copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
+        for name, parameter in original._parameters.items():
+            if parameter is None:  # a layer without bias still has the name
+                copy._parameters[name] = None
+            else:
+                views.setdefault(parameter, parameter.view_as(parameter))
+                setattr(copy, name, views[parameter])
+    return copies[module]
+
+
+def _gather(outputs: list[Any]) -> Any:
+    """The replicas' losses, or their sums and counts by metric: one row from each."""
+    if isinstance(outputs[0], Tensor):
+        return torch.cat(outputs)
+    return {
+        name: tuple(torch.cat(pair) for pair in zip(*(o[name] for o in outputs), strict=True)) for name in outputs[0]
+    }

@@ -1,0 +1,188 @@
+"""Sharded: each rank holds a part of every weight, gradient and moment, and borrows the rest while it computes.
+
+torch's `fully_shard` (FSDP2) in the kit's terms. A block of the model is gathered just before it computes and let go
+just after, forward and backward; gradients are averaged straight into the ranks' parts. What comes out is what other
+strategies give, under the same names, so a run may go on from a checkpoint of any of them, and they from one of its.
+
+Imported by `choose` alone, when asked for: torch.distributed.fsdp takes two seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from . import distributed, shards
+from .strategy import HALF, Call, Strategy
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model repeats: entries of its outermost ModuleLists and Sequentials whose class recurs there.
+
+    Not those of lists further in: a mixture's experts, say, of which a rank may call another one than its neighbour
+    does, while the gathering of a unit is something that all do together.
+    """
+    if isinstance(model, nn.ModuleList | nn.Sequential):
+        entries = [child for child in model if any(True for _ in child.parameters())]
+        often = Counter(type(child) for child in entries)
+        if blocks := [child for child in entries if often[type(child)] > 1]:
+            return list(dict.fromkeys(blocks))
+    return list(dict.fromkeys(block for child in model.children() for block in repeated_blocks(child)))
+
+
+class Sharded(Strategy):
+    """One process per GPU, each with a part of the weights, gradients and optimizer state.
+
+    Parameters stay in their own type, fp32 as a rule; under fp16 and bf16 they are gathered in that type (beside
+    autocast, which keeps in fp32 what needs it; see `_may_be_half`), and gradients are added up in fp32. They are
+    exchanged in every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
+
+    Args:
+        units: gives the modules that are gathered one at a time (None: `repeated_blocks`); what is in none of them is
+            there throughout a step.
+        cpu_offload: keep parameters, gradients and optimizer state in host memory between uses.
+        meta_init: build the weights on rank 0 alone; the others receive their parts.
+    """
+
+    name = "fsdp"
+    alone = False
+
+    def __init__(
+        self,
+        *args: Any,
+        units: Callable[[nn.Module], list[nn.Module] | None] = lambda model: None,
+        cpu_offload: bool = False,
+        meta_init: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.units, self.cpu_offload, self.meta_init = units, cpu_offload, meta_init
+
+    def building(self) -> contextlib.AbstractContextManager[Any]:
+        if self.meta_init and not distributed.is_main():
+            return torch.device("meta")
+        return contextlib.nullcontext()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        self.model = model
+        self.call = self.parallel = Call(model, self.loss, self.metrics, self.precision, self.device.type)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        half = HALF.get(self.precision) if self._may_be_half(model) else None
+        # inputs are not cast: autocast does it where it is due, and a target or a coordinate keeps its digits
+        policy = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
+        )
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would lay out a CPU's 4-bit weights anew in the first evaluation, in place: those that
+                # are gathered at that moment, and not this rank's part, from which the next ones come
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        units = self.units(model)
+        # one block at a time is whole on the device; last comes the root, with what is in none of them
+        for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
+            self._materialise(unit)
+            self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        self.note_buffers()
+        return model
+
+    def _may_be_half(self, model: nn.Module) -> bool:
+        """Whether weights may be gathered in the type that is computed in; else autocast alone sees to it, as in ddp.
+
+        torch's BatchNorm wants weights of its statistics' type, fp32; on CPUs, where autocast leaves them as they are,
+        so do other normalisations, of their input's.
+        """
+        on_cpu = (nn.LayerNorm, nn.GroupNorm) if self.device.type == "cpu" else ()
+        return not any(isinstance(m, (nn.modules.batchnorm._NormBase, *on_cpu)) for m in model.modules())
+
+    @torch.no_grad()
+    def _materialise(self, unit: nn.Module) -> None:
+        """Put what is not sharded yet on the device, with rank 0's values."""
+        made: dict[Tensor, Tensor] = {}
+        for module in unit.modules():
+            for key, tensor in vars(module).items():
+                if isinstance(tensor, Tensor) and tensor.is_meta:
+                    raise ValueError(
+                        f"meta_init=True, but {self._name_of(module)}.{key} is a tensor that is neither parameter nor "
+                        f"buffer, so that only rank 0 knows its values. Make it a buffer (register_buffer), or set "
+                        f"meta_init=False."
+                    )
+            for own in (module._parameters, module._buffers):
+                for key, tensor in own.items():
+                    if tensor is None or shards.is_sharded(tensor):
+                        continue
+                    if tensor not in made:
+                        made[tensor] = self._from_rank_0(tensor)
+                    own[key] = made[tensor]  # type: ignore[assignment]
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, found in self.model.named_modules() if found is module) or "the model"
+
+    def _from_rank_0(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            there: Tensor = torch.empty_like(tensor, device=self.device)
+            if isinstance(tensor, nn.Parameter):
+                there = nn.Parameter(there, requires_grad=tensor.requires_grad)
+        else:
+            there = tensor
+            if tensor.device != self.device:
+                # as Module.to does: the same object stays, and one of a quantised weight takes along what it carries
+                tensor.data = tensor.to(self.device).data
+        dist.broadcast(there.detach(), src=0)
+        return there
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.call(batch)
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        return shards.whole(norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
+        found = super().evaluate(batches)
+        self._root.reshard()  # torch keeps it for a backward pass, which does not come
+        return found
+
+    def whole(self, tree: Any) -> Any:
+        """Rank 0 has it in host memory; what the others return is worth nothing, and takes no room."""
+        main = distributed.is_main()
+        found: dict[Any, Tensor] = {}
+
+        def gathered(tensor: Tensor) -> Tensor:
+            if not shards.is_sharded(tensor):
+                return tensor
+            # Tied weights are gathered once, and stay one tensor. By their memory and not by their rows, of which this
+            # rank may have none: torch pads a parameter's part, so the memory is there on every rank, or on none.
+            memory = shards.local(tensor).untyped_storage()
+            key = (memory.data_ptr(), tuple(tensor.shape)) if memory.nbytes() else object()
+            if key not in found:
+                full = shards.whole(tensor.detach())
+                found[key] = full.cpu() if main else torch.empty(0)
+            return found[key]
+
+        return shards.each(tree, gathered)
+
+    def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        own, parameters = self.model.state_dict(), dict(self.model.named_parameters())
+
+        def spread(value: Any, like: Tensor) -> Any:
+            """A whole tensor's rows as `like` has them; what has another shape (a number of steps) is on every rank."""
+            fits = isinstance(value, Tensor | shards.Pieces) and shards.is_sharded(like) and value.shape == like.shape
+            return shards.spread_like(value, like) if fits else value
+
+        moments = {
+            name: {key: spread(value, parameters[name]) for key, value in values.items()}
+            for name, values in state["optimizer"]["state"].items()
+            if name in parameters  # else the names differ, which is an error further on
+        }
+        weights = {name: spread(value, own[name]) for name, value in state["model"].items()}
+        optimizer_state = {**state["optimizer"], "state": moments}
+        super().load_full_state(optimizer, {**state, "model": weights, "optimizer": optimizer_state})

@@ -1,0 +1,68 @@
+"""What checkpoints hold of a model and its optimizer, by parameter name, whatever the strategy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KERNEL = ("fused", "foreach", "capturable")
+"""What an optimizer's group says of the kernel that computes its step: this machine's choice, not the checkpoint's."""
+
+
+def saved_state(model: nn.Module) -> dict[str, Tensor]:
+    """What checkpoints and weight files hold of a model: its state_dict, by name.
+
+    A model with an attribute `saved_names` (a set of those names) is saved in that part only: the rest is frozen, and
+    Task.model makes it again, the same each time. So the adapters of a large model are saved without it.
+    """
+    state = model.state_dict()
+    names = getattr(model, "saved_names", None)
+    return state if names is None else {name: tensor for name, tensor in state.items() if name in names}
+
+
+def load_saved_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Take over what `saved_state` gave; names and shapes have been compared before."""
+    model.load_state_dict(state, strict=getattr(model, "saved_names", None) is None)
+
+
+def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimizer's state keyed by parameter name, which is what stays the same when wrapping and sharding change."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        "state": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
+        "param_groups": [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [names[p] for p in group["params"]],
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take over a state that `named_optimizer_state` gave.
+
+    Raises:
+        ValueError: it is for other parameters than this optimizer's.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+    theirs = [group["params"] for group in state["param_groups"]]
+    if differ := sorted({name for group in mine for name in group} ^ {name for group in theirs for name in group}):
+        raise ValueError(f"the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}")
+    if mine != theirs:
+        raise ValueError(
+            f"the checkpoint's optimizer has the parameters in other groups, or another order, than this one: groups "
+            f"of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now"
+        )
+    number = {name: index for index, name in enumerate(name for group in mine for name in group)}
+    groups = []
+    for now, then in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        kernel = {key: now[key] for key in KERNEL if key in now}
+        groups.append({**then, **kernel, "params": [number[name] for name in then["params"]]})
+    optimizer.load_state_dict(
+        {"state": {number[name]: values for name, values in state["state"].items()}, "param_groups": groups}
+    )

@@ -1,0 +1,321 @@
+"""DeepSpeed's ZeRO, stages 1 to 3 and offload, behind the kit's loop: its optimizer, schedule, clipping, checkpoints.
+
+    launch(train, TrainConfig(strategy="deepspeed", deepspeed_config="zero3.json"), task)
+
+zero3.json is DeepSpeed's own: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. An engine is
+made with the task's optimizer; each backward pass and step goes through it. A checkpoint holds what every strategy's
+does, put together parameter by parameter, so that runs move between strategies here too.
+
+Imported by `choose` alone. Measured with DeepSpeed 0.19 on CPUs, where it compiles an extension at its first
+start (a minute or two; kept in TORCH_EXTENSIONS_DIR).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import distributed
+from .state import KERNEL, saved_state
+from .strategy import Strategy
+
+# What the kit decides; DeepSpeed's own defaults (a clipping at 1.0, say) must not
+OURS = (
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler gradient_clipping "
+    "fp16 bf16"
+).split()
+
+
+def settings(file: str | None, *, precision: str, max_norm: float | None) -> dict[str, Any]:
+    """DeepSpeed's configuration: the file's, or stage 2, with the kit's own settings.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not JSON, or it holds what the kit decides.
+    """
+    found: Any = {"zero_optimization": {"stage": 2}}
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"deepspeed_config: no such file: {path.resolve()}")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"deepspeed_config: {path}: not valid JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"deepspeed_config: {path}: expected a mapping, got {type(found).__name__}")
+    if ours := [name for name in OURS if found.get(name, "auto") != "auto"]:
+        raise ValueError(
+            f"deepspeed_config: {file} sets {', '.join(ours)}, which the run's own settings decide "
+            f"(global_batch_size, micro_batch_size, precision, max_norm, lr, schedule). Take them out of the file."
+        )
+    stage = found.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(f"deepspeed_config: {file}: zero_optimization.stage is {stage!r}: expected 1, 2 or 3")
+    return {
+        **found,
+        # one micro-batch at a time, with boundaries set by hand: the loss is scaled by the kit
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_norm or 0.0,
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "hysteresis": 1},
+        "bf16": {"enabled": precision == "bf16"},
+        # the task's optimizer is taken as it is
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def require(device: torch.device) -> Any:
+    """Import DeepSpeed.
+
+    Raises:
+        ImportError: it is not installed.
+        RuntimeError: there is no compiler for what it compiles.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
+        raise RuntimeError(
+            "strategy 'deepspeed' on CPUs needs a C++ compiler, since DeepSpeed compiles an extension at its first "
+            "start, and there is none: install g++ (apt-get install g++), or use strategy='fsdp'"
+        )
+    try:
+        import deepspeed
+    except ImportError as error:
+        if error.name != "deepspeed":
+            raise
+        raise ImportError(
+            "strategy 'deepspeed' needs the package `deepspeed`, which is not installed: pip install deepspeed (or "
+            "kaggle_mgpu[deepspeed]). strategy='fsdp' shares a model out among GPUs without it."
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+class ZeRO(Strategy):
+    """One process per GPU; optimizer state (stage 1), gradients (2) and weights (3) shared out among them.
+
+    Args:
+        file: DeepSpeed's JSON.
+        max_norm: as `step` will be given it: DeepSpeed wants to know at the start.
+        averaged: whether the weights are to be averaged, which stage 3 cannot.
+    """
+
+    name = "deepspeed"
+    alone = False
+
+    def __init__(
+        self, *args: Any, file: str | None, max_norm: float | None, averaged: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.deepspeed = require(self.device)
+        self.settings = settings(file, precision=self.precision, max_norm=max_norm)
+        self.stage = self.settings["zero_optimization"]["stage"]
+        self.max_norm = max_norm
+        if averaged and self.stage == 3:
+            raise ValueError(
+                "ema_decay with ZeRO stage 3: weights are averaged where they are, and here no rank has them whole. "
+                "Use strategy='fsdp', stage 2, or ema_decay=None."
+            )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)  # DeepSpeed has its own
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        self.shapes = {name: torch.empty_like(t, device="meta") for name, t in saved_state(self.model).items()}
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)  # DeepSpeed leaves those that are not in the optimizer as they are
+        self.engine, *_ = self.deepspeed.initialize(
+            model=self.call, optimizer=optimizer, config=self.settings, dist_init_required=False
+        )
+        self.zero = self.engine.optimizer
+        self.optimizer = optimizer
+        return optimizer
+
+    def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
+        self.engine.set_gradient_accumulation_boundary(sync)
+        return contextlib.nullcontext()
+
+    def forward(self, batch: Any) -> Tensor:
+        loss: Tensor = self.engine(batch)
+        return loss
+
+    def backward_from(self, loss: Tensor, start: float) -> None:
+        self.engine.backward(loss * start)  # which scales it, and knows of no other start than 1
+
+    def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
+        """DeepSpeed clips and steps, or leaves out a step whose gradient is not finite."""
+        assert max_norm == self.max_norm, (max_norm, self.max_norm)
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        infinite = bool(self.zero.overflow)
+        self.skipped += infinite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
+        return torch.tensor(float("inf") if infinite else float(self.engine.get_global_grad_norm()))
+
+    # State, parameter by parameter
+    def described(self) -> dict[str, Tensor]:
+        return self.shapes
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in the optimizer's precision, which is fp32, where it has them."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self.model.state_dict()
+        made: dict[Tensor, Tensor] = {}
+        found = {}
+        for name in self.shapes:
+            if (parameter := parameters.get(name)) is None:
+                found[name] = own[name].detach()
+                continue
+            if parameter not in made:  # tied weights stay one tensor
+                made[parameter] = self._weight(parameter)
+            found[name] = made[parameter]
+        return found
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        full = self.deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if full is None:  # frozen
+            with self._gathered([parameter]):
+                return parameter.detach().cpu().clone()
+        return full.detach().to("cpu", torch.float32, copy=True)
+
+    @contextlib.contextmanager
+    def _gathered(self, parameters: list[nn.Parameter], writer: int | None = None) -> Iterator[None]:
+        """Within it parameters that stage 3 has shared out are whole; with `writer`, that rank's values are kept."""
+        if self.stage == 3:
+            with self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
+                yield
+        else:
+            yield
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat pieces of the optimizer's weights."""
+        flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
+        return list(flat)
+
+    def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        utils, parameters = self.deepspeed.utils, dict(self.model.named_parameters())
+        moments: dict[str, dict[str, Any]] = {}
+        states = [optimizer.state.get(piece, {}) for piece in self._partitions()]
+        # before the first step there are none, on every rank alike
+        known: dict[str, Any] = next((state for state in states if state), {})
+        if known:
+            self._link()
+        whole = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in known.items() if not whole.get(key)}
+        for name in (name for group in self.groups for name in group if known):
+            # the number of steps is one tensor for all here, elsewhere each parameter counts its own
+            moments[name] = {k: value.clone() if isinstance(value, Tensor) else value for k, value in plain.items()}
+            for key in (key for key in known if whole.get(key)):
+                full = utils.safe_get_full_optimizer_state(parameters[name], key)
+                moments[name][key] = full.detach().to("cpu", copy=True)
+            moments[name] = {key: moments[name][key] for key in known}
+        groups = [
+            {**{key: value for key, value in group.items() if key != "params"}, "params": names}
+            for group, names in zip(optimizer.param_groups, self.groups, strict=True)
+        ]
+        return {
+            "model": self.weights(),
+            "optimizer": {"state": moments, "param_groups": groups},
+            "scaler": self._scaler_state(),
+            "skipped": int(self.skipped),
+        }
+
+    def _link(self) -> None:
+        """Let stages 1 and 2 find each parameter's moments in the flat pieces.
+
+        They do so once, in the first step, when it has reached the first of the optimizer's groups, and so never find
+        those of the others (DeepSpeed 0.19).
+        """
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _scaler_state(self) -> dict[str, Any]:
+        """As GradScaler has it. DeepSpeed counts iterations, and remembers the last one that was too much."""
+        if self.precision != "fp16":
+            return {}
+        scaler = self.zero.loss_scaler
+        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return {
+            "scale": float(scaler.cur_scale), "growth_factor": 2.0, "backoff_factor": 0.5,
+            "growth_interval": scaler.scale_window, "_growth_tracker": good,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        theirs = [group["params"] for group in state["optimizer"]["param_groups"]]
+        if theirs != self.groups:
+            raise ValueError(
+                f"the checkpoint's optimizer has other parameters, or in other groups, than this one: groups of "
+                f"{[len(names) for names in theirs]} then, of {[len(names) for names in self.groups]} now"
+            )
+        parameters = dict(self.model.named_parameters())
+        buffers = dict(self.model.named_buffers())
+        for name, value in state["model"].items():
+            if name in buffers:
+                buffers[name].copy_(value)
+            elif name in parameters:
+                self._put(parameters[name], value, None)
+        for group, then in zip(optimizer.param_groups, state["optimizer"]["param_groups"], strict=True):
+            group.update({key: value for key, value in then.items() if key not in ("params", *KERNEL)})
+        moments: dict[str, dict[str, Any]] = state["optimizer"]["state"]
+        if first := next(iter(moments.values()), {}):
+            (name, *_) = moments
+            for piece in self._partitions():
+                optimizer.state[piece] = {
+                    key: torch.zeros_like(piece) if value.shape == self.shape(name) else value.clone()
+                    for key, value in first.items()
+                }
+            self._link()
+            for name, values in moments.items():
+                for key, value in values.items():
+                    if value.shape == self.shape(name):
+                        self._put(parameters[name], value, key)
+        if self.stage == 3:
+            for index in range(len(self._partitions())):
+                self.zero._reassign_or_swap_out_partitioned_parameters(index)
+            if persistent := self.zero.persistent_parameters:  # small ones are kept whole: the old ones, until now
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)
+        else:
+            self.zero.update_lp_params()
+        if state["scaler"] and self.precision == "fp16":
+            scaler = self.zero.loss_scaler
+            scaler.cur_scale, scaler.cur_iter = state["scaler"]["scale"], 0
+            scaler.last_overflow_iter = -1 - state["scaler"]["_growth_tracker"]
+        self.skipped.fill_(state["skipped"])
+
+    def shape(self, name: str) -> torch.Size:
+        return self.shapes[name].shape
+
+    def _put(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Write a whole weight, or a moment of it, into the ranks' pieces."""
+        utils = self.deepspeed.utils
+        value = value.to(self.device, torch.float32 if parameter.requires_grad else parameter.dtype)
+        if not parameter.requires_grad:
+            with self._gathered([parameter], writer=0):
+                if self.stage < 3 or distributed.is_main():
+                    parameter.copy_(value)
+        elif self.stage == 3:
+            part = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            flat = nn.functional.pad(value.flatten(), (0, part * self.world_size - value.numel()))
+            mine = flat[distributed.rank() * part :][:part]
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, mine)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, mine, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)

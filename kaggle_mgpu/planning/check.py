@@ -1,0 +1,339 @@
+"""Ten seconds that say whether this machine trains right, before a GPU hour is spent on it.
+
+    python -m kaggle_mgpu check                      # exit code 1 where a line failed
+    from kaggle_mgpu import check; check.run()       # the same in a notebook's cell; shows its lines
+
+Each line is passed, failed or skipped, with what was found and what to do. What needs torch or a GPU is done in workers
+that the kit's own `launch` starts, so this process neither imports torch nor creates a CUDA context: whatever is run
+after the check starts as if there had been none. With fewer than two GPUs the workers are two processes on the CPU.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import env
+from ..env import worker_server
+from ..machine import devices, session
+
+Status = Literal["passed", "failed", "skipped"]
+
+TIMEOUT = 60.0
+"""Seconds without a sign of life after which the workers are taken to hang. NCCL's first collective takes a few."""
+SHARED_MEMORY = 256 << 20
+"""Bytes that /dev/shm should have free: four loader processes, each two batches of up to 20 MB ahead, and NCCL's
+buffers between GPUs without peer access. Docker's default of 64 MB is what people meet."""
+DISK = 2 << 30
+"""Bytes that should be free where runs are kept: five sets of weights and moments of a model of 30 M parameters."""
+MEMORY_FREE = 0.5
+"""Share of a GPU's memory that should be free."""
+TOLERANCE = 1e-4
+"""Relative difference of two float32 gradients that add the same terms in another order: 1e-6 is usual, a gradient of
+the wrong scale is off by 0.01 at least with the uneven counts here."""
+STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
+"""What the workers do, in this order."""
+
+_ADVICE = {
+    "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
+    "was short",
+    "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
+    "all-reduce": "set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1); NCCL_DEBUG=INFO in the environment shows "
+    "where NCCL stops",
+    "gradients": "do not train with the strategy named here: what comes out would be another model. Use "
+    "strategy='single' until the cause is known",
+    "checkpoint": "free some space, or choose an output_dir that can be written to",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing looked at: what was found, and what to do where it did not pass."""
+
+    name: str
+    status: Status
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`run` found; print it, or let it end a notebook's cell."""
+
+    lines: tuple[Line, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no line failed."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Line, ...]:
+        return tuple(line for line in self.lines if line.status == "failed")
+
+    def __str__(self) -> str:
+        width = max(len(line.name) for line in self.lines)
+        text = []
+        for line in self.lines:
+            text.append(f"{line.status:8} {line.name:{width}}  {line.found}")
+            if line.advice:
+                text.append(f"{'':8} {'':{width}}  -> {line.advice}")
+        verdict = "this machine trains right" if self.ok else f"{len(self.failed)} failed"
+        skipped = sum(line.status == "skipped" for line in self.lines)
+        also = f"; {skipped} skipped" if skipped else ""
+        return "\n".join([*text, f"{verdict}{also} ({self.seconds:.1f} s)"])
+
+    def _ipython_display_(self) -> None:
+        print(self)
+
+    def save(self, folder: str | os.PathLike[str], **more: Any) -> Path:
+        """Write `folder`/result.json, by which a notebook's run is judged: `finished` is whether all is well.
+
+        Args:
+            more: what else to write there, plain values.
+        """
+        path = Path(folder) / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "; ".join(f"{line.name}: {line.found}" for line in self.failed) or "finished"
+        document = {
+            "finished": self.ok,
+            "reason": reason,
+            "seconds": self.seconds,
+            "lines": list(map(asdict, self.lines)),
+            **more,
+        }
+        path.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        return path
+
+
+def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "/dev/shm") -> Report:
+    """Look at this machine.
+
+    Args:
+        output_dir: where runs will be kept; checked for space and by saving a checkpoint there. Default: Kaggle's
+            working folder, or the current one.
+        shared_memory: the file system that processes share memory through.
+    """
+    started = time.monotonic()
+    report = env.fix(verbose=False, start_workers=False)
+    if not worker_server.running():
+        worker_server.start()  # imports torch while this process looks at the rest
+    folder = Path(output_dir) if output_dir is not None else session.working()
+    gpus = devices.gpus()
+    lines = [_gpus(gpus), *_memory(gpus), _protobuf(report), _shared_memory(shared_memory), _disk(folder)]
+    lines += _workers(gpus, folder)
+    return Report(tuple(lines), time.monotonic() - started)
+
+
+# --- without a worker -------------------------------------------------------------------------------
+
+
+def _gpus(gpus: list[devices.GPU]) -> Line:
+    found = devices.report()
+    if not gpus:
+        where = "Settings > Accelerator > GPU T4 x2" if session.on_kaggle() else "an NVIDIA GPU and its driver"
+        return Line("GPUs", "skipped", f"none ({found.reason}): the rest is tried on the CPU", f"to use one: {where}")
+    names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus)
+    one = "choose 'GPU T4 x2' in Settings > Accelerator to use two" if len(gpus) == 1 and session.on_kaggle() else ""
+    return Line("GPUs", "passed", f"{names}; {found.mode.partition(': choose')[0]}", one)
+
+
+def _memory(gpus: list[devices.GPU]) -> list[Line]:
+    if not gpus:
+        return []
+    told = {sample["index"]: (sample["memory_used"], sample["memory_total"]) for sample in devices.sample()}
+    free = {i: (total - used, total) for i, (used, total) in told.items() if used is not None and total is not None}
+    if not free:
+        return [Line("GPU memory", "skipped", "nvidia-smi does not tell")]
+    found = ", ".join(
+        f"GPU {i}: {left / 2**30:.1f} of {total / 2**30:.1f} GiB free" for i, (left, total) in free.items()
+    )
+    if any(left < MEMORY_FREE * total for left, total in free.values()):
+        advice = "another process or notebook holds it: shut it down, or restart this session"
+        return [Line("GPU memory", "failed", found, advice)]
+    return [Line("GPU memory", "passed", found)]
+
+
+def _protobuf(report: env.Report) -> Line:
+    bad = ("refused", "broken")
+    late = [item for item in report.items if item.action == "too late" and item.name.startswith("protobuf")]
+    trouble = [item for item in report.items if item.action in bad] + late
+    versions = ", ".join(f"{item.name} {item.value}" for item in report.items if item.action == "found")
+    if trouble:
+        found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in trouble)
+        advice = "run what the line names; import nothing before env.fix() has run, and restart the session"
+        return Line("protobuf", "failed", found, advice)
+    shimmed = [item.name for item in report.items if item.action == "shimmed"]
+    done = f"; mended by env.fix(): {', '.join(shimmed)}" if shimmed else ""
+    return Line("protobuf", "passed", (versions or "not installed, not needed") + done)
+
+
+def _shared_memory(path: str) -> Line:
+    """Real pages are asked for: what a container allows need not be what its file system shows."""
+    name = "shared memory"
+    advice = (
+        "set data_workers=0: loader processes hand their batches over through it and die with SIGBUS where it is full. "
+        "In a container of your own: docker run --shm-size=1g"
+    )
+    try:
+        total = os.statvfs(path).f_frsize * os.statvfs(path).f_blocks
+        file = tempfile.TemporaryFile(dir=path, prefix="kaggle_mgpu-")  # noqa: SIM115
+    except OSError as error:
+        return Line(name, "failed", f"{path}: {error.strerror}", advice)
+    with file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, SHARED_MEMORY)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return Line(name, "skipped", f"{path}: {error.strerror}")
+            found = f"{path} has {total >> 20:,} MiB in all and no {SHARED_MEMORY >> 20} MiB free"
+            return Line(name, "failed", found, advice)
+    return Line(name, "passed", f"{path}: {total >> 20:,} MiB, {SHARED_MEMORY >> 20} MiB of it asked for and given")
+
+
+def _disk(folder: Path) -> Line:
+    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(there).free
+    found = f"{free / 2**30:,.1f} GiB free in {there}"
+    if free < DISK:
+        advice = (
+            f"a run keeps several checkpoints: free some space (expected {DISK / 2**30:.0f} GiB), or lower keep_last"
+        )
+        return Line("disk", "failed", found, advice)
+    return Line("disk", "passed", found)
+
+
+# --- with workers -----------------------------------------------------------------------------------
+
+
+def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
+    """The lines of what the workers did: one on each GPU; or two on the CPU, and one more on a GPU that is alone."""
+    if len(gpus) > 1:
+        return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
+    with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
+        pair = _launch(folder, 2)
+    if not gpus:
+        return _lines(*pair, [], STAGES)
+    alone = _lines(*_launch(folder, 1), gpus, ("workers", "precision", "gradients"))
+    on_cpu = _lines(*pair, [], tuple(stage for stage in STAGES if stage != "precision"))
+    return [*on_cpu, *(replace(line, name=f"{line.name}, GPU") for line in alone)]
+
+
+def _lines(
+    done: dict[str, Any], error: Exception | None, gpus: list[devices.GPU], stages: tuple[str, ...]
+) -> list[Line]:
+    """One launch's stages: what they found, the one that the error came in, and those that were not reached."""
+    judges: dict[str, Callable[[Any], list[Line]]] = {
+        "workers": lambda found: [_judge_workers(found, gpus)],
+        "precision": _judge_precision,
+        "all-reduce": _judge_all_reduce,
+        "gradients": _judge_gradients,
+        "checkpoint": _judge_checkpoint,
+    }
+    lines: list[Line] = []
+    broken = next((stage for stage in STAGES if stage not in done), "")
+    for stage in stages:
+        if stage in done:
+            lines += judges[stage](done[stage])
+        elif stage == broken or (broken not in stages and not any(line.status == "failed" for line in lines)):
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))
+        else:
+            lines.append(Line(stage, "skipped", f"the workers did not come so far: see {broken}"))
+    return lines
+
+
+def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]:
+    """What each stage found, and the error that ended the workers. Through files, so that a death loses nothing."""
+    from ..launching import launch
+
+    with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-check-") as notes:
+        error = None
+        try:
+            launch(_in_worker, notes, str(folder), nproc=count, timeout=TIMEOUT, in_worker=True)
+        except Exception as problem:
+            error = problem
+        return {path.stem: json.loads(path.read_text()) for path in Path(notes).glob("*.json")}, error
+
+
+def _judge_workers(found: dict[str, Any], gpus: list[devices.GPU]) -> Line:
+    where = ", ".join(dict.fromkeys(found["devices"]))
+    if gpus and not any(found["on_gpu"]):
+        advice = (
+            "install a torch that is built for this driver's CUDA; on Kaggle restart the session, whose image has one"
+        )
+        return Line("workers", "failed", f"torch {found['torch']} sees none of the {len(gpus)} GPUs", advice)
+    return Line("workers", "passed", f"{found['count']} launched, on {where}; torch {found['torch']}")
+
+
+def _judge_precision(found: dict[str, Any]) -> list[Line]:
+    wrong = [name for name, difference in found["differences"].items() if not difference < 0.02]
+    status: Status = "failed" if wrong else "passed"
+    text = f"{found['precision']}: {found['reason']}"
+    if wrong:
+        text += "; a product of two matrices is wrong in " + ", ".join(wrong)
+    return [Line("precision", status, text, _ADVICE["precision"] if wrong else "")]
+
+
+def _judge_all_reduce(found: dict[str, Any]) -> list[Line]:
+    text = f"{found['backend']}, {found['ranks']} ranks: {found['gigabytes_per_s']:.2f} GB/s"
+    if found["right"]:
+        lines = [Line("all-reduce", "passed", text)]
+    else:
+        lines = [Line("all-reduce", "failed", f"{text}; the sum is wrong", _ADVICE["all-reduce"])]
+    peers = found["peers"]
+    if peers is None:
+        return [*lines, Line("peer access", "skipped", "fewer than two GPUs")]
+    how = "yes, from each GPU to each other" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
+    return [*lines, Line("peer access", "passed", how)]
+
+
+def _judge_gradients(found: dict[str, float]) -> list[Line]:
+    wrong = {name: difference for name, difference in found.items() if not difference < TOLERANCE}
+    if wrong:
+        text = ", ".join(f"{name} differs by {difference:.2g}" for name, difference in wrong.items())
+        found_wrong = f"against one device with the whole batch: {text}; expected less than {TOLERANCE:g} of its length"
+        return [Line("gradients", "failed", found_wrong, _ADVICE["gradients"])]
+    text = ", ".join(f"{name} {difference:.1g}" for name, difference in found.items())
+    return [Line("gradients", "passed", f"relative difference to one device's: {text}")]
+
+
+def _judge_checkpoint(found: dict[str, str]) -> list[Line]:
+    if found["error"]:
+        return [Line("checkpoint", "failed", found["error"], _ADVICE["checkpoint"])]
+    return [Line("checkpoint", "passed", found["found"])]
+
+
+# --- in a worker ------------------------------------------------------------------------------------
+
+
+def _in_worker(notes: str, folder: str) -> None:
+    """Every stage on every rank; rank 0 notes what each one found."""
+    from ..parallel import distributed
+    from . import selftest  # here, since they import torch
+
+    stages: dict[str, Callable[[], Any]] = {
+        "workers": selftest.workers,
+        "precision": selftest.precision,
+        "all-reduce": selftest.all_reduce_bandwidth,
+        "gradients": selftest.gradients,
+        "checkpoint": lambda: selftest.save_and_load(folder) if distributed.is_main() else None,
+    }
+    for name in STAGES:
+        distributed.alive()
+        found = stages[name]()
+        distributed.barrier()
+        if distributed.is_main():
+            note = Path(notes) / f"{name}.json"
+            note.with_suffix(".part").write_text(json.dumps(found))
+            note.with_suffix(".part").rename(note)
+        distributed.barrier()  # a rank that dies in the next stage, and with it this launch, takes no note with it

@@ -1,0 +1,312 @@
+"""What a run will take, before a GPU hour is spent: batch, steps, memory, time, sessions, and what a second GPU buys.
+
+    print(plan(config, task))                 # a few steps are taken on the GPUs (or the CPU) at hand
+    print(plan(config, task, on="T4x2"))      # an estimate for GPUs that are not here: T4x2, P100, L4x4, A100, H100
+    python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
+
+How an estimate is made, and from which figures: estimate.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ..config import TrainConfig
+from ..data import BatchPlan
+from ..launching import launch
+from ..machine import devices, session
+from ..training import Task, expect, is_out_of_memory
+from . import compare, estimate, selftest
+from .counts import Facts, count
+from .estimate import Exchange, Target
+
+WEEKLY_HOURS = 30.0
+"""Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
+
+
+@dataclass
+class Plan:
+    """What :func:`plan` found out; print it. Times are None where they are unknown."""
+
+    sentence: str
+    target: Target
+    strategy: str
+    precision: str
+    precision_reason: str
+    micro_batch_size: int
+    max_steps: int
+    memory: dict[str, float]
+    """Bytes on one GPU, by what they are for."""
+    measured_memory: int | None
+    """What the fullest GPU really held at its peak, where steps were taken on GPUs."""
+    step_seconds: float | None
+    seconds: float | None
+    """The whole run, evaluations included."""
+    at_best: float | None
+    """The whole run where the published figures were reached in full; None for what was measured."""
+    source: str
+    sessions: int | None
+    quota: float | None
+    """Share of a week's GPU hours."""
+    speedup: float | None
+    speedup_of: int
+    """Number of GPUs that the speed-up is of, over one."""
+    exchange: Exchange | None
+    reasons: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        where = self.target.name if self.target.on_cpu else f"{self.target.count} x {self.target.name}"
+        lines = [self.sentence, f"on {where}: strategy {self.strategy}, precision {self.precision}"]
+        lines[-1] += f" ({self.precision_reason})"
+        total = sum(self.memory.values())
+        parts = " + ".join(f"{name} {estimate.size(nbytes)}" for name, nbytes in self.memory.items())
+        room = f" of {estimate.size(self.target.memory_bytes)}" if self.target.memory_bytes else ""
+        peak = f"; measured peak {estimate.size(self.measured_memory)}" if self.measured_memory else ""
+        rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{room}{peak}, without CUDA's own")]
+        if self.seconds is None or self.step_seconds is None:
+            rows.append(("time", f"unknown: {self.source}"))
+        else:
+            best = f"; at best {_duration(self.at_best)}" if self.at_best is not None else ""
+            rows.append(("time", f"{_duration(self.seconds)}, {_milliseconds(self.step_seconds)} a step{best}"))
+            rows.append(("", f"{self.source}; data loading beyond that is not in it"))
+        if self.sessions is not None and self.quota is not None:
+            hours = session.SESSION_HOURS["batch"]
+            many = "session" if self.sessions == 1 else "sessions"
+            share = f"{100 * self.quota:.1f} %" if self.quota >= 0.001 else "under 0.1 %"
+            rows.append(
+                ("sessions", f"{self.sessions} {many} of {hours:g} h; {share} of the week's {WEEKLY_HOURS:g} h")
+            )
+        bound = "" if self.target.here else "up to "
+        gain = f"{bound}{self.speedup:.2f}x expected" if self.speedup is not None else "unknown"
+        rows.append((f"{self.speedup_of} GPUs over 1", gain))
+        rows += [("", reason) for reason in self.reasons]
+        rows += [("advice" if i == 0 else "", text) for i, text in enumerate(self.advice)]
+        return "\n".join([*lines, *(f"{name:15} {text}" for name, text in rows)])
+
+    def _ipython_display_(self) -> None:
+        print(self)
+
+
+def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5) -> Plan:
+    """What training `task` as `config` says will take, here or on the GPUs named in `on`.
+
+    Args:
+        on: "T4x2", "P100", "L4x4", "A100", "H100", or any of these with another number. Default: what is at hand,
+            measured in workers, so that no CUDA context stays in this process.
+        steps: how many are measured.
+
+    Raises:
+        TypeError: not a TrainConfig and a Task.
+        ValueError: settings that do not fit each other or the GPUs, as `train` would raise them.
+    """
+    expect(config, task, "plan")
+    if steps < 1:
+        raise ValueError(f"steps: expected 1 or more, got {steps}")
+    gpus = devices.select(config.gpu_ids) if on is None else []
+    target = Target.at_hand(gpus) if on is None else Target.named(on)
+    precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())
+    if target.published is None and not target.here and config.precision == "auto":
+        why = f"{target.name} is unknown here"
+    replicas = _replicas(config, target)
+    facts = count(config, task, precision != "fp32")
+    batch = _batch(config, facts, target, replicas)
+    strategy = config.strategy if config.strategy != "auto" else ("ddp" if replicas > 1 else "single")
+    evaluated = _evaluations(config, batch) * facts.val_samples
+
+    measured, step_seconds, at_best, link = None, None, None, None
+    if target.here:
+        try:
+            measured = compare.measure(config if strategy == "single" else config.replace(nproc=replicas), task, steps)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            source = f"out of memory with micro_batch_size {batch.micro_batch_size}"
+        else:
+            batch = batch.with_micro_batch_size(measured.micro_batch_size)
+            step_seconds = measured.step_seconds
+            source = f"measured here over {len(measured.seconds)} steps"
+        if len(gpus) > 1 and replicas > 1:
+            link = _measured_link(config, replicas)
+    elif target.published is None:
+        source = f"no figures of {target.name} are kept here; known: {', '.join(estimate.PUBLISHED)}"
+    else:
+        step_seconds = estimate.step_seconds(facts, batch, target.published, precision, strategy)
+        at_best = estimate.step_seconds(facts, batch, target.published, precision, strategy, reached=1.0)
+        source = f"ESTIMATE from {target.name}'s published figures, {estimate.REACHED:.0%} of them reached"
+    if link is None and target.published is not None:
+        link = (target.published.link, target.published.link_source)
+
+    unit = "process" if target.on_cpu else "GPU"
+    out = Plan(
+        sentence=batch.sentence(unit),
+        target=target,
+        strategy=strategy,
+        precision=precision,
+        precision_reason=why,
+        micro_batch_size=batch.micro_batch_size,
+        max_steps=batch.max_steps,
+        memory=facts.memory(batch.micro_batch_size, config.ema_decay is not None, _shards(config, replicas)),
+        measured_memory=max(measured.memory_bytes, default=None) if measured else None,
+        step_seconds=step_seconds,
+        seconds=None,
+        at_best=None,
+        source=source,
+        sessions=None,
+        quota=None,
+        speedup=None,
+        speedup_of=max(2, replicas),
+        exchange=None,
+    )
+    if step_seconds is not None:
+        # an evaluated sample is the forward third of a trained one, and the replicas share them out
+        in_steps = batch.max_steps + evaluated / 3 / batch.global_batch_size
+        out.seconds = in_steps * step_seconds
+        out.at_best = None if at_best is None else in_steps * at_best
+        if not target.on_cpu:
+            out.sessions = max(1, math.ceil(out.seconds / (session.SESSION_HOURS["batch"] * 3600)))
+            out.quota = out.seconds / (WEEKLY_HOURS * 3600)
+    _add_speedup(out, facts, batch, link, target)
+    _add_advice(out, facts, batch, config)
+    return out
+
+
+# --- the parts of a plan ----------------------------------------------------------------------------
+
+
+def _replicas(config: TrainConfig, target: Target) -> int:
+    if config.strategy == "single":
+        return 1
+    wanted = target.count if config.nproc == "auto" else int(config.nproc)
+    if wanted > target.count and not target.on_cpu:
+        raise ValueError(f"nproc={wanted}, but the plan is for {target.count} x {target.name}: expected at most that")
+    return wanted
+
+
+def _measured_link(config: TrainConfig, replicas: int) -> tuple[float, str]:
+    """Bytes per second between these GPUs, and where the figure is from."""
+    found = launch(selftest.all_reduce_bandwidth, nproc=replicas, gpu_ids=config.gpu_ids, in_worker=True)[0]
+    return found["gigabytes_per_s"] * 1e9, f"measured here, {'with' if found['peers'] else 'without'} peer access"
+
+
+def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> BatchPlan:
+    """The run's batch; micro_batch_size="auto" is reckoned here, where nothing can be tried."""
+    auto = config.micro_batch_size == "auto"
+    batch = BatchPlan.make(
+        dataset_size=facts.dataset_size,
+        num_replicas=replicas,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
+        gradient_accumulation_steps=None if auto else config.gradient_accumulation_steps,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+    )
+    most = _most_that_fits(facts, target, config, replicas)
+    return batch.with_micro_batch_size(max(1, most)) if auto and most is not None else batch
+
+
+def _shards(config: TrainConfig, replicas: int) -> int:
+    """GPUs that share out weights, gradients and moments."""
+    return replicas if config.strategy == "fsdp" else 1
+
+
+def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas: int) -> int | None:
+    """Samples in a micro-batch that nine tenths of a GPU hold by this reckoning; None where its memory is unknown."""
+    if not target.memory_bytes or facts.sample_bytes <= 0:
+        return None
+    fixed = sum(facts.memory(0, config.ema_decay is not None, _shards(config, replicas)).values())
+    return int((0.9 * target.memory_bytes - fixed) / facts.sample_bytes)
+
+
+def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
+    """How many there are in a run."""
+    every = {"epoch": batch.steps_per_epoch, "end": batch.max_steps}
+    steps = every[config.eval_every] if isinstance(config.eval_every, str) else config.eval_every
+    return math.ceil(batch.max_steps / steps)
+
+
+def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, str] | None, target: Target) -> None:
+    """What `speedup_of` GPUs are over one, with the same global batch, and why."""
+    count = out.speedup_of
+    if target.on_cpu:
+        out.reasons.append("processes on a CPU share its cores; name GPUs for an estimate (on='T4x2', --on T4x2)")
+        return
+    if out.step_seconds is None or link is None:
+        what = "time of a step" if out.step_seconds is None else f"link between two {target.name}"
+        out.reasons.append(f"the {what} is not known")
+        return
+    share = batch.global_batch_size // batch.num_replicas
+    before, kind, steps = 0.0, out.strategy, batch.gradient_accumulation_steps
+    if batch.num_replicas > 1:
+        before = estimate.exchange(facts, batch.num_replicas, out.step_seconds / steps, *link, kind, steps).exposed
+    else:
+        kind = "ddp"  # what a second GPU would be used with
+    sample = max(out.step_seconds - before, 1e-9) / share
+    micro = min(batch.micro_batch_size, math.ceil(batch.global_batch_size / count))
+    out.exchange = estimate.exchange(facts, count, micro * sample, *link, kind, steps)
+    alone = sample * batch.global_batch_size
+    out.speedup = alone / (alone / count + out.exchange.exposed)
+    e = out.exchange
+    out.reasons.append(
+        f"{e.what} takes {_milliseconds(e.seconds)} at {e.link / 1e9:.1f} GB/s; "
+        f"{_milliseconds(e.seconds - e.exposed)} of it pass behind the backward pass ({_milliseconds(e.hidden)}), "
+        f"{_milliseconds(e.exposed)} lengthen a step of {_milliseconds(alone / count)}"
+    )
+    out.reasons.append(f"the link: {e.source}")
+
+
+def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) -> None:
+    """What would make the batch fit, or a second GPU gain more."""
+    total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
+    held = max(total, out.measured_memory or 0)
+    if out.target.here and out.step_seconds is None:
+        out.advice.append(
+            "micro_batch_size='auto' finds what fits; more of gradient_accumulation_steps makes up for it"
+        )
+    if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
+        if most < 1:
+            out.advice.append(
+                "not even one sample fits: gradient_checkpointing=True, a smaller model, or sharding the weights"
+            )
+        else:
+            smaller = batch.with_micro_batch_size(most)
+            out.advice.append(
+                f"the micro-batch of {batch.micro_batch_size} hardly fits: micro_batch_size={smaller.micro_batch_size} "
+                f"with {smaller.gradient_accumulation_steps} accumulation steps is the same batch"
+            )
+    e = out.exchange
+    if e is None or out.step_seconds is None or e.exposed < 0.05 * out.step_seconds:
+        if e is not None:
+            out.advice.append("the exchange of gradients is no bottleneck: accumulation or compression would not pay")
+        return
+    share = e.exposed / (out.step_seconds + (e.exposed if batch.num_replicas == 1 else 0.0))
+    out.advice.append(
+        f"the exchange of gradients is {share:.0%} of a step. It happens once a step: a larger global_batch_size with "
+        f"gradient_accumulation_steps={2 * batch.gradient_accumulation_steps} halves its share (and changes the run: "
+        f"see lr_scaling)"
+    )
+    if out.strategy not in ("ddp", "single"):
+        return
+    half = max(e.seconds / 2 - e.hidden, e.seconds / 2 * min(1.0, estimate.BUCKET / e.nbytes))
+    out.advice.append(
+        f"gradients sent as fp16 (gradient_compression='fp16') would leave {_milliseconds(half)} of "
+        f"{_milliseconds(e.exposed)}; small differences in the last digits come with it"
+    )
+    if e.nbytes < 4 * estimate.BUCKET and e.seconds - e.hidden < e.exposed:
+        better = max(1, e.nbytes // 8 >> 20)
+        out.advice.append(
+            f"the last bucket of gradients hides behind nothing: bucket_mb={better} instead of "
+            f"{estimate.BUCKET >> 20} starts earlier and leaves less for the end"
+        )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"

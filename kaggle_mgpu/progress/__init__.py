@@ -1,0 +1,30 @@
+"""What one sees of a run: its records, the panel in the cell, the lines of a log, the pictures.
+
+The package imports no torch and decides nothing about a run. Start reading at `Progress` in progress.py; records.py is
+the format of metrics.jsonl, display.py and panel.py show it, plots.py draws it.
+"""
+
+from . import plots
+from .display import attach
+from .panel import View, format_count, format_duration, panel_html
+from .plots import compare_plot, pixels, plot
+from .progress import Progress
+from .records import METRICS, Record, numbers, read, texts
+
+__all__ = [
+    "METRICS",
+    "Progress",
+    "Record",
+    "View",
+    "attach",
+    "compare_plot",
+    "format_count",
+    "format_duration",
+    "numbers",
+    "panel_html",
+    "pixels",
+    "plot",
+    "plots",
+    "read",
+    "texts",
+]

@@ -1,0 +1,26 @@
+"""Signals cut into windows: what every source of data gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Signals cut into windows, all in memory."""
+
+    x: NDArray[np.float32]
+    """(windows, channels, time)."""
+    y: NDArray[np.int64]
+    """(windows,), an index into classes."""
+    subject: NDArray[np.str_] | None
+    """(windows,), whose each is; None where the data does not say."""
+    test: NDArray[np.bool_] | None
+    """(windows,), whether it belongs to the published test set; None where none was published."""
+    classes: tuple[str, ...]
+    channels: tuple[str, ...]
+    source: str
+    note: str = ""

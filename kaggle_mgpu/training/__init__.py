@@ -1,0 +1,27 @@
+"""`Task`, and the one loop that trains it.
+
+The package starts no process. Start reading at `train` in loop.py, then `Task` in task.py.
+"""
+
+from . import optim
+from .loop import take_step, train
+from .micro_batch import settle_micro_batch
+from .out_of_memory import is_out_of_memory, release
+from .parts import Parts, StepParts, build_parts
+from .task import Result, Task, TrainState, expect
+
+__all__ = [
+    "Parts",
+    "Result",
+    "StepParts",
+    "Task",
+    "TrainState",
+    "build_parts",
+    "expect",
+    "is_out_of_memory",
+    "optim",
+    "release",
+    "settle_micro_batch",
+    "take_step",
+    "train",
+]

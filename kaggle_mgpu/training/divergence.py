@@ -1,0 +1,56 @@
+"""When to end a run whose loss or gradient is not finite, and the error with the steps and their samples."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from .. import data
+from ..errors import DivergedError
+
+# Steps skipped in a row before the run ends. fp16 starts with a loss scale of 2^16 and halves it after each overflow:
+# twenty skipped steps are nothing unusual.
+PATIENCE = {"fp16": 30, "fp32": 5, "bf16": 5}
+
+
+def is_hopeless(step: int, loss: float, skipped_in_a_row: int, precision: str) -> bool:
+    """Return whether to end the run after `step`.
+
+    Args:
+        skipped_in_a_row: the number of steps up to this one that were skipped because their gradient was not finite.
+    """
+    # nothing explains a first step in full precision without a finite gradient, and the next one will have none either
+    patience = 1 if step == 1 and precision != "fp16" else PATIENCE[precision]
+    only_gradient_is_finite = not math.isfinite(loss) and skipped_in_a_row == 0 and precision != "fp16"
+    return skipped_in_a_row >= patience or only_gradient_is_finite
+
+
+def samples_of(step: int, plan: data.BatchPlan, seed: int) -> list[int]:
+    """Return the indices of the samples in a step's global batch, over all ranks."""
+    epoch, start = divmod(step - 1, plan.steps_per_epoch)
+    batch = plan.global_batch_size
+    return data.Order(plan.dataset_size, seed, epoch)[start * batch : (start + 1) * batch].tolist()
+
+
+def diverged_error(
+    step: int, first: int, samples: list[int], *, skipped: int, loss: float, lr: float, norm: float, good: Path | None
+) -> DivergedError:
+    """Return the error to end a run after `step`.
+
+    Args:
+        first: the first step whose gradient was not finite.
+        samples: the indices of that step's samples.
+        skipped: the number of skipped steps from `first` on.
+        good: the newest checkpoint from before `first`.
+    """
+    shown = ", ".join(map(str, samples[:16])) + (
+        f", … ({len(samples)} in all: see metrics.jsonl)" if len(samples) > 16 else ""
+    )
+    steps = f"step {step} was" if first == step else f"steps {first} to {step} were"
+    return DivergedError(
+        f"the loss is {loss} at step {step} (learning rate {lr:g}, gradient norm {norm:g})"
+        + (f"; {steps} left out, for want of a finite gradient. " if skipped else ". ")
+        + f"Step {first} had the samples {shown}. "
+        + (f"The last checkpoint from before is {good}. " if good else "There is no checkpoint from before. ")
+        + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
+    )

@@ -1,0 +1,130 @@
+"""Keep the records of a run: training steps, evaluations, saves, notes, start and end, with the time of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import data, progress
+from ..checkpoints import checkpoint
+from ..machine import devices
+from ..parallel import distributed
+from . import divergence, task_checks
+from .clock import Clock
+from .parts import Parts
+from .task import Result, TrainState
+
+MOST_UNCOUNTED = 1000
+"""Steps after which the log is called even if no record is due, so that the clock counts them."""
+
+
+class Log:
+    """Prints how a run will go, then keeps its records and its clock. Only rank 0 writes.
+
+    Args:
+        lines: what else to print: how the run was resumed, warnings.
+        history: folder of the run that this one is resumed from, whose records are continued.
+    """
+
+    def __init__(
+        self, parts: Parts, state: TrainState, *, lines: Sequence[str] = (), history: Path | None = None
+    ) -> None:
+        config, plan, task = parts.config, parts.plan, parts.task
+        self.log_every, self.last = config.log_every, plan.max_steps
+        self.next_step = self._step_after(state.step)
+        """The number of steps at which `step` must be called."""
+        if parts.is_main:
+            print("\n".join([parts.header[0], plan.sentence(parts.unit), parts.header[1], *lines]), flush=True)
+            document = {**config.to_dict(), "stamp": parts.stamp, "code": task_checks.code_of(task)}
+            checkpoint.write_text(parts.output_dir / "config.json", json.dumps(document, indent=1))
+            (parts.output_dir / "result.json").unlink(missing_ok=True)  # this run is not finished
+        # guesses: weights and two moments are written at 50 MB/s, an evaluated sample costs as much as a trained one
+        nbytes = sum(tensor.nbytes for tensor in parts.strategy.described().values())
+        self.clock = Clock(state.seconds, save=4 * nbytes / 50e6, evaluation=parts.val_samples / plan.global_batch_size)
+        device_line = ", ".join([*(gpu.name for gpu in parts.gpus[: plan.num_replicas]), parts.strategy.precision])
+        self.progress = progress.Progress(
+            parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step, unit=task.unit,
+            on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
+            device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
+        )  # fmt: skip
+        # everything about the run that progress.attach and the pictures need
+        record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
+        record |= {"world_size": parts.world_size, "strategy": parts.strategy.name}
+        record |= {"precision": parts.strategy.precision, "micro_batch_size": plan.micro_batch_size}
+        record |= {"micro_batch_size_because": parts.micro_batch_reason}
+        epochs, steps = divmod(plan.max_steps, plan.steps_per_epoch)
+        record |= {"max_steps": plan.max_steps, "epochs": epochs + steps * plan.global_batch_size / plan.dataset_size}
+        record |= {"unit": task.unit, "device_line": device_line}
+        time_left = None if parts.deadline is None else parts.deadline.remaining()
+        self.progress.record({**record, "time": self.clock.seconds(), "time_left": time_left})
+
+    def _step_after(self, step: int) -> int:
+        due = 1 if step < 1 else (step // self.log_every + 1) * self.log_every
+        return min(due, self.last, step + MOST_UNCOUNTED)
+
+    def note(self, text: str) -> None:
+        """Print and record a line of text."""
+        self.progress.note(text)
+
+    def step(
+        self, parts: Parts, state: TrainState, batch: data.Step, *, losses: list[Tensor], lr: float, norm: Tensor
+    ) -> float | None:
+        """Record the step just taken, if its record is due; return its loss if the run has diverged, else None.
+
+        Only this call waits for the GPU. Every rank must call it after the same steps.
+        """
+        self.clock.count()
+        due = state.step in (1, self.last) or state.step % self.log_every == 0
+        self.next_step = self._step_after(state.step)
+        in_a_row = parts.strategy.skipped_in_a_row
+        if not due and (isinstance(in_a_row, Tensor) or in_a_row == 0):
+            return None
+        total = torch.stack([loss.double() for loss in losses]).sum().cpu()
+        loss = float(distributed.sum(total)) / batch.terms()
+        if divergence.is_hopeless(state.step, loss, int(in_a_row), parts.strategy.precision):
+            return loss
+        if due:
+            record = {"kind": "train", "step": state.step, "samples": state.samples_seen}
+            record["epoch"] = round(state.samples_seen / parts.plan.dataset_size, 4)
+            record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(parts.strategy.skipped)}
+            self.progress.record({**record, **self.clock.throughput(parts.task.unit), **self._times(parts)})
+        return None
+
+    def _times(self, parts: Parts) -> dict[str, Any]:
+        """Return the run's duration so far, and the use of the time since the last record."""
+        return {"time": self.clock.seconds(), "spent": self.clock.where(parts.strategy.communication())}
+
+    def evaluated(self, parts: Parts, state: TrainState) -> None:
+        """Record an evaluation."""
+        record = {"kind": "eval", "step": state.step, "samples": state.samples_seen}
+        record |= {f"val_{name}": value for name, value in state.metrics.items()}
+        self.progress.record({**record, **self._times(parts)})
+
+    def saves(self, saves: Sequence[checkpoint.Saved]) -> None:
+        """Record checkpoints after their writing has ended or failed."""
+        for saved in saves:
+            self.clock.saved(saved.seconds)
+            if saved.note:
+                self.note(saved.note)
+            if saved.path is not None:
+                times = {"seconds": saved.seconds, "time": self.clock.seconds()}
+                self.progress.record({"kind": "save", "step": saved.step, **times})
+
+    def diverged(self, step: int, first: int, samples: list[int]) -> None:
+        """Record the samples of the first step whose gradient was not finite."""
+        self.progress.record(
+            {"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples}
+        )
+
+    def close(self, parts: Parts, state: TrainState, result: Result) -> None:
+        """Record the end of this session and close the display."""
+        record = {"kind": "stop", "step": state.step, "reason": result.reason, "finished": result.finished}
+        record |= {"metrics": state.metrics, "seconds": state.seconds}
+        self.progress.record({**record, **self._times(parts)})
+        self.progress.close(dataclasses.asdict(result))

@@ -1,0 +1,302 @@
+"""The training loop: `train(config, task)` trains a task from its seed, or from a checkpoint, to its last step.
+
+    result = launch(train, TrainConfig(global_batch_size=64, epochs=2), MyTask())  # on every GPU, from a notebook cell
+    result = train(config, task)                                                   # in this process
+
+`train` builds the parts of the run and finds its checkpoint, `_loop` takes the steps, `take_step` is one of them. Four
+owners stand beside the loop, and only the loop knows all of them: evaluation.py, saving.py, log.py, out_of_memory.py.
+A resumed run needs `TrainState` and the tensors of `Saving.checkpoint_contents`. Random generators have no state to
+save: they are seeded from (seed, step, rank) before each step, and from (seed, epoch, sample) before each sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import data
+from ..checkpoints import checkpoint
+from ..config import TrainConfig
+from ..data import randomness
+from ..errors import DivergedError
+from ..launching import lock
+from ..parallel import distributed
+from . import divergence, optim, out_of_memory
+from .clock import StepTaken
+from .evaluation import Evaluation, is_best
+from .log import Log
+from .micro_batch import halve_micro_batch, settle_micro_batch
+from .out_of_memory import OptimizerOutOfMemoryError, is_out_of_memory
+from .parts import Parts, StepParts, build_parts
+from .saving import Saving, finished_result, open_checkpoints, restore, starting_point
+from .task import Result, Task, TrainState, expect
+from .task_checks import A_MEAN, looks_like_a_mean
+
+__all__ = ["DivergedError", "Result", "Task", "TrainState", "train"]
+
+
+@distributed.returns_rank0
+def train(config: TrainConfig, task: Task) -> Result:
+    """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
+
+    Every rank of a process group calls this, or one process alone. It returns after the last step, when time_limit
+    comes near, or when asked to stop (SIGINT, SIGTERM, progress.stop): it finishes the step, saves and returns.
+
+    Raises:
+        ValueError: settings that do not fit each other, the data or the machine.
+        CheckpointError: the checkpoint found is another run's or another model's.
+        DivergedError: the gradient was nan or infinite several steps in a row.
+        OutOfMemoryError: not even one sample fits, or the optimizer's own state does not.
+        RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
+        LockedError: another run trains in output_dir.
+    """
+    expect(config, task, "train")
+    distributed.init()
+    with contextlib.ExitStack() as stack:
+        # rank 0 locks the folder before anything is made, and every rank hears if another run has it
+        distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))
+        parts = build_parts(config, task)
+        checkpoints = open_checkpoints(parts)
+        start = distributed.from_main(lambda: starting_point(parts, checkpoints))
+        if start is not None and (result := finished_result(parts)) is not None:
+            return result
+        parts = settle_micro_batch(parts, [checkpoints.folder, *([start.parent] if start else [])])
+        state, lines = TrainState(), []
+        if parts.micro_batch_reason:
+            lines.append(f"micro_batch_size {parts.plan.micro_batch_size}: {parts.micro_batch_reason}")
+        if start is not None:
+            state, resumed = restore(parts, checkpoints, start)
+            lines += resumed
+        if parts.is_main and state.step == 0 and looks_like_a_mean(parts):
+            lines.append(A_MEAN)
+        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None)
+        stack.enter_context(log.progress)
+        stack.enter_context(checkpoints)
+        imported = start is not None and start.parent != checkpoints.folder
+        saving = Saving(parts, checkpoints, state, imported)
+        try:
+            return _loop(parts, state, Evaluation(parts, state), saving, log)
+        finally:
+            log.saves(saving.written)  # those that an error waited for
+
+
+def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> Result:
+    """Take the steps from `state` to the last step."""
+    clock, ranks, deadline = log.clock, distributed.RankVote(), parts.deadline
+    batches = parts.batches(state.samples_seen)
+    with _stop_requests() as stop_request:
+        while True:
+            distributed.alive(state.step)  # lets the launcher tell a hang, and name the rank that is behind
+            done = state.step >= parts.plan.max_steps
+            evaluation_due = state.step >= evaluation.next_step
+            # each rank has its own clock and its own signals, so the ranks decide together
+            stop, no_time, save = ranks.vote(
+                stop_request.is_set() or log.progress.stop_requested,
+                deadline is not None and deadline.remaining() <= clock.margin(ranks.interval, evaluation_due),
+                time.monotonic() >= saving.next_time,
+            )
+            leave = done or stop or no_time
+            if evaluation_due and not (stop or no_time):  # otherwise the next session begins with the evaluation
+                _evaluate(parts, state, evaluation, saving, log)
+            if state.step > saving.saved_step and (leave or save or state.step >= saving.next_step):
+                with clock.pause():
+                    state.seconds = clock.seconds()
+                    saving.save(parts, state)  # copies; a thread writes the copy during the next steps
+            if leave:
+                break
+
+            asked = time.monotonic()
+            batch = next(batches)  # this rank's share of one global batch
+            arrived = time.monotonic()
+            try:
+                outcome = take_step(parts, batch, state.step)
+            except OptimizerOutOfMemoryError as error:  # some weights may have moved, so nothing is saved
+                out_of_memory.raise_optimizer_oom(state.step + 1, saving.newest(parts), error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                parts.strategy.undo_step()  # the weights have not moved yet
+                state.seconds = clock.seconds()
+                parts, halved = _halve(parts, state, saving, f"in step {state.step + 1}", error)
+                if parts.world_size > 1:  # the others wait in a collective that only the end of their processes ends
+                    out_of_memory.raise_restart(parts.rank, halved, saving.rescue_for_restart(parts, state), error)
+                outcome = None
+            if outcome is None:  # the same samples again, in smaller micro-batches
+                log.note(halved)
+                out_of_memory.release()
+                batches = parts.batches(state.samples_seen)
+                continue
+            state.step += 1
+            state.samples_seen += batch.samples
+            clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
+            if saving.checkpoints.news:
+                log.saves(saving.checkpoints.collect())
+            if state.step >= log.next_step or outcome.skipped:
+                loss = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
+                if loss is not None:
+                    _raise_diverged(parts, state, saving, log, outcome, loss)
+        return _finish(parts, state, evaluation, saving, log, "asked to stop" if stop else "time limit")
+
+
+class StepOutcome(NamedTuple):
+    """The result of a training step."""
+
+    losses: list[Tensor]
+    """The summed loss of each micro-batch on this rank, still on the device."""
+    lr: float
+    norm: Tensor
+    """The norm of the gradient before clipping."""
+    skipped: bool
+    """Whether the gradient was not finite, if this is known without waiting for a GPU."""
+
+
+def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
+    """Compute the gradient of a global batch, clip the gradient, and update the weights.
+
+    Args:
+        step: the number of steps taken before. Learning rate and random generators depend on it.
+
+    Raises:
+        OptimizerOutOfMemoryError: the update ran out of memory. Other errors leave the weights whole.
+    """
+    strategy = parts.strategy
+    randomness.seed_for(parts.rng_key, step, parts.rank)
+    strategy.begin_step()
+    losses, last = [], len(batch.micro_batches) - 1
+    for i, micro_batch in enumerate(batch.micro_batches):
+        with strategy.micro_step(sync=i == last):
+            # the sum of the loss, divided by the number of terms on all ranks
+            losses.append(strategy.backward(micro_batch, batch.weights[i], batch.terms))
+    lr = parts.lr_at(step)
+    try:
+        optim.set_lr(parts.optimizer, lr)
+        norm = strategy.step(parts.optimizer, max_norm=parts.max_norm)
+        if parts.ema is not None:
+            parts.ema.update(strategy.model)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OptimizerOutOfMemoryError(str(error)) from error
+        raise
+    in_a_row = strategy.skipped_in_a_row
+    return StepOutcome(losses, lr, norm, skipped=not isinstance(in_a_row, Tensor) and in_a_row > 0)
+
+
+def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> None:
+    """Evaluate the weights, and keep the best. Errors of the task's metrics arise here."""
+    with log.clock.evaluating():
+        try:
+            note = evaluation.run(parts, state)
+        except Exception as error:  # the weights are whole
+            if not is_out_of_memory(error):
+                raise
+            state.seconds = log.clock.seconds()
+            if parts.strategy.alone:
+                out_of_memory.raise_evaluation_oom(state.step, error, saving.rescue(parts, state))
+            parts, halved = _halve(parts, state, saving, f"in the evaluation after step {state.step}", error)
+            resume_from = "The newest checkpoint is from before that evaluation"
+            out_of_memory.raise_restart(parts.rank, halved, resume_from, error)
+        if note:
+            log.note(note)
+        if is_best(parts.config, state):
+            failed = saving.write_weights(parts, parts.output_dir / "best" / "model.safetensors")
+            if failed:
+                log.note(failed)
+            if not distributed.agree(bool(failed)):  # `best` always belongs to the weights in best/
+                state.best = state.metrics[parts.config.best_metric]
+        state.evaluated = state.step
+    log.evaluated(parts, state)
+
+
+def _halve(parts: Parts, state: TrainState, saving: Saving, when: str, error: BaseException) -> tuple[Parts, str]:
+    """Return the parts with half the micro-batch, and a sentence about the change; at size 1 save and end the run."""
+    try:
+        return halve_micro_batch(parts, when)
+    except torch.OutOfMemoryError as not_even_one:
+        raise torch.OutOfMemoryError(f"{not_even_one} {saving.rescue(parts, state)}") from error
+
+
+def _raise_diverged(
+    parts: Parts, state: TrainState, saving: Saving, log: Log, outcome: StepOutcome, loss: float
+) -> NoReturn:
+    """End a run whose loss or gradient is not finite any more."""
+    skipped = int(parts.strategy.skipped_in_a_row)
+    first = state.step - max(skipped, 1) + 1
+    samples = divergence.samples_of(first, parts.plan, parts.config.seed)
+    saving.wait(parts)
+    log.diverged(state.step, first, samples)
+    distributed.barrier()  # a rank that raised sooner would end rank 0 before its checkpoint and record are written
+    good = next((path for path in saving.checkpoints.all() if checkpoint.step_of(path) < first), None)
+    raise divergence.diverged_error(
+        state.step, first, samples, skipped=skipped, loss=loss, lr=outcome.lr, norm=float(outcome.norm), good=good
+    )
+
+
+def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log, reason: str) -> Result:
+    """Write the final weights and result.json: the outcome of the run, or how far it got and why no further."""
+    state.seconds = log.clock.seconds()
+    remaining = parts.plan.max_steps - state.step
+    finished = remaining <= 0 and state.step < evaluation.next_step
+    if finished:
+        reason = "finished"
+    if parts.is_main:
+        log.saves(saves := saving.checkpoints.wait())
+        if not finished and any(saved.path is None for saved in saves):
+            reason += f"; {saves[-1].note}"
+    strategy = parts.strategy
+    result = Result(
+        output_dir=str(parts.output_dir), finished=finished, reason=reason, step=state.step,
+        max_steps=parts.plan.max_steps, samples_seen=state.samples_seen, metrics=state.metrics, best=state.best,
+        seconds=state.seconds, world_size=parts.world_size, strategy=strategy.name, precision=strategy.precision,
+        skipped_steps=int(strategy.skipped), remaining_steps=remaining, remaining_seconds=log.clock.left(remaining),
+    )  # fmt: skip
+    weights = parts.output_dir / "model.safetensors"
+    if failed := saving.write_weights(parts, weights):
+        log.note(failed)
+        if finished:
+            raise checkpoint.DiskFullError(
+                f"trained to the end, but the disk has no room for {weights}. Free some space and run the same again: "
+                f"it goes on from the last checkpoint."
+            )
+    if parts.is_main:
+        checkpoint.write_text(parts.output_dir / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+    log.close(parts, state, result)
+    distributed.barrier()  # no rank leaves, and nothing reads, before the files are there
+    return result
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Let SIGINT and SIGTERM ask for a stop after the current step; a second signal acts as it did before."""
+    request = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # signals reach the main thread only
+        return
+    before: dict[int, Any] = {}
+
+    process = os.getpid()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if os.getpid() != process:
+            return  # a loader process inherited this handler; its parent gets the signal too
+        request.set()
+        signal.signal(number, before[number])
+        with contextlib.suppress(RuntimeError):  # the signal interrupted a print
+            print("asked to stop: finishing the step and saving. Ask again to stop at once.", flush=True)
+
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        before[wanted] = signal.signal(wanted, on_signal)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,64 @@
+"""Recognise an out-of-memory error, and end a run after such an error with advice.
+
+The micro-batch is halved and the same samples are tried again. With several ranks the others wait in a collective that
+never completes, so the run is started again in fresh processes. `trainer` decides which of the two.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import NoReturn
+
+import torch
+
+from ..errors import RestartError
+
+# Messages of libraries below torch's allocator for GPUs; the last one is a CPU's
+_SIGNS = (
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+class OptimizerOutOfMemoryError(torch.OutOfMemoryError):
+    """The optimizer ran out of memory, perhaps after changing some of the weights."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means a device without free memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)
+
+
+def release() -> None:
+    """Return cached memory to the device, so that the next attempt finds a large piece.
+
+    Call this outside the `except` clause: the error still refers to the failed step's tensors inside it.
+    """
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def raise_restart(rank: int, halved: str, resume_from: str, error: BaseException) -> NoReturn:
+    """End this rank after `halve_micro_batch` returned the sentence `halved`, so that the run starts again."""
+    raise RestartError(
+        f"rank {rank} ran {halved}. {resume_from}: run the same again and it goes on from there."
+    ) from error
+
+
+def raise_optimizer_oom(step: int, resume_from: str, error: BaseException) -> NoReturn:
+    """End a run whose optimizer ran out of memory, after changing an unknown part of the weights."""
+    raise torch.OutOfMemoryError(
+        f"out of memory in the optimizer's part of step {step}, when some weights may have moved and others not: what "
+        f"is in memory is not saved. {resume_from} Smaller micro-batches do not help here. Try strategy='fsdp' on "
+        f"several GPUs, which shares weights and optimizer state out (with cpu_offload=True they are in host memory), "
+        f"an optimizer that keeps less per weight (Task.optimizer), ema_decay=None, or a smaller model."
+    ) from error
+
+
+def raise_evaluation_oom(step: int, error: BaseException, resume_from: str) -> NoReturn:
+    """End a run without enough memory to evaluate a single sample."""
+    raise torch.OutOfMemoryError(
+        f"out of memory in the evaluation after step {step}, with one sample at a time: {error} {resume_from} Try "
+        f"smaller samples in val_data, a Task.metrics that needs less, precision='fp16', or a smaller model."
+    ) from error

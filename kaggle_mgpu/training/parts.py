@@ -1,0 +1,208 @@
+"""The parts of a training run: a frozen record made once from a config and a task, alike on every rank.
+
+A step changes the tensors of model, optimizer and averages, never the record. A smaller micro-batch is a new record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import default_collate
+
+from .. import data
+from ..config import TrainConfig, parse_duration
+from ..data import randomness
+from ..machine import devices, session
+from ..parallel import Strategy, choose, distributed
+from . import optim
+from .task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """The parts for a single training step."""
+
+    strategy: Strategy
+    optimizer: torch.optim.Optimizer
+    lr_at: Callable[[int], float]
+    """Gives the learning rate of the next step from the number of steps taken."""
+    max_norm: float | None = None
+    ema: optim.EMA | None = None
+    rng_key: int = 0
+    """Seeds the random generators before each step, together with the step and the rank."""
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts(StepParts):
+    """All parts of a run on this rank."""
+
+    config: TrainConfig
+    task: Task
+    output_dir: Path
+    world_size: int
+    device: torch.device
+    gpus: list[devices.GPU]
+    plan: data.BatchPlan
+    fetch: data.Fetch
+    workers: int
+    """Loader processes of each rank for the training data."""
+    val_fetch: data.Fetch | None
+    val_samples: int
+    deadline: session.Deadline | None
+    """None without a time limit."""
+    stamp: dict[str, Any]
+    """Identifies the run in its checkpoints, beside the settings."""
+    header: tuple[str, str]
+    """Describe strategy and precision, then learning rate and model."""
+    micro_batch_reason: str = ""
+    """Explains the micro-batch size, where the config does not give it."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only rank that writes files."""
+        return self.rank == 0
+
+    @property
+    def unit(self) -> str:
+        """A word for the place where one replica runs."""
+        return "GPU" if self.gpus else "replica" if self.strategy.name == "dp" else "process"
+
+    def batches(self, samples_seen: int) -> Iterator[data.Step]:
+        """Return this rank's share of each global batch from a position in the data on, moved to the device."""
+        sampler = data.Sampler(self.plan, seed=self.config.seed, samples_seen=samples_seen)
+        count = None if type(self.task).count is Task.count else self.task.count
+        pinned = self.device.type == "cuda"
+        steps = data.Batches(sampler, self.fetch, count=count, workers=self.workers, pin_memory=pinned)
+        return data.on_device(steps, self.strategy.input_device)
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Return a context for the averaged weights: inside, the model holds these, if the run averages any."""
+        return nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
+
+
+def build_parts(config: TrainConfig, task: Task) -> Parts:
+    """Build the parts of a run. Every rank must call this.
+
+    Raises:
+        TypeError: Task.model returns no module, or a dataset has no length.
+        ValueError: settings do not fit each other, the data or the machine.
+    """
+    allowed = parse_duration(config.time_limit) if config.time_limit else math.inf
+    seconds = min(allowed, session.time_left())
+    deadline = None if seconds == math.inf else session.Deadline(seconds)
+    device, world_size = distributed.device(), distributed.world_size()
+    gpus = devices.gpus() if device.type == "cuda" else []
+    precision, precision_reason = devices.precision(config.precision, gpus)
+    replicas = (len(gpus) or 1) if config.nproc == "auto" else int(config.nproc)
+    kind, reason = choose(config.strategy, num_gpus=len(gpus), num_replicas=replicas, world_size=world_size)
+    replicas = replicas if kind.name == "dp" else world_size
+
+    randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
+    train_set, val_set = task.train_data(), task.val_data()
+    plan = _batch_plan(config, data.size_of(train_set, "train_data()"), kind, replicas)
+    val_samples = 0 if val_set is None else data.size_of(val_set, "val_data()")
+    if val_set is not None and val_samples == 0:
+        raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
+    collate = default_collate if type(task).collate is Task.collate else task.collate
+    fetch = data.Fetch(train_set, collate, seed=config.seed)
+    workers = data.workers_for(fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size())
+    val_fetch = None if val_set is None else data.Fetch(val_set, collate, seed=config.seed, purpose="evaluation")
+
+    randomness.seed_everything(config.seed)  # the same seed gives every rank the same weights
+    strategy = kind(
+        task.loss, task.metrics, precision=precision, device=device, num_replicas=replicas,
+        find_unused_parameters=config.find_unused_parameters, **_strategy_options(kind.name, config, task),
+    )  # fmt: skip
+    lr = plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
+    warmup_steps = optim.resolve_warmup(config.warmup_steps, plan.max_steps)
+    lr_at = partial(
+        optim.lr_at, schedule=config.schedule, lr=lr, max_steps=plan.max_steps, warmup_steps=warmup_steps,
+        min_lr=config.min_lr, cycles=config.schedule_cycles, power=config.schedule_power,
+    )  # fmt: skip
+    lr_at(0)  # reports an impossible schedule now
+    with strategy.building():
+        model = _model(task, config)
+    strategy.prepare(model)
+    stamp: dict[str, Any] = {"task": task.name or type(task).__name__, "backend": task.backend}
+    stamp |= {"global_batch_size": plan.global_batch_size, "dataset_size": plan.dataset_size}
+    scaled = f" ({config.lr:g} scaled {config.lr_scaling})" if lr != config.lr else ""
+    header = (
+        f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
+        f"learning rate {lr:g}{scaled}, {config.schedule}, {warmup_steps} warm-up steps; "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters; {workers} loader processes per rank",
+    )
+    optimizer = strategy.attach(task.optimizer(model, config.replace(lr=lr)))
+    return Parts(
+        config=config, task=task, output_dir=Path(config.output_dir), deadline=deadline, stamp=stamp, header=header,
+        strategy=strategy, optimizer=optimizer, lr_at=lr_at, max_norm=config.max_norm,
+        ema=optim.EMA(model, config.ema_decay) if config.ema_decay else None,
+        rng_key=randomness.key(config.seed, "step"), rank=distributed.rank(), world_size=world_size,
+        device=device, gpus=gpus, plan=plan, fetch=fetch, workers=workers, val_fetch=val_fetch, val_samples=val_samples,
+    )  # fmt: skip
+
+
+def _batch_plan(config: TrainConfig, dataset_size: int, kind: type[Strategy], num_replicas: int) -> data.BatchPlan:
+    """Split each global batch over the replicas.
+
+    Raises:
+        ValueError: settings do not fit each other, the data or the strategy.
+    """
+    if config.micro_batch_size == "auto" and config.gradient_accumulation_steps:
+        raise ValueError(
+            f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
+            f"one follows from the other. Give global_batch_size instead."
+        )
+    if config.micro_batch_size == "auto" and not kind.alone:
+        raise ValueError(
+            f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give "
+            f"a number. One that is too large is halved, and the run starts again from its newest checkpoint."
+        )
+    return data.BatchPlan.make(
+        dataset_size=dataset_size, num_replicas=num_replicas, epochs=config.epochs, max_steps=config.max_steps,
+        global_batch_size=config.global_batch_size, gradient_accumulation_steps=config.gradient_accumulation_steps,
+        micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
+    )  # fmt: skip
+
+
+def _strategy_options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
+    """Return the arguments of the named strategy alone."""
+    if name == "ddp":
+        return {"gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb}
+    if name == "fsdp":
+        return {"units": task.fsdp_units, "cpu_offload": config.cpu_offload, "meta_init": config.meta_init}
+    if name == "deepspeed":
+        return {"file": config.deepspeed_config, "max_norm": config.max_norm, "averaged": config.ema_decay is not None}
+    return {}
+
+
+def _model(task: Task, config: TrainConfig) -> nn.Module:
+    """Return the task's model in training mode, with gradient checkpointing and compilation as the config says.
+
+    Raises:
+        TypeError: Task.model does not return a module.
+        ValueError: the model has no gradient checkpointing.
+    """
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{type(task).__name__}.model must return an nn.Module, got {type(model).__name__}")
+    if config.gradient_checkpointing:
+        enable = getattr(model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise ValueError(
+                f"gradient_checkpointing=True, but {type(model).__name__} has no method gradient_checkpointing_enable. "
+                f"Give it one, or leave the setting off."
+            )
+        enable()
+    model.train()
+    if config.compile:
+        model.compile()
+    return model

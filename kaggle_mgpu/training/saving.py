@@ -1,0 +1,189 @@
+"""Write and restore checkpoints; write the best and the final weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import progress
+from ..checkpoints import checkpoint, resume
+from ..parallel import distributed
+from . import task_checks
+from .parts import Parts
+from .task import Result, TrainState
+
+
+def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
+    """Return the checkpoints in the run's folder."""
+    folder, records = parts.output_dir / "checkpoints", parts.output_dir / progress.METRICS
+    return checkpoint.Checkpoints(folder, keep_last=parts.config.keep_last, flush_first=[records])
+
+
+def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | None:
+    """Return the checkpoint to go on from, and move other checkpoints aside. Only rank 0 calls this."""
+    config = parts.config
+    for abandoned in parts.output_dir.glob(".rescue-step-*"):  # by a rank that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    start = resume.starting_point(
+        checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
+        model=parts.strategy.described(), state_names=[field.name for field in dataclasses.fields(TrainState)],
+    )  # fmt: skip
+    aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
+    if aside is not None:
+        print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
+    return start
+
+
+def finished_result(parts: Parts) -> Result | None:
+    """Return the result of a finished run, or None. Every rank must call this."""
+    # under torchrun rank 0 may go on, and change result.json, before another rank looks
+    result = distributed.from_main(lambda: read_result(parts.output_dir, parts.plan.max_steps))
+    if result is None:
+        return None
+    weights = checkpoint.read_tensors(parts.output_dir / "model.safetensors")
+    checkpoint.check_model(weights, parts.strategy.described(), str(parts.output_dir))
+    if parts.is_main:
+        edited = task_checks.code_then(parts.output_dir) != task_checks.code_of(parts.task)
+        changed = "; the task's code has CHANGED since" if edited else ""
+        print(f"already finished after {result.step} steps: {parts.output_dir}{changed}. resume='never' trains anew.")
+    return dataclasses.replace(result, output_dir=str(parts.output_dir))
+
+
+def read_result(folder: Path, max_steps: int) -> Result | None:
+    """Return the result in a folder, if the run took all its steps and its weights are there."""
+    try:
+        result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return result if result.finished and result.step == max_steps and (folder / "model.safetensors").is_file() else None
+
+
+def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> tuple[TrainState, list[str]]:
+    """Load a checkpoint into the parts; return the run's position and lines about the resumption.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or holds another model.
+    """
+    strategy = parts.strategy
+    saved = checkpoint.load(start, whole=strategy.alone)
+    checkpoint.check_model(saved.tensors["model"], strategy.described(), f"{start}")
+    strategy.load_full_state(parts.optimizer, {**saved.state, "model": saved.tensors["model"]})
+    if parts.ema is not None:
+        parts.ema.load_state_dict(saved.tensors["ema"])
+    state, lines = TrainState(**saved.facts["state"]), []
+    best = start.parent.parent / "best" / "model.safetensors"
+    if not best.is_file():
+        state.best = None  # the value is worth nothing without its weights
+    elif start.parent != checkpoints.folder:
+        try:
+            weights = checkpoint.read_tensors(best)
+            checkpoint.check_model(weights, strategy.described(), str(best))
+            if parts.is_main:
+                checkpoint.replace_tensors(parts.output_dir / "best" / "model.safetensors", weights)
+        except Exception as error:  # another person's file may hold anything
+            lines.append(f"{best} cannot be used, the best is found anew: {error}")
+            state.best = None
+    lines.append(f"going on from {start}: step {state.step} of {parts.plan.max_steps}")
+    if changes := resume.changes(saved.facts, parts.config.to_dict(), parts.config.MAY_CHANGE):
+        listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changes.items())
+        lines.append(f"changed since, which is allowed: {listed}")
+    return state, lines
+
+
+class Saving:
+    """Saves the state of one run, and knows when a save is due.
+
+    Args:
+        imported: the run was restored from another folder, so its state must be saved here at once: this session's
+            output is then enough to go on from.
+    """
+
+    def __init__(
+        self, parts: Parts, checkpoints: checkpoint.Checkpoints, state: TrainState, imported: bool = False
+    ) -> None:
+        self.checkpoints, self.every = checkpoints, parts.config.save_every
+        self.interval_seconds = parts.config.save_interval_minutes * 60
+        self.in_shards = parts.config.checkpoint_format == "sharded" and parts.strategy.name == "fsdp"
+        self.written: list[checkpoint.Saved] = []
+        """Saves that have ended since the log recorded one, in a run that ends with an error."""
+        self._schedule(state.step)
+        if imported:
+            self.saved_step, self.next_time = -1, -math.inf
+
+    def _schedule(self, step: int) -> None:
+        self.saved_step = step
+        self.next_step = math.inf if self.every is None else (step // self.every + 1) * self.every
+        self.next_time = time.monotonic() + self.interval_seconds
+
+    def save(self, parts: Parts, state: TrainState) -> None:
+        """Copy the state for a checkpoint. Rank 0 writes the copy during the next steps."""
+        contents = self.checkpoint_contents(parts, state)
+        if self.in_shards:
+            self.checkpoints.begin_together(state.step, **contents)
+        elif parts.is_main:
+            self.checkpoints.begin(state.step, **contents)
+        self._schedule(state.step)
+
+    def checkpoint_contents(self, parts: Parts, state: TrainState) -> dict[str, Any]:
+        """Return the tensors, the state and the facts of a checkpoint: the only list of its contents."""
+        held = parts.strategy.held_state(parts.optimizer)
+        tensors = {"model": held.pop("model")} | ({"ema": parts.ema.state_dict()} if parts.ema else {})
+        if not self.in_shards:
+            tensors, held = parts.strategy.whole(tensors), parts.strategy.whole(held)
+        facts = {"state": dataclasses.asdict(state), "stamp": parts.stamp, "world_size": parts.world_size}
+        return {"tensors": tensors, "state": held, "facts": {**facts, "config": parts.config.to_dict()}}
+
+    def rescue_checkpoint(self, parts: Parts, state: TrainState) -> Path:
+        """Save the state from this rank alone, whatever the other ranks do. The strategy must be `alone`."""
+        return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
+
+    def write_weights(self, parts: Parts, path: Path) -> str:
+        """Write the weights, averaged if the run averages; return a note if the disk is full, or "".
+
+        Every rank must call this; rank 0 alone knows the outcome. The file keeps its old content on a full disk.
+        """
+        with parts.averaged_weights():
+            weights = parts.strategy.weights()
+            if parts.is_main:
+                try:
+                    checkpoint.replace_tensors(path, weights)
+                except checkpoint.DiskFullError as error:
+                    return f"{path} could not be written: {error.strerror}"
+        return ""
+
+    def rescue(self, parts: Parts, state: TrainState) -> str:
+        """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
+        # a save that rank 0 has only begun is no use to another rank: torchrun kills rank 0, launch waits only so long
+        if not parts.strategy.alone or (parts.is_main and state.step == self.saved_step):
+            return self.newest(parts)
+        try:
+            path = self.rescue_checkpoint(parts, state)
+        except OSError as error:
+            return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
+        return f"The state after step {state.step} is in {path}: a run goes on from there."
+
+    def rescue_for_restart(self, parts: Parts, state: TrainState) -> str:
+        """Save the state before a failed step, if this rank has the whole state; return where the run goes on."""
+        if not parts.strategy.alone:
+            return "The newest checkpoint is from before that step"
+        return f"The state before that step is in {self.rescue_checkpoint(parts, state)}"
+
+    def wait(self, parts: Parts) -> str:
+        """Wait for the last save before an error ends the run; return a sentence if the save failed."""
+        try:
+            if parts.is_main:
+                self.written += self.checkpoints.wait()
+        except OSError as error:  # the run's own error matters more
+            return f" The last save failed: {error}."
+        return ""
+
+    def newest(self, parts: Parts) -> str:
+        """Wait for the last save; return a sentence about the newest checkpoint."""
+        failed = self.wait(parts)
+        newest = next(iter(self.checkpoints.all()), None)
+        return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed

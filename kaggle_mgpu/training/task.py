@@ -1,0 +1,199 @@
+"""`Task` defines a model, its data and its loss; `TrainState` is a run's position, `Result` its outcome.
+
+A task says nothing about GPUs, precision or the split of the batch: `loop.train` takes care of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from .. import data, parallel, progress
+from ..checkpoints import checkpoint
+from ..config import TrainConfig
+from . import optim
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Task:
+    """A model, its data and its loss, for `train`. A task may be defined in a notebook cell.
+
+    Losses and metrics are sums with counts, not means, so that every split of the batch gives the same gradient and the
+    same figures.
+    """
+
+    name: str = ""
+    """Identifies the task in checkpoints. Default: the class's name."""
+    unit: str = "samples"
+    """The unit that `count` counts in; throughput is logged in it."""
+    backend: str = "torch"
+    """The library that makes the model trainable. A run does not go on from another backend's checkpoint."""
+
+    def model(self) -> nn.Module:
+        """Return the model on the CPU. torch's random generator is seeded before this call."""
+        raise NotImplementedError(f"{type(self).__name__}.model: return the nn.Module to train")
+
+    def train_data(self) -> Dataset[Any]:
+        """Return a map-style dataset.
+
+        If it has a method `batch(indices: int64 tensor)`, whole batches are fetched through it. If it has
+        `sample_lengths`, a number for each sample, samples of similar length share a micro-batch within a step.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.train_data: return a dataset with __len__ and __getitem__")
+
+    def val_data(self) -> Dataset[Any] | None:
+        """Return the dataset for evaluations, or None for no evaluation."""
+        return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Make a batch of samples; torch's default_collate unless overridden."""
+        return default_collate(samples)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar."""
+        raise NotImplementedError(f"{type(self).__name__}.loss: return the sum of the batch's losses")
+
+    def count(self, batch: Any) -> int:
+        """Return the number of terms that `loss` sums over for a batch on the CPU. Default: its samples."""
+        return data.samples_in(batch)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        """Return {name: (sum, count)} over a batch of val_data. The sums over all batches and ranks are divided.
+
+        Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
+        equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
+        """
+        return {"loss": (self.loss(model, batch), self.count(batch))}
+
+    def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Return the reported numbers from the means over val_data: a perplexity, an F1 score."""
+        return {name: float(value) for name, value in metrics.items()}
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        """Return the optimizer: AdamW with weight decay on matrices only. A group's `lr_scale` multiplies its rate."""
+        return optim.adamw(model, config.lr, config.weight_decay)
+
+    def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
+        """Return the modules for fsdp to gather, each by itself; None for the blocks repeated in the model.
+
+        Each must be called as a module (`block(x)`, not `block.attention(x)`), and by every rank if by any.
+        """
+        return None
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Take note of a record, on rank 0, before the log writes it (wandb, prints). Added entries are written too."""
+
+
+@dataclass
+class TrainState:
+    """The position of a run. A checkpoint holds this beside weights and optimizer."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    samples_seen: int = 0
+    """Position in the data: samples taken in all epochs together."""
+    evaluated: int = 0
+    """The step of the last evaluation."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The metrics of the last evaluation."""
+    best: float | None = None
+    """The best value of best_metric so far."""
+    seconds: float = 0.0
+    """Time spent, over all sessions."""
+
+
+# Names of a task's methods in other trainers: methods of these names would never be called here
+_ELSEWHERE = {
+    "val_dataset": "val_data", "valid_data": "val_data", "validation_data": "val_data", "eval_data": "val_data",
+    "eval_dataset": "val_data", "val_dataloader": "val_data", "collate_fn": "collate", "compute_metrics": "metrics",
+    "validation_step": "metrics", "configure_optimizers": "optimizer", "configure_optimizer": "optimizer",
+}  # fmt: skip
+
+
+def expect(config: object, task: object, who: str) -> None:
+    """Raise TypeError unless given a TrainConfig and a Task, in this order, without misspelt methods."""
+    if not isinstance(config, TrainConfig) or not isinstance(task, Task):
+        got = " and ".join(
+            f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+            for value in (config, task)
+        )
+        raise TypeError(f"{who} expects a TrainConfig and a Task (an instance, not the class), got {got}")
+    _expect_no_misspelt_method(task)
+
+
+def _expect_no_misspelt_method(task: Task) -> None:
+    """Raise TypeError for a task with `metric` instead of `metrics`, say: no method of that name is ever called."""
+    ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
+    own = vars(task)
+    missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name) and name not in own]
+    # plain functions of the task's own classes: not a class, a loss object, or what a base of another library brings
+    kinds = [kind for kind in type(task).__mro__[::-1] if issubclass(kind, Task)]
+    defined = {name: value for kind in kinds for name, value in vars(kind).items()}
+    functions = {name: value for name, value in defined.items() if inspect.isfunction(value)}
+    called = {name for function in functions.values() for name in function.__code__.co_names}
+    for name in functions:
+        if name.startswith("_") or name in called or name in own or hasattr(Task, name):
+            continue
+        meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
+        if meant in missing:
+            raise TypeError(
+                f"{type(task).__name__}.{name} is no method of Task, and nothing would call it. Did you mean {meant}? "
+                f"A method for your own use may begin with an underscore."
+            )
+
+
+@dataclass
+class Result:
+    """The outcome of a run, also written to output_dir/result.json."""
+
+    output_dir: str
+    finished: bool
+    """False if the run stopped before its last step. The same call continues from there."""
+    reason: str
+    step: int
+    max_steps: int
+    samples_seen: int
+    metrics: dict[str, float]
+    """The last evaluation."""
+    best: float | None
+    seconds: float
+    """Training time over all sessions."""
+    world_size: int
+    strategy: str
+    precision: str
+    skipped_steps: int
+    """Steps not taken because the gradient was not finite."""
+    remaining_steps: int = 0
+    """Steps left to take, if not finished."""
+    remaining_seconds: float | None = None
+    """Seconds for the remaining steps at this session's pace."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl, each as a dictionary."""
+        return progress.read(self.output_dir)
+
+    def plot(self) -> Figure:
+        """Draw loss, learning rate, throughput and use of time; also write run.png and run.svg."""
+        return progress.plot(self.output_dir)
+
+    def load(self, model: nn.Module, which: str = "final") -> nn.Module:
+        """Load the trained weights ("final", or the "best" by validation); return the model in eval mode."""
+        if which not in ("final", "best"):
+            raise ValueError(f"which: expected 'final' or 'best', got {which!r}")
+        name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
+        if self.best is None:  # nothing was evaluated, and what is in best/ may be an earlier run's
+            name = "model.safetensors"
+        path = Path(self.output_dir) / name
+        weights = checkpoint.read_tensors(path)
+        checkpoint.check_model(weights, parallel.saved_state(model), str(path))
+        parallel.load_saved_state(model, weights)
+        return model.eval()

@@ -1,0 +1,291 @@
+"""plan: what is counted is compared with what torch holds, what is estimated with the arithmetic by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from kaggle_mgpu import Task, TrainConfig, devices, plan
+from kaggle_mgpu.__main__ import main
+from kaggle_mgpu.planning import Target, compare, planner
+from kaggle_mgpu.planning.compare import Measured
+from kaggle_mgpu.planning.counts import Facts, count
+from kaggle_mgpu.planning.estimate import BUCKET, PUBLISHED, REACHED, exchange
+from kaggle_mgpu.planning.selftest import all_reduce_bandwidth
+from tasks import Regression
+
+WIDTH, SAMPLES, VAL = 64, 1000, 300
+
+
+class Wide(Task):
+    """Two matrices of 64 x 64 without biases: everything about it can be worked out by hand."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Tanh(), nn.Linear(WIDTH, WIDTH, bias=False))
+
+    def train_data(self) -> Dataset[Any]:
+        return TensorDataset(torch.zeros(SAMPLES, WIDTH))
+
+    def val_data(self) -> Dataset[Any] | None:
+        return TensorDataset(torch.zeros(VAL, WIDTH))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).square().sum()
+
+
+def test_what_is_counted() -> None:
+    facts = count(TrainConfig(), Wide(), half=False)
+    matrix = WIDTH * WIDTH
+    assert (facts.dataset_size, facts.val_samples, facts.parameters) == (SAMPLES, VAL, 2 * matrix)
+    assert (facts.weight_bytes, facts.gradient_bytes) == (8 * matrix, 8 * matrix)
+    # AdamW: two moments and a step count for each of the two
+    assert facts.optimizer_bytes == 16 * matrix + 2 * 4
+    # a matrix takes 2 operations a weight forward, as many for its own gradient, and for its input's, but the first
+    assert facts.operations == 2 * matrix * (3 + 2)
+    # forward: two products, tanh, the square, its sum; backward: a product for each gradient, and what is around them
+    assert 5 + 3 <= facts.operators <= 25
+    # kept: the input, tanh's output (also the second matrix's input), what is squared
+    assert facts.sample_bytes == 3 * WIDTH * 4
+    assert facts.fixed_bytes == 0
+
+
+def test_half_precision_keeps_copies_of_the_weights_and_half_of_the_rest() -> None:
+    facts = count(TrainConfig(), Wide(), half=True)
+    # both inputs in half, tanh's own output again, and square's (fp32 under autocast: its input in half and fp32)
+    assert facts.fixed_bytes > 0
+    assert facts.sample_bytes < 3 * WIDTH * 4
+    assert facts.weight_bytes == 8 * WIDTH * WIDTH
+
+
+def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:
+    config = TrainConfig(global_batch_size=100, gradient_accumulation_steps=2, epochs=3, eval_every=7)
+    found = plan(config, Wide(), on="T4x2")
+    facts = count(config, Wide(), half=True)
+    gpu = PUBLISHED["T4"]
+    assert found.sentence == (
+        "global batch 100 = 25 per GPU x 2 GPUs x 2 accumulation steps; 1,000 samples, 10 steps an epoch, "
+        "30 steps in all"
+    )
+    assert (found.strategy, found.precision, found.max_steps, found.measured_memory) == ("ddp", "fp16", 30, None)
+    moving = (4 * (facts.fixed_bytes + 25 * facts.sample_bytes) + 3 * facts.weight_bytes) / gpu.bandwidth
+    micro_step = max(25 * facts.operations / gpu.peak["fp16"] / REACHED, moving / REACHED, facts.operators * 1e-5)
+    assert micro_step == facts.operators * 1e-5, "so small a model waits for its operators"
+    optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / REACHED
+    exchange = facts.gradient_bytes / gpu.link  # 2 (n - 1) / n is 1 for two; below one bucket nothing is hidden
+    assert found.step_seconds == pytest.approx(2 * micro_step + optimizer + exchange)
+    assert found.seconds == pytest.approx(found.step_seconds * (30 + 5 * VAL / 3 / 100))
+    assert (found.sessions, found.quota) == (1, pytest.approx(found.seconds / 30 / 3600))
+    assert found.exchange is not None and found.exchange.exposed == pytest.approx(exchange)
+    alone = 2 * (found.step_seconds - exchange)
+    assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
+    text = str(found)
+    assert "ESTIMATE from T4's published figures, 33% of them reached" in text
+    assert "through shared memory, since two T4s have no peer access; NCCL's own figure for PCIe 3.0 x16" in text
+    assert "2 GPUs over 1   up to " in text
+
+
+def test_a_long_run_takes_sessions_and_quota(tmp_path: Path) -> None:
+    once = plan(TrainConfig(max_steps=1, eval_every="end"), Regression(val_samples=0), on="P100")
+    assert once.step_seconds is not None and (once.strategy, once.precision) == ("single", "fp32")
+    steps = round(30 * 3600 / once.step_seconds)
+    found = plan(TrainConfig(max_steps=steps, eval_every="end"), Regression(val_samples=0), on="P100")
+    assert (found.sessions, found.quota) == (3, pytest.approx(1.0, rel=1e-3))
+    assert "3 sessions of 12 h; 100.0 % of the week's 30 h" in str(found)
+    assert "30 h 00 min" in str(found)
+
+
+def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
+    found = plan(TrainConfig(global_batch_size=8), Wide(), on="B300x2")
+    assert (found.step_seconds, found.seconds, found.sessions, found.quota, found.speedup) == (None,) * 5
+    text = str(found)
+    assert "global batch 8 = 4 per GPU x 2 GPUs" in text
+    assert "time            unknown: no figures of B300 are kept here; known: T4, P100, L4, A100, H100" in text
+    assert f"2 GPUs over 1   unknown\n{'':15} the time of a step is not known" in text
+    assert " of " not in text.split("memory per GPU")[1].splitlines()[0], "its memory is not known either"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("T4x2", "T4", 2),
+        ("p100", "P100", 1),
+        ("Tesla T4 x 2", "T4", 2),
+        ("NVIDIA L4x4", "L4", 4),
+        ("B300x8", "B300", 8),
+    ],
+)
+def test_names(text: str, name: str, count: int) -> None:
+    found = Target.named(text)
+    assert (found.name, found.count) == (name, count)
+    assert (found.published is not None) == (name in PUBLISHED)
+
+
+@pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
+def test_no_name(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, P100"):
+        Target.named(text)
+
+
+@pytest.mark.parametrize("text", ["T4x", "T4x-2", "t4X"])
+def test_no_number(text: str) -> None:
+    with pytest.raises(ValueError, match=r"how many\? Did you mean 'T4x2'\?"):
+        Target.named(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("Tesla T4", "T4"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", None), ("H200", None)],
+)
+def test_gpus_at_hand_are_recognised_by_their_whole_name(name: str, known: str | None) -> None:
+    found = Target.at_hand([devices.GPU(0, name, 15 << 30, (7, 5))])
+    assert found.published is (PUBLISHED[known] if known else None)
+
+
+def test_settings_that_cannot_be_are_the_errors_of_a_run() -> None:
+    with pytest.raises(ValueError, match="global_batch_size 9 cannot be shared by 2 replicas"):
+        plan(TrainConfig(global_batch_size=9), Wide(), on="T4x2")
+    with pytest.raises(ValueError, match=r"precision='bf16': T4 has capability 7\.5"):
+        plan(TrainConfig(precision="bf16"), Wide(), on="T4")
+    with pytest.raises(ValueError, match="nproc=4, but the plan is for 2 x T4: expected at most that"):
+        plan(TrainConfig(nproc=4), Wide(), on="T4x2")
+
+
+def test_the_micro_batch_that_is_to_be_found_is_reckoned() -> None:
+    class Long(Wide):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            x = batch[0][:, None, :].expand(-1, 20_000, -1)  # 15 MB a sample are kept, three times
+            return model(x).square().sum()
+
+    found = plan(TrainConfig(micro_batch_size="auto", global_batch_size=4096), Long(), on="P100")
+    facts = count(TrainConfig(), Long(), half=False)
+    assert found.precision == "fp32"
+    assert found.micro_batch_size == 512
+    assert facts.activations(512) < 0.9 * PUBLISHED["P100"].memory_bytes < facts.activations(2048)
+    tight = plan(TrainConfig(micro_batch_size=4096, global_batch_size=4096), Long(), on="P100")
+    assert any("micro_batch_size=512 with 8 accumulation steps is the same batch" in text for text in tight.advice)
+
+
+def facts(**changes: Any) -> Facts:
+    values = {"dataset_size": 100, "val_samples": 0, "parameters": 25_000_000, "weight_bytes": 10**8}
+    values |= {
+        "gradient_bytes": 10**8,
+        "optimizer_bytes": 2 * 10**8,
+        "operations": 1e9,
+        "operators": 9,
+        "fixed_bytes": 0.0,
+    }
+    return Facts(**{**values, "sample_bytes": 1e6, **changes})
+
+
+def test_an_exchange_hides_behind_the_backward_pass_but_for_its_last_bucket() -> None:
+    got = exchange(facts(), 2, micro_step=3.0, link=1e8, source="")
+    assert (got.seconds, got.hidden) == (1.0, 2.0)
+    assert got.exposed == pytest.approx(BUCKET / 10**8)
+    longer = exchange(facts(), 4, micro_step=0.3, link=1e8, source="")
+    assert longer.seconds == pytest.approx(1.5)
+    assert longer.exposed == pytest.approx(1.5 - 0.2)
+
+
+def test_what_other_strategies_send_and_hold() -> None:
+    whole = exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp")
+    assert whole.seconds == pytest.approx(1.5)
+    through_one = exchange(facts(), 3, micro_step=3.0, link=1e8, source="", strategy="dp", accumulation=2)
+    assert (through_one.seconds, through_one.exposed) == (pytest.approx(8.0), pytest.approx(8.0))
+    assert facts().memory(2, shards=4) == {
+        "weights": 25e6, "gradients": 25e6, "optimizer": 50e6, "activations": 2e6
+    }  # fmt: skip
+    assert sum(facts().memory(2, ema=True).values()) == 5e8 + 2e6
+
+
+def test_two_gpus_under_dp_gain_less(tmp_path: Path) -> None:
+    config = TrainConfig(global_batch_size=64, gradient_accumulation_steps=4)
+    dp, ddp = (plan(config.replace(strategy=strategy), Wide(), on="T4x2") for strategy in ("dp", "ddp"))
+    assert dp.speedup is not None and ddp.speedup is not None and dp.speedup < ddp.speedup
+    assert "weights out and gradients back through the first GPU" in str(dp)
+
+
+def test_advice_where_the_exchange_is_what_takes_the_time() -> None:
+    class Heavy(Wide):
+        """One sample a GPU of a model with 64 MB of weights: nothing to hide behind."""
+
+        def model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(WIDTH, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 1))
+
+    found = plan(TrainConfig(global_batch_size=2, max_steps=10), Heavy(), on="T4x2")
+    advice = "\n".join(found.advice)
+    assert "gradient_accumulation_steps=2 halves its share" in advice
+    assert "gradients sent as fp16" in advice
+    assert found.speedup is not None and found.speedup < 1.7
+    easy = plan(TrainConfig(global_batch_size=2, max_steps=10), Heavy(), on="A100x2")
+    assert easy.speedup is not None and easy.speedup > found.speedup
+
+
+def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured stands for what is published, also where nothing is."""
+    gpus = [devices.GPU(index, "NVIDIA B300", 200 << 30, (10, 3)) for index in (0, 1)]
+    measured = Measured([0.2, 0.1, 0.1], 60, 60, [3 << 30, 4 << 30], micro_batch_size=5)
+    rate = {"gigabytes_per_s": 0.01, "peers": False}
+    monkeypatch.setattr(devices, "select", lambda _: gpus)
+    monkeypatch.setattr(compare, "measure", lambda config, task, steps: measured)
+    monkeypatch.setattr(planner, "launch", lambda function, **_: [rate] if function is all_reduce_bandwidth else None)
+    found = plan(TrainConfig(global_batch_size=20), Wide())
+    assert (found.strategy, found.precision, found.step_seconds, found.measured_memory) == ("ddp", "bf16", 0.1, 4 << 30)
+    assert found.sentence.startswith("global batch 20 = 5 per GPU x 2 GPUs x 2 accumulation steps")
+    exchange = 8 * WIDTH * WIDTH / 1e7
+    assert found.exchange is not None and found.exchange.exposed == pytest.approx(exchange)
+    alone = 2 * (0.1 - exchange)
+    assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
+    text = str(found)
+    assert "measured peak 4.0 GiB" in text
+    assert "2 GPUs over 1   1.93x expected\n" in text
+    assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
+
+
+def test_what_does_not_fit_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large(Wide):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            if len(batch[0]) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().loss(model, batch)
+
+    facts = count(TrainConfig(), Large(), half=False)
+    assert (facts.sample_bytes, facts.fixed_bytes) == (3 * WIDTH * 4, 0), "counted with a single sample"
+    found = plan(TrainConfig(global_batch_size=20, nproc=1), Large(), steps=1)
+    assert (found.step_seconds, found.seconds) == (None, None)
+    assert "time            unknown: out of memory with micro_batch_size 20" in str(found)
+    assert found.advice[0].startswith("micro_batch_size='auto' finds what fits")
+
+
+def test_here_and_now(tmp_path: Path) -> None:
+    found = plan(
+        TrainConfig(global_batch_size=20, epochs=2, nproc=2 if not devices.gpus() else "auto"), Wide(), steps=3
+    )
+    assert found.step_seconds is not None and found.seconds is not None
+    assert "measured here over 3 steps" in str(found)
+    if not devices.gpus():
+        assert found.seconds == pytest.approx(found.step_seconds * (100 + 2 * VAL / 3 / 20))
+        assert (found.speedup, found.sessions, found.quota) == (None, None, None)
+        assert "on CPU: strategy ddp, precision fp32 (no GPU)" in str(found)
+        assert "= 10 per process x 2 processes x 1 accumulation step" in str(found)
+        assert "processes on a CPU share its cores; name GPUs for an estimate" in str(found)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    flags = "--tokenizer byte --n-layer 1 --n-head 1 --n-embd 8 --block-size 16 --global-batch-size 4 --max-steps 9"
+    command = ["plan", "text_generation", *flags.split(), "--data-path", "text.txt", "--output-dir", "run"]
+    assert main([*command, "--on", "T4x2"]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("global batch 4 = 2 per GPU x 2 GPUs x 1 accumulation step; ")
+    assert "9 steps in all" in said.out
+    assert main([*command, "--on", "0"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")
+    assert len(said.err.splitlines()) == 1

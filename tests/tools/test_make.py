@@ -1,0 +1,57 @@
+"""The Makefile's targets over the command line: what they run, and two of them for real."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`make`, with this environment instead of .venv."""
+    command = ["make", "--no-print-directory", "-o", ".venv/installed", f"BIN={BIN}", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["gpu-info"], "-m kaggle_mgpu gpus"),
+        (["memory-check", "ON=T4x2", "CONFIG=a.yaml"], "-m kaggle_mgpu plan text_generation --config a.yaml --on T4x2"),
+        (["train-distributed", "CONFIG=a.yaml", "NPROC=2", "OUTPUT_DIR=out", "ARGS=--epochs 3"],
+         "-m kaggle_mgpu train text_generation --config a.yaml --nproc 2 --output-dir out --epochs 3"),
+        (["train-distributed-tb", "RECIPE=sft"], "-m kaggle_mgpu train sft --tensorboard"),
+        (["train-deepspeed", "RECIPE=sft", "DEEPSPEED_CONFIG=zero2.json"],
+         "-m kaggle_mgpu train sft --strategy deepspeed --deepspeed-config zero2.json"),
+        (["tensorboard", "OUTPUT_DIR=out"], "-m tensorboard.main --logdir out"),
+        (["tensorboard"], "-m tensorboard.main --logdir text_generation"),
+    ],
+)  # fmt: skip
+def test_what_a_target_runs(arguments: list[str], line: str) -> None:
+    done = make("-n", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert [" ".join(row.split()) for row in done.stdout.splitlines()] == [f"{BIN}/python {line}"]
+
+
+def test_gpu_info() -> None:
+    done = make("gpu-info")
+    assert done.returncode == 0, done.stderr
+    assert "precision " in done.stdout
+
+
+def test_memory_check(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    (tmp_path / "tiny.yaml").write_text(
+        "tokenizer: byte\nn_layer: 1\nn_head: 1\nn_embd: 8\nblock_size: 16\nglobal_batch_size: 4\n"
+    )
+    data = f"ARGS=--data-path {tmp_path / 'text.txt'}"
+    where = [f"CONFIG={tmp_path / 'tiny.yaml'}", f"OUTPUT_DIR={tmp_path / 'run'}"]
+    done = make("memory-check", *where, data, "ON=P100")
+    assert done.returncode == 0, done.stderr
+    assert "memory per GPU  weights " in done.stdout
+    assert "of 15.9 GiB" in done.stdout

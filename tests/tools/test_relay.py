@@ -1,0 +1,233 @@
+"""tools/relay.py with the real kaggle CLI: many sessions, one run. And no secret in anything that is left behind."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kaggle_cli
+import relay
+from kaggle_mgpu.progress import progress
+from kaggle_server import KaggleServer
+from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+
+
+def relayed(kaggle: KaggleServer, root: Path, *more: str, code: int = 0) -> str:
+    return tool(kaggle, root, "relay", "counting", "--user", "ann", "--interval", "1.5", *more, code=code)
+
+
+def state(root: Path) -> dict[str, Any]:
+    return json.loads((root / "build" / "kernels" / SLUG / "relay.json").read_text())
+
+
+def steps_of(kaggle: KaggleServer, root: Path) -> list[int]:
+    """Of the relay's sessions, whose versions must be those that Kaggle has."""
+    sessions = state(root)["sessions"]
+    assert [session["version"] for session in sessions] == [v.number for v in kaggle.account.kernels[f"ann/{SLUG}"]]
+    return [session["step"] for session in sessions]
+
+
+def test_relay_over_a_dataset(kaggle: KaggleServer, root: Path) -> None:
+    """The route that needs nothing of how Kaggle mounts a kernel's own output."""
+    kaggle.account.mounts_itself = "nothing"
+    said = relayed(kaggle, root, "-p", "goal=4", "-p", "per_session=2", code=1)
+    assert "session 2 ended with COMPLETE at step 2, and made no progress: it was 2 before." in said
+    assert "It did not go on from what was attached: Kaggle gave it another version's. Try --carry dataset." in said
+    assert steps_of(kaggle, root) == [2, 2]
+    assert "finished: step 4, after 3 sessions" in relayed(kaggle, root, "--carry", "dataset")
+    assert steps_of(kaggle, root) == [2, 2, 4]
+    pushes = [request for name, request in kaggle.requests if name == "SaveKernel"]
+    assert [request.get("kernelDataSources") or [] for request in pushes] == [[], [f"ann/{SLUG}"], []]
+    assert [request.get("datasetDataSources") or [] for request in pushes] == [[], [], [f"ann/{SLUG}-state"]]
+    dataset = kaggle.account.datasets[f"ann/{SLUG}-state"]
+    assert dataset.private
+    (folder,) = dataset.versions
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
+    assert names == {f"run/checkpoints/step-0000000{i}/model.safetensors" for i in (1, 2)}
+    # once more: it knows that it is finished, and of what
+    assert "finished" in relayed(kaggle, root)
+    assert len(kaggle.account.kernels[f"ann/{SLUG}"]) == 3
+    assert "--anew, or another --title" in relayed(kaggle, root, "-p", "goal=9", code=1)
+
+
+def test_a_relay_that_is_killed_goes_on(kaggle: KaggleServer, root: Path, tmp_path: Path) -> None:
+    """In the middle of a session, and between a push and the note of it."""
+    command = [sys.executable, str(TOOL), "--root", str(root), "relay", "counting", "--user", "ann"]
+    given = ["--interval", "0.1", "-p", "goal=4", "-p", "per_session=2", "-p", f"gate={tmp_path / 'gate'}"]
+    first = subprocess.Popen([*command, *given], env=kaggle.environment(), stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    while "session 1: version 1" not in first.stdout.readline():
+        assert first.poll() is None
+    busy = relayed(kaggle, root, code=1)
+    first.kill()
+    first.communicate()
+    (tmp_path / "gate").touch()
+    assert busy == f"another relay of ann/{SLUG} is at work on this machine\n"
+    path = root / "build" / "kernels" / SLUG / "relay.json"
+    unsure = state(root)
+    unsure["sessions"][0] |= {"version": None, "state": "PUSHING"}
+    path.write_text(json.dumps(unsure))
+    said = relayed(kaggle, root)
+    assert "session 1 had been pushed" in said
+    assert "finished: step 4, after 2 sessions" in said
+    assert steps_of(kaggle, root) == [2, 4]
+    # a push that never arrived
+    unsure = state(root)
+    unsure["parameters"]["goal"] = 5
+    unsure["sessions"][1]["finished"] = False
+    unsure["sessions"].append({"number": 3, "state": "PUSHING"})
+    path.write_text(json.dumps(unsure))
+    assert "finished: step 5, after 3 sessions" in relayed(kaggle, root)
+    assert steps_of(kaggle, root) == [2, 4, 5]
+
+
+def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: Path) -> None:
+    kaggle.account.quota_refusal = "Maximum weekly GPU quota of 30.00 hours reached."
+    said = relayed(kaggle, root, "-p", "goal=4", "-p", "fail_at=3", code=1)
+    assert "stopped: Kaggle refused the push: Maximum weekly GPU quota of 30.00 hours reached.\nThe same" in said
+    assert kaggle.account.kernels == {}
+    kaggle.account.quota_refusal = ""
+    # by itself: an error in the notebook, even after progress
+    said = relayed(kaggle, root, code=1)
+    assert "it had stopped: Kaggle refused" in said
+    assert "stopped: session 1 ended with ERROR, by an error of its own. The log ends:" in said
+    assert "OSError: the sensor is gone" in re.sub(r"\x1b\[[\d;]*m", "", said)
+    assert steps_of(kaggle, root) == [3]
+    # what is mended goes on where it was: here the notebook that always fails at step 3 no longer does
+    source = root / "notebooks" / "counting_kaggle_multigpu.py"
+    source.write_text(COUNTING.replace("if step == fail_at", "if False"))
+    assert "finished: step 4, after 2 sessions" in relayed(kaggle, root)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])
+def test_a_state_that_cannot_be_read_is_not_begun_anew_by_itself(root: Path, content: str) -> None:
+    kernel = counting(root)
+    kernel.folder.mkdir(parents=True)
+    (kernel.folder / "relay.json").write_text(content)
+    with pytest.raises(relay.KernelError, match=r"relay\.json cannot be read as a relay's state: mend it, or .*--anew"):
+        relay.run(kernel, carry=None, interval=60)
+    assert (kernel.folder / "relay.json").read_text() == content
+
+
+def test_predictions_are_progress_and_are_carried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = relay._Relay(counting(root), "dataset", 0.1, True, lambda _: None)
+    folder = root / "runs" / SLUG / "v2"
+    for name in ("test/a.tif", "stamp.json", "count.json"):
+        (folder / "run" / "predictions" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "predictions" / name).touch()
+    sessions = [relay.Session(1, 1, state="ERROR", step=9, predicted=2, folder="runs/x")]
+    sessions += [relay.Session(2, 2, state="ERROR", step=9, predicted=3, folder=f"runs/{SLUG}/v2")]
+    at_work.state.sessions = sessions
+    at_work.judge(sessions[1])  # it got on, in predicting
+    assert at_work.state.best is sessions[1]
+    uploaded: list[str] = []
+
+    def upload(_dataset: str, _title: str, carried: Path, _note: str) -> None:
+        uploaded.extend(path.relative_to(carried).as_posix() for path in sorted(carried.rglob("*.*")))
+
+    monkeypatch.setattr(kaggle_cli, "upload", upload)
+    monkeypatch.setattr(kaggle_cli, "dataset_status", lambda _: "ready")
+    at_work.upload("ann/state", folder, sessions[1])
+    assert uploaded == [f"run/predictions/{name}" for name in ("count.json", "stamp.json", "test/a.tif")]
+    sessions[1].predicted = 2
+    with pytest.raises(relay.StopError, match="ended with ERROR at step 9, and made no progress"):
+        at_work.judge(sessions[1])
+
+
+def test_a_relay_leaves_somebody_elses_session_alone(kaggle: KaggleServer, root: Path) -> None:
+    push(kaggle, root, "gate=never")
+    said = relayed(kaggle, root, code=1)
+    assert f"ann/{SLUG} is RUNNING, with a session that is not this relay's: wait for it" in said
+    assert state(root)["sessions"] == []
+    assert len(kaggle.account.running()) == 1
+
+
+# Training
+KEY = "fedcba9876543210" * 2
+SECRETS = {"KAGGLE_USER_SECRETS_TOKEN": "eyJhbGciOiJ.user-secret.signature", "WANDB_API_KEY": "planted-wandb-0123"}
+
+
+def planted_in(*folders: Path) -> list[str]:
+    """Files under the folders that hold one of the planted secrets, in clear or base64 (of notebooks' payloads)."""
+    secrets = [value.encode() for value in (KEY, *SECRETS.values())]
+    secrets += [base64.b64encode(f"ann:{KEY}".encode())]
+    return [
+        str(path)
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file() and any(secret in path.read_bytes() for secret in secrets)
+    ]
+
+
+STEPS = 60
+LIMIT = 600.0
+"""Seconds that each session trains, however slow the machine: those of the first pass all at once, in a save."""
+
+
+def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -> None:
+    """At least four sessions, two of them killed in the middle of a save: the weights of one unlimited run.
+
+    And nowhere, in no notebook, log, record or message, is the API key or a secret of the session.
+    """
+    account = kaggle.account
+    account.key, account.session_variables = KEY, SECRETS
+    (tmp_path / "input").mkdir()
+    corpus(tmp_path / "input")
+    account.add_dataset("bob/its-input", tmp_path / "input")
+    settings = {**TEXT, "nproc": 2, "max_steps": STEPS, "save_every": 2, "keep_last": 2, "log_every": 4}
+    whole = tmp_path / "whole"
+    config = {name: value for name, value in settings.items() if name not in ("prompts", "max_new_tokens")}
+    config |= {"data_path": tmp_path / "input", "output_dir": whole}
+    given = [text for name, value in config.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "kaggle_mgpu", "train", "text_generation", *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+    # The first gets no further than its third save before its time is up, and stops by itself
+    account.slow_save = {1: LIMIT}
+    account.kill_in_save = {2, 3}
+    given = [*flags(settings), "--user", "ann", "--dataset", "bob/its-input"]
+    relay_command = ["relay", "text_generation", "--title", "Relayed Run", "--interval", "3"]
+    said = tool(kaggle, house, *relay_command, "-p", f"time_limit={LIMIT}", *given)
+    sessions = [version.session for version in account.kernels["ann/relayed-run"]]
+    assert len(sessions) >= 4
+    assert [session.killed for session in sessions] == ["", "save", "save", *([""] * (len(sessions) - 3))]
+    for killed in sessions[1:3]:
+        assert any(name.startswith(".writing-step-") for name in killed.left_by_the_kill)
+    assert "session 2 ended: ERROR" in said
+    assert f"finished: step {STEPS}, after {len(sessions)} sessions" in said
+    fetched = house / "runs" / "relayed-run" / f"v{len(sessions)}" / "text_generation"
+    assert (fetched / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert progress.comparable(progress.read(fetched)) == progress.comparable(progress.read(whole))
+    assert planted_in(house / "build", house / "runs", *(session.folder for session in sessions)) == []
+
+
+def test_what_a_failing_run_says_holds_no_secret(kaggle: KaggleServer, house: Path) -> None:
+    """An error in a worker process, with its traceback, told of by `wait`; and the CLI's own errors."""
+    account = kaggle.account
+    account.key, account.session_variables = KEY, SECRETS
+    given = {**TEXT, "nproc": 2, "max_steps": 50, "log_every": 1, "lr": 1e30, "precision": "fp32"}
+    parameters = flags(given)
+    tool(kaggle, house, "push", "text_generation", "--user", "ann", "--title", "Failing Run", *parameters)
+    said = tool(kaggle, house, "wait", "ann/failing-run", "--interval", "3", code=1)
+    assert "DivergedError" in said
+    tool(kaggle, house, "output", "ann/failing-run")
+    account.key = "0" * 32  # so that Kaggle refuses the planted one
+    environment = {**kaggle.environment(), "KAGGLE_KEY": KEY, "HTTPS_PROXY": f"http://ann:{KEY}@127.0.0.1:9"}
+    for command in ("push", "status", "logs", "output"):
+        done = subprocess.run(
+            [sys.executable, str(TOOL), "--root", str(house), command, "text_generation", "--user", "ann"],
+            env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 1
+        said += done.stdout + done.stderr
+    assert not [value for value in (KEY, *SECRETS.values()) if value in said]
+    session = account.version("ann/failing-run").session
+    assert planted_in(house / "build", house / "runs", session.folder) == []
