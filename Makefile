@@ -6,7 +6,7 @@
 # make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
 # make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
-#                    These three end with what differs from the lock. ARGS="tests/data/test_data.py -x" is pytest's.
+#                    These three end with what differs from the lock. TESTS="tests/data/test_data.py -x" is for pytest.
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
 # demo, quick and test make .venv first, with the versions of the lock. PYTHON=python3.12 chooses another interpreter.
@@ -33,6 +33,7 @@ ON ?=
 NPROC ?=
 OUTPUT_DIR ?=
 ARGS ?=
+TESTS ?=
 INSTALL := pip install --quiet --disable-pip-version-check
 # each file of tests in one of two processes, the longest first
 PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
@@ -72,10 +73,10 @@ tensorboard: $(VENV)/installed
 	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 
 quick: $(VENV)/installed
-	$(BIN)/python -m $(PYTEST) --quick $(ARGS)
+	$(BIN)/python -m $(PYTEST) --quick $(TESTS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m $(PYTEST) $(ARGS)
+	$(BIN)/python -m $(PYTEST) $(TESTS)
 
 UV := build/uv/bin/uv
 $(UV):
@@ -97,11 +98,11 @@ test-newest:
 	test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
 	build/newest/bin/python -m $(INSTALL) --upgrade --upgrade-strategy eager torch==$(TORCH) \
 	    -r requirements.txt -r tests/requirements.txt
-	build/newest/bin/python -m $(PYTEST) $(ARGS)
+	build/newest/bin/python -m $(PYTEST) $(TESTS)
 
 # The lowest version of each that has a wheel for this Python. The tools that only judge the code stay as they are locked.
 build/oldest/installed: requirements.txt tests/requirements.txt $(LOCK) $(UV)
-	$(PYTHON) -m venv --clear build/oldest
+	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
 	grep -E '^(hypothesis|mypy|pytest|pytest-xdist|ruff|setuptools|six|types-.*)==' $(LOCK) > build/oldest/tools.txt
 	$(UV) pip compile --quiet --upgrade --no-header --no-annotate --python $(PYTHON) --only-binary :all: \
 	    --resolution lowest-direct -c build/oldest/tools.txt -o build/oldest/lowest.txt requirements.txt tests/requirements.txt
@@ -109,22 +110,19 @@ build/oldest/installed: requirements.txt tests/requirements.txt $(LOCK) $(UV)
 	touch $@
 
 test-oldest: build/oldest/installed
-	build/oldest/bin/python -m $(PYTEST) $(ARGS)
+	build/oldest/bin/python -m $(PYTEST) $(TESTS)
 
 KAGGLE_PYTHON ?= $(shell for each in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
     "$$each" -c "" 2>/dev/null && command -v "$$each" && break; done)
 
 build/kaggle/installed: .ci/kaggle-image.txt tests/requirements.txt
-	$(KAGGLE_PYTHON) -m venv --clear build/kaggle
+	test -x build/kaggle/bin/python || $(KAGGLE_PYTHON) -m venv build/kaggle
 	build/kaggle/bin/python -m $(INSTALL) -r .ci/kaggle-image.txt -r tests/requirements.txt
 	touch $@
 
-test-kaggle:
-	@if test -z "$(KAGGLE_PYTHON)"; then \
-	    echo "test-kaggle skipped: no Python 3.12 here, which is Kaggle's. KAGGLE_PYTHON=/path/to/python3.12 names one."; \
-	else \
-	    $(MAKE) --no-print-directory build/kaggle/installed && build/kaggle/bin/python -m $(PYTEST) $(ARGS); \
-	fi
+NO_KAGGLE_PYTHON := test-kaggle skipped: no Python 3.12 here, which is Kaggle's. KAGGLE_PYTHON=/path/to/python3.12 names one.
+test-kaggle: $(if $(KAGGLE_PYTHON),build/kaggle/installed)
+	$(if $(KAGGLE_PYTHON),build/kaggle/bin/python -m $(PYTEST) $(TESTS),@echo "$(NO_KAGGLE_PYTHON)")
 
 # What setuptools keeps of an earlier build would get into this one.
 wheel: $(VENV)/installed

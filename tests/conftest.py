@@ -22,7 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).pare
 # a developer's own settings must not decide what the tests see
 KAGGLE = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN")
 OURS = tuple(f"KAGGLE_MGPU_{name}" for name in ("DISPLAY", "KAGGLE_ROOT", "PROTOBUF", "QUIET", "SESSION_END"))
-for name in (*KAGGLE, *OURS):
+for name in (*KAGGLE, *OURS, "MAKEFLAGS"):
     os.environ.pop(name, None)
 
 
