@@ -50,14 +50,14 @@ class Guess(Task):
     def val_data(self) -> Tokens:
         return Tokens()
 
-    def loss(self, model, batch):
+    def loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
         tokens, mask = batch
         return (
             nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
             * mask.flatten()
         ).sum()
 
-    def count(self, batch):
+    def count(self, batch: list[Tensor]) -> int:
         return int(batch[1].sum())
 
 
@@ -72,7 +72,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = (arguments.keep or Path(temporary)) / f"{strategy}-{nproc}-{accumulation}-{precision}"
                     config = TrainConfig(
-                        strategy=strategy,
+                        strategy=strategy,  # type: ignore[arg-type]
                         nproc=nproc,
                         global_batch_size=36,
                         gradient_accumulation_steps=accumulation,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,26 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
         if blocks := [child for child in entries if often[type(child)] > 1]:
             return list(dict.fromkeys(blocks))
     return list(dict.fromkeys(block for child in model.children() for block in repeated_blocks(child)))
+
+
+@contextlib.contextmanager
+def _integer_parameters() -> Iterator[None]:
+    """Let `fully_shard` take integer parameters, such as 4-bit weights.
+
+    torch 2.10 makes each sharded parameter with requires_grad=True and copies the parameter's own flag afterwards; 2.13
+    copies the flag at once.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+        return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
+
+    before = _fsdp_param.nn
+    _fsdp_param.nn = SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _fsdp_param.nn = before
 
 
 class Sharded(Strategy):
@@ -90,7 +111,8 @@ class Sharded(Strategy):
         # one block at a time is whole on the device; last comes the root, with what is in none of them
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
-            self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            with _integer_parameters():
+                self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
         self.note_buffers()
         return model
 
