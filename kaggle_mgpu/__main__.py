@@ -125,9 +125,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
         if given.command == "plan":
-            from .plan import plan
+            from .plan import plan, together
 
-            print(plan(config, recipe.task(config), on=given.plan_on))
+            # a recipe of several stages is several runs
+            runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
+            plans = []
+            for number, (name, one, task) in enumerate(runs, 1):
+                if name:
+                    print(f"{name} ({number} of {len(runs)})")
+                plans.append(plan(one, task, on=given.plan_on))
+                print(plans[-1], flush=True)
+            if len(plans) > 1:
+                print(together(plans))
             return 0
         # a recipe that does more than train (stages, inference) says so itself
         if run := getattr(recipe, "run", None):

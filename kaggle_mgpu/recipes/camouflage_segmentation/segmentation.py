@@ -241,6 +241,15 @@ def find(config: Config) -> data.Found:
     )
 
 
+def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
+    """Each stage's name, config and task, in their order, for a plan of them: none starts from another's weights."""
+    found = find(config)
+    return [
+        (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
+        for s in stages(config, found)
+    ]
+
+
 def pretrained(config: Config) -> str | None:
     """Where a timm backbone's weights come from; None: they are random.
 
