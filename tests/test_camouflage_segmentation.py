@@ -546,7 +546,13 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.calls.append((name, options))  # type: ignore[attr-defined]
         if name == "unknown":
             raise RuntimeError("Unknown model (unknown)")
-        return FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
+        made = FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
+        if options["pretrained"] and name != "misfit":  # timm's own way: what fits by name, without a word of the rest
+            for number, (key, tensor) in enumerate(made.state_dict().items()):
+                if name != "partly" or "stages_4" not in key:
+                    tensor.fill_(0.01 * number)
+        made.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}  # type: ignore[assignment]
+        return made
 
     module.create_model = create_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "timm", module)
@@ -563,17 +569,18 @@ def test_any_timm_backbone_by_name(timm: Any, tmp_path: Path) -> None:
     model.loss_terms(net.train()(images), masks, balance_weight=0.01).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
     model.backbone("x", width=1, weights="w.safetensors")
-    assert timm.calls[-1][1]["pretrained_cfg_overlay"] == {"file": "w.safetensors"}
-    assert timm.calls[-1][1]["pretrained"] is True
+    # once with the weights, and once without: to see which tensors got values from the file
+    assert timm.calls[-2][1]["pretrained_cfg_overlay"] == {"file": "w.safetensors"}
+    assert [options["pretrained"] for _, options in timm.calls[-2:]] == [True, False]
     model.backbone("x", width=1, weights="download")
-    assert "pretrained_cfg_overlay" not in timm.calls[-1][1]
+    assert timm.calls[-2][1] == {"features_only": True, "pretrained": True}
 
 
 def test_a_pickle_of_weights_is_read_as_weights_alone(timm: Any, tmp_path: Path) -> None:
     tensor = torch.arange(3.0)
     torch.save({"model": {"module.a": tensor, "n": 1}, "epoch": 3}, tmp_path / "w.pth")
     model.backbone("x", width=1, weights=str(tmp_path / "w.pth"))
-    overlay = timm.calls[-1][1]["pretrained_cfg_overlay"]
+    overlay = timm.calls[-2][1]["pretrained_cfg_overlay"]
     assert overlay.keys() == {"state_dict"} and overlay["state_dict"].keys() == {"a"}
     assert torch.equal(overlay["state_dict"]["a"], tensor)
     torch.save({"model": Path("code")}, tmp_path / "w.bin")
@@ -597,7 +604,9 @@ def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
     assert run(config).finished
     # pretrained weights are asked for once: stage 2 begins with stage 1's
     described = 3 * [False]  # what each preset costs is said first, of networks without weights
-    assert [options["pretrained"] for _, options in timm.calls] == [*described, True, False]
+    assert [options["pretrained"] for _, options in timm.calls] == [*described, True, False, False]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["backbone_weights"] == "timm's own, downloaded"
     one, two = (read_tensors(tmp_path / "run" / name / "model.safetensors") for name in ("stage1", "stage2"))
     statistics = {name for name in one if name.endswith(("running_mean", "running_var"))}
     changed = {name for name in one if name.startswith("backbone") and not torch.equal(one[name], two[name])}
@@ -615,7 +624,7 @@ def test_timm_that_is_missing_or_refuses_is_said(timm: Any, monkeypatch: pytest.
 
 
 def test_pretrained_weights_are_a_file_a_download_or_found_among_the_inputs(tmp_path: Path) -> None:
-    config = Config(backbone="edgenext_base")
+    config = Config(backbone="edgenext_base", frozen_epochs=0)
     assert segmentation.pretrained(config) is None
     path = tmp_path / "kaggle" / "input" / "weights" / "edgenext_base_usi.safetensors"
     path.parent.mkdir(parents=True)
@@ -632,6 +641,46 @@ def test_pretrained_weights_are_a_file_a_download_or_found_among_the_inputs(tmp_
     assert segmentation.pretrained(Config()) is None
     with pytest.raises(FileNotFoundError, match="backbone_weights: no such file: nowhere"):
         segmentation.pretrained(config.replace(backbone_weights="nowhere"))
+
+
+@pytest.mark.parametrize(("name", "missing"), [("misfit", 10), ("partly", 2)])
+def test_weights_that_do_not_fit_the_backbone_are_an_error_that_counts_them(timm: Any, name: str, missing: int) -> None:
+    with pytest.raises(ValueError, match=rf"w.safetensors: {missing} of the 10 random tensors of {name} got no values"):
+        model.backbone(name, width=1, weights="w.safetensors")
+
+
+def test_the_check_of_the_weights_leaves_the_random_numbers_that_follow_as_they_were(timm: Any) -> None:
+    after = []
+    for weights in (None, "w.safetensors"):
+        torch.manual_seed(0)
+        model.backbone("x", width=1, weights=weights)
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
+def test_a_random_backbone_is_frozen_only_where_that_is_asked_for(timm: Any, tmp_path: Path) -> None:
+    config = tiny(tmp_path, backbone="edgenext_base", partial_epochs=0, max_steps=1)
+    with pytest.raises(ValueError, match=r"no pretrained weights among the inputs .* stage 1 would freeze random ones"):
+        run(config)
+    asked = config.replace(backbone_weights="random")
+    assert "backbone: edgenext_base, weights: random" in CamouflageSegmentation(asked).describe()
+    assert segmentation.pretrained(asked) is None
+
+
+def test_weights_are_found_by_their_folders_name(tmp_path: Path) -> None:
+    path = tmp_path / "kaggle" / "input" / "timm" / "edgenext_base.usi_in1k" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert segmentation.pretrained(Config(backbone="edgenext_base")) == str(path)
+    assert segmentation.pretrained(Config(backbone="edgenext_base.usi_in1k")) == str(path)
+
+
+def test_images_are_normalised_by_the_backbones_own_mean_and_deviation(timm: Any) -> None:
+    net = model.Segmenter(model.backbone("x", width=1), width=8, num_experts=2)
+    assert torch.allclose(net.mean.flatten(), 255 * torch.tensor([0.5, 0.4, 0.3]))
+    assert torch.allclose(net.std.flatten(), 255 * torch.tensor([0.2, 0.2, 0.1]))
+    model.backbone("swinv2_tiny_window8_256", width=1, image_size=352)
+    assert timm.calls[-1][1]["img_size"] == 352
 
 
 # Settings

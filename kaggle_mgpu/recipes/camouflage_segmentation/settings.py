@@ -53,8 +53,9 @@ class Config(TrainConfig):
     backbone: str = "compact"
     """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
     backbone_weights: str | None = None
-    """Pretrained weights of a timm backbone: a file, or `download` (needs internet). None: a .safetensors file
-    among the inputs whose name has the backbone's in it, else random weights."""
+    """Pretrained weights of a timm backbone: a file, `download` (needs internet), or `random`. None: a .safetensors
+    file among the inputs whose name, or whose folder's, has the backbone's in it. Without one a stage with the backbone
+    frozen is refused."""
     width: int | None = None
     """Channels of the compact backbone's first level; the others have 2, 4 and 8 times as many."""
     decoder_width: int | None = None
