@@ -10,6 +10,7 @@ voxels is counted in seconds. A loss that looks at values (`.item()`, numpy) can
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -151,7 +152,7 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     return Facts(
         dataset_size=size,
         val_samples=0 if run.val_fetch is None else data.size_of(run.val_fetch.dataset, "val_data()"),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters(model),
         weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer_bytes=sum(tensor.nbytes for tensor in moments),
@@ -162,14 +163,21 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     )
 
 
+def parameters(model: nn.Module) -> int:
+    """Count a model's parameters: the weights that bitsandbytes packs, two of 4 bits in a byte, by their own shape."""
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
+
+
 @contextlib.contextmanager
 def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
     """In this block the model's weights have shapes and no data; afterwards they are its own again."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    own: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    own: list[tuple[Any, str, torch.Tensor]] = []
     try:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            groups: list[Any] = [module._parameters, module._buffers]
+            for tensors in groups:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         own.append((tensors, name, tensor))

@@ -17,7 +17,7 @@ from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.compare import Measured
 from kaggle_mgpu.estimate import BUCKET, PUBLISHED, REACHED, Target, exchange
-from kaggle_mgpu.facts import Facts, count
+from kaggle_mgpu.facts import Facts, count, parameters
 from kaggle_mgpu.probes import all_reduce_bandwidth
 from tasks import Regression
 
@@ -89,6 +89,15 @@ class Looks(Wide):
 def test_a_loss_that_looks_at_values_is_counted_all_the_same() -> None:
     looks, wide = count(TrainConfig(), Looks(), half=False), count(TrainConfig(), Wide(), half=False)
     assert looks == dataclasses.replace(wide, operators=wide.operators + 1), "the look is an operator"
+
+
+def test_weights_of_four_bits_are_counted_by_their_own_shape() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(WIDTH, 2 * WIDTH, bias=True, quant_type="nf4")
+    layer = layer.to("cpu")
+    packed = sum(p.numel() for p in layer.parameters())
+    assert packed < 2 * WIDTH * WIDTH, "two weights in a byte"
+    assert parameters(layer) == 2 * WIDTH * WIDTH + 2 * WIDTH
 
 
 class Normed(Wide):
