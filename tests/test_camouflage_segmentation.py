@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -686,8 +687,10 @@ def test_images_are_normalised_by_the_backbones_own_mean_and_deviation(timm: Any
 # Settings
 def test_a_preset_fills_in_what_was_left_open() -> None:
     settled = Config(preset="high_resolution", width=16).settled(drawn=False)
-    assert (settled.image_size, settled.width, settled.global_batch_size) == (352, 16, 16)
-    assert Config(preset="fast").settled(drawn=False).global_batch_size == 32
+    assert (settled.image_size, settled.width, settled.global_batch_size) == (352, 16, 24)
+    assert Config(preset="fast").settled(drawn=False).global_batch_size == 48
+    assert Config(preset="fast").settled(drawn=True).global_batch_size == 32
+    assert Config().settled(drawn=False).image_size == 320
     assert Config(preset="fast").settled(drawn=True).image_size == data.SCENE_SIZE
     assert Config(image_size=64).settled(drawn=True).image_size == 64
     split = Config(micro_batch_size=4, gradient_accumulation_steps=3).settled(drawn=False)
@@ -706,12 +709,29 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
         ({"val_fraction": 0.6}, "val_fraction: expected 0 to 0.5, got 0.6"),
         ({"routing": "topk", "top_k": 5}, "top_k: expected at most num_experts, got 5"),
         ({"preset": "slow"}, r"preset: expected balanced\|fast\|high_resolution, got 'slow'"),
-        ({"resume": "runs/step-3"}, "resume: expected auto or never, as each stage has its own folder"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.from_dict(changes)
+
+
+def test_an_earlier_runs_folder_is_gone_on_with(tmp_path: Path) -> None:
+    config = tiny(tmp_path, partial_epochs=0, max_steps=2)
+    first = run(config)
+    copy = tmp_path / "attached"
+    shutil.copytree(first.output_dir, copy)
+    shutil.rmtree(copy / "stage2")
+    shutil.rmtree(first.output_dir)
+    again = config.replace(resume=str(copy), output_dir=str(tmp_path / "again"))
+    found = segmentation.find(again)
+    assert [Path(s.config.resume).parts[-3:-1] for s in stages(again, found)] == [("stage1", "checkpoints"), ()]
+    second = run(again)
+    assert second.finished and second.metrics == first.metrics
+    starts = [r["step"] for r in second.records() if r["kind"] == "start"]
+    assert starts == [0, 2, 2], "the earlier stage 1, the same with nothing left to do, and stage 2 after its steps"
+    with pytest.raises(FileNotFoundError, match=r"resume: expected auto, never, or the folder of an earlier run"):
+        stages(config.replace(resume=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "new")), found)
 
 
 def test_zero_3_is_refused_before_training(tmp_path: Path) -> None:
