@@ -26,8 +26,16 @@ export OMP_NUM_THREADS ?= 1
 DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p global_batch_size 16 \
         -p lr 3e-3 -p max_steps 450 -p eval_every 75 -p max_new_tokens 120
 
-RECIPE ?= text_generation
 CONFIG ?=
+# sft where the file of settings is one for fine-tuning
+RECIPE ?= $(if $(shell test -z "$(CONFIG)" || grep -lsE '^(model|tuning|max_length|lora_[a-z]+):' "$(CONFIG)"),sft,text_generation)
+# the fine-tuning guide's variables, as in `make train-distributed CONFIG=… TRAIN_BATCH_SIZE=1`; any other unknown one is an error
+OWN := PYTHON CONSTRAINTS VENV BIN OMP_NUM_THREADS RECIPE CONFIG DEEPSPEED_CONFIG ON NPROC OUTPUT_DIR ARGS
+GIVEN = $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
+OF_GUIDE = $(filter NUM_GPUS TRAIN_% MODEL_% TUNING_%,$(GIVEN))
+UNKNOWN = $(filter-out $(OWN) $(OF_GUIDE),$(GIVEN))
+VARIABLES = $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): expected $(OWN), or NUM_GPUS, MODEL_…, TUNING_…, TRAIN_… of the guide))$(foreach v,$(sort $(OF_GUIDE)),--variable '$(v)=$($(v))')
+
 DEEPSPEED_CONFIG ?=
 ON ?=
 NPROC ?=
@@ -39,10 +47,23 @@ INSTALL := pip install --quiet --disable-pip-version-check
 PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 KIT := $(BIN)/python -m kaggle_mgpu
 # a file of settings, and flags that override it
-SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
+SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
 .PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu test-deepspeed
 .PHONY: lock wheel lint notebooks bench clean
+
+install: $(VENV)/installed
+
+setup-accelerate:
+	@echo "nothing to set up: every GPU of the machine is used. NUM_GPUS=1 takes fewer; make gpu-info shows them."
+
+train-deepspeed-tb:
+	$(MAKE) train-deepspeed ARGS="--tensorboard $(ARGS)"
+
+help:
+	@sed -n '/^[^#]/q;s/^# \{0,1\}//p' Makefile
+
+.PHONY: install setup-accelerate train-deepspeed-tb help
 .PHONY: gpu-info memory-check train-distributed train-distributed-tb train-deepspeed tensorboard
 
 $(VENV)/installed: requirements.txt tests/requirements.txt $(LOCK)

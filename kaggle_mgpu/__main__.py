@@ -78,6 +78,10 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
                 "--config", metavar="FILE", help="YAML or JSON file with settings; flags override it"
             )
             modules[name].Config.add_arguments(of_recipe)
+            of_recipe.add_argument(
+                "--variable", dest="make_variables", action="append", default=[], metavar="NAME=VALUE",
+                help="a make variable of the fine-tuning guide, such as TRAIN_BATCH_SIZE=1",
+            )  # fmt: skip
             if group is groups[0]:
                 on = "GPUs to estimate for, such as T4x2, P100, L4x4, A100, H100 (default: measured on what is here)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
@@ -128,9 +132,18 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
         if given.command == "plan":
-            from .planning import plan
+            from .planning.planner import plan, together
 
-            print(plan(config, recipe.task(config), on=given.plan_on))
+            # a recipe of several stages is several runs
+            runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
+            plans = []
+            for number, (name, one, task) in enumerate(runs, 1):
+                if name:
+                    print(f"{name} ({number} of {len(runs)})")
+                plans.append(plan(one, task, on=given.plan_on))
+                print(plans[-1], flush=True)
+            if len(plans) > 1:
+                print(together(plans))
             return 0
         # a recipe that does more than train (stages, inference) says so itself
         if run := getattr(recipe, "run", None):
@@ -156,6 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
     """The settings in the file, the environment and the flags; and whether the GPUs to plan for can be."""
     base = {} if given.config is None else kind.load(given.config).to_dict()
+    if variables := dict(each.partition("=")[::2] for each in given.make_variables):
+        translate = getattr(kind, "variables", None)
+        if translate is None:
+            raise TypeError(
+                f"{', '.join(variables)}: make variables of the fine-tuning guide, which RECIPE={given.recipe} does "
+                f"not have. Expected RECIPE=sft, or ARGS='--flag value'."
+            )
+        base = translate(variables, base)
     if from_environment := kind.environment():
         shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
         if os.environ.get("RANK", "0") == "0":

@@ -30,7 +30,7 @@ print(devices.report())
 # ## Parameters
 #
 # Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`. `None` leaves a field
-# to the preset: `balanced`, `fast` (a larger batch of smaller images) or `high_resolution` (352 pixels). Its cost is
+# to the preset: `balanced`, `fast` (a smaller model, a larger batch) or `high_resolution` (352 pixels). Its cost is
 # printed below. For COD10K a pretrained backbone helps most: `backbone = "edgenext_base"` (any of timm's), with its
 # weights as an input, or `backbone_weights = "download"` and the internet switched on.
 

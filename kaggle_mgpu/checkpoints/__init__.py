@@ -8,5 +8,6 @@ moment leaves the old file or the new one.
 from . import checkpoint, files, resume
 from .checkpoint import Checkpoints
 from .files import read_tensors, whole, write_text
+from .format import check_model
 
-__all__ = ["Checkpoints", "checkpoint", "files", "read_tensors", "resume", "whole", "write_text"]
+__all__ = ["Checkpoints", "check_model", "checkpoint", "files", "read_tensors", "resume", "whole", "write_text"]

@@ -1,18 +1,28 @@
-"""Count the operations and bytes of a model and its data, in a worker, over a pass of a few samples.
+"""Count the operations and bytes that training a model takes, from shapes alone: nothing is computed.
 
-facts = count(config, task, half=True)   # under autocast
-facts.memory(samples=32)                 # bytes on one GPU, by their use
+facts = count(config, task, half=True)   # as it would be under autocast on a GPU
+facts.memory(samples=32)                 # bytes on one GPU, by what they are for
+
+The forward and backward passes run on torch's fake tensors, which have shapes and no data: a U-Net on cubes of 128
+voxels is counted in seconds. A loss that looks at values (`.item()`, numpy) cannot be run so; its passes are computed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import data
@@ -69,51 +79,81 @@ class Operators(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view
+        self.number += not func.is_view and func.namespace != "prim"  # prim: a fake tensor asked for its device
         return func(*args, **(kwargs or {}))
 
 
-def count(config: TrainConfig, task: Task, half: bool) -> Facts:
-    """Count in a worker, on the first GPU or the CPU.
+FP32_ON_CUDA = frozenset(
+    "binary_cross_entropy_with_logits cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum exp expm1 "
+    "group_norm huber_loss interpolate kl_div l1_loss layer_norm log log10 log1p log2 log_softmax logsumexp mse_loss "
+    "nll_loss norm pow prod reciprocal rms_norm rsqrt smooth_l1_loss soft_margin_loss softmax softmin softplus sum "
+    "__pow__ __rpow__ __rtruediv__".split()
+)
+"""Functions that CUDA's autocast computes in fp32 (torch's documentation of torch.amp lists them), and a CPU's does not
+or not all: the ones that models use."""
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Under a CPU's autocast, give to the functions of FP32_ON_CUDA what a GPU's autocast gives them: fp32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = [_as_fp32(value) for value in args]
+            kwargs = {name: _as_fp32(value) for name, value in kwargs.items()}
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _as_fp32(value: Any) -> Any:
+    half = isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) -> Facts:
+    """Count in a worker of its own.
 
     Args:
         half: under autocast, in fp16 or bf16, whose sizes are the same.
+        on_cpu: the run is to be on a CPU, whose autocast keeps other layers in half precision than a GPU's.
     """
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
         quiet = config.replace(
             strategy="single", nproc=1, compile=False, output_dir=folder, resume="never", max_restarts=0,
             global_batch_size=1, micro_batch_size=1, gradient_accumulation_steps=1,
         )  # fmt: skip
-        facts: list[Facts] = launch(_count, quiet, task, half, nproc=1, in_worker=True)
+        facts: list[Facts] = launch(_count, quiet, task, half, on_cpu, nproc=1, in_worker=True)
     return facts[0]
 
 
-def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
-    """Compare a pass of two samples with a pass of four: the difference is the cost per sample, the rest is fixed."""
+def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
+    """Two passes, of two and of four samples: what grows is per sample, what does not is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # where auto means fp32 (a P100, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
     parts = build_parts(config.replace(precision=small if half else "fp32"), task)
     model, size = parts.strategy.model, parts.plan.dataset_size
+    autocast = CudaAutocast() if not on_cpu and parts.strategy.device.type == "cpu" else contextlib.nullcontext()
     try:
-        passes = [_pass(parts, samples) for samples in sorted({min(2, size), min(4, size)})]
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
+        with autocast, shapes_alone(model) as fake:
+            passes = [_pass(parts, samples, fake) for samples in sorted({min(2, size), min(4, size)})]
+    except Exception:  # a loss that looks at values; an error with another cause comes again
         passes = []
     if not passes:
-        model.zero_grad(set_to_none=True)
-        release()
-        passes = [_pass(parts, 1)]
+        with autocast:
+            passes = _computed(parts, model, size)
     first, last = passes[0], passes[-1]
     apart = last.samples - first.samples
     per_sample = (last.kept - first.kept) / apart if apart else last.kept / last.samples
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     parts.optimizer.step()
     moments = [v for state in parts.optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return Facts(
         dataset_size=size,
         val_samples=parts.val_samples,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters(model),
         weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer_bytes=sum(tensor.nbytes for tensor in moments),
@@ -124,30 +164,75 @@ def _count(config: TrainConfig, task: Task, half: bool) -> Facts:
     )
 
 
-def _pass(parts: Parts, samples: int) -> Pass:
-    """Run forward and backward of the first samples twice, because the two ways of counting disturb each other."""
+def parameters(model: nn.Module) -> int:
+    """Count a model's parameters: the weights that bitsandbytes packs, two of 4 bits in a byte, by their own shape."""
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
+
+
+@contextlib.contextmanager
+def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
+    """In this block the model's weights have shapes and no data; afterwards they are its own again."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    own: list[tuple[Any, str, torch.Tensor]] = []
+    try:
+        for module in model.modules():
+            groups: list[Any] = [module._parameters, module._buffers]
+            for tensors in groups:
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        own.append((tensors, name, tensor))
+                        tensors[name] = fake.from_tensor(tensor)
+        yield fake
+    finally:
+        for tensors, name, tensor in own:
+            tensors[name] = tensor
+
+
+def _computed(parts: Parts, model: nn.Module, size: int) -> list[Pass]:
+    """The same passes with values; one sample alone where memory does not allow more."""
+    try:
+        return [_pass(parts, samples) for samples in sorted({min(2, size), min(4, size)})]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # here the error no longer holds on to the tensors that did not fit
+    model.zero_grad(set_to_none=True)
+    release()
+    return [_pass(parts, 1)]
+
+
+def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
+    """Forward and backward of the first samples, twice: each way of counting would be in the other's way."""
     distributed.alive()
     strategy, model = parts.strategy, parts.strategy.model
     order = data.Order(parts.plan.dataset_size, parts.config.seed, 0)[:samples]
     batch = data.move(parts.fetch[order], strategy.input_device)
-    # torch counts the operations of plain attention, but none of a CPU's fused kernels
-    with FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
+    if fake is not None:
+        batch = tree_map_only(torch.Tensor, fake.from_tensor, batch)
+    without_values = fake or contextlib.nullcontext()
+    # torch counts what the plain attention does; the fused kernels of a CPU it passes over
+    with without_values, FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
         strategy.forward(batch).backward()
     model.zero_grad(set_to_none=True)
 
-    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     held: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # else the next storage may get the number of one that is gone
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            held[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
         return tensor
 
     operators = Operators()
-    with operators, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = strategy.forward(batch)
-    kept = sum(held.values())
-    with operators:
-        loss.backward()
+    with without_values:
+        with operators, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = strategy.forward(batch)
+        kept = sum(held.values())
+        with operators:
+            loss.backward()
+    model.zero_grad(set_to_none=True)
     return Pass(samples, operations.get_total_flops(), operators.number, kept)

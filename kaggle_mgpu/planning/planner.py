@@ -10,7 +10,10 @@ How an estimate is made, and from which figures: estimate.py.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
+
+import torch
 
 from ..config import TrainConfig
 from ..data import BatchPlan
@@ -21,6 +24,8 @@ from . import compare, estimate, selftest
 from .counts import Facts, count
 from .estimate import Exchange, Target
 
+MEASURING_SECONDS = 5.0
+"""Longest time that steps are taken for on a CPU; longer ones are estimated."""
 WEEKLY_HOURS = 30.0
 """Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
 
@@ -110,13 +115,16 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     if target.published is None and not target.here and config.precision == "auto":
         why = f"{target.name} is unknown here"
     replicas = _replicas(config, target)
-    facts = count(config, task, precision != "fp32")
+    facts = count(config, task, precision != "fp32", on_cpu=target.on_cpu)
     batch = _batch(config, facts, target, replicas)
     strategy = config.strategy if config.strategy != "auto" else ("ddp" if replicas > 1 else "single")
     evaluated = _evaluations(config, batch) * facts.val_samples
 
     measured, step_seconds, at_best, link = None, None, None, None
-    if target.here:
+    too_long = _too_long_to_measure(facts, batch, steps) if target.on_cpu else None
+    if too_long is not None:
+        step_seconds, source = too_long
+    elif target.here:
         try:
             measured = compare.measure(config if strategy == "single" else config.replace(nproc=replicas), task, steps)
         except Exception as error:
@@ -172,6 +180,16 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     return out
 
 
+def together(plans: list[Plan]) -> str:
+    """One line with the time and the share of the week's quota of runs that follow each other."""
+    known = [each.seconds for each in plans if each.seconds is not None]
+    time = _duration(sum(known)) if len(known) == len(plans) else "unknown"
+    quota = [each.quota for each in plans if each.quota is not None]
+    share = f", {100 * sum(quota):.1f} % of the week's {WEEKLY_HOURS:g} h" if len(quota) == len(plans) else ""
+    steps = sum(each.max_steps for each in plans)
+    return f"all {len(plans)} runs together: {steps:,} steps, {time}{share}"
+
+
 # --- the parts of a plan ----------------------------------------------------------------------------
 
 
@@ -221,9 +239,27 @@ def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas:
 
 def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
     """How many there are in a run."""
-    every = {"epoch": batch.steps_per_epoch, "end": batch.max_steps}
-    steps = every[config.eval_every] if isinstance(config.eval_every, str) else config.eval_every
+    every = {"epoch": batch.steps_per_epoch, "end": batch.max_steps, None: batch.max_steps}
+    steps = config.eval_every if isinstance(config.eval_every, int) else every[config.eval_every]
     return math.ceil(batch.max_steps / steps)
+
+
+def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[float, str] | None:
+    """Seconds of a step on this CPU, and how they were estimated, where to measure `steps` would take too long."""
+    side = 512
+    matrix = torch.ones(side, side)
+    matrix @ matrix
+    began = time.perf_counter()
+    for _ in range(4):
+        matrix @ matrix
+    speed = 4 * 2 * side**3 / (time.perf_counter() - began)
+    seconds = facts.operations * batch.global_batch_size / speed / estimate.REACHED
+    if seconds * (compare.WARM_UP + steps) <= MEASURING_SECONDS:
+        return None
+    return seconds, (
+        f"ESTIMATE: too long to be measured; {facts.operations * batch.global_batch_size:.2g} operations, at "
+        f"{estimate.REACHED:.0%} of the {speed:.2g} a second that this CPU reaches in matrix products"
+    )
 
 
 def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, str] | None, target: Target) -> None:

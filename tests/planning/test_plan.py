@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.planning import Target, compare, planner
 from kaggle_mgpu.planning.compare import Measured
-from kaggle_mgpu.planning.counts import Facts, count
+from kaggle_mgpu.planning.counts import Facts, count, parameters
 from kaggle_mgpu.planning.estimate import BUCKET, PUBLISHED, REACHED, exchange
 from kaggle_mgpu.planning.selftest import all_reduce_bandwidth
 from tasks import Regression
@@ -60,6 +61,75 @@ def test_half_precision_keeps_copies_of_the_weights_and_half_of_the_rest() -> No
     assert facts.fixed_bytes > 0
     assert facts.sample_bytes < 3 * WIDTH * 4
     assert facts.weight_bytes == 8 * WIDTH * WIDTH
+
+
+class Outer(Wide):
+    """A product with more entries than any memory holds: 2^42 numbers for each sample."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        long = model(batch[0]).sum(1, keepdim=True).expand(-1, 2**21)
+        return (long[:, :, None] * long[:, None, :]).sum()
+
+
+def test_the_cost_is_counted_without_computing_anything() -> None:
+    facts = count(TrainConfig(), Outer(), half=False)
+    assert facts.sample_bytes < 2**30, "what is kept of an expanded number is the number"
+    matrix = WIDTH * WIDTH
+    assert facts.operations == 2 * matrix * (3 + 2)
+
+
+class Looks(Wide):
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        out = model(batch[0]).square().sum()
+        return out if out.item() >= 0 else -out
+
+
+def test_a_loss_that_looks_at_values_is_counted_all_the_same() -> None:
+    looks, wide = count(TrainConfig(), Looks(), half=False), count(TrainConfig(), Wide(), half=False)
+    assert looks == dataclasses.replace(wide, operators=wide.operators + 1), "the look is an operator"
+
+
+def test_weights_of_four_bits_are_counted_by_their_own_shape() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(WIDTH, 2 * WIDTH, bias=True, quant_type="nf4")
+    layer = layer.to("cpu")
+    packed = sum(p.numel() for p in layer.parameters())
+    assert packed < 2 * WIDTH * WIDTH, "two weights in a byte"
+    assert parameters(layer) == 2 * WIDTH * WIDTH + 2 * WIDTH
+
+
+class Normed(Wide):
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.GroupNorm(4, WIDTH))
+
+
+def test_a_gpu_keeps_group_norm_in_fp32_under_autocast_and_a_cpu_does_not() -> None:
+    gpu = count(TrainConfig(), Normed(), half=True)
+    cpu = count(TrainConfig(), Normed(), half=True, on_cpu=True)
+    # kept on a GPU beyond a CPU's: the norm's input in fp32, not half; its output, which is squared, and the statistics
+    assert gpu.sample_bytes >= cpu.sample_bytes + 2 * WIDTH
+    assert gpu.sample_bytes >= (4 + 4 + 2) * WIDTH, "the norm's input and the square's in fp32, the layer's in half"
+
+
+def test_steps_that_take_too_long_on_a_cpu_are_estimated_and_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "MEASURING_SECONDS", 0.0)
+    monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("steps were taken"))
+    found = plan(TrainConfig(global_batch_size=100, nproc=1), Wide())
+    assert found.step_seconds is not None and found.seconds is not None
+    assert "ESTIMATE: too long to be measured; 4.1e+06 operations" in str(found)
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast", "high_resolution"])
+def test_a_recipe_of_several_stages_plans_them_all(capfd: pytest.CaptureFixture[str], preset: str) -> None:
+    few = ["--scenes", "40", "--val-scenes", "4", "--preset", preset]
+    assert main(["plan", "camouflage_segmentation", "--on", "T4x2", *few]) == 0
+    said = capfd.readouterr().out
+    batch = 32 if preset == "fast" else 16
+    assert said.count(f"global batch {batch} = {batch // 2} per GPU x 2 GPUs") == 4
+    for number, name in enumerate(["stage1", "stage2-1", "stage2-2", "stage2-3"], 1):
+        assert f"{name} ({number} of 4)" in said
+    each = 40 // batch + 1
+    assert f"all 4 runs together: {each * (2 + 1 + 1 + 30)} steps, " in said
 
 
 def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from kaggle_mgpu import optim, session
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.progress import progress
 from kaggle_mgpu.recipes.camouflage_segmentation import (
     PRESETS,
     CamouflageSegmentation,
@@ -548,7 +549,13 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.calls.append((name, options))  # type: ignore[attr-defined]
         if name == "unknown":
             raise RuntimeError("Unknown model (unknown)")
-        return FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
+        made = FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
+        if options["pretrained"] and name != "misfit":  # timm's own way: what fits by name, without a word of the rest
+            for number, (key, tensor) in enumerate(made.state_dict().items()):
+                if name != "partly" or "stages_4" not in key:
+                    tensor.fill_(0.01 * number)
+        made.pretrained_cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1)}  # type: ignore[assignment]
+        return made
 
     module.create_model = create_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "timm", module)
@@ -565,17 +572,18 @@ def test_any_timm_backbone_by_name(timm: Any, tmp_path: Path) -> None:
     model.loss_terms(net.train()(images), masks, balance_weight=0.01).sum().backward()
     assert all(p.grad is not None for p in net.parameters())
     model.backbone("x", width=1, weights="w.safetensors")
-    assert timm.calls[-1][1]["pretrained_cfg_overlay"] == {"file": "w.safetensors"}
-    assert timm.calls[-1][1]["pretrained"] is True
+    # once with the weights, and once without: to see which tensors got values from the file
+    assert timm.calls[-2][1]["pretrained_cfg_overlay"] == {"file": "w.safetensors"}
+    assert [options["pretrained"] for _, options in timm.calls[-2:]] == [True, False]
     model.backbone("x", width=1, weights="download")
-    assert "pretrained_cfg_overlay" not in timm.calls[-1][1]
+    assert timm.calls[-2][1] == {"features_only": True, "pretrained": True}
 
 
 def test_a_pickle_of_weights_is_read_as_weights_alone(timm: Any, tmp_path: Path) -> None:
     tensor = torch.arange(3.0)
     torch.save({"model": {"module.a": tensor, "n": 1}, "epoch": 3}, tmp_path / "w.pth")
     model.backbone("x", width=1, weights=str(tmp_path / "w.pth"))
-    overlay = timm.calls[-1][1]["pretrained_cfg_overlay"]
+    overlay = timm.calls[-2][1]["pretrained_cfg_overlay"]
     assert overlay.keys() == {"state_dict"} and overlay["state_dict"].keys() == {"a"}
     assert torch.equal(overlay["state_dict"]["a"], tensor)
     torch.save({"model": Path("code")}, tmp_path / "w.bin")
@@ -599,7 +607,9 @@ def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
     assert run(config).finished
     # pretrained weights are asked for once: stage 2 begins with stage 1's
     described = 3 * [False]  # what each preset costs is said first, of networks without weights
-    assert [options["pretrained"] for _, options in timm.calls] == [*described, True, False]
+    assert [options["pretrained"] for _, options in timm.calls] == [*described, True, False, False]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["backbone_weights"] == "timm's own, downloaded"
     one, two = (read_tensors(tmp_path / "run" / name / "model.safetensors") for name in ("stage1", "stage2"))
     statistics = {name for name in one if name.endswith(("running_mean", "running_var"))}
     changed = {name for name in one if name.startswith("backbone") and not torch.equal(one[name], two[name])}
@@ -617,7 +627,7 @@ def test_timm_that_is_missing_or_refuses_is_said(timm: Any, monkeypatch: pytest.
 
 
 def test_pretrained_weights_are_a_file_a_download_or_found_among_the_inputs(tmp_path: Path) -> None:
-    config = Config(backbone="edgenext_base")
+    config = Config(backbone="edgenext_base", frozen_epochs=0)
     assert segmentation.pretrained(config) is None
     path = tmp_path / "kaggle" / "input" / "weights" / "edgenext_base_usi.safetensors"
     path.parent.mkdir(parents=True)
@@ -636,11 +646,53 @@ def test_pretrained_weights_are_a_file_a_download_or_found_among_the_inputs(tmp_
         segmentation.pretrained(config.replace(backbone_weights="nowhere"))
 
 
+@pytest.mark.parametrize(("name", "missing"), [("misfit", 10), ("partly", 2)])
+def test_weights_that_do_not_fit_the_backbone_are_an_error_that_counts_them(timm: Any, name: str, missing: int) -> None:
+    with pytest.raises(ValueError, match=rf"w.safetensors: {missing} of the 10 random tensors of {name} got no values"):
+        model.backbone(name, width=1, weights="w.safetensors")
+
+
+def test_the_check_of_the_weights_leaves_the_random_numbers_that_follow_as_they_were(timm: Any) -> None:
+    after = []
+    for weights in (None, "w.safetensors"):
+        torch.manual_seed(0)
+        model.backbone("x", width=1, weights=weights)
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
+def test_a_random_backbone_is_frozen_only_where_that_is_asked_for(timm: Any, tmp_path: Path) -> None:
+    config = tiny(tmp_path, backbone="edgenext_base", partial_epochs=0, max_steps=1)
+    with pytest.raises(ValueError, match=r"no pretrained weights among the inputs .* stage 1 would freeze random ones"):
+        run(config)
+    asked = config.replace(backbone_weights="random")
+    assert "backbone: edgenext_base, weights: random" in CamouflageSegmentation(asked).describe()
+    assert segmentation.pretrained(asked) is None
+
+
+def test_weights_are_found_by_their_folders_name(tmp_path: Path) -> None:
+    path = tmp_path / "kaggle" / "input" / "timm" / "edgenext_base.usi_in1k" / "model.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    assert segmentation.pretrained(Config(backbone="edgenext_base")) == str(path)
+    assert segmentation.pretrained(Config(backbone="edgenext_base.usi_in1k")) == str(path)
+
+
+def test_images_are_normalised_by_the_backbones_own_mean_and_deviation(timm: Any) -> None:
+    net = model.Segmenter(model.backbone("x", width=1), width=8, num_experts=2)
+    assert torch.allclose(net.mean.flatten(), 255 * torch.tensor([0.5, 0.4, 0.3]))
+    assert torch.allclose(net.std.flatten(), 255 * torch.tensor([0.2, 0.2, 0.1]))
+    model.backbone("swinv2_tiny_window8_256", width=1, image_size=352)
+    assert timm.calls[-1][1]["img_size"] == 352
+
+
 # Settings
 def test_a_preset_fills_in_what_was_left_open() -> None:
     settled = Config(preset="high_resolution", width=16).settled(drawn=False)
-    assert (settled.image_size, settled.width, settled.global_batch_size) == (352, 16, 16)
-    assert Config(preset="fast").settled(drawn=False).global_batch_size == 32
+    assert (settled.image_size, settled.width, settled.global_batch_size) == (352, 16, 24)
+    assert Config(preset="fast").settled(drawn=False).global_batch_size == 48
+    assert Config(preset="fast").settled(drawn=True).global_batch_size == 32
+    assert Config().settled(drawn=False).image_size == 320
     assert Config(preset="fast").settled(drawn=True).image_size == data.SCENE_SIZE
     assert Config(image_size=64).settled(drawn=True).image_size == 64
     split = Config(micro_batch_size=4, gradient_accumulation_steps=3).settled(drawn=False)
@@ -659,12 +711,29 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
         ({"val_fraction": 0.6}, "val_fraction: expected 0 to 0.5, got 0.6"),
         ({"routing": "topk", "top_k": 5}, "top_k: expected at most num_experts, got 5"),
         ({"preset": "slow"}, r"preset: expected balanced\|fast\|high_resolution, got 'slow'"),
-        ({"resume": "runs/step-3"}, "resume: expected auto or never, as each stage has its own folder"),
     ],
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.from_dict(changes)
+
+
+def test_an_earlier_runs_folder_is_gone_on_with(tmp_path: Path) -> None:
+    config = tiny(tmp_path, partial_epochs=0, max_steps=2)
+    first = run(config)
+    copy = tmp_path / "attached"
+    shutil.copytree(first.output_dir, copy)
+    shutil.rmtree(copy / "stage2")
+    shutil.rmtree(first.output_dir)
+    again = config.replace(resume=str(copy), output_dir=str(tmp_path / "again"))
+    found = segmentation.find(again)
+    assert [Path(s.config.resume).parts[-3:-1] for s in stages(again, found)] == [("stage1", "checkpoints"), ()]
+    second = run(again)
+    assert second.finished and second.metrics == first.metrics
+    starts = [r["step"] for r in second.records() if r["kind"] == "start"]
+    assert starts == [0, 2, 2], "the earlier stage 1, the same with nothing left to do, and stage 2 after its steps"
+    with pytest.raises(FileNotFoundError, match=r"resume: expected auto, never, or the folder of an earlier run"):
+        stages(config.replace(resume=str(tmp_path / "nowhere"), output_dir=str(tmp_path / "new")), found)
 
 
 def test_zero_3_is_refused_before_training(tmp_path: Path) -> None:

@@ -629,6 +629,22 @@ def test_other_weights_or_settings_start_the_predictions_anew(finished, tmp_path
     assert len(first) > 0
 
 
+def test_weights_alone_predict_and_nothing_is_trained(finished, tmp_path, monkeypatch):
+    config, _, result = finished
+    best = tmp_path / "input" / "model.safetensors"
+    best.parent.mkdir()
+    shutil.copyfile(Path(config.output_dir) / "best" / "model.safetensors", best)
+    monkeypatch.setattr(ss.stages, "train", lambda *_: pytest.fail("trained anew"))
+    alone = ss.run(config.replace(weights=str(best), output_dir=str(tmp_path / "alone")))
+    assert alone.finished and alone.step == 0
+    figures = {name: value for name, value in result.metrics.items() if name.startswith("volume_")}
+    assert figures and alone.metrics == figures
+    with pytest.raises(FileNotFoundError, match="weights: no such file: "):
+        ss.run(config.replace(weights="/nowhere.safetensors", output_dir=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match=r"weights: expected best, final or a .safetensors file, got 'last'"):
+        config.replace(weights="last")
+
+
 def test_there_is_nothing_to_predict_with_before_training(tmp_path, made):
     config = small(tmp_path, made)
     with pytest.raises(FileNotFoundError, match=r"run/result\.json: no such file\. Train first"):

@@ -28,6 +28,9 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["train-distributed-tb", "RECIPE=sft"], "-m kaggle_mgpu train sft --tensorboard"),
         (["train-deepspeed", "RECIPE=sft", "DEEPSPEED_CONFIG=zero2.json"],
          "-m kaggle_mgpu train sft --strategy deepspeed --deepspeed-config zero2.json"),
+        (["train-distributed", "RECIPE=sft", "TRAIN_BATCH_SIZE=1", "TRAIN_GRAD_ACCUM=32", "NUM_GPUS=1"],
+         "-m kaggle_mgpu train sft --variable 'NUM_GPUS=1' --variable 'TRAIN_BATCH_SIZE=1' "
+         "--variable 'TRAIN_GRAD_ACCUM=32'"),
         (["tensorboard", "OUTPUT_DIR=out"], "-m tensorboard.main --logdir out"),
         (["tensorboard"], "-m tensorboard.main --logdir text_generation"),
     ],
@@ -36,6 +39,27 @@ def test_what_a_target_runs(arguments: list[str], line: str) -> None:
     done = make("-n", *arguments)
     assert done.returncode == 0, done.stderr
     assert [" ".join(row.split()) for row in done.stdout.splitlines()] == [f"{BIN}/python {line}"]
+
+
+def test_an_unknown_variable_is_an_error() -> None:
+    done = make("-n", "train-distributed", "TRIAN_BATCH_SIZE=1")
+    assert done.returncode != 0
+    assert "unknown variable TRIAN_BATCH_SIZE: expected PYTHON" in done.stderr
+    done = make("-n", "train-distributed", "RECIPE=sft", "TRAIN_BATCHSIZE=1")
+    assert "--variable 'TRAIN_BATCHSIZE=1'" in done.stdout, "the command line knows the guide's names, and suggests"
+
+
+def test_the_recipe_is_what_the_file_of_settings_is_for(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model:\n  name: x\n")
+    done = make("-n", "train-distributed", f"CONFIG={tmp_path / 'a.yaml'}")
+    assert f"train sft --config {tmp_path / 'a.yaml'}" in " ".join(done.stdout.split())
+
+
+def test_the_guides_other_targets() -> None:
+    assert "nothing to set up" in make("setup-accelerate").stdout
+    assert "make demo" in make("help").stdout
+    done = make("-n", "train-deepspeed-tb", "RECIPE=sft")
+    assert "train sft --strategy deepspeed --tensorboard" in " ".join(done.stdout.split())
 
 
 def test_gpu_info() -> None:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from kaggle_mgpu.training import Task
 
-from .segmentation import CamouflageSegmentation, baselines
+from .segmentation import CamouflageSegmentation, baselines, runs
 from .settings import PRESETS, Config, Stage, stages
 from .staged import run
 
-__all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", "run", "stages", "task"]
+__all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", "run", "runs", "stages", "task"]
 
 
 def task(config: Config) -> Task:

@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 STRIDES = (4, 8, 16, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, as pretrained backbones expect."""
+"""Of ImageNet: what an image is normalised by where a backbone does not say otherwise."""
+SIZED = ("swin", "maxvit", "maxxvit", "coatnet", "hiera", "vit_", "deit", "beit", "eva")
+"""Beginnings of the names of timm's backbones that are made for one image size."""
 DILATIONS = (1, 2, 3, 5)
 """Of the experts' kernels, in turn: they differ in how far they look."""
 
@@ -110,35 +112,78 @@ def state_dict(path: str) -> dict[str, Tensor]:
         ) from error
 
 
+class WeightsError(ValueError):
+    """A file of weights does not fit the backbone that it was given for."""
+
+
 class Timm(nn.Module):
     """A backbone of timm's, by name; its features of strides 4 to 32.
 
     BatchNorm keeps the running statistics it came with, in training too: they would otherwise depend on how the batch
     is split. With random weights they are 0 and 1, so choose a backbone without BatchNorm to train from scratch.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: timm cannot make the backbone, or the weights do not fit it; the message counts what is missing.
     """
 
-    def __init__(self, name: str, weights: str | None = None) -> None:
+    def __init__(self, name: str, weights: str | None = None, image_size: int | None = None) -> None:
         super().__init__()
         timm = _timm(name)
         options: dict[str, Any] = {"features_only": True, "pretrained": weights is not None}
+        if image_size is not None and name.startswith(SIZED):
+            options["img_size"] = image_size
         if weights is not None and weights != "download":
             own = Path(weights).suffix in (".safetensors", ".npz")  # any other kind is a pickle
             options["pretrained_cfg_overlay"] = {"file": weights} if own else {"state_dict": state_dict(weights)}
         try:
+            chance = torch.random.get_rng_state()
             self.body = timm.create_model(name, **options)
+            if weights is not None:
+                self._check_loaded(timm, name, options, weights, chance)
+        except WeightsError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
                 f"Look the name up with timm.list_models(); without internet give a file as backbone_weights."
             ) from error
-        for name in ("pretrained_cfg", "default_cfg"):  # else they hold on to the weights as they came
-            getattr(self.body, name, {}).pop("state_dict", None)
+        said: dict[str, Any] = {}
+        for attribute in ("default_cfg", "pretrained_cfg"):
+            said |= getattr(self.body, attribute, {})
+            getattr(self.body, attribute, {}).pop("state_dict", None)  # else it holds on to the weights as they came
+        self.mean, self.std = said.get("mean", MEAN), said.get("std", STD)
         info = self.body.feature_info
         strides = list(info.reduction())
         if not set(STRIDES) <= set(strides):
             raise ValueError(f"backbone {name!r}: expected features of strides {STRIDES}, got {strides}")
         self.wanted = [strides.index(stride) for stride in STRIDES]
         self.channels = [info.channels()[index] for index in self.wanted]
+
+    def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, chance: Tensor) -> None:
+        """Raise a WeightsError where a tensor has the random values that the same seed gives without any weights.
+
+        timm loads a backbone without its head by names, and passes over what does not fit, without a word. Tensors that
+        begin constant (biases, norms) say nothing and are left out.
+        """
+        plain = {key: value for key, value in options.items() if key != "pretrained_cfg_overlay"}
+        with torch.random.fork_rng(devices=[]):
+            torch.random.set_rng_state(chance)
+            unloaded = timm.create_model(name, **plain | {"pretrained": False}).state_dict()
+        random = {
+            key: tensor
+            for key, tensor in unloaded.items()
+            if tensor.numel() > 1 and (tensor != tensor.flatten()[0]).any()
+        }
+        missing = [
+            key for key, tensor in self.body.state_dict().items() if key in random and torch.equal(tensor, random[key])
+        ]
+        if missing:
+            raise WeightsError(
+                f"backbone_weights: {weights}: {len(missing)} of the {len(random)} random tensors of {name} got no "
+                f"values from it, {missing[0]} for one. Expected weights of this very backbone, by timm's names; or "
+                f"give backbone_weights='random' to begin without any."
+            )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = self.body(x)
@@ -167,14 +212,15 @@ def _timm(name: str) -> Any:
         ) from None
 
 
-def backbone(name: str, *, width: int, weights: str | None = None) -> nn.Module:
-    """`compact`, or a backbone of timm's by its name; a module with `channels`, those of its four features.
+def backbone(name: str, *, width: int, weights: str | None = None, image_size: int | None = None) -> nn.Module:
+    """Make `compact`, or one of timm's backbones by its name; `channels` says those of its four features.
 
     Args:
         width: of the compact one.
         weights: for timm's: None (random), "download", or a file.
+        image_size: pixels of a side, for the backbones of timm's that are made for one size.
     """
-    return Compact(width) if name == "compact" else Timm(name, weights)
+    return Compact(width) if name == "compact" else Timm(name, weights, image_size)
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -253,8 +299,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone = body
         self.decoder = Decoder(body.channels, width, num_experts, top_k)  # type: ignore[arg-type]
-        self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", 255 * torch.tensor(getattr(body, "mean", MEAN)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(getattr(body, "std", STD)).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Output:
         """Args: images: uint8 (B, 3, S, S), S a multiple of 32."""

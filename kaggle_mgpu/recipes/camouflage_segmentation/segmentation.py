@@ -80,6 +80,7 @@ class CamouflageSegmentation(Task):
         return "\n".join(
             [
                 f"images: {found.where} ({found.reason}): {len(found.train):,} to train on, {count:,} held out",
+                f"backbone: {config.backbone}, weights: {weights_from(config)}",
                 f"stages, epochs (share of the backbone that is trained): {', '.join(parts)}",
                 *self._costs(),
             ]
@@ -105,7 +106,7 @@ class CamouflageSegmentation(Task):
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
         """A segmenter as `config` (with no field left to the preset; default: the task's own) describes it."""
         config = config or self.config
-        body = backbone(config.backbone, width=config.width or 0, weights=weights)
+        body = backbone(config.backbone, width=config.width or 0, weights=weights, image_size=config.image_size)
         top_k = config.top_k if config.routing == "topk" else None
         return Segmenter(body, width=config.decoder_width or 0, num_experts=config.num_experts or 0, top_k=top_k)
 
@@ -243,18 +244,50 @@ def find(config: Config) -> data.Found:
     )
 
 
+def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
+    """Each stage's name, config and task, in their order, for a plan of them: none starts from another's weights."""
+    found = find(config)
+    return [
+        (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
+        for s in stages(config, found)
+    ]
+
+
 def pretrained(config: Config) -> str | None:
-    """Where a timm backbone's weights come from; None: they are random.
+    """Say where a timm backbone's weights come from: a file, "download", or None where they are random.
 
     By itself only a .safetensors file is taken: another kind is a pickle, which the user has to name.
+
+    Raises:
+        FileNotFoundError: the file that is named is not there.
+        ValueError: a random backbone would be frozen in stage 1 without having been asked for.
     """
-    if config.backbone == "compact" or config.backbone_weights == "download":
-        return None if config.backbone == "compact" else "download"
+    if config.backbone == "compact" or config.backbone_weights == "random":
+        return None
     if config.backbone_weights is not None:
-        if not Path(config.backbone_weights).is_file():
+        if config.backbone_weights != "download" and not Path(config.backbone_weights).is_file():
             raise FileNotFoundError(f"backbone_weights: no such file: {config.backbone_weights}")
         return config.backbone_weights
-    return next((str(path) for path in session.find(f"*{config.backbone}*.safetensors")), None)
+    name = config.backbone.partition(".")[0]
+    for pattern in (f"*{name}*.safetensors", f"*{name}*/*.safetensors", f"{name}/*/*/*.safetensors"):
+        if found := session.find(pattern):
+            return str(found[0])
+    if config.frozen_epochs:
+        raise ValueError(
+            f"backbone {config.backbone!r}: no pretrained weights among the inputs (no .safetensors file with {name} "
+            f"in its name, or its folder's), and stage 1 would freeze random ones for {config.frozen_epochs} epochs. "
+            f"Add the weights as an input, or give backbone_weights: a file, 'download' (needs internet), or 'random' "
+            f"where that is meant; or frozen_epochs=0."
+        )
+    return None
+
+
+def weights_from(config: Config) -> str:
+    """Say in words where the backbone's weights come from; raises as `pretrained` does."""
+    source = pretrained(config)
+    if source is None:
+        return "random"
+    return "timm's own, downloaded" if source == "download" else source
 
 
 def to_uint8(probability: Tensor) -> NDArray[np.uint8]:

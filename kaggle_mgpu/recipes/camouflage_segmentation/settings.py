@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from kaggle_mgpu.checkpoints import Checkpoints
 from kaggle_mgpu.config import TrainConfig
 
 from .data import SCENE_SIZE, Found
@@ -15,11 +16,13 @@ from .model import STRIDES
 
 Preset = Literal["balanced", "fast", "high_resolution"]
 PRESETS: dict[str, dict[str, int]] = {
-    "balanced": {"image_size": 256, "global_batch_size": 16, "width": 32, "decoder_width": 48, "num_experts": 4},
-    "fast": {"image_size": 224, "global_batch_size": 32, "width": 24, "decoder_width": 32, "num_experts": 2},
-    "high_resolution": {"image_size": 352, "global_batch_size": 16, "width": 40, "decoder_width": 64, "num_experts": 4},
+    "balanced": {"image_size": 320, "global_batch_size": 32, "width": 32, "decoder_width": 48, "num_experts": 4},
+    "fast": {"image_size": 320, "global_batch_size": 48, "width": 24, "decoder_width": 32, "num_experts": 2},
+    "high_resolution": {"image_size": 352, "global_batch_size": 24, "width": 40, "decoder_width": 64, "num_experts": 4},
 }
-"""What each preset sets where a field is None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
+"""Values of each preset for fields that are None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
+SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
+"""global_batch_size of each preset on synthetic scenes, which are 200: larger batches would leave few steps."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,17 @@ class Config(TrainConfig):
     """How many others to hold out."""
 
     preset: Preset = "balanced"
-    """Sets image_size, global_batch_size, width, decoder_width and num_experts where they are None. fast: a larger
-    batch of smaller images; high_resolution: 352 pixels."""
+    """Sets image_size, global_batch_size, width, decoder_width and num_experts where they are None. fast: a smaller
+    model and a larger batch; high_resolution: 352 pixels instead of 320."""
     image_size: int | None = None
     """Pixels of each side that images are resized to, a multiple of 32. None: the preset's (synthetic scenes: 96,
     which they have)."""
     backbone: str = "compact"
     """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
     backbone_weights: str | None = None
-    """Pretrained weights of a timm backbone: a file, or `download` (needs internet). None: a .safetensors file
-    among the inputs whose name has the backbone's in it, else random weights."""
+    """Pretrained weights of a timm backbone: a file, `download` (needs internet), or `random`. None: a .safetensors
+    file among the inputs whose name, or whose folder's, has the backbone's in it. Without one a stage with the backbone
+    frozen is refused."""
     width: int | None = None
     """Channels of the compact backbone's first level; the others have 2, 4 and 8 times as many."""
     decoder_width: int | None = None
@@ -108,6 +112,9 @@ class Config(TrainConfig):
     """Whether best_metric is better when smaller or larger."""
     tta: bool = False
     """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of each stage, here or among the inputs; never: begin anew; or the folder
+    of an earlier run of the same settings, whose stages are gone on with."""
     output_dir: str = "camouflage_segmentation"
     """The run's folder: a folder for each stage and part, and what they came to together."""
 
@@ -135,10 +142,6 @@ class Config(TrainConfig):
                 f"compute in step, but this recipe evaluates image by image, and ranks hold different numbers of them. "
                 f"Use stage 2, or strategy='fsdp', which shares the weights out too."
             )
-        if self.resume not in ("auto", "never"):
-            raise ValueError(
-                f"Config.resume: expected auto or never, as each stage has its own folder; got {self.resume}"
-            )
 
     def settled(self, *, drawn: bool) -> Config:
         """A copy with no field left to the preset.
@@ -148,7 +151,7 @@ class Config(TrainConfig):
         """
         values = dict(PRESETS[self.preset])
         if drawn:
-            values["image_size"] = SCENE_SIZE
+            values |= {"image_size": SCENE_SIZE, "global_batch_size": SCENES_BATCH[self.preset]}
         if self.micro_batch_size not in (None, "auto") and self.gradient_accumulation_steps is not None:
             del values["global_batch_size"]  # it follows from these two
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
@@ -203,5 +206,22 @@ def stages(config: Config, found: Found) -> list[Stage]:
             one = one.replace(eval_every="end")
         elif one.eval_every is None:
             one = one.replace(eval_every=max(1, math.ceil(steps / (10 if found.drawn else 4))))
-        made.append(Stage(name, one, share, steps))
+        made.append(Stage(name, one.replace(resume=_resume(config, name)), share, steps))
     return made
+
+
+def _resume(config: Config, stage: str) -> str:
+    """The setting `resume` of one stage: where it names an earlier run, that run's newest checkpoint of the stage.
+
+    Raises:
+        FileNotFoundError: there is no run of this recipe in the folder.
+    """
+    if config.resume in ("auto", "never") or Checkpoints(Path(config.output_dir) / stage / "checkpoints").newest():
+        return "never" if config.resume == "never" else "auto"
+    if not any(Path(config.resume).glob("stage*/checkpoints")):
+        raise FileNotFoundError(
+            f"resume: expected auto, never, or the folder of an earlier run, with {stage}/checkpoints in it; "
+            f"got {Path(config.resume).resolve()}"
+        )
+    newest = Checkpoints(Path(config.resume) / stage / "checkpoints").newest()
+    return "auto" if newest is None else str(newest)

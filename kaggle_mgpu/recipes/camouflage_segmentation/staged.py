@@ -19,7 +19,7 @@ from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Result, train
 
 from . import data
-from .segmentation import CamouflageSegmentation, find
+from .segmentation import CamouflageSegmentation, find, weights_from
 from .settings import Config, Stage, stages
 
 
@@ -46,6 +46,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
         found = distributed.from_main(lambda: find(config))
         if distributed.is_main():  # else the notebook has shown it
             print(CamouflageSegmentation(config, found=found).describe(), flush=True)
+    source = distributed.from_main(lambda: weights_from(config))
     planned = stages(config, found)
     start: Path | None = None
     for number, stage in enumerate(planned, 1):
@@ -61,7 +62,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
         if not results[-1].finished:
             break
         start = Path(timed.output_dir) / "model.safetensors"
-    return distributed.from_main(lambda: combine(config, planned, results))
+    return distributed.from_main(lambda: combine(config, planned, results, source))
 
 
 def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> None:
@@ -89,11 +90,14 @@ def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> N
     files.write_text(Path(config.output_dir) / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
-def combine(config: Config, planned: list[Stage], results: list[Result]) -> Result:
-    """Write what the stages came to into output_dir, as if they had been one run, and return it.
+def combine(config: Config, planned: list[Stage], results: list[Result], weights_source: str = "") -> Result:
+    """Write the stages' results into output_dir, as if they had been one run, and return them.
 
     metrics.jsonl has all stages' records, steps counted on; the weights are those of the last stage that ran, and the
-    best of all stages.
+    best of all stages. result.json also says, as `backbone_weights`, where the first stage's weights came from.
+
+    Args:
+        weights_source: where they came from.
     """
     out, last = Path(config.output_dir), results[-1]
     records, offset = [], 0
@@ -129,7 +133,8 @@ def combine(config: Config, planned: list[Stage], results: list[Result]) -> Resu
         remaining_steps=remaining,
         remaining_seconds=seconds,
     )
-    files.write_text(out / "result.json", json.dumps(dataclasses.asdict(whole), indent=1))
+    document = {**dataclasses.asdict(whole), "backbone_weights": weights_source}
+    files.write_text(out / "result.json", json.dumps(document, indent=1))
     if not finished:
         print(f"stopped in {planned[len(results) - 1].name} ({whole.reason}): run the same again and it goes on there")
     return whole

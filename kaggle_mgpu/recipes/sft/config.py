@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 from kaggle_mgpu.config import TrainConfig
+
+from . import guide
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,31 @@ class Config(TrainConfig):
                 f"Config: backend={self.backend!r} does not do tuning={self.mode!r}: hf does full and lora, bnb "
                 f"(4-bit weights) does qlora, unsloth all three. Leave backend='auto' and it follows from tuning."
             )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a config from names and values; the fine-tuning guide's nested ones are translated, which is said.
+
+        Raises:
+            TypeError: a name that no field has; the message suggests the nearest.
+            ValueError: a value that the field cannot take.
+        """
+        flat, said = guide.flattened(values)
+        if said and os.environ.get("RANK", "0") == "0":
+            print("the guide's settings, and what they are here:", *said, sep="\n  ", flush=True)
+        return super().from_dict(flat)
+
+    @classmethod
+    def variables(cls, given: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the guide's make variables (TRAIN_BATCH_SIZE=1) over the settings in `base`.
+
+        Raises:
+            TypeError: a variable that the guide does not have; the message suggests the nearest.
+        """
+        flat, said = guide.flattened(guide.nested(given))
+        if said and os.environ.get("RANK", "0") == "0":
+            print("make variables, and what they are here:", *said, sep="\n  ", flush=True)
+        return {**base, **flat}
 
     @property
     def mode(self) -> str:

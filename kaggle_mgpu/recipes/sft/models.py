@@ -281,31 +281,59 @@ def load(
 
 
 def targets(model: nn.Module, wanted: str) -> list[str]:
-    """The names of the layers that get adapters: for "auto" every linear layer of the model but its head and routers.
+    """Name the layers that get adapters: for "auto" every linear layer of the model but its head and routers.
 
-    So Llama, Mistral and Qwen get q, k, v, o, gate, up and down, GPT-2 its Conv1D layers, as they name them.
+    So Llama, Mistral and Qwen get q, k, v, o, gate, up and down, GPT-2 its Conv1D layers, as they name them. Of a model
+    that also sees or hears (Gemma 3 and every other ...ForConditionalGeneration) only the language model's layers get
+    adapters: no gradient reaches the others in training on text. Their names are then given in full.
 
     Raises:
         ValueError: a name that no layer has, or a model without linear layers.
     """
     transformers = require("transformers")
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    head = head_of(model)
-    there: dict[str, None] = {}
+    head, language = head_of(model), language_model(model)
+    there: dict[str, list[str]] = {}
+    elsewhere: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, linear) and module is not head:
-            there[name.rpartition(".")[2]] = None
+            last = name.rpartition(".")[2]
+            if name.startswith(language):
+                there.setdefault(last, []).append(name)
+            else:
+                elsewhere.add(last)
     auto = [name for name in there if name not in ROUTERS]
     if wanted == "auto":
         if not auto:
             raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer beside its head")
-        return auto
+        return _full_where_shared(auto, there, elsewhere)
     names = [name for name in re.split(r"[,\s]+", wanted) if name]
     if not names:
         raise ValueError(f"lora_targets={wanted!r} names no layer. Give auto, or some of {', '.join(there)}.")
     if unknown := [name for name in names if name not in there]:
         raise ValueError(f"lora_targets: {', '.join(unknown)} is no linear layer here. There are {', '.join(there)}.")
-    return names
+    return _full_where_shared(names, there, elsewhere)
+
+
+def _full_where_shared(names: Sequence[str], there: Mapping[str, Sequence[str]], elsewhere: set[str]) -> list[str]:
+    """The names, those that a layer outside the language model has too replaced by its layers' full names."""
+    return [full for name in names for full in (there[name] if name in elsewhere else [name])]
+
+
+def language_model(model: nn.Module) -> str:
+    """Return the beginning of the names of the language model's layers; "" where the whole model is one.
+
+    A model that also sees or hears has, beside its own configuration, one for text (transformers' `get_text_config`);
+    its language model is the largest module that was made from that.
+    """
+    whole = getattr(model, "config", None)
+    if whole is None or not hasattr(whole, "get_text_config") or whole.get_text_config() is whole:
+        return ""
+    text = whole.get_text_config()
+    for name, module in model.named_modules():  # from the outside in
+        if getattr(module, "config", None) is text:
+            return f"{name}." if name else ""
+    return ""
 
 
 def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, path: str) -> nn.Module:
@@ -444,7 +472,7 @@ def estimate(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | conv) and module is not head:
             linear += module.weight.numel()
-            if name.rpartition(".")[2] in names:
+            if name in names or name.rpartition(".")[2] in names:
                 adapters += config.lora_rank * sum(module.weight.shape)
                 places += 1
     parameters = sum(parameter.numel() for parameter in model.parameters())

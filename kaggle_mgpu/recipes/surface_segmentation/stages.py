@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu.checkpoints import read_tensors, whole, write_text
+from kaggle_mgpu.checkpoints import check_model, read_tensors, whole, write_text
 from kaggle_mgpu.config import parse_duration
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.launching import launch
@@ -51,7 +51,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
         if "RANK" not in os.environ:  # under torchrun all ranks must look at the data together
             print(surface.describe(), flush=True)
     began = time.monotonic()
-    result: Result = launch(train, config, surface)
+    result: Result = _untrained(config) if _given(config) else launch(train, config, surface)
     if not result.finished:
         return result
     # until the predictions are whole: a session may be killed before the first of them
@@ -76,8 +76,8 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if (document := read_json(out / "result.json")) is None:
         raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) does both")
     result = dataclasses.replace(Result(**document), output_dir=str(out))
-    weights = out / "best" / "model.safetensors"
-    if config.weights == "final" or result.best is None or not weights.is_file():
+    weights = _given(config) or out / "best" / "model.safetensors"
+    if _given(config) is None and (config.weights == "final" or result.best is None or not weights.is_file()):
         weights = out / "model.safetensors"
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
     size = surface.patch_size
@@ -145,6 +145,31 @@ def _write(out: Path, result: Result) -> None:
     write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
+def _given(config: Config) -> Path | None:
+    """The file of weights that the config names; None where it takes those of the run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if config.weights in ("best", "final"):
+        return None
+    if not (path := Path(config.weights)).is_file():
+        raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
+    return path
+
+
+def _untrained(config: Config) -> Result:
+    """The result of a run that trains nothing, since its weights are given."""
+    _given(config)
+    if distributed.is_main():
+        print(f"nothing is trained: the weights are {config.weights}", flush=True)
+    return Result(
+        output_dir=config.output_dir, finished=True, reason="weights were given", step=0, max_steps=0, samples_seen=0,
+        metrics={}, best=None, seconds=0.0, world_size=distributed.world_size(), strategy=config.strategy,
+        precision=config.precision, skipped_steps=0,
+    )  # fmt: skip
+
+
 def _checksum(weights: Path) -> int:
     """Of the tensors by their names: in the file of another session the same ones may come in another order."""
     value = 0
@@ -198,7 +223,9 @@ def _digest(volumes: list[Volume]) -> str:
 def _forward(config: Config, model: nn.Module, weights: Path) -> Callable[[Tensor], Tensor]:
     """The trained model as `sliding_window` wants it, on this rank's device and in the run's precision."""
     device = distributed.device()
-    model.load_state_dict(read_tensors(weights))
+    tensors = read_tensors(weights)
+    check_model(tensors, model.state_dict(), str(weights))
+    model.load_state_dict(tensors)
     model.to(device).eval()
     chosen = devices.precision(config.precision, devices.gpus() if device.type == "cuda" else [])[0]
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen)

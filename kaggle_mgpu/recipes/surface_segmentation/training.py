@@ -56,8 +56,8 @@ class Config(TrainConfig):
     """Channels at full resolution; they double with each halving, up to 320. auto: 32; on synthetic volumes 8."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
-    weights: Literal["best", "final"] = "best"
-    """Which weights predict: the best by best_metric, or the last."""
+    weights: str = "best"
+    """Which weights predict: best by best_metric, final, or a .safetensors file: then nothing is trained."""
     overlap: float = 0.5
     """Of neighbouring windows when a volume is predicted."""
     threshold: float = 0.5
@@ -88,6 +88,8 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights not in ("best", "final") and not self.weights.endswith(".safetensors"):
+            raise ValueError(f"Config.weights: expected best, final or a .safetensors file, got {self.weights!r}")
         size = self.patch_size
         if isinstance(size, int) and (size < 8 or size % 2 ** (_levels(size) - 1)):
             raise ValueError(

@@ -1,0 +1,102 @@
+"""The fine-tuning guide's own names for settings: nested YAML and make variables, translated, said, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kaggle_mgpu.__main__ import main
+from kaggle_mgpu.recipes.sft import Config, models
+
+GUIDE = """
+model:
+  name: "google/gemma-3-27b-it"
+  max_seq_len: 2048
+tuning:
+  mode: "qlora"
+  backend: "bnb"
+  lora:
+    r: 32
+    alpha: 64
+    dropout: 0.1
+train:
+  batch_size: "auto"
+  grad_accum: "auto"
+  bf16: true
+  gradient_checkpointing: true
+  ddp_find_unused_parameters: false
+  ddp_broadcast_buffers: false
+  ddp_bucket_cap_mb: 200
+  dataloader_num_workers: 4
+  dataloader_pin_memory: true
+  predict_with_generate: true
+  generation_num_beams: 1
+  generation_max_new_tokens: 64
+  eval_strategy: "steps"
+  eval_steps: 200
+  eval_do_concat_batches: false
+"""
+
+
+def test_the_guides_yaml_is_read_and_each_mapping_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(GUIDE)
+    config = Config.load(tmp_path / "a.yaml")
+    assert config == Config(
+        model="google/gemma-3-27b-it", max_length=2048, tuning="qlora", backend="bnb", lora_rank=32, lora_alpha=64,
+        lora_dropout=0.1, micro_batch_size="auto", gradient_checkpointing=True, bucket_mb=200, data_workers=4,
+        eval_generate_samples=16, eval_every=200,
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "tuning.lora.r=32: lora_rank=32" in said
+    assert "train.grad_accum='auto': nothing to set" in said
+    assert "train.dataloader_pin_memory: no effect here, batches for a GPU are pinned" in said
+
+
+def test_an_unknown_name_in_the_guides_yaml_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train:\n  batchsize: 3\n")
+    with pytest.raises(TypeError, match=r"train.batchsize.*train.batch_size"):
+        Config.load(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("train:\n  generation_num_beams: 4\n")
+    with pytest.raises(ValueError, match=r"train.generation_num_beams: expected 1, got 4"):
+        Config.load(tmp_path / "a.yaml")
+
+
+def test_make_variables_set_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"TRAIN_BATCH_SIZE": "1", "TRAIN_GRAD_ACCUM": "32", "NUM_GPUS": "1", "MODEL_MAX_SEQ_LEN": "64"}
+    given["TRAIN_LEARNING_RATE"] = "1e-4"
+    config = Config.from_dict(Config.variables(given, Config().to_dict()))
+    assert (config.micro_batch_size, config.gradient_accumulation_steps, config.global_batch_size) == (1, 32, None)
+    assert (config.nproc, config.max_length, config.lr) == (1, 64, 1e-4)
+    assert "train.batch_size=1: micro_batch_size=1" in capsys.readouterr().out
+
+
+def test_a_make_variable_that_the_guide_does_not_have_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "sft", "--variable", "TRAIN_BATCHSIZE=1"]) == 2
+    assert "TRAIN_BATCH_SIZE" in capsys.readouterr().err
+    assert main(["train", "text_generation", "--variable", "TRAIN_BATCH_SIZE=1"]) == 2
+    assert "which RECIPE=text_generation does not have" in capsys.readouterr().err
+
+
+def test_of_a_model_that_also_sees_only_the_language_model_gets_adapters() -> None:
+    transformers = pytest.importorskip("transformers")
+    text = {
+        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    about = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(about)
+    names = models.targets(model, "auto")
+    adapted = models.adapt(model, names, Config(model="x"), "hf", "x")
+    ids = torch.randint(0, 500, (1, 8))
+    adapted(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+    ).logits.float().square().sum().backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 7, "seven layers in each of two blocks, two matrices each"
+    assert all("language_model" in name and p.grad is not None for name, p in trained.items())
