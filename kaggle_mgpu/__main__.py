@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
         if given.command == "plan":
-            from .planning.planner import plan, together
+            from .planning import plan, together
 
             # a recipe of several stages is several runs
             runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]

@@ -382,6 +382,8 @@ def is_consequence(error: BaseException) -> bool:
     torch words these errors differently from version to version; where they come from stays. Those of backward and of
     a wait for a collective come from no Python code of torch.distributed, and are known by their text.
     """
+    if isinstance(error, WorkerDiedError | HangError):
+        return False  # its text ends with lines of the worker's log, where gloo may have printed
     if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
         return True
     return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from . import check
     from .compare import compare_strategies
     from .estimate import Target
-    from .planner import plan
+    from .planner import plan, together
 
-_HOMES = {"plan": "planner", "Target": "estimate", "compare_strategies": "compare"}
+_HOMES = {"plan": "planner", "together": "planner", "Target": "estimate", "compare_strategies": "compare"}
 _MODULES = {"check"}
 
 
@@ -27,4 +27,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Target", "check", "compare_strategies", "plan"]
+__all__ = ["Target", "check", "compare_strategies", "plan", "together"]

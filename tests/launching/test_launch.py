@@ -284,6 +284,17 @@ def test_lines_that_gloo_prints_for_each_group_do_not_reach_the_cell(capsys: pyt
     assert capsys.readouterr().out == "the first line\n"
 
 
+def test_a_death_is_no_consequence_though_gloo_has_printed_to_its_log() -> None:
+    def function() -> None:
+        print("[Gloo] Rank 1 is connected to 1 peer ranks")
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        distributed.barrier()
+
+    with pytest.raises(WorkerDiedError, match="rank 1 of 2 ended by SIGKILL"):
+        launch(function, nproc=2)
+
+
 def test_an_exception_that_does_not_pickle_is_told_with_its_text() -> None:
     def function() -> None:
         error = ValueError("of its own kind")
