@@ -47,8 +47,8 @@ class Config(TrainConfig):
     """The call of loss in training that breaks off, as if killed."""
 
 
-class Killed(Exception):  # noqa: N818 (it is what happens)
-    """Instead of a real kill, where one process goes on to look at what is left."""
+class Killed(BaseException):  # noqa: N818 (it is what happens)
+    """Instead of a real kill, where one process goes on to look at what is left. Nothing is saved, as after a kill."""
 
 
 class Samples(Dataset[Any]):

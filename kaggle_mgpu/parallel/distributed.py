@@ -218,6 +218,12 @@ def _sendable(error: Exception | None) -> Exception | None:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def lost_a_rank(error: BaseException) -> bool:
+    """Return whether an error means that another rank has ended, by the text of the error."""
+    words = ("gloo", "nccl", "connection closed", "connection was closed", "connection reset", "broken pipe")
+    return active() and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
 class RankVote:
     """Decisions that depend on each rank's own clock and signals, made alike on every rank.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,14 @@ class Call(nn.Module):
             # "losses", one row for each replica: gathering scalars makes DataParallel warn
             return loss if what == "loss" else loss.unsqueeze(0)
         rows = {}
-        for name, (total, count) in self.metrics(self.model, batch).items():
+        sums = self.metrics(self.model, batch)
+        if not isinstance(sums, dict):
+            raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got a {type(sums).__name__}")
+        for name, pair in sums.items():
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                got = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+                raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got {got} for {name!r}")
+            total, count = pair
             # float64 and one row per replica: what is added up later must not depend on how it was split
             # a plain number too must be on the replica's GPU, or it could not be gathered
             total = torch.as_tensor(total, device=self.device_type).detach().double()
@@ -94,6 +101,8 @@ class Strategy:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
+        self.within: Literal["", "gradient", "update"] = ""
+        """The part of a step that has begun. The weights are whole except during an update."""
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
         """Around the making of the model, for `prepare`."""
@@ -168,11 +177,13 @@ class Strategy:
         """Note the buffers as they are, for `undo_step`: running statistics move in each forward pass."""
         if self.buffers:
             torch._foreach_copy_(self.buffers_before, self.buffers)
+        self.within = "gradient"
 
     def undo_step(self) -> None:
         """Forget the gradients and statistics of a step that broke off; its weights had not moved yet."""
-        if self.buffers:
+        if self.buffers and self.within == "gradient":
             torch._foreach_copy_(self.buffers, self.buffers_before)
+        self.within = ""
         for parameter in self.model.parameters():
             parameter.grad = None
 

@@ -21,6 +21,7 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +63,7 @@ class Progress:
     main          does this process write (rank 0)? All methods do nothing where it is False
     resumed_step  the step the weights are at. Lines of later steps, which will be trained again, and torn
                   lines are dropped; at 0 the file starts empty. So each step stands in it once
+    evaluated     the step of the last evaluation that the weights remember; lines of later ones are dropped too
     unit          what is counted: a record's "<unit>_per_s", else "samples_per_s", is the throughput shown
     on_record     called with each record before it is written; what it adds to the record is written too
     tensorboard   also write to output_dir/tensorboard: numbers, texts, the settings, the picture of the run (needs
@@ -85,6 +87,7 @@ class Progress:
         max_steps: int,
         main: bool,
         resumed_step: int = 0,
+        evaluated: int | None = None,
         unit: str = "samples",
         on_record: Callable[[Record], None] | None = None,
         tensorboard: bool = False,
@@ -103,7 +106,7 @@ class Progress:
         self._folder = folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOP).unlink(missing_ok=True)  # it was for an earlier session
-        kept = rewind(history or folder, folder / METRICS, resumed_step)
+        kept = rewind(history or folder, folder / METRICS, resumed_step, evaluated)
         self._step = resumed_step
         self._on_record, self._settings = on_record, settings or {}
         self._writer = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
@@ -112,10 +115,12 @@ class Progress:
         for record in kept:
             view.take(record, past=True)
         view.step = resumed_step
-        self._display.open()
+        self._failed: set[str] = set()
+        self._untold: list[str] = []
         self._file = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115 (see close)
         self._unwritten = b""
         self._lock, self._over = threading.RLock(), threading.Event()
+        self._try("the display", self._display.open)
         self._watcher = None
         if sample is not None:
             self._watcher = threading.Thread(target=self._watch, args=(sample,), name="progress", daemon=True)
@@ -133,16 +138,20 @@ class Progress:
         self._look_for_a_request()
         if record.get("kind") == "start":
             record |= owner()
-        if self._on_record is not None:
-            self._on_record(record)
+        added = dict(record)
+        if (on_record := self._on_record) is not None and self._try(
+            "Task.on_record",
+            lambda: (on_record(added), encode(added)),  # a record may not hold what was added
+        ):
+            record = added
         plain, line = encode(record)
         with self._lock:
             self._step = int(plain.get("step", self._step))
             self._write(line)  # one write a line: a killed process leaves at most one torn line, the last
-            if self._writer is not None:
-                _to_tensorboard(self._writer, plain, self._step)
-            self._display.view.take(plain)
-            self._display.show(str(plain.get("kind")))
+            self._show(plain)
+            self._try("the display", lambda: self._draw(plain))
+        while self._untold:
+            self.note(self._untold.pop(0))
 
     def _write(self, line: bytes) -> None:
         """Append to the file. What finds no room on the disk is kept, and written with the next line."""
@@ -153,6 +162,26 @@ class Progress:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
+
+    def _draw(self, record: Record) -> None:
+        self._display.view.take(record)
+        self._display.show(str(record.get("kind")))
+
+    def _show(self, record: Record) -> None:
+        if (writer := self._writer) is not None:
+            self._try("TensorBoard", lambda: _to_tensorboard(writer, record, self._step))
+
+    def _try(self, what: str, action: Callable[[], object]) -> bool:
+        """Call an action that only shows something; return whether it succeeded. Its first error becomes a note."""
+        try:
+            action()
+            return True
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                traceback.print_exc()
+                self._untold.append(f"{what} failed, and training goes on: {type(error).__name__}: {error}")
+            return False
 
     def note(self, text: str) -> None:
         """Print a line of text, and record it as {"kind": "note", "step": …, "text": …}."""
@@ -187,10 +216,9 @@ class Progress:
                     means = _means(samples)
                     record = {"kind": "gpus", "step": self._step, "time": self._display.view.seconds(), "gpus": means}
                     self._write(encode(record)[1])
-                    if self._writer is not None:
-                        _to_tensorboard(self._writer, record, self._step)
+                    self._show(record)
                     samples, written = [], now
-                self._display.tick()
+                self._try("the display", self._display.tick)
             if self._over.wait(1.0):
                 return
 
@@ -209,11 +237,14 @@ class Progress:
                 self._write(encode(stopped)[1])
             self._write(b"")
             self._file.close()
-            self._display.close(self._display.view.outcome(result), status_of(result))
+            self._try("the display", lambda: self._display.close(self._display.view.outcome(result), status_of(result)))
         if self._watcher is not None:
             self._watcher.join(0.5)  # not longer: nvidia-smi may be waited for
-        if self._writer is not None:
-            _finish_tensorboard(self._writer, self._folder, self._settings, result, self._step)
+        if (writer := self._writer) is not None:
+            settings, step = self._settings, self._step
+            self._try("TensorBoard", lambda: _finish_tensorboard(writer, self._folder, settings, result, step))
+        for note in self._untold:  # too late for a record
+            print_line(note)
 
     def __enter__(self) -> Progress:
         return self

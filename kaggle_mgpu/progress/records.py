@@ -68,9 +68,18 @@ def comparable(records: Iterable[Record]) -> list[Record]:
     ]
 
 
-def rewind(source: str | os.PathLike[str], target: Path, step: int) -> list[Record]:
-    """Write to `target` the records of `source` up to `step`, all or nothing, and return them."""
-    kept = [r for r in read(source) if isinstance(r.get("step", 0), int) and r.get("step", 0) <= step] if step else []
+def rewind(source: str | os.PathLike[str], target: Path, step: int, evaluated: int | None = None) -> list[Record]:
+    """Write to `target` the records of `source` up to `step`, all or nothing, and return them.
+
+    Args:
+        evaluated: the last evaluation that counts; those of later steps will be made again. None: all count.
+    """
+
+    def counts(record: Record) -> bool:
+        last = step if evaluated is None or record.get("kind") != "eval" else evaluated
+        return isinstance(record.get("step", 0), int) and record.get("step", 0) <= last
+
+    kept = [record for record in read(source) if counts(record)] if step else []
     temporary = target.with_name(f".writing-{target.name}")
     with open(temporary, "w", encoding="ascii", newline="\n") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)

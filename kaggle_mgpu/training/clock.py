@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
+WORTH_A_SAVE = 2.0
+"""Seconds of an evaluation up to which a kill costs no more than a kill in the middle of the steps."""
+
 
 class StepTaken(NamedTuple):
     """The times of a training step (batch asked for, batch there, finished) and its size."""
@@ -26,7 +29,7 @@ class Clock:
     Args:
         before: seconds that earlier sessions of the run took.
         save: a guess at the seconds of a save, used until one is measured.
-        evaluation: a guess at how many steps an evaluation is worth, used until one is measured.
+        evaluation: a guess at the seconds of an evaluation, used until one is measured.
     """
 
     def __init__(self, before: float = 0.0, *, save: float = 0.0, evaluation: float = 0.0) -> None:
@@ -36,7 +39,7 @@ class Clock:
         self.samples = self.terms = self.steps = 0
         self.paused = 0.0
         self.first_step = self.longest_step = 0.0
-        self.save, self.evaluation, self.evaluation_in_steps = save, 0.0, evaluation
+        self.save, self.evaluation, self.evaluation_guess = save, 0.0, evaluation
         self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `where` was last called
         self.spent_since, self.spent_steps = self.began, 0
 
@@ -84,6 +87,10 @@ class Clock:
         """Take note of a save's duration, from its beginning to the last byte on the disk."""
         self.save = max(self.save, seconds)
 
+    def outlasts_a_save(self) -> bool:
+        """Return whether an evaluation may take longer than a save, and long enough to save the state before."""
+        return (self.evaluation or self.evaluation_guess) > max(self.save, WORTH_A_SAVE)
+
     def throughput(self, unit: str) -> dict[str, float]:
         """Return samples or terms per second since the last call. Wait for the GPU before calling."""
         self.count()
@@ -121,7 +128,7 @@ class Clock:
         step = self.longest_step or self.first_step
         needed = steps * step + self.save
         if evaluation:
-            needed += self.evaluation or self.evaluation_in_steps * step
+            needed += self.evaluation or self.evaluation_guess
         return 1.5 * needed
 
     def left(self, steps: int) -> float | None:

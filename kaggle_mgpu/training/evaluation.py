@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import data
 from ..config import TrainConfig
 from ..data import randomness
+from ..errors import RestartError
 from ..machine import devices
 from ..parallel import distributed
-from .out_of_memory import is_out_of_memory, release
+from .micro_batch import halve_micro_batch
+from .out_of_memory import is_out_of_memory, raise_restart, release
 from .parts import Parts
 from .task import Task, TrainState
+
+T = TypeVar("T")
 
 
 class Evaluation:
@@ -38,6 +48,42 @@ class Evaluation:
     def _step_after(self, step: int) -> float:
         return math.inf if step >= self.last else min((step // self.every + 1) * self.every, self.last)
 
+    def trial(self, parts: Parts, state: TrainState) -> float:
+        """Evaluate the first micro-batch of val_data, and return the seconds that all of val_data takes at this pace.
+
+        A mistake in the task's metrics then shows before the first step instead of after an epoch. Every rank must
+        call this; all of them fail together. Weights, buffers, random generators and `state` stay as they are.
+
+        Raises:
+            RuntimeError: a sample of val_data, Task.metrics or Task.summary fails.
+            ValueError: the evaluation gives no best_metric.
+            RestartError: out of memory where ranks compute together.
+        """
+        if self.next_step == math.inf:
+            return 0.0
+        assert parts.val_fetch is not None
+        fetch, strategy, rows = parts.val_fetch, parts.strategy, min(_micro_batch_size(parts), parts.val_samples)
+        buffers = [(buffer, buffer.detach().clone()) for buffer in strategy.model.buffers()]
+        began = time.monotonic()
+        try:
+            with randomness.undisturbed():
+                strategy.model.eval()
+                batch = _try(parts, "val_data", lambda: data.move(fetch[np.arange(rows)], strategy.input_device))
+                randomness.seed_for(self.rng_key, state.step, parts.rank)
+                sums = _try(parts, "metrics", lambda: _trial_sums(parts, batch))
+                pace = time.monotonic() - began
+                found = distributed.gather(sums)
+                if all(part is not None for part in found):  # else memory ran out: `run` will take fewer samples
+                    metrics = _try(parts, "summary", lambda: _numbers(_merge(parts.task, cast(Any, found))))
+                    is_best(parts.config, dataclasses.replace(state, metrics=metrics))
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            strategy.model.zero_grad(set_to_none=True)
+            strategy.model.train()
+        return pace * math.ceil(parts.val_samples / (rows * parts.world_size))
+
     def run(self, parts: Parts, state: TrainState) -> str:
         """Write the metrics over val_data into `state.metrics`; return a note about memory, or "".
 
@@ -48,8 +94,7 @@ class Evaluation:
             OutOfMemoryError: a single sample is too much; or any batch, where ranks compute together as under fsdp: the
                 other ranks wait inside a collective, and cannot begin again.
         """
-        first_size = parts.plan.micro_batch_size * (parts.plan.num_replicas // parts.world_size)
-        first_size = min(first_size, self.batch_size or first_size)
+        first_size = min(_micro_batch_size(parts), self.batch_size or math.inf)
         strategy, size = parts.strategy, first_size
         with parts.averaged_weights():
             strategy.sync_buffers()
@@ -64,7 +109,7 @@ class Evaluation:
                     raise torch.OutOfMemoryError(failed[0])
                 size //= 2
             strategy.model.train()
-            state.metrics = _merge(parts.task, sums)
+            state.metrics = _numbers(_merge(parts.task, sums))
         self.next_step = self._step_after(state.step)
         if size == first_size:
             return ""
@@ -73,6 +118,78 @@ class Evaluation:
             f"out of memory in the evaluation after step {state.step} with {first_size} samples at a time: {size} from "
             f"here on, with the same result"
         )
+
+
+def _micro_batch_size(parts: Parts) -> int:
+    """Return the number of samples that this process computes at a time in training."""
+    return parts.plan.micro_batch_size * (parts.plan.num_replicas // parts.world_size)
+
+
+def _trial_sums(parts: Parts, batch: Any) -> dict[str, tuple[Tensor, int]] | None:
+    """Return the sums and counts of one batch, or None if this rank has too little memory for the batch."""
+    try:
+        return parts.strategy.evaluate(iter([batch]))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if not parts.strategy.alone:  # the other ranks wait inside a collective
+            _, halved = halve_micro_batch(parts, "in the trial evaluation before training")
+            raise_restart(parts.rank, halved, "Nothing has been trained since the newest checkpoint", error)
+    release()
+    return None
+
+
+def _numbers(metrics: Any) -> dict[str, float]:
+    """Return what Task.summary gave, if that is {name: number} as checkpoints can hold it.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(metrics, dict):
+        raise TypeError(f"expected {{name: number}}, got a {type(metrics).__name__}")
+    for name, value in metrics.items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"expected {{name: number}}, got a {type(value).__name__} for {name!r}: use float(value)")
+    return metrics
+
+
+def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
+    """Return the action's value; where the action fails on a rank, raise one error on every rank.
+
+    Raises:
+        RuntimeError: the action failed. The text says in which method and line of the task, and what to do.
+    """
+    value, failure = None, None
+    try:
+        value = action()
+    except Exception as error:
+        if isinstance(error, RestartError) or distributed.lost_a_rank(error):
+            raise
+        failure = error
+    texts = ["" if failure is None else _explained(parts, method, failure)]
+    if parts.strategy.alone or method != "metrics":  # else the other ranks may wait inside a collective
+        texts = distributed.gather(texts[0])
+    for rank, text in enumerate(texts):
+        if text:
+            raise RuntimeError(text if parts.world_size == 1 else f"rank {rank}: {text}") from failure
+    return cast(T, value)
+
+
+def _explained(parts: Parts, method: str, error: Exception) -> str:
+    """Return what failed in the trial, where in the task's code, and the next step."""
+    kind, package = type(parts.task), str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((package, str(Path(torch.__file__).parent)))]
+    where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    advice = f"Correct {kind.__name__}.{method} and run the same again."
+    if method == "metrics" and kind.metrics is Task.metrics:
+        advice = f"{kind.__name__} has no metrics of its own, so this calls its loss and count: define Task.metrics."
+    if "does not require grad" in str(error):
+        advice += " An evaluation keeps no gradients: compute what needs one within torch.enable_grad()."
+    return (
+        f"{kind.__name__}.{method} failed in the trial evaluation, on the first samples of val_data: "
+        f"{type(error).__name__}: {error}{where}. {advice} No step has been taken yet in this session."
+    )
 
 
 def _sums(parts: Parts, batch_size: int) -> Any:

@@ -30,11 +30,13 @@ class Log:
     Args:
         lines: what else to print: how the run was resumed, warnings.
         history: folder of the run that this one is resumed from, whose records are continued.
+        evaluation: a guess at the seconds of an evaluation.
     """
 
     def __init__(
-        self, parts: Parts, state: TrainState, *, lines: Sequence[str] = (), history: Path | None = None
-    ) -> None:
+        self, parts: Parts, state: TrainState, *, lines: Sequence[str] = (), history: Path | None = None,
+        evaluation: float = 0.0,
+    ) -> None:  # fmt: skip
         config, plan, task = parts.config, parts.plan, parts.task
         self.log_every, self.last = config.log_every, plan.max_steps
         self.next_step = self._step_after(state.step)
@@ -44,12 +46,13 @@ class Log:
             document = {**config.to_dict(), "stamp": parts.stamp, "code": task_checks.code_of(task)}
             checkpoint.write_text(parts.output_dir / "config.json", json.dumps(document, indent=1))
             (parts.output_dir / "result.json").unlink(missing_ok=True)  # this run is not finished
-        # guesses: weights and two moments are written at 50 MB/s, an evaluated sample costs as much as a trained one
+        # a guess: weights and two moments are written at 50 MB/s
         nbytes = sum(tensor.nbytes for tensor in parts.strategy.described().values())
-        self.clock = Clock(state.seconds, save=4 * nbytes / 50e6, evaluation=parts.val_samples / plan.global_batch_size)
+        self.clock = Clock(state.seconds, save=4 * nbytes / 50e6, evaluation=evaluation)
         device_line = ", ".join([*(gpu.name for gpu in parts.gpus[: plan.num_replicas]), parts.strategy.precision])
         self.progress = progress.Progress(
-            parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step, unit=task.unit,
+            parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step,
+            evaluated=state.evaluated, unit=task.unit,
             on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
             device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
         )  # fmt: skip

@@ -32,7 +32,7 @@ from ..errors import DivergedError
 from ..launching import lock
 from ..parallel import distributed
 from . import divergence, optim, out_of_memory
-from .clock import StepTaken
+from .clock import Clock, StepTaken
 from .evaluation import Evaluation, is_best
 from .log import Log
 from .micro_batch import halve_micro_batch, settle_micro_batch
@@ -53,7 +53,8 @@ def train(config: TrainConfig, task: Task) -> Result:
     comes near, or when asked to stop (SIGINT, SIGTERM, progress.stop): it finishes the step, saves and returns.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the machine.
+        ValueError: settings that do not fit each other, the data or the machine; no best_metric.
+        RuntimeError: val_data or the task's metrics fail in a trial before the first step.
         CheckpointError: the checkpoint found is another run's or another model's.
         DivergedError: the gradient was nan or infinite several steps in a row.
         OutOfMemoryError: not even one sample fits, or the optimizer's own state does not.
@@ -79,13 +80,19 @@ def train(config: TrainConfig, task: Task) -> Result:
             lines += resumed
         if parts.is_main and state.step == 0 and looks_like_a_mean(parts):
             lines.append(A_MEAN)
-        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None)
+        evaluation = Evaluation(parts, state)
+        price = evaluation.trial(parts, state)
+        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None, evaluation=price)
         stack.enter_context(log.progress)
         stack.enter_context(checkpoints)
         imported = start is not None and start.parent != checkpoints.folder
         saving = Saving(parts, checkpoints, state, imported)
         try:
-            return _loop(parts, state, Evaluation(parts, state), saving, log)
+            return _loop(parts, state, evaluation, saving, log)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            state.seconds = log.clock.seconds()
+            saving.rescue_before(error, parts, state)
+            raise
         finally:
             log.saves(saving.written)  # those that an error waited for
 
@@ -107,11 +114,11 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             )
             leave = done or stop or no_time
             if evaluation_due and not (stop or no_time):  # otherwise the next session begins with the evaluation
+                if state.step > saving.saved_step and distributed.agree(clock.outlasts_a_save()):
+                    _save(parts, state, saving, clock)
                 _evaluate(parts, state, evaluation, saving, log)
             if state.step > saving.saved_step and (leave or save or state.step >= saving.next_step):
-                with clock.pause():
-                    state.seconds = clock.seconds()
-                    saving.save(parts, state)  # copies; a thread writes the copy during the next steps
+                _save(parts, state, saving, clock)
             if leave:
                 break
 
@@ -138,6 +145,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 continue
             state.step += 1
             state.samples_seen += batch.samples
+            parts.strategy.within = ""  # the state tells again which step the weights are at
             clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
             if saving.checkpoints.news:
                 log.saves(saving.checkpoints.collect())
@@ -178,6 +186,7 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
             # the sum of the loss, divided by the number of terms on all ranks
             losses.append(strategy.backward(micro_batch, batch.weights[i], batch.terms))
     lr = parts.lr_at(step)
+    strategy.within = "update"
     try:
         optim.set_lr(parts.optimizer, lr)
         norm = strategy.step(parts.optimizer, max_norm=parts.max_norm)
@@ -189,6 +198,13 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
         raise
     in_a_row = strategy.skipped_in_a_row
     return StepOutcome(losses, lr, norm, skipped=not isinstance(in_a_row, Tensor) and in_a_row > 0)
+
+
+def _save(parts: Parts, state: TrainState, saving: Saving, clock: Clock) -> None:
+    """Copy the state for a checkpoint; a thread writes the copy during the next steps."""
+    with clock.pause():
+        state.seconds = clock.seconds()
+        saving.save(parts, state)
 
 
 def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> None:

@@ -244,6 +244,11 @@ class EMA:
             self._write(targets, own)
             self._swapped = False
 
+    @property
+    def swapped(self) -> bool:
+        """Whether the model holds the averaged weights, perhaps only some of them."""
+        return self._swapped
+
     def state_dict(self) -> dict[str, Tensor]:
         """Averages and copied buffers by name, and the number of updates (a 0-d int64) as ".num_updates".
 

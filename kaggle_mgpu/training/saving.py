@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import progress
 from ..checkpoints import checkpoint, resume
+from ..errors import DivergedError, RestartError
 from ..parallel import distributed
 from . import task_checks
 from .parts import Parts
@@ -109,6 +110,8 @@ class Saving:
         self.checkpoints, self.every = checkpoints, parts.config.save_every
         self.interval_seconds = parts.config.save_interval_minutes * 60
         self.in_shards = parts.config.checkpoint_format == "sharded" and parts.strategy.name == "fsdp"
+        self.told = False
+        """Whether an error already says where the newest checkpoint is."""
         self.written: list[checkpoint.Saved] = []
         """Saves that have ended since the log recorded one, in a run that ends with an error."""
         self._schedule(state.step)
@@ -165,7 +168,29 @@ class Saving:
             path = self.rescue_checkpoint(parts, state)
         except OSError as error:
             return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
+        self.told = True
         return f"The state after step {state.step} is in {path}: a run goes on from there."
+
+    def rescue_before(self, error: BaseException, parts: Parts, state: TrainState) -> None:
+        """Save the state before an error ends the run, if the weights are whole, and add to the error where it is."""
+        strategy, averages = parts.strategy, parts.ema
+        if (
+            self.told
+            or state.step == 0
+            or isinstance(error, DivergedError | RestartError)
+            or distributed.lost_a_rank(error)
+        ):
+            return
+        if strategy.within == "update" or (averages is not None and averages.swapped):
+            text = f"Some weights may have moved and others not: what is in memory is not saved. {self.newest(parts)}"
+        else:
+            try:
+                strategy.undo_step()
+                text = self.rescue(parts, state)
+            except Exception as failure:  # the run's own error matters more
+                text = f"The state after step {state.step} could not be saved: {failure}. {self.newest(parts)}"
+        error.add_note(text)
+        print(text, flush=True)
 
     def rescue_for_restart(self, parts: Parts, state: TrainState) -> str:
         """Save the state before a failed step, if this rank has the whole state; return where the run goes on."""
@@ -184,6 +209,7 @@ class Saving:
 
     def newest(self, parts: Parts) -> str:
         """Wait for the last save; return a sentence about the newest checkpoint."""
+        self.told = True
         failed = self.wait(parts)
         newest = next(iter(self.checkpoints.all()), None)
         return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed

@@ -69,7 +69,8 @@ class Task:
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
         """Return {name: (sum, count)} over a batch of val_data. The sums over all batches and ranks are divided.
 
-        Sums may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
+        It is also called once on the first samples of val_data before training, so that a mistake shows at once. Sums
+        may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
         equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
         """
         return {"loss": (self.loss(model, batch), self.count(batch))}

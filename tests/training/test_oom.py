@@ -199,9 +199,10 @@ def test_what_was_trained_before_not_even_one_sample_fits_is_kept(tmp_path: Path
 
 # In the evaluation
 class TightEvaluation(Regression):
-    """A device on which `room` samples fit in an evaluation; on `rank` only."""
+    """A device on which `room` samples fit in an evaluation once training has begun; on `rank` only."""
 
     name = "Regression"
+    began = False
 
     def __init__(self, room: int, rank: int | None = None) -> None:
         super().__init__(val_samples=77)
@@ -212,9 +213,15 @@ class TightEvaluation(Regression):
         slow_disk()
         return super().train_data()
 
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        self.began |= model.training
+        return super().loss(model, batch)
+
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
-        self.sizes.append(len(batch[0]))
         sums = super().metrics(model, batch)
+        if not self.began:  # the trial before training
+            return sums
+        self.sizes.append(len(batch[0]))
         if len(batch[0]) > self.room and self.rank in (None, distributed.rank()):
             raise torch.OutOfMemoryError(FULL)
         return sums

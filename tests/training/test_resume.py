@@ -264,7 +264,7 @@ def test_three_processes_and_more_are_resumed_bit_for_bit(tmp_path: Path) -> Non
 # By the clock
 def test_the_margin_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     now = by(Seconds(), monkeypatch, clock)
-    run = clock.Clock(save=2.0, evaluation=10)
+    run = clock.Clock(save=2.0, evaluation=50.0)
 
     def step() -> None:
         run.taken.append(clock.StepTaken(now.now, now.now, now.now, 1, 1))
@@ -276,7 +276,7 @@ def test_the_margin_is_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     step()
     assert run.margin(1, False) == 1.5 * (5 + 2)
     assert run.margin(3, False) == 1.5 * (15 + 2)
-    assert run.margin(1, True) == 1.5 * (5 + 2 + 50), "unmeasured, it is worth ten steps"
+    assert run.margin(1, True) == 1.5 * (5 + 2 + 50), "unmeasured, it takes what the trial said"
     run.saved(7.0)
     run.saved(4.0)
     with run.evaluating():

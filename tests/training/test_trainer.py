@@ -132,7 +132,9 @@ class Untouched(Regression):
     name = "Regression"
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        raise AssertionError("a finished run was trained")
+        if model.training:
+            raise AssertionError("a finished run was trained")
+        return super().loss(model, batch)  # the trial of an evaluation, where there are more steps to take
 
 
 @pytest.fixture(autouse=True)
@@ -351,7 +353,7 @@ class Undefined(Regression):
 
     def __init__(self) -> None:
         super().__init__()
-        self.evaluations = 0
+        self.evaluations = -1  # the first one is the trial before training
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         self.evaluations += 1
