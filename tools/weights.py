@@ -27,7 +27,7 @@ STRATEGIES = {
 
 
 class Tokens(torch.utils.data.Dataset):
-    """96 sequences of 12 tokens, of which between 1 and 12 count."""
+    """A dataset of 96 sequences with 12 tokens each and 1 to 12 loss terms."""
 
     def __len__(self) -> int:
         return 96
@@ -52,17 +52,15 @@ class Guess(Task):
 
     def loss(self, model, batch):
         tokens, mask = batch
-        return (
-            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
-            * mask.flatten()
-        ).sum()
+        losses = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
+        return (losses * mask.flatten()).sum()
 
     def count(self, batch):
         return int(batch[1].sum())
 
 
 def main() -> None:
-    """Train every row of the matrix and print one line a row."""
+    """Train every row of the matrix and print a line per row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="keep the runs' folders here")
     arguments = parser.parse_args()
@@ -72,25 +70,15 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as temporary:
                     folder = (arguments.keep or Path(temporary)) / f"{strategy}-{nproc}-{accumulation}-{precision}"
                     config = TrainConfig(
-                        strategy=strategy,
-                        nproc=nproc,
-                        global_batch_size=36,
-                        gradient_accumulation_steps=accumulation,
-                        precision=precision,
-                        max_steps=6,
-                        lr=1e-2,
-                        ema_decay=0.9,
-                        output_dir=str(folder),
-                        resume="never",
-                        seed=3,
-                    )
+                        strategy=strategy, nproc=nproc, global_batch_size=36, gradient_accumulation_steps=accumulation,
+                        precision=precision, max_steps=6, lr=1e-2, ema_decay=0.9, output_dir=str(folder),
+                        resume="never", seed=3,
+                    )  # fmt: skip
                     with contextlib.redirect_stdout(io.StringIO()):
                         launch(train, config, Guess())
                     weights = (folder / "model.safetensors").read_bytes()
-                print(
-                    f"{name:8} accumulation {accumulation} {precision}  {hashlib.sha256(weights).hexdigest()}",
-                    flush=True,
-                )
+                digest = hashlib.sha256(weights).hexdigest()
+                print(f"{name:8} accumulation {accumulation} {precision}  {digest}", flush=True)
 
 
 if __name__ == "__main__":
