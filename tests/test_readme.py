@@ -1,4 +1,4 @@
-"""What the README says runs, runs."""
+"""The README's commands run, and the page for developers names files and functions that exist."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+import test_floors
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -112,3 +115,75 @@ def test_every_message_is_in_the_table() -> None:
 )  # fmt: skip
 def test_folk_errors_are_in_the_table(folk: str) -> None:
     assert any(folk in message for message, _ in ROWS)
+
+
+# kaggle_mgpu/README.md: the arrows, files and names are those of the code
+PAGE = (ROOT / "kaggle_mgpu" / "README.md").read_text(encoding="utf-8")
+TOKENS = sorted(set(re.findall(r"`([^`\n]+)`", PAGE)))
+
+
+@cache
+def names_in(path: Path) -> set[str]:
+    """The functions, classes and constants of a file, and Class.name for the members of its classes."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        members = [(node, "")]
+        if isinstance(node, ast.ClassDef):
+            members += [(member, f"{node.name}.") for member in node.body]
+        for member, prefix in members:
+            if isinstance(member, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + member.name)
+            elif isinstance(member, ast.Assign | ast.AnnAssign):
+                targets = member.targets if isinstance(member, ast.Assign) else [member.target]
+                found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def references() -> list[tuple[str, str]]:
+    """(file, name) of each table row and of each "`name` in `file`" on the page."""
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (`.+?`) \|", PAGE, re.M)
+    found = [(file, name) for file, names in rows for name in re.findall(r"`(.+?)`", names)]
+    return found + [(file, name) for name, file in re.findall(r"`([\w.]+)` in\s`([\w/]+\.py)`", PAGE)]
+
+
+@pytest.mark.parametrize(("file", "name"), references())
+def test_a_name_on_the_page_is_in_its_file(file: str, name: str) -> None:
+    assert name in names_in(ROOT / "kaggle_mgpu" / file)
+
+
+@pytest.mark.parametrize("token", [t for t in TOKENS if re.fullmatch(r"[\w/.-]+(/|\.py)", t)])
+def test_a_path_on_the_page_exists(token: str) -> None:
+    assert (ROOT / "kaggle_mgpu" / token).exists() or (ROOT / token).exists()
+
+
+@pytest.mark.parametrize("token", [t for t in TOKENS if re.fullmatch(r"\w+", t) and t != "parameters"])
+def test_a_bare_name_on_the_page_is_defined_somewhere(token: str) -> None:
+    defined = {name.rpartition(".")[2] for path in PACKAGE for name in names_in(path)}
+    assert token in defined
+
+
+def closure(arrows: dict[str, set[str]]) -> dict[str, set[str]]:
+    """For each node, all nodes that arrows lead to, over any number of steps."""
+    reached = {node: set(targets) for node, targets in arrows.items()}
+    for middle in reached:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return {node: targets for node, targets in reached.items() if targets}
+
+
+def test_the_picture_shows_the_imports_of_the_code() -> None:
+    drawn: dict[str, set[str]] = {}
+    for left, right in re.findall(r"^    (\w+) --> (.+)$", PAGE, re.M):
+        drawn.setdefault(left, set()).update(right.split(" & "))
+    code: dict[str, set[str]] = {}
+    for module, path in test_floors.MODULES.items():
+        package = test_floors.room(module)
+        code.setdefault(package, set()).update({test_floors.room(target) for target in test_floors.arrows(path)})
+    for package in code:
+        code[package] -= {"", package}
+    nodes = {*drawn, *(target for targets in drawn.values() for target in targets)}
+    assert nodes >= {*test_floors.PACKAGES}
+    for targets in list(drawn.values()):
+        drawn |= {target: set() for target in targets if target not in drawn}
+    assert closure(drawn) == closure(code)

@@ -1,17 +1,17 @@
-"""Kill a training run again and again, and see whether it is the same run in the end.
+"""Kill a training run many times, and compare the outcome with an undisturbed run.
 
     python tools/chaos.py text_generation --kills 20 --flags "--strategy ddp --nproc 2 --save-every 20 --max-steps 2000"
     python tools/chaos.py tests/everything.py --kills 5 --output build/chaos --report build/chaos/report.md
 
-RUN is a recipe, or a Python file that takes the same flags. It is first trained in OUTPUT/undisturbed, where every
-checkpoint is kept; then in OUTPUT/killed, where it is sent SIGKILL and started again with the same command. Half of the
-kills come at a random time; the other half are aimed at saves: the checkpoint folder is watched, and they come as a
-temporary folder, a new checkpoint or a removal shows there, or some milliseconds later. Most kills take all processes
-at once, as the end of a session does; some the first process alone, some one worker or loader process.
+RUN is a recipe, or a Python file that takes the same flags. The run trains first in OUTPUT/undisturbed, with every
+checkpoint kept, and then in OUTPUT/killed-1, with SIGKILL and the same command again and again. Half of the kills come
+at a random time. The other half are aimed at saves: they come when a temporary folder, a new checkpoint or a removal
+appears in the checkpoint folder, or some milliseconds later. Most kills hit all processes at once, as the end of a
+session does; some hit the first process, or a single worker or loader process.
 
-After each kill the newest checkpoint must be valid and equal, byte for byte, the undisturbed run's of the same step.
-When the run has ended, so must all that it leaves: weights, optimizer state, averages, records (times aside). A run
-that ends before the last kill is followed by another from the start. Exit code 0: all the same.
+After each kill the newest checkpoint must equal, byte for byte, the undisturbed run's of the same step. At the end,
+weights, optimizer state, averages and records (without times) must be equal too. A run that ends before the last kill
+is followed by another. The exit code is 0 if all are equal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """In what two finished runs differ, times and the number of sessions aside; [] if they are one run."""
+    """Return the differences between two finished runs, apart from times and the number of sessions."""
     found = []
     for name in ("model.safetensors", "best/model.safetensors"):
         if (one / name).is_file() != (other / name).is_file():
@@ -62,7 +62,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def checkpoint_differences(one: Path, other: Path) -> list[str]:
-    """In what two checkpoints of a step differ."""
+    """Return the differences between two checkpoints of a step."""
     found = [f"{path}: {problem}" for path in (one, other) if (problem := checkpoint.damage(path))]
     if found:
         return found
@@ -83,19 +83,18 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
 
 @dataclass
 class Run:
-    """A training run that can be started and killed."""
+    """A training run to start and kill."""
 
-    what: str
+    target: str
     flags: list[str]
     folder: Path
     log: Path
     process: psutil.Popen | None = field(default=None, init=False)
 
     def start(self, *more: str) -> None:
-        command = [sys.executable, self.what] if self.what.endswith(".py") else [
-            sys.executable, "-m", "kaggle_mgpu", "train", self.what,
-        ]  # fmt: skip
-        command += [*self.flags, "--output-dir", str(self.folder), *more]
+        """Start the run with its flags, and with `more` flags."""
+        script = [self.target] if self.target.endswith(".py") else ["-m", "kaggle_mgpu", "train", self.target]
+        command = [sys.executable, *script, *self.flags, "--output-dir", str(self.folder), *more]
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -110,8 +109,7 @@ class Run:
         return self.process.poll() is None
 
     def kill(self, whom: str) -> str:
-        """SIGKILL for all processes at once, the first one, or one of the others; returns who it was."""
-        assert self.process is not None
+        """Send SIGKILL to everything, the first process, or one worker; return `whom`."""
         family = self.family()
         victims = family
         if whom == "the first process":
@@ -119,19 +117,20 @@ class Run:
         elif whom == "one worker" and len(family) > 1:
             victims = [random.choice(family[1:])]
         for process in victims:
-            send(process, signal.SIGSTOP)  # so that all die at the same instant, none outliving another by a line
+            send(process, signal.SIGSTOP)  # so that all end at the same instant
         for process in victims:
             send(process, signal.SIGKILL)
         if victims is not family:
             psutil.wait_procs(family, timeout=30)
-        for process in family:  # a run that lost one worker has ended by itself, or it may not
+        for process in family:  # a run that lost a worker may still be alive
             send(process, signal.SIGKILL)
         psutil.wait_procs(family, timeout=30)
         return whom
 
     def family(self) -> list[psutil.Process]:
+        """Return the run's processes, the first one first."""
+        assert self.process is not None
         try:
-            assert self.process is not None
             return [self.process, *self.process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
@@ -143,7 +142,7 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 class Watch:
-    """The checkpoint folder of a run, looked at every few tenths of a millisecond."""
+    """Notice changes in a run's checkpoint folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -156,33 +155,29 @@ class Watch:
             return set()
 
     def event(self) -> str | None:
-        """writing, renamed or removing, where something has begun since this was last asked."""
+        """Return "writing", "removing" or "renamed" if one of these has begun since the last call."""
         now = self.names()
         new, self.seen = now - self.seen, now
-        for name in new:
-            if name.startswith(".writing-step"):
-                return "writing"
-            if name.startswith(".removing-step"):
-                return "removing"
-            if name.startswith("step-"):
-                return "renamed"
-        return None
+        kinds = {".writing-step": "writing", ".removing-step": "removing", "step-": "renamed"}
+        return next((kind for name in new for start, kind in kinds.items() if name.startswith(start)), None)
 
 
 @dataclass
 class Kill:
+    """A kill and the state of the checkpoint folder afterwards."""
+
     aim: str
-    """random, writing, renamed, removing"""
+    """random, writing, renamed or removing"""
     whom: str
     state: str
-    """What the kill left in the folder."""
+    """The operation that the kill interrupted."""
     step: int
-    """Of the newest checkpoint, -1 for none."""
+    """The step of the newest checkpoint, -1 for none."""
     problems: list[str]
 
 
 def one_kill(run: Run, reference: Path, aim: str, whom: str, after: float) -> Kill | None:
-    """Start the run and kill it; None if it ended before."""
+    """Start the run and kill it; return None if the run ended first."""
     checkpoints = run.folder / "checkpoints"
     before = {path.name for path in checkpoint.all_in(checkpoints)}
     records = run.folder / progress.METRICS
@@ -213,7 +208,7 @@ def one_kill(run: Run, reference: Path, aim: str, whom: str, after: float) -> Ki
     problems: list[str] = []
     path = checkpoint.Checkpoints(checkpoints).newest(warn=problems.append)
     valid = [p for p in checkpoint.all_in(checkpoints) if checkpoint.damage(p) is None]
-    # a kill before the rotation leaves one more than are kept, which the next one then removes
+    # a kill before the rotation leaves one checkpoint too many, which the next rotation removes
     kept = min(len(before), json.loads((run.folder / "config.json").read_text())["keep_last"])
     if len(valid) < kept:
         problems.append(f"{len(valid)} valid checkpoints, {len(before)} before")
@@ -223,11 +218,11 @@ def one_kill(run: Run, reference: Path, aim: str, whom: str, after: float) -> Ki
 
 
 def chaos(
-    what: str, flags: list[str], kills: int, output: Path, *, seed: int, span: float, say: Callable[[str], Any]
+    target: str, flags: list[str], kills: int, output: Path, *, seed: int, span: float, say: Callable[[str], Any]
 ) -> tuple[list[Kill], list[list[str]], dict[str, float]]:
-    """The kills, the differences of each run that ended, and how long things took."""
+    """Run and kill; return the kills, the differences of each run that ended, and the seconds taken."""
     random.seed(seed)
-    undisturbed = Run(what, flags, output / "undisturbed", output / "undisturbed.log")
+    undisturbed = Run(target, flags, output / "undisturbed", output / "undisturbed.log")
     began = time.monotonic()
     undisturbed.start("--keep-last", "1000000")
     assert undisturbed.process is not None
@@ -238,7 +233,7 @@ def chaos(
     say(f"undisturbed: {times['undisturbed']:.1f} s, {seconds:.1f} s of it training")
     done: list[Kill] = []
     ends: list[list[str]] = []
-    run = Run(what, flags, output / "killed-1", output / "killed-1.log")
+    run = Run(target, flags, output / "killed-1", output / "killed-1.log")
     while True:
         while len(done) < kills:
             aim = ["random", "writing", "random", "renamed", "random", "removing"][len(done) % 6]
@@ -260,15 +255,16 @@ def chaos(
         if len(done) >= kills or ends[-1]:
             times["all"] = time.monotonic() - began
             return done, ends, times
-        run = Run(what, flags, output / f"killed-{len(ends) + 1}", output / f"killed-{len(ends) + 1}.log")
+        run = Run(target, flags, output / f"killed-{len(ends) + 1}", output / f"killed-{len(ends) + 1}.log")
 
 
-def report(what: str, flags: list[str], kills: list[Kill], ends: list[list[str]], times: dict[str, float]) -> str:
+def report(target: str, flags: list[str], kills: list[Kill], ends: list[list[str]], times: dict[str, float]) -> str:
+    """Return the report as Markdown."""
     good = sum(not kill.problems for kill in kills)
     lines = [
         f"# {len(kills)} kills: {good} of {len(kills)} identical",
         "",
-        f"`{what} {shlex.join(flags)}`",
+        f"`{target} {shlex.join(flags)}`",
         "",
         f"- runs that ended: {len(ends)}; identical to the undisturbed one, byte for byte: {sum(not e for e in ends)}",
         f"- undisturbed: {times['undisturbed']:.0f} s, {times['of it training']:.0f} s of it training; "
@@ -299,9 +295,9 @@ def main() -> int:
     output = given.output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     flags = shlex.split(given.flags)
-    what = str(Path(given.run).resolve()) if given.run.endswith(".py") else given.run
+    target = str(Path(given.run).resolve()) if given.run.endswith(".py") else given.run
     kills, ends, times = chaos(
-        what, flags, given.kills, output, seed=given.seed, span=given.span, say=lambda text: print(text, flush=True)
+        target, flags, given.kills, output, seed=given.seed, span=given.span, say=lambda text: print(text, flush=True)
     )
     text = report(given.run, flags, kills, ends, times)
     print(text)

@@ -1,13 +1,13 @@
-"""The environment fix on the environments that need it: TensorFlow x protobuf x notebook stack, each a real first cell.
+"""Test `env.fix()` in real environments: TensorFlow x protobuf x notebook stack, each in a real first cell.
 
     python tools/env_matrix.py                                        # all of it; `make test-env` does the same
     python tools/env_matrix.py --tensorflow 2.19.0 --protobuf 6.33.6 --stack kaggle
 
-Environments are made once under build/envs (about 2 GB for each TensorFlow, needs a package registry); every run works
-on a fresh copy of hard links, in which only protobuf is swapped. Notebooks run under papermill in each copy: a plain
-one, which must fail or make noise where `expected` says so (or nothing would be proven), one that calls `env.fix()`
-first, one where TensorFlow writes a line that is not known, and one with a real error. Another Python is chosen by
-running this with it. The table goes to build/envs/table.md. Exit code 1 if anything failed.
+Environments are made once under build/envs (about 2 GB per TensorFlow, needs a package registry); every run uses a
+fresh copy of hard links with another protobuf. Four notebooks run under papermill in each copy: without `env.fix()`
+(must fail or write noise where `expected` says so), with `env.fix()`, with an unknown line from TensorFlow, and with a
+real error. The Python is the one that runs this file. The table goes to build/envs/table.md. The exit code is 1 if
+anything failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STACKS = {
     "kaggle": ("ipykernel==6.17.1", "ipython==7.34.0", "nbclient==0.5.13", "papermill==2.7.0", "setuptools<80"),
     "newest": ("ipykernel", "ipython", "nbclient", "papermill"),
 }
-BESIDE = ("wandb", "setuptools<80")  # with generated code of their own; wandb brings googleapis and opentelemetry
+BESIDE = ("wandb", "setuptools<80")  # wandb has generated code of its own, and brings googleapis and opentelemetry
 REGISTRATION = re.compile(r"Unable to register cu\w+ factory|computation placer already|absl::InitializeLog")
 GET_PROTOTYPE = "'MessageFactory' object has no attribute 'GetPrototype'"
 MODULES = (
@@ -68,7 +68,7 @@ graph = tf.function(lambda x: x + 1).get_concrete_function(tf.TensorSpec([], tf.
 assert type(graph).FromString(graph.SerializeToString()) == graph
 print("computed with", tf.__version__)
 """
-# TensorFlow itself writes a line that nobody knows: a warning about a value it does not understand.
+# makes TensorFlow write an unknown line: a warning about a value that it does not understand
 UNKNOWN = "import os; os.environ |= {'TF_CPP_MIN_LOG_LEVEL': '1', 'TF_ENABLE_ONEDNN_OPTS': 'maybe'}\n"
 UNKNOWN_LINE = "TF_ENABLE_ONEDNN_OPTS is not set to either"
 REAL_ERROR = "import sys; sys.modules['h5py'] = sys.modules['astunparse'] = None  # TensorFlow's own import fails\n"
@@ -95,8 +95,8 @@ def pip(environment: Path, *arguments: str, timeout: float | None = None) -> Non
     """Run pip in an environment.
 
     Raises:
-        RuntimeError: it failed; the text ends with its last lines.
-        TimeoutExpired: it took longer than `timeout` seconds.
+        RuntimeError: pip failed; the text ends with the last lines of pip's output.
+        TimeoutExpired: pip took longer than `timeout` seconds.
     """
     command = [environment / "bin/python", "-m", "pip", "--disable-pip-version-check", *arguments]
     done = _call(command, timeout=timeout)
@@ -105,7 +105,7 @@ def pip(environment: Path, *arguments: str, timeout: float | None = None) -> Non
 
 
 def cached(name: str, start: Path | None, *installs: Sequence[str], timeout: float | None = None) -> Path:
-    """An environment under build/envs, made if it is not there: a venv, or a copy of `start`, with these installs."""
+    """Return an environment under build/envs; if missing, make a venv or a copy of `start`, and install packages."""
     target = CACHE / name
     if not (target / "complete").is_file():
         shutil.rmtree(target, ignore_errors=True)
@@ -121,7 +121,7 @@ def cached(name: str, start: Path | None, *installs: Sequence[str], timeout: flo
 
 
 def copy(source: Path, target: Path) -> Path:
-    """A copy made of hard links, in a second: pip replaces files, it does not write into them."""
+    """Copy an environment as hard links, in a second; safe because pip replaces files instead of writing to them."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, symlinks=True, copy_function=os.link, ignore=shutil.ignore_patterns("complete"))
     return target
@@ -134,7 +134,7 @@ def environment(tensorflow: str, stack: str) -> Path:
 
 
 def with_protobuf(source: Path, protobuf: str, target: Path) -> Path:
-    """A fresh copy with another protobuf; not even pip's opinion is asked, as little as `pip install onnx` asks it."""
+    """Copy an environment and install another protobuf without checking dependencies, as `pip install onnx` does."""
     pip(copy(source, target), "install", "--quiet", "--no-deps", f"protobuf=={protobuf}")
     return target
 
@@ -142,15 +142,15 @@ def with_protobuf(source: Path, protobuf: str, target: Path) -> Path:
 # Notebooks
 @dataclass
 class Outcome:
-    """What a notebook's run under papermill left."""
+    """The result of a notebook under papermill."""
 
     rc: int
-    error: str  # name and value of the first output of type error, "" if there is none
-    text: str  # everything that it, papermill and the kernel wrote
+    error: str  # name and value of the first output of type error, or ""
+    text: str  # all output of the notebook, papermill and the kernel
 
 
 def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **variables: str) -> Outcome:
-    """Run a notebook of these cells in an environment, with nothing but the checkout on PYTHONPATH."""
+    """Run a notebook of these cells in an environment, with only the checkout on PYTHONPATH."""
     folder = folder or environment / "run"
     folder.mkdir(exist_ok=True)
     code: dict[str, Any] = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
@@ -165,7 +165,7 @@ def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **v
     # a busy machine may take longer than papermill's minute to start a kernel
     options = ["--no-progress-bar", "--start-timeout", "600"]
     command = [environment / "bin/python", "-m", "papermill", *options, "in.ipynb", "out.ipynb"]
-    for _ in range(3):  # a kernel whose ports were taken before it had them has run nothing
+    for _ in range(3):  # again if another process took the kernel's ports before its start
         done = _call(command, cwd=folder, env=clean(folder, **variables))
         if "Kernel died before replying to kernel_info" not in done.stderr:
             break
@@ -176,7 +176,7 @@ def run_notebook(environment: Path, *cells: str, folder: Path | None = None, **v
 
 
 def clean(home: Path, **variables: str) -> dict[str, str]:
-    """An environment without anything of the developer's own."""
+    """Return environment variables without the developer's own."""
     fixed = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     given = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "SSL_"))}
     return {**given, **fixed, **variables}
@@ -186,15 +186,15 @@ def _python(environment: Path, code: str, *arguments: str) -> subprocess.Complet
     return _call([environment / "bin/python", "-c", code, *arguments], env=clean(environment))
 
 
-def importable(environment: Path, how: str) -> tuple[set[str], str]:
-    """Which of MODULES a process imports that is "fixed", as a worker is, or "plain"; and what it wrote to stderr."""
-    done = _python(environment, IMPORTER, how, *MODULES)
+def importable(environment: Path, mode: str) -> tuple[set[str], str]:
+    """Return the importable MODULES, and stderr, of a process with `env.fix()` ("fixed") or without ("plain")."""
+    done = _python(environment, IMPORTER, mode, *MODULES)
     return {line[3:] for line in done.stdout.splitlines() if line.startswith("ok ")}, done.stderr
 
 
 # One cell of the matrix
 def expected(tensorflow: str, protobuf: str) -> str:
-    """What the plain notebook does: "fails: GetPrototype", "cannot import", "noise" or "information"."""
+    """Return the plain notebook's outcome: "fails: GetPrototype", "cannot import", "noise" or "information"."""
     old, version = tensorflow < "2.20", tuple(map(int, protobuf.split(".")))
     if not old:
         return "cannot import" if version < (5, 28, 3) else "information"
@@ -203,6 +203,8 @@ def expected(tensorflow: str, protobuf: str) -> str:
 
 @dataclass
 class Row:
+    """The findings for one environment."""
+
     tensorflow: str
     protobuf: str
     stack: str
@@ -218,7 +220,7 @@ class Row:
 
 
 def check_pair(tensorflow: str, protobuf: str, stack: str) -> Row:
-    """Everything that is asserted of one environment."""
+    """Run all notebooks in one environment and return the findings."""
     here = with_protobuf(environment(tensorflow, stack), protobuf, CACHE / "work")
     kind = expected(tensorflow, protobuf)
     row = Row(tensorflow, protobuf, stack, kind)
@@ -252,20 +254,20 @@ def check_pair(tensorflow: str, protobuf: str, stack: str) -> Row:
             command = found[1].replace('\\"', '"')
             # bin/pip of a copied venv names the interpreter of the original: python -m pip is the same command
             _call(["bash", "-c", f'"{here}/bin/python" -m {command}'], env=clean(here))
-    # On the newest stack in one go with the line that is not known: half an hour is long enough.
-    whole = stack == "kaggle"
-    fixed = run_notebook(here, FIX if whole else UNKNOWN + FIX, PLAIN, WORK)
+    # on the newest stack a single notebook covers the unknown line too, to save time
+    full = stack == "kaggle"
+    fixed = run_notebook(here, FIX if full else UNKNOWN + FIX, PLAIN, WORK)
     row.check(fixed.rc == 0 and not fixed.error, f"fixed: {fixed.rc} {fixed.error or fixed.text[-3000:]}")
     row.check(f"computed with {tensorflow}" in fixed.text, "the last line of the work is missing")
     row.check(not REGISTRATION.search(fixed.text) and GET_PROTOTYPE not in fixed.text, f"noise is left: {fixed.text}")
     took = re.search(r"fix\(\) took ([\d.]+) ms", fixed.text)
     row.milliseconds = float(took[1]) if took else 0.0
     row.fixed = row.fixed or "works, silent"
-    unknown = run_notebook(here, UNKNOWN + FIX, PLAIN) if whole else fixed
+    unknown = run_notebook(here, UNKNOWN + FIX, PLAIN) if full else fixed
     row.check(unknown.rc == 0 and not unknown.error, f"unknown line: {unknown.rc} {unknown.error}")
     row.check(UNKNOWN_LINE in unknown.text, "an unknown C++ line is not shown")
     row.check(not REGISTRATION.search(unknown.text), "noise beside the unknown line")
-    if not whole:
+    if not full:
         return row
 
     error = run_notebook(here, FIX, REAL_ERROR + PLAIN)
@@ -282,7 +284,7 @@ def check_pair(tensorflow: str, protobuf: str, stack: str) -> Row:
 
 
 def check_pin() -> list[str]:
-    """protobuf="pin": refused with the list, made where nothing needs more, taken back where it breaks something."""
+    """Check `--protobuf pin`: refused with a list of packages where needed, else installed and working."""
     problems = []
 
     def pin(here: Path) -> tuple[str, str]:
@@ -309,7 +311,7 @@ def check_pin() -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The matrix as a Markdown table: a line for each pair of versions, whatever the number of stacks."""
+    """Return the matrix as a Markdown table with a line per pair of versions."""
     text = "| TensorFlow | protobuf | without `env.fix()` | with it | imports lost |\n|---|---|---|---|---|\n"
     for tensorflow, protobuf in dict.fromkeys((row.tensorflow, row.protobuf) for row in rows):
         same = [row for row in rows if (row.tensorflow, row.protobuf) == (tensorflow, protobuf)]
@@ -327,8 +329,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensorflow", action="append", help=f"default: {' '.join(TENSORFLOWS)}")
     parser.add_argument("--protobuf", action="append", help=f"default: {' '.join(PROTOBUFS)}")
     parser.add_argument("--stack", action="append", choices=sorted(STACKS), help="default: both")
-    parser.add_argument("--pin", action="store_true", help="check protobuf='pin' even if the matrix is not whole")
-    parser.add_argument("--resume", action="store_true", help="keep what an interrupted run found to be right")
+    parser.add_argument("--pin", action="store_true", help="check protobuf='pin' even for a part of the matrix")
+    parser.add_argument("--resume", action="store_true", help="skip what an interrupted run found to be right")
     arguments = parser.parse_args(argv)
     record = CACHE / "rows.json"
     rows: list[Row] = []

@@ -1,8 +1,8 @@
-"""The kaggle CLI (`pip install kaggle six`) as a subprocess, and what its text means.
+"""Call the kaggle CLI (`pip install kaggle six`) as a subprocess, and read its answers.
 
-It exits with 0 where Kaggle refused a push, dropped an input or ended a kernel with ERROR: what happened is in its
-text, which is read here. Every error carries Kaggle's own words. Credentials are the CLI's business: nothing here reads
-them, nor the environment, and what looks like one is struck out of every text that is passed on.
+The CLI exits with 0 even if Kaggle refused a push, dropped an input or ended a kernel with ERROR, so its text is read.
+Errors carry Kaggle's own words. Only the CLI reads credentials; text that looks like a credential is removed from every
+message.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ _SECRETS = re.compile(
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|\b[0-9a-f]{32}\b"
 )
 """Tokens of Kaggle, Hugging Face, GitHub, OpenAI and AWS, JWTs, Authorization headers, user:password in a URL, and 32
-hex digits, which is what a Kaggle API key is."""
+hex digits (the form of a Kaggle API key)."""
 NO_CREDENTIALS = "no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle"
 HOPELESS = re.compile(r"no Kaggle credentials|CLI is not installed|must be specified in the form")
-"""Errors that asking again does not mend."""
+"""Errors that stay when the call is repeated."""
 ABSENT = re.compile(r"Cannot access kernel|\b404\b|not found", re.IGNORECASE)
-"""Of a kernel that does not exist, or is not this user's: Kaggle does not tell them apart."""
+"""Errors for a kernel that does not exist or belongs to another user; Kaggle gives the same answer for both."""
 ACTIVE = ("QUEUED", "RUNNING", "CANCEL_REQUESTED", "NEW_SCRIPT")
 
 
 class KaggleError(Exception):
-    """The CLI failed, or Kaggle would not; the message has its own words."""
+    """The CLI failed, or Kaggle refused; the message has the original words."""
 
 
 class RefusedError(KaggleError):
-    """Kaggle did not take a push (sessions, quota, slug): nothing was started."""
+    """Kaggle refused a push (sessions, quota, slug): nothing was started."""
 
 
 class SourcesError(KaggleError):
-    """Kaggle took a push but not all of its inputs: the kernel runs without them."""
+    """Kaggle accepted a push without all of its inputs: the kernel runs without some data."""
 
     def __init__(self, text: str, pushed: Pushed) -> None:
         super().__init__(text)
@@ -50,7 +50,7 @@ class SourcesError(KaggleError):
 
 @dataclass(frozen=True)
 class Pushed:
-    """A version of a kernel that Kaggle took."""
+    """A version of a kernel that Kaggle accepted."""
 
     version: int | None
     url: str
@@ -58,7 +58,7 @@ class Pushed:
 
 @dataclass(frozen=True)
 class Status:
-    """Of a kernel's newest session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_REQUESTED or CANCEL_ACKNOWLEDGED."""
+    """The state of a kernel's newest session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_REQUESTED, ..._ACKNOWLEDGED."""
 
     state: str
     message: str = ""
@@ -70,18 +70,18 @@ class Status:
 
 
 def secret_in(text: str) -> str | None:
-    """The beginning of something in the text that looks like a token or key, or None."""
+    """Return the first characters of a token or key in the text, or None."""
     found = _SECRETS.search(text)
     return None if found is None else f"{found[0][:4]}…"
 
 
 def redacted(text: str) -> str:
-    """The text with whatever looks like a token or key struck out."""
+    """Replace tokens and keys in a text by [secret]."""
     return _SECRETS.sub("[secret]", text)
 
 
 def _command(*arguments: str | Path) -> list[str]:
-    # -W: no word about newer versions of the CLI among the answers
+    # -W: no message about newer versions of the CLI
     rest = ["-W", *map(str, arguments)]
     if importlib.util.find_spec("kaggle"):
         return [sys.executable, "-m", "kaggle", *rest]
@@ -91,40 +91,40 @@ def _command(*arguments: str | Path) -> list[str]:
 
 
 def call(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run `kaggle ARGUMENTS` and return what it wrote.
+    """Run `kaggle ARGUMENTS` and return its output.
 
     Raises:
-        KaggleError: it failed; the message has what it said.
+        KaggleError: the command failed; the message has the CLI's words.
     """
-    what = f"kaggle {' '.join(map(str, arguments[:2]))}"
+    command = f"kaggle {' '.join(map(str, arguments[:2]))}"
     try:
         done = subprocess.run(
             _command(*arguments), capture_output=True, text=True, errors="replace", timeout=timeout, check=False
         )
     except subprocess.TimeoutExpired:
-        raise KaggleError(f"{what}: no answer within {timeout:g} s") from None
+        raise KaggleError(f"{command}: no answer within {timeout:g} s") from None
     if done.returncode != 0:
         said = redacted((done.stderr.strip() + "\n" + done.stdout.strip()).strip())
-        if "Authentication required" in said:  # and a page on how to sign up
-            raise KaggleError(f"{what}: {NO_CREDENTIALS}")
-        raise KaggleError(f"{what}: {_ending(said) or f'it failed without a word (exit code {done.returncode})'}")
+        if "Authentication required" in said:  # followed by a page on how to sign up
+            raise KaggleError(f"{command}: {NO_CREDENTIALS}")
+        raise KaggleError(f"{command}: {_shortened(said) or f'it failed without a word (exit code {done.returncode})'}")
     return done.stdout
 
 
-def _ending(text: str) -> str:
-    """What an error says: of a traceback its last line, of a page of help its first lines."""
+def _shortened(text: str) -> str:
+    """Return the last line of a traceback, or the first 3000 characters of another text."""
     if "Traceback (most recent call last)" in text:
         return text.splitlines()[-1]
     return text if len(text) < 3000 else text[:3000] + " …"
 
 
 def push(folder: Path) -> Pushed:
-    """`kaggle kernels push`: save what is in the folder as the kernel's next version, and start it.
+    """Save a folder as the kernel's next version, and start a session (`kaggle kernels push`).
 
     Raises:
-        RefusedError: Kaggle did not take it; nothing runs.
-        SourcesError: it took it, and starts it without some of its inputs.
-        KaggleError: anything else, after which it is not known whether it runs.
+        RefusedError: Kaggle refused the push; nothing runs.
+        SourcesError: Kaggle accepted the push, and starts the session without some inputs.
+        KaggleError: any other failure; a session may or may not run.
     """
     said = call("kernels", "push", "-p", folder, timeout=600)
     if refusal := re.search(r"Kernel push error: (.*)", said, re.DOTALL):
@@ -144,7 +144,7 @@ def push(folder: Path) -> Pushed:
 
 
 def status(kernel: str) -> Status:
-    """`kaggle kernels status`, of the newest session."""
+    """Return the status of the newest session (`kaggle kernels status`)."""
     said = call("kernels", "status", kernel, timeout=300)
     found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
     if found is None:
@@ -154,7 +154,7 @@ def status(kernel: str) -> Status:
 
 
 def status_if_any(kernel: str) -> Status | None:
-    """`status`; None for a kernel that does not exist (or is not this user's: Kaggle does not tell them apart)."""
+    """Return the status, or None for a kernel that does not exist or belongs to another user."""
     try:
         return status(kernel)
     except KaggleError as error:
@@ -164,9 +164,9 @@ def status_if_any(kernel: str) -> Status | None:
 
 
 def output(kernel: str, folder: Path, pattern: str | None = None) -> list[Path]:
-    """`kaggle kernels output`: the newest version's files whose path matches the pattern, and its log, as lines.
+    """Fetch the newest version's files that match a pattern (`kaggle kernels output`), and its log as `log.txt`.
 
-    The log comes as `log.txt`, whatever the pattern is. Files that are there already are written anew.
+    Existing files are overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--file-pattern", pattern] if pattern else []
@@ -179,30 +179,29 @@ def output(kernel: str, folder: Path, pattern: str | None = None) -> list[Path]:
 
 
 def flattened(log: str) -> str:
-    """Kaggle's log, which is JSON with the time and stream of each piece, as the text that was written."""
+    """Convert Kaggle's log, JSON with the time and stream of each piece, to plain text."""
     try:
         pieces = json.loads(log)
         return "".join(piece["data"] for piece in pieces)
-    except (ValueError, KeyError, TypeError):  # plain already, or cut off with its session
+    except (ValueError, KeyError, TypeError):  # plain text already, or cut off
         found = re.findall(r'"data": ?("(?:[^"\\]|\\.)*")', log)
         return "".join(json.loads(piece) for piece in found) if found else log
 
 
 def follow(kernel: str, say: Callable[[str], object]) -> None:
-    """`kaggle kernels logs --follow`: each line as it is written, to the session's end."""
+    """Pass on each line of a session's log until the session ends (`kaggle kernels logs --follow`)."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         with subprocess.Popen(
-            _command("kernels", "logs", kernel, "--follow"),
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
+            _command("kernels", "logs", kernel, "--follow"), stdout=subprocess.PIPE, stderr=errors, text=True,
             errors="replace",
-        ) as process:
+        ) as process:  # fmt: skip
             assert process.stdout is not None
             anonymous = False
             try:
                 for line in process.stdout:
-                    anonymous = anonymous or line.startswith("Authentication required")  # a page on how to sign up
+                    anonymous = anonymous or line.startswith(
+                        "Authentication required"
+                    )  # a page on how to sign up follows
                     if not anonymous:
                         say(redacted(line.rstrip("\n")))
             except BaseException:
@@ -212,22 +211,22 @@ def follow(kernel: str, say: Callable[[str], object]) -> None:
         said = redacted(errors.read().strip())
     if process.returncode != 0:
         anonymous = anonymous or "Authentication required" in said
-        why = NO_CREDENTIALS if anonymous else _ending(said) or f"exit code {process.returncode}"
+        why = NO_CREDENTIALS if anonymous else _shortened(said) or f"exit code {process.returncode}"
         raise KaggleError(f"kaggle kernels logs: {why}")
 
 
 def pull(kernel: str, folder: Path) -> str:
-    """`kaggle kernels pull`: the source of the kernel's newest version."""
+    """Return the source of the kernel's newest version (`kaggle kernels pull`)."""
     path = folder / "pulled.ipynb"
     path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    path.touch()  # given a file the CLI writes there, given a folder under a name of its own
+    path.touch()  # the CLI writes to an existing file; in a folder it chooses a name
     call("kernels", "pull", kernel, "-p", path, timeout=300)
     return path.read_text(encoding="utf-8")
 
 
 def dataset_status(dataset: str) -> str | None:
-    """`kaggle datasets status`: "ready", something else while Kaggle is at it, None where there is none."""
+    """Return a dataset's status, "ready" at the end; None if there is no such dataset (`kaggle datasets status`)."""
     try:
         return call("datasets", "status", dataset, timeout=300).strip().lower()
     except KaggleError as error:
@@ -237,7 +236,7 @@ def dataset_status(dataset: str) -> str | None:
 
 
 def upload(dataset: str, title: str, folder: Path, note: str) -> None:
-    """Make the folder's content the newest version of a private dataset, which is made where there is none."""
+    """Upload a folder as the newest version of a private dataset; create the dataset if necessary."""
     exists = dataset_status(dataset) is not None
     about = {"id": dataset, "title": title, "licenses": [{"name": "other"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(about, indent=1))

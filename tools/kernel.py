@@ -1,10 +1,10 @@
-"""A notebook as a Kaggle kernel: what is pushed, what is checked before, and what its output says.
+"""Build, check and push a notebook as a Kaggle kernel, and read the outcome from its output.
 
     kernel = kernel_from(ROOT, "text_generation", user="somebody")
     kernel.parameters = {"epochs": 5}
     kernel.push()
 
-The command line is kernels.py; relay.py and sweep.py push more than once.
+kernels.py is the command line; relay.py and sweep.py push several times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import notebooks
 from kaggle_cli import KaggleError
 
 PLACEHOLDER = "INSERT_KAGGLE_USERNAME"
-MAX_BYTES = 700_000  # one of 2.8 MB is refused with HTTP 400
+MAX_BYTES = 700_000  # Kaggle refuses 2.8 MB with HTTP 400
 SOURCES = ("dataset_sources", "competition_sources", "kernel_sources", "model_sources")
 NEEDS = (*SOURCES, "enable_internet", "docker_image", "machine_shape")
 FORMS = {
@@ -38,27 +38,27 @@ FORMS = {
 }
 WORKING = Path("/kaggle/working")
 SETTLING = 300.0
-"""Seconds after a push in which an end that Kaggle tells of may be that of the session before."""
+"""Seconds after a push in which Kaggle may still report the end of the previous session."""
 SPELLING = {"multigpu": "MultiGPU", "gpus": "GPUs", "sft": "SFT"}
 
 
 class KernelError(Exception):
-    """A kernel that cannot be pushed or did not do what it should; the message says what and what to do."""
+    """A kernel cannot be pushed, or failed; the message says why, and the next step."""
 
 
 # What is pushed
 @dataclass
 class Kernel:
-    """A notebook on its way to Kaggle."""
+    """A notebook to push to Kaggle, with its parameters and inputs."""
 
     notebook: str
-    """The name of its source: text_generation_kaggle_multigpu."""
+    """The name of the source: text_generation_kaggle_multigpu."""
     user: str
     title: str
     root: Path
     parameters: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
-    """Inputs beside the notebook's own, by their field of kernel-metadata.json."""
+    """Inputs in addition to the notebook's own, by field of kernel-metadata.json."""
 
     @property
     def slug(self) -> str:
@@ -70,7 +70,7 @@ class Kernel:
 
     @property
     def folder(self) -> Path:
-        """What was last built and pushed of it, and the record of that."""
+        """The folder of the last build, with the record of the last push."""
         return self.root / "build" / "kernels" / self.slug
 
     @property
@@ -78,13 +78,14 @@ class Kernel:
         return self.folder / "pushed.json"
 
     def build(self, comment: str = "Parameters") -> str:
-        """Write the notebook with its parameters, and its metadata, to `folder`; returns their sha256.
+        """Write the notebook with its parameters, and its metadata, to `folder`; return the sha256 of both.
 
-        `comment` begins the cell with the parameters. It must begin with "Parameters", by which the cell is known.
+        Args:
+            comment: the first line of the parameters cell; must begin with "Parameters".
 
         Raises:
             NotebookError: a parameter that the notebook does not have, an invalid notebook.
-            KernelError: something that Kaggle would refuse, or take and stumble over.
+            KernelError: the kernel would be refused, or fail, on Kaggle.
         """
         (source,) = notebooks.sources(self.root, [self.notebook])
         notebook = notebooks.build(source, self.root / "kaggle_mgpu")
@@ -101,10 +102,10 @@ class Kernel:
         return hashlib.sha256((text + about_text).encode()).hexdigest()
 
     def push(self, comment: str = "Parameters", *, again: bool = False) -> kaggle_cli.Pushed:
-        """Build it, push it, and note which version that was.
+        """Build and push the kernel, and record the version.
 
         Raises:
-            KernelError: it is running already, which would burn the quota twice; `again` pushes all the same.
+            KernelError: a session is running already and `again` is False, since two sessions cost quota twice.
         """
         digest = self.build(comment)
         now = None if again else kaggle_cli.status_if_any(self.id)
@@ -124,7 +125,7 @@ class Kernel:
         return pushed
 
     def outcome(self, folder: Path) -> Outcome:
-        """What the output in `folder` says about a run with this kernel's parameters, or with those pushed last."""
+        """Read the outcome of a run from the output in `folder`."""
         given = {**read_json(self.record).get("parameters", {}), **self.parameters}.get("output_dir")
         if given is None or (Path(given).is_absolute() and not Path(given).is_relative_to(WORKING)):
             return Outcome.of(folder)
@@ -132,11 +133,11 @@ class Kernel:
 
     @property
     def just_pushed(self) -> bool:
-        """Whether that was so short a time ago that Kaggle may still tell of the session before."""
+        """Whether Kaggle may still report the previous session, since the last push is recent."""
         return 0 <= time.time() - read_json(self.record).get("time", 0.0) < SETTLING
 
     def results(self, version: int | None = None) -> Path:
-        """Where the output of a version goes: the last one that was pushed from here, unless one is given."""
+        """Return the folder for the output of a version; default: the last version pushed from here."""
         version = version or read_json(self.record).get("version")
         return self.root / "runs" / self.slug / (f"v{version}" if version else "latest")
 
@@ -146,7 +147,7 @@ import dataclasses, importlib, json, sys
 try:
     Config = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}").Config
 except ImportError:
-    sys.exit()  # no torch here: then the session will tell
+    sys.exit()  # no torch here: the session will check
 fields = {field.name for field in dataclasses.fields(Config)}
 for given in json.load(sys.stdin):
     try:
@@ -158,37 +159,35 @@ for given in json.load(sys.stdin):
 
 
 def check_values(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Whether the notebook's Config takes the parameters' values: found out now, and not in a session.
+    """Check that the notebook's Config accepts the parameters, before a session is spent.
 
-    `settings` are those of each run, where there are several.
+    Args:
+        settings: the parameters of each run, if there are several runs.
 
     Raises:
-        KernelError: it does not, with its own words.
+        KernelError: Config rejects a value; the message has Config's words.
     """
     (source,) = notebooks.sources(kernel.root, [kernel.notebook])
-    recipe = re.search(
-        r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", source.read_text(encoding="utf-8"), re.M
-    )
+    text = source.read_text(encoding="utf-8")
+    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", text, re.M)
     given = [kernel.parameters] if settings is None else settings
     if recipe is None or not any(given):
         return
     paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-c", _TRY, recipe[1]],
-        input=json.dumps([dict(each) for each in given]),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        [sys.executable, "-c", _TRY, recipe[1]], input=json.dumps([dict(each) for each in given]),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if said := done.stdout.strip():
         raise KernelError(f"{source.name}: {said}")
 
 
 def kernel_from(root: Path, name: str, user: str | None, title: str | None = None, here: bool = False) -> Kernel:
-    """The kernel meant by a notebook's name, such as text_generation, or by owner/slug.
+    """Return the kernel for a notebook's name, such as text_generation, or for owner/slug.
 
-    The user is the given one, else the one in the top-level kernel-metadata.json; what runs `here` needs none.
+    Args:
+        user: default: the user in the top-level kernel-metadata.json.
+        here: whether the kernel runs on this machine, so that no user is needed.
     """
     if "/" in name:
         owner, slug = name.split("/", 1)
@@ -204,10 +203,10 @@ def kernel_from(root: Path, name: str, user: str | None, title: str | None = Non
 
 
 def top_metadata(root: Path) -> dict[str, Any]:
-    """The top-level kernel-metadata.json.
+    """Read the top-level kernel-metadata.json.
 
     Raises:
-        KernelError: it is not there, or cannot be read.
+        KernelError: the file is missing or cannot be read.
     """
     path = root / "kernel-metadata.json"
     try:
@@ -222,55 +221,55 @@ def top_metadata(root: Path) -> dict[str, Any]:
 
 
 def titled(name: str) -> str:
-    """text_generation_kaggle_multigpu -> Text Generation Kaggle MultiGPU, whose slug is the name again."""
+    """Turn text_generation_kaggle_multigpu into Text Generation Kaggle MultiGPU."""
     return " ".join(SPELLING.get(word, word.capitalize()) for word in re.split(r"[_-]+", name) if word)
 
 
 def slugify(title: str) -> str:
-    """As Kaggle makes it of an English title."""
+    """Make the slug of a title as Kaggle does."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def inject(notebook: Any, parameters: Mapping[str, Any], comment: str) -> Any:
-    """The notebook with papermill's own cell of parameters after the one tagged so."""
+    """Add papermill's parameters cell after the cell tagged `parameters`."""
     notebooks._library("papermill")
     from papermill.parameterize import parameterize_notebook
 
-    notebook.metadata["papermill"] = {}  # where it notes the parameters, once more
+    notebook.metadata["papermill"] = {}  # papermill expects this, and tags in every cell
     for cell in notebook.cells:
-        cell.metadata.setdefault("tags", [])  # papermill looks for them in every cell
+        cell.metadata.setdefault("tags", [])
     made = parameterize_notebook(notebook, dict(parameters), comment=comment, kernel_name="python3", language="python")
     del made.metadata["papermill"]
     for cell in made.cells:
         if "injected-parameters" in notebooks.tags(cell):
-            cell.id = "injected-parameters"  # papermill's own is random
+            cell.id = "injected-parameters"  # papermill's id is random
         if not notebooks.tags(cell):
             del cell.metadata["tags"]
     return made
 
 
 def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, Any]:
-    """kernel-metadata.json: the top-level one, for this kernel, with the notebook's needs and the inputs given."""
+    """Return kernel-metadata.json for this kernel: the top-level file, the notebook's needs and the given inputs."""
     if unknown := set(needs) - set(NEEDS):
         raise KernelError(
             f"{kernel.notebook}.py asks for {', '.join(sorted(unknown))} in its header; expected some of: "
             + ", ".join(NEEDS)
         )
     top = top_metadata(root)
-    for_it = Path(str(top.get("code_file"))).stem == kernel.notebook  # else its inputs are another notebook's
+    same = Path(str(top.get("code_file"))).stem == kernel.notebook  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
     for name in SOURCES:
-        wanted = [needs.get(name), top.get(name) if for_it else None, kernel.sources.get(name)]
+        wanted = [needs.get(name), top.get(name) if same else None, kernel.sources.get(name)]
         about[name] = list(dict.fromkeys(source for sources in wanted for source in sources or []))
     return about
 
 
 def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
-    """What `kaggle kernels push` does not check, or only hints at.
+    """Check a kernel for mistakes that `kaggle kernels push` does not report.
 
     Raises:
-        KernelError: with all that is wrong.
+        KernelError: a list of all mistakes.
     """
     wrong = []
     slug, title = str(about["id"]).partition("/")[2], str(about["title"])
@@ -316,29 +315,32 @@ def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
 # What came out
 @dataclass(frozen=True)
 class Outcome:
-    """What a kernel's output says about its training."""
+    """The outcome of a training, read from a kernel's output."""
 
     finished: bool
-    """Whether the run's own result.json says so: those of its stages, or of runs it compares, lie deeper."""
+    """Whether the run's own result.json says finished; results of stages and of compared runs lie deeper."""
     step: int
-    """Of the newest checkpoints of all its runs, or of their end where they are finished, added up."""
+    """The sum of the last steps of all runs: at the end if finished, else of the newest checkpoint."""
     text: str
     results: dict[str, dict[str, Any]]
-    """By their path, the run's own first."""
+    """The results by path, the run's own first."""
     predicted: int = 0
-    """What has been predicted after training, as predictions/count.json says."""
+    """The number of predictions after training, from predictions/count.json."""
 
     @classmethod
     def of(cls, folder: Path, output_dir: str | None = None) -> Outcome:
-        """Of the files in `folder`. The run's own result.json is in its `output_dir`; where that is not given, directly
-        in the folder, else in each folder in it."""
-        results: dict[str, dict[str, Any]] = {}
+        """Read the outcome from the files in `folder`.
+
+        Args:
+            output_dir: the place of the run's own result.json in the folder. Default: the folder itself, else each
+                folder in it.
+        """
         steps: dict[Path, int] = {}
         for path in sorted(folder.rglob("checkpoints/step-*/state.json")):
             run, found = path.parents[2], re.fullmatch(r"step-(\d+)", path.parent.name)
             steps[run] = max(steps.get(run, 0), int(found[1]) if found else 0)
         paths = sorted(folder.rglob("result.json"), key=lambda path: (len(path.parts), path))
-        for path in reversed(paths):  # deepest first: what is finished stands for all that is below it
+        for path in reversed(paths):  # deepest first: a finished run replaces the runs below
             result = read_json(path)
             if result.get("finished"):
                 steps = {run: step for run, step in steps.items() if not run.is_relative_to(path.parent)}
@@ -361,17 +363,17 @@ class Outcome:
 
 
 SMALL = r"(^|/)(result\.json|predictions/count\.json|checkpoints/step-\d+/state\.json)$"
-"""The files by which a session is judged, for `kaggle kernels output --file-pattern`."""
+"""The files that tell the outcome of a session, for `kaggle kernels output --file-pattern`."""
 
 
 def wait_for(
     kernel: str, interval: float, say: Callable[[str], object], *, just_pushed: bool = False, patience: int = 10
 ) -> kaggle_cli.Status:
-    """Ask for the kernel's status every `interval` seconds until it has ended.
+    """Ask for the kernel's status every `interval` seconds until the session has ended.
 
-    A network that fails now and then must not end a watch of twelve hours: only `patience` failures in a row do, or
-    a first one that waiting cannot mend. Of a kernel just pushed an end is not believed at first: it may be the session
-    before that is told of.
+    Args:
+        just_pushed: ignore an end in the first two intervals, since Kaggle may still report the previous session.
+        patience: failures in a row that end the wait. A first failure that waiting cannot cure ends it at once.
     """
     failures, before, began = 0, "", time.monotonic()
     while True:
@@ -397,7 +399,7 @@ def wait_for(
 
 
 def log_end(folder: Path, lines: int = 15) -> str:
-    """The last lines of a session's log, for an error."""
+    """Return the last lines of a session's log, for an error."""
     try:
         text = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -407,7 +409,7 @@ def log_end(folder: Path, lines: int = 15) -> str:
 
 # Small helpers
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is none."""
+    """Read an object from a JSON file; return {} on failure."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -416,7 +418,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomically: a reader, or a start after a kill, sees the old file or the new one."""
+    """Write a JSON file atomically: after a kill the file is the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -427,7 +429,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """{"epochs": 5} of ["epochs=5"]: values are Python's where they can be, and text where not."""
+    """Turn ["epochs=5"] into {"epochs": 5}; a value that is no Python literal stays text."""
     found: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")

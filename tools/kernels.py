@@ -1,4 +1,4 @@
-"""Take a notebook to Kaggle with the kaggle CLI, and bring its results back.
+"""Run a notebook on Kaggle with the kaggle CLI, and fetch its results.
 
     pip install kaggle six                                              # and a token, as Kaggle's settings page says
     python tools/kernels.py init --user NAME                            # once: your user name into kernel-metadata.json
@@ -8,9 +8,9 @@
     python tools/kernels.py relay text_generation -p epochs=200         # as many sessions as it takes: tools/relay.py
     python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3]     # here, or with --push on Kaggle: tools/sweep.py
 
-What is pushed is one self-contained notebook in build/kernels/SLUG. Slug and title come from the notebook's name, all
-else from the top-level kernel-metadata.json and from what the notebook needs itself, which stands in its source's
-header: any `*_sources` of kernel-metadata.json, enable_internet, docker_image, machine_shape.
+`push` pushes one self-contained notebook, built in build/kernels/SLUG. Slug and title come from the notebook's name, all
+else from the top-level kernel-metadata.json and from the header of the notebook's source, which may have any
+`*_sources` of kernel-metadata.json, enable_internet, docker_image and machine_shape:
 
     # ---
     # jupyter:
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # its neighbours, however this file was loaded
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the imports below, however this file was loaded
 
 import kaggle_cli
 import notebooks
@@ -153,46 +153,49 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--user", help="your Kaggle user name (default: as in kernel-metadata.json, see init)")
         return made
 
-    def what(made: argparse.ArgumentParser) -> None:
+    def run_options(made: argparse.ArgumentParser) -> None:
         made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
-        made.add_argument("--title", help="another than the notebook's name makes; the slug follows from it")
+        made.add_argument("--title", help="default: made from the notebook's name; the slug follows from the title")
         for name in ("dataset", "competition", "kernel", "model"):
             flag = f"--{name}" if name != "kernel" else "--kernel-source"
             made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
 
-    def patience(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--interval", type=_seconds, default=60.0, help="seconds between questions (default: 60)")
+    def interval(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--interval", type=_seconds, default=60.0, help="seconds between two polls (default: 60)")
 
     init = command("init", _init, "put your user name into the top-level kernel-metadata.json")
     init.add_argument("--user", required=True)
     init.add_argument("notebook", nargs="?", help="also make it the notebook that `kaggle kernels push` pushes")
     push = command("push", _push, "build, check and push a notebook, and start it")
-    what(push)
-    push.add_argument("--again", action="store_true", help="even where the kernel is running: that costs quota twice")
-    command("status", _status, "exit code 1: it ended with ERROR or was cancelled")
-    command("logs", _logs, "the log as plain lines, live where it is running")
+    run_options(push)
+    push.add_argument("--again", action="store_true", help="even if the kernel is running, which costs quota twice")
+    command("status", _status, "the newest session's status; exit code 1 after ERROR or a cancellation")
+    command("logs", _logs, "the log as plain lines, live while the kernel runs")
     for name, function, text in (
         ("output", _output, "fetch all files and the log of the newest version into runs/SLUG/vN/"),
-        ("wait", _wait, "until it has ended; exit code 0 only for COMPLETE with the run's result.json finished"),
+        ("wait", _wait, "wait for the end; exit code 0 only for COMPLETE with the run's result.json finished"),
     ):
         made = command(name, function, text)
         made.add_argument("--version", type=_version, help="the N of vN (default: the last version pushed from here)")
-        patience(made) if name == "wait" else None
-    relayed = command("relay", _relay, "session after session until the training is finished; start it again any time")
-    what(relayed)
-    patience(relayed)
+        if name == "wait":
+            interval(made)
+    relayed = command(
+        "relay", _relay, "session after session until the training is finished; may be restarted any time"
+    )
+    run_options(relayed)
+    interval(relayed)
     relayed.add_argument(
         "--carry",
         choices=["kernel", "dataset"],
-        help="how a session gets the last one's checkpoints. kernel (default): its output as an input, nothing passes "
-        "through this machine. dataset: fetched here and uploaded as a version of a private dataset, which is slower "
-        "but certain: which version of its own output a kernel gets is not documented, and after an ERROR it may be "
-        "an older one. The relay notices that, stops, and can go on with the other route.",
+        help="the way of the checkpoints to the next session. kernel (default): the last output as an input, without "
+        "this machine. dataset: fetched here and uploaded to a private dataset, which is slower but certain: Kaggle "
+        "does not document the version of its own output that a kernel gets, and after an ERROR it may be an older "
+        "one. The relay notices that, stops, and can go on with --carry dataset.",
     )
     relayed.add_argument("--anew", action="store_true", help="forget an earlier relay of this kernel")
     swept = command("sweep", _sweep, "a run for each combination of the values in lists, and a table of the results")
-    what(swept)
-    patience(swept)
+    run_options(swept)
+    interval(swept)
     swept.add_argument("--push", action="store_true", help="on Kaggle, two sessions at a time, instead of here")
     return parser
 
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None), here)
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
-            if arguments.command != "sweep":  # which has many values of one, and asks itself
+            if arguments.command != "sweep":  # sweep checks each combination itself
                 check_values(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
         code: int = arguments.function(kernel, arguments)
@@ -219,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {kaggle_cli.redacted(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing on Kaggle was", file=sys.stderr)
+        print("stopped here; sessions on Kaggle go on", file=sys.stderr)
         return 130
 
 

@@ -1,12 +1,12 @@
-"""Launch again and again with a fault at a random point of each, and look for what is left behind.
+"""Launch many times with a fault at a random point, and look for leftovers.
 
     python tools/launch_faults.py --count 200 --seed 0
 
-Each launch runs two workers that train a little, with a process of their own beside them; the fault is an exception,
-SIGKILL, SIGSEGV, os._exit or a hang at a random step of a random rank, or comes from outside at a random moment, which
-may be before the workers are there: SIGKILL for any process of the launch, one interrupt, or two. After each launch the
-outcome must be the right one, and there must be no process, file descriptor, listening port, or entry of /dev/shm more
-than before. The exit code is 1 where one was.
+Each launch runs two workers that train a little, some with a loader process. The fault is an exception, SIGKILL,
+SIGSEGV, os._exit or a hang at a random step of a random rank, or comes from outside at a random moment, possibly before
+the workers exist: SIGKILL for any process of the launch, one interrupt, or two. After each launch the error must be the
+expected one, and there must be no more processes, file descriptors, listening ports or entries of /dev/shm than before;
+otherwise the exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXPECTED: dict[str, tuple[type, ...]] = {
     "segfault": (WorkerDiedError,),
     "exit": (WorkerDiedError,),
     "hang": (HangError,),
-    # these may come when all is over, or before a worker has begun
+    # these may come after the end, or before a worker has begun
     "kill from outside": (WorkerDiedError, type(None)),
     "interrupt": (KeyboardInterrupt, type(None)),
     "two interrupts": (KeyboardInterrupt, type(None)),
@@ -52,7 +52,7 @@ EXPECTED: dict[str, tuple[type, ...]] = {
 
 
 def work(fault: str, victim: int, at: int) -> int:
-    """What a worker does: a few steps, with a loader process and a semaphore that a killed rank leaves to others."""
+    """Train a few steps in a worker, with a loader process and a semaphore that a killed rank leaves behind."""
     import multiprocessing
 
     import torch
@@ -85,7 +85,7 @@ def work(fault: str, victim: int, at: int) -> int:
 
 
 def _note(*_: object) -> None:
-    """Write down how the names that this process may give in /dev/shm begin: others have theirs there too."""
+    """Write the prefixes of this process's names in /dev/shm to a file, since other programs have entries there too."""
     import multiprocessing
 
     prefix = multiprocessing.current_process()._config["semprefix"]  # type: ignore[attr-defined]
@@ -99,7 +99,7 @@ def _shared() -> int:
 
 
 def left_behind() -> dict[str, int]:
-    """What there is now of everything that a launch must not leave behind."""
+    """Count the things that a launch must not leave behind."""
     me = psutil.Process()
     with contextlib.suppress(ChildProcessError):
         for orphan in me.children():
@@ -126,13 +126,13 @@ def _sockets(process: psutil.Process) -> list[Any]:
 
 
 def _from_outside(fault: str, delay: float, choice: random.Random, killed: list[int]) -> None:
-    """Do it, and note how deep below this one the killed process was: server 1, supervisor 2, worker 3, its own 4."""
+    """Cause a fault from outside; append the depth of a killed process: server 1, supervisor 2, worker 3, child 4."""
     time.sleep(delay)
     if fault == "kill from outside":
         me = psutil.Process()
         if others := me.children(recursive=True):  # the server among them
             victim = choice.choice(others)
-            with contextlib.suppress(psutil.Error):  # it has ended just now
+            with contextlib.suppress(psutil.Error):  # the process has just ended
                 depth = len(victim.parents()) - len(me.parents())
                 victim.kill()
                 killed.append(depth)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--count", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(arguments)
-    # an interrupt may come when the launch that it is meant for is over: then it is nobody's
+    # ignore an interrupt that comes after the end of its launch
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         return _launches(given.count, random.Random(given.seed))
@@ -157,14 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _launches(count: int, choice: random.Random) -> int:
-    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans come to this process, and are counted
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: this process adopts orphans, and counts them
     here = os.getcwd()
     os.chdir(tempfile.mkdtemp(prefix="launch-faults-"))
     handler = signal.getsignal(signal.SIGINT)
     silent = open(os.devnull, "w")  # noqa: SIM115 (as long as this process)
     with contextlib.redirect_stdout(silent):
         launch(work, "none", 0, 0, nproc=2)
-    while len(psutil.Process().children(recursive=True)) > 1:  # the server: what has ended takes a moment to be gone
+    while len(psutil.Process().children(recursive=True)) > 1:  # until only the server is left
         time.sleep(0.05)
     before, memory = left_behind(), psutil.Process().memory_info().rss
     outcomes: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -181,8 +181,8 @@ def _launches(count: int, choice: random.Random) -> int:
         sys.stdout = silent
         try:
             if fault in OUTSIDE:
-                thread.start()  # an interrupt may come while it starts
-            # a busy machine may need seconds until a worker gives its first sign of life
+                thread.start()  # inside try, since its interrupt may come at once
+            # on a busy machine a worker's first sign of life may take seconds
             launch(work, fault, victim, at, nproc=2, timeout=3.0 if fault == "hang" else 600.0)
         except BaseException as raised:
             error = raised
@@ -193,20 +193,20 @@ def _launches(count: int, choice: random.Random) -> int:
             thread.join()
         outcomes[fault, type(error).__name__] += 1
         slowest[fault] = max(slowest.get(fault, 0.0), took)
-        # of a loader process, or what removes semaphores, the rank says so, in words of torch or Python
+        # torch or Python reports the death of a loader process or resource tracker in its own words
         of_a_rank = any(depth > 3 for depth in killed) and isinstance(error, RuntimeError | OSError)
         if isinstance(error, KeyboardInterrupt) and fault not in ("interrupt", "two interrupts"):
-            raise error  # by whoever started this
+            raise error  # from the person who started this tool
         if not isinstance(error, EXPECTED[fault]) and not of_a_rank:
             wrong.append(f"{label}: {type(error).__name__}: {error}")
         del error
         gc.collect()
         if signal.getsignal(signal.SIGINT) is not handler:
             wrong.append(f"{label}: another SIGINT handler")
-        deadline = time.monotonic() + 60.0  # a process that has ended takes a moment to be gone
-        while any(left_behind()[what] > before[what] for what in before) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60.0  # an ended process disappears with a delay
+        while any((now := left_behind())[kind] > before[kind] for kind in before) and time.monotonic() < deadline:
             time.sleep(0.05)
-        if any((now := left_behind())[what] > before[what] for what in before):
+        if any(now[kind] > before[kind] for kind in before):
             wrong.append(f"{label}: left behind: {now} (before: {before})")
             before = now
     for (fault, name), times in sorted(outcomes.items()):

@@ -1,12 +1,12 @@
-"""A training that takes more sessions than one: push, wait, and push again with the last output attached.
+"""Train over several Kaggle sessions: push, wait, and push again with the last output attached.
 
     python tools/kernels.py relay text_generation -p epochs=200
 
-What has been done is in build/kernels/SLUG/relay.json, written before and after every push, so the relay can be stopped
-and started again at any time. A session is judged by the steps of its newest checkpoints, not by its state alone: one
-that Kaggle killed at its limit and that saved on the way has got on, and so has one that predicted more after training.
-It stops, with the reason, when a session made no progress, was cancelled or failed by itself, when Kaggle refuses a
-push, and when the kernel runs a session that is not the relay's. Started again after that, it goes on.
+build/kernels/SLUG/relay.json has the state, written before and after every push, so the relay can be stopped and
+started again at any time. A session has made progress if its newest checkpoints are of later steps, or if it predicted
+more after training, even if Kaggle killed it at the time limit. The relay stops, with the reason, when a session made no
+progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a foreign session. The
+same command continues it.
 """
 
 from __future__ import annotations
@@ -30,56 +30,56 @@ from kernel import SMALL, Kernel, KernelError, log_end, read_json, wait_for, wri
 from notebooks import NotebookError
 
 FAILED_ITSELF = re.compile(r"PapermillExecutionError|CellExecutionError|DeadKernelError", re.IGNORECASE)
-"""What papermill writes when a cell raised. A session that Kaggle kills has no time to write anything."""
+"""Errors that papermill writes after a failed cell. A session killed by Kaggle writes none."""
 
 
 class StopError(KernelError):
-    """The relay cannot or should not go on by itself; the message says why."""
+    """The relay stops and needs a person; the message says why."""
 
 
 @dataclass
 class Session:
-    """One session of the relay."""
+    """A session of the relay."""
 
     number: int
     version: int | None = None
-    """Kaggle's; None while it is not known whether the push arrived."""
+    """Kaggle's version; None until the push is known to have arrived."""
     url: str = ""
     state: str = "PUSHING"
     step: int = -1
-    """Outcome.step at its end."""
+    """Outcome.step at the end."""
     predicted: int = 0
-    """Outcome.predicted at its end."""
+    """Outcome.predicted at the end."""
     finished: bool = False
     folder: str = ""
-    """Where its output is, under runs/."""
+    """The folder of the output, under runs/."""
 
     @property
     def progress(self) -> tuple[int, int]:
-        """To be compared: first the training, then what is predicted with it."""
+        """The last step, then the number of predictions, for comparisons."""
         return self.step, self.predicted
 
 
 @dataclass
 class State:
-    """relay.json."""
+    """The content of relay.json."""
 
     name: str
-    """Told apart by it from any other relay of the same kernel."""
+    """Distinguishes the relays of a kernel."""
     notebook: str
     parameters: dict[str, Any]
     sources: dict[str, list[str]]
     carry: str
     sessions: list[Session] = field(default_factory=list)
     stopped: str = ""
-    """Why it does not go on by itself."""
+    """The reason why the relay stopped."""
 
     @classmethod
     def read(cls, path: Path) -> State | None:
-        """None where there is no file.
+        """Read the state; return None if there is no file.
 
         Raises:
-            KernelError: there is one that is not a relay's: to begin anew by itself would lose what was done.
+            KernelError: the file is not a relay's state; starting over could lose work.
         """
         if not path.exists():
             return None
@@ -94,14 +94,14 @@ class State:
 
     @property
     def best(self) -> Session | None:
-        """The session that got furthest; of several the newest."""
+        """The session with the most progress; the newest of equals."""
         return max(self.sessions, key=lambda s: (*s.progress, s.number), default=None)
 
 
 def run(
     kernel: Kernel, *, carry: str | None, interval: float, anew: bool = False, say: Callable[[str], object] = print
 ) -> int:
-    """Relay until the training is finished; the exit code.
+    """Relay until the training is finished; return the exit code.
 
     Raises:
         KernelError: another relay of this kernel runs, or an earlier one had other parameters.
@@ -158,7 +158,7 @@ class _Relay:
         write_json(self.path, dataclasses.asdict(self.state))
 
     def go(self) -> None:
-        """Session after session, from wherever the last start of this relay left off."""
+        """Run sessions until one has finished, from the saved state on."""
         sessions = self.state.sessions
         while True:
             if sessions and sessions[-1].state in ("PUSHING", "PUSHED"):
@@ -173,11 +173,11 @@ class _Relay:
 
     # One session
     def marker(self, number: int) -> str:
-        """Stands above the parameters in the pushed notebook: by it a session is known as this relay's."""
+        """Return the comment above the pushed parameters, which identifies a session of this relay."""
         return f"Parameters, session {number} of relay {self.state.name}"
 
     def push(self) -> None:
-        """Begin the next session, with the checkpoints of the one that got furthest among its inputs."""
+        """Start the next session with the checkpoints of the best session as an input."""
         now = kaggle_cli.status_if_any(self.kernel.id)
         if now is not None and now.active:
             raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
@@ -188,24 +188,24 @@ class _Relay:
             self.kernel.sources[name] = [*self.kernel.sources.get(name, []), source]
         session = Session(number)
         self.state.sessions.append(session)
-        self.save()  # before the push: should this process end in the middle of it, the next start finds out
+        self.save()  # before the push: if this process ends meanwhile, the next start finds out
         try:
             pushed = self.kernel.push(self.marker(number), again=True)
-        except kaggle_cli.SourcesError as error:  # it runs, for nothing: to be waited for before anything else
+        except kaggle_cli.SourcesError as error:  # a useless session runs now, and must end first
             session.version, session.url, session.state = error.pushed.version, error.pushed.url, "PUSHED"
             raise StopError(f"{error}\nIf it is the kernel's own output that is refused: --carry dataset") from None
         except (KernelError, NotebookError, kaggle_cli.RefusedError):
-            self.state.sessions.pop()  # after any other error it may have arrived
+            self.state.sessions.pop()  # after other errors the push may have arrived
             raise
         session.version, session.url, session.state = pushed.version, pushed.url, "PUSHED"
         self.save()
         self.say(f"session {number}: version {pushed.version}, {pushed.url}")
 
     def attach(self, best: Session) -> tuple[str, str]:
-        """The input by which the next session gets the checkpoints of `best`: (kind, name)."""
+        """Return the kind and name of the input with the checkpoints of `best`."""
         newest = self.state.sessions[-1]
         if self.state.carry == "kernel":
-            # with its version only where it must be an older one, as far as Kaggle heeds it
+            # an older version must be named, as far as Kaggle heeds it
             return "kernel_sources", self.kernel.id + ("" if best is newest else f"/{best.version}")
         dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
         folder = self.kernel.root / best.folder
@@ -220,7 +220,7 @@ class _Relay:
         return "dataset_sources", dataset
 
     def fetch(self, session: Session) -> None:
-        """What a later session needs of this one's output: of each run the two newest checkpoints, and the best."""
+        """Fetch the files that a later session needs: the two newest checkpoints of each run, and the best weights."""
         folder = self.kernel.root / session.folder
         newest = []
         for checkpoints in sorted(folder.rglob("checkpoints")):
@@ -231,10 +231,10 @@ class _Relay:
         kaggle_cli.output(self.kernel.id, folder, pattern)
         for state in sorted(folder.rglob("checkpoints/step-*/state.json")):
             if not (state.parent / "model.safetensors").is_file():
-                shutil.rmtree(state.parent)  # only its state.json was fetched, to judge the session by
+                shutil.rmtree(state.parent)  # an older checkpoint, of which only state.json was fetched
 
     def upload(self, dataset: str, folder: Path, session: Session) -> None:
-        """Make what was fetched the newest version of a private dataset, and wait until Kaggle has it ready."""
+        """Upload the fetched files as the newest version of a private dataset, and wait until Kaggle is ready."""
         carried = self.kernel.folder / "carry"
         shutil.rmtree(carried, ignore_errors=True)
         wanted = ("checkpoints/", "best/", "predictions/", "metrics.jsonl", "config.json", "result.json")
@@ -253,7 +253,7 @@ class _Relay:
         raise StopError(f"{dataset} is {status}, and does not get ready")
 
     def arrived(self, session: Session) -> bool:
-        """Whether a push whose answer was never seen has arrived, by what Kaggle holds as the newest version."""
+        """Find out from Kaggle's newest version whether a push without an answer has arrived."""
         if kaggle_cli.status_if_any(self.kernel.id) is None:
             return False
         source = kaggle_cli.pull(self.kernel.id, self.kernel.folder)
@@ -266,12 +266,12 @@ class _Relay:
         return True
 
     def end(self, session: Session) -> None:
-        """Wait until the session has ended, and note how far it got."""
+        """Wait until the session has ended, and record its progress."""
         status = wait_for(self.kernel.id, self.interval, self.say, just_pushed=True)
         folder = self.kernel.results(session.version or session.number)
         shutil.rmtree(folder, ignore_errors=True)
         for _ in range(5):
-            if kaggle_cli.output(self.kernel.id, folder, SMALL):  # the log at least, once Kaggle has put it away
+            if kaggle_cli.output(self.kernel.id, folder, SMALL):  # at least the log, once Kaggle has stored it
                 break
             time.sleep(self.interval)
         outcome = self.kernel.outcome(folder)
@@ -283,10 +283,10 @@ class _Relay:
         self.say(f"session {session.number} ended: {status.state}{message}, step {session.step}\n{outcome.text}")
 
     def judge(self, session: Session) -> None:
-        """Whether there is a point in going on after this session.
+        """Decide whether another session makes sense.
 
         Raises:
-            StopError: there is none.
+            StopError: it makes none.
         """
         if session.finished:
             return
@@ -310,7 +310,7 @@ class _Relay:
             )
 
     def finish(self, session: Session) -> None:
-        """Fetch all that the last session left."""
+        """Fetch all output of the last session."""
         folder = self.kernel.root / session.folder
         kaggle_cli.output(self.kernel.id, folder)
         many = f"{len(self.state.sessions)} sessions" if len(self.state.sessions) > 1 else "one session"

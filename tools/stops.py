@@ -1,11 +1,10 @@
-"""Run a command while random processes of it stand still for random times: what rests on who is quicker shows.
+"""Run a command and stop random processes of the command for random times, to reveal race conditions.
 
     python tools/stops.py --longest 2.5 --mean 0.3 --stoppers 2 -- make test
 
-A busy machine delays all processes alike; the order of two of them goes wrong when one stands still and the other runs
-on. So here one after another is stopped (SIGSTOP) and goes on a while later (SIGCONT). Whose they are shows in their
-environment variables; one that stands still already was stopped by somebody else, and is left alone. The same seed
-draws the same times, but not the same run.
+A busy machine delays all processes alike; races show when one process stands still and another runs on. So random
+processes get SIGSTOP, and SIGCONT a while later. An environment variable marks the command's processes; processes that
+somebody else stopped are left alone. The same seed draws the same times, but not the same run.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ import time
 from pathlib import Path
 
 MARK = "KIT_STOPS"
-"""The environment variable by which the command's processes are known; its value is this process's id."""
+"""The environment variable that marks the command's processes; the value is this process's id."""
 PAUSE_SECONDS = 0.05
-"""Mean of the time between two stops."""
+"""The mean time between two stops."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command and return its exit code."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    options.add_argument("--longest", type=float, default=1.0, help="seconds that a stop lasts at most")
-    options.add_argument("--mean", type=float, default=0.15, help="seconds that a stop lasts on average")
-    options.add_argument("--stoppers", type=int, default=1, help="how many processes may stand still at a time")
+    options.add_argument("--longest", type=float, default=1.0, help="longest stop in seconds")
+    options.add_argument("--mean", type=float, default=0.15, help="mean stop in seconds")
+    options.add_argument("--stoppers", type=int, default=1, help="most processes that stand still at a time")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("command", nargs="+", help="after --")
     given = options.parse_args(arguments)
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _stop_some(mark: bytes, choice: random.Random, longest: float, mean: float, ended: threading.Event) -> None:
-    """Until the command has ended: stop one process, let it go on, wait a little."""
+    """Stop a process, continue it and pause, until the command has ended."""
     while not ended.is_set():
         if processes := _running(mark):
             chosen = choice.choice(processes)
@@ -70,7 +69,7 @@ def _stop_some(mark: bytes, choice: random.Random, longest: float, mean: float, 
 
 
 def _running(mark: bytes) -> list[int]:
-    """The command's processes, but those that stand still or have ended."""
+    """Return the ids of the command's active processes."""
     found = []
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -78,7 +77,7 @@ def _running(mark: bytes) -> list[int]:
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # it has just ended, or is another user's
+        except OSError:  # the process has just ended, or belongs to another user
             continue
         if mark in variables and state not in "TtZX":
             found.append(int(folder.name))

@@ -1,10 +1,10 @@
-"""A run for each combination of parameter values, here or on Kaggle, and a table of what came out.
+"""Run each combination of parameter values, here or on Kaggle, and print a table of the results.
 
     python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3] -p n_layer=[4,8] -p epochs=2
 
-A list is what is swept over, anything else is the same in all runs (a parameter that is a list itself takes a list of
-lists). Each run has its folder in runs/SLUG/sweep-…; started again, finished runs are taken as they are and others go
-on. With --push each combination is a kernel of its own, two sessions at a time as Kaggle allows.
+A list gives the values to sweep over; other values are the same in all runs (a parameter that is a list itself takes a
+list of lists). Each run has a folder in runs/SLUG/sweep-…. After a restart, finished runs are kept and others go on.
+With --push each combination is a kernel, two sessions at a time as Kaggle allows.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kaggle_cli import KaggleError
 from kernel import SMALL, Kernel, KernelError, Outcome, check_values, read_json
 
 SESSIONS = 2
-"""As many batch sessions with GPUs as Kaggle runs at once for one account."""
+"""The number of batch sessions with GPUs that Kaggle runs at once for an account."""
 
 
 def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The names that are swept over, and every combination of their values with what is the same in all.
+    """Return the swept names, and the parameters of every combination of their values.
 
     Raises:
         KernelError: nothing is swept over, or a list is empty.
@@ -44,7 +44,7 @@ def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]
 
 
 def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], object] = print) -> int:
-    """Run all combinations; 0 if every one finished."""
+    """Run all combinations; return 0 if every run finished, else 1."""
     swept, settings = points(kernel.parameters)
     source = notebooks.sources(kernel.root, [kernel.notebook])[0]
     notebooks.check_names(notebooks.build(source, kernel.root / "kaggle_mgpu"), kernel.parameters, source.name)
@@ -70,7 +70,7 @@ def _here(
     built.write_text(notebooks.dumps(notebooks.build(source, kernel.root / "kaggle_mgpu")), encoding="utf-8")
     outcomes = []
     for number, given in enumerate(settings, 1):
-        # named by what was given, so that a sweep with one value more finds the runs it has already
+        # named by the parameters, so that a sweep with one more value finds its finished runs
         name = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:10]
         folder = kernel.root / "runs" / kernel.slug / f"sweep-{name}"
         say(f"run {number} of {len(settings)}: {_shown(swept, given)}, in {folder}")
@@ -86,7 +86,7 @@ def _here(
 
 
 def _from_here(given: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with the paths of files made whole: each run has a folder of its own to work in."""
+    """Return the parameters with absolute paths, since each run works in its own folder."""
     return {
         name: str(Path(value).resolve())
         if isinstance(value, str) and name != "output_dir" and os.sep in value and Path(value).exists()
@@ -130,7 +130,7 @@ def _on_kaggle(
             except KaggleError as error:
                 say(str(error))
                 continue
-            # just after a push an end may be that of the session before
+            # just after a push Kaggle may still report the previous session
             if not status.active and time.monotonic() - begun[number] >= 2 * interval:
                 kaggle_cli.output(each.id, each.results(), SMALL)
                 outcome = each.outcome(each.results())
@@ -145,7 +145,7 @@ def _on_kaggle(
 
 
 def _pushed_before(kernel: Kernel) -> bool:
-    """Whether the kernel's newest version is this very one, so that it need not be pushed again."""
+    """Return whether the kernel's newest version has the same content."""
     if read_json(kernel.record).get("sha256") != kernel.build():
         return False
     status = kaggle_cli.status_if_any(kernel.id)
@@ -157,7 +157,7 @@ def _shown(swept: list[str], given: dict[str, Any]) -> str:
 
 
 def table(swept: list[str], settings: list[dict[str, Any]], outcomes: list[Outcome]) -> str:
-    """Markdown: a row for each combination, with the metrics of its own result, not of its stages'."""
+    """Return a Markdown table with a row per combination and the metrics of the run's own result."""
     rows = []
     for outcome in outcomes:
         said = next(iter(outcome.results.values())) if outcome.results else {}

@@ -1,4 +1,4 @@
-"""Print the files of kaggle_mgpu that one training step, or the set-up of a run, goes through.
+"""Print the files of kaggle_mgpu that a training step, or the set-up of a run, goes through.
 
     python tools/walk.py step     # one step in the middle of a run, without a record, an evaluation or a save
     python tools/walk.py setup    # from the call of `train` to the first forward pass in training

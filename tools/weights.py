@@ -27,7 +27,7 @@ STRATEGIES = {
 
 
 class Tokens(torch.utils.data.Dataset):
-    """96 sequences of 12 tokens, of which between 1 and 12 count."""
+    """A dataset of 96 sequences with 12 tokens each and 1 to 12 loss terms."""
 
     def __len__(self) -> int:
         return 96
@@ -52,17 +52,15 @@ class Guess(Task):
 
     def loss(self, model: nn.Module, batch: list[Tensor]) -> Tensor:
         tokens, mask = batch
-        return (
-            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
-            * mask.flatten()
-        ).sum()
+        losses = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="none")
+        return (losses * mask.flatten()).sum()
 
     def count(self, batch: list[Tensor]) -> int:
         return int(batch[1].sum())
 
 
 def main() -> None:
-    """Train every row of the matrix and print one line a row."""
+    """Train every row of the matrix and print a line per row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keep", type=Path, help="keep the runs' folders here")
     arguments = parser.parse_args()
@@ -87,10 +85,8 @@ def main() -> None:
                     with contextlib.redirect_stdout(io.StringIO()):
                         launch(train, config, Guess())
                     weights = (folder / "model.safetensors").read_bytes()
-                print(
-                    f"{name:8} accumulation {accumulation} {precision}  {hashlib.sha256(weights).hexdigest()}",
-                    flush=True,
-                )
+                digest = hashlib.sha256(weights).hexdigest()
+                print(f"{name:8} accumulation {accumulation} {precision}  {digest}", flush=True)
 
 
 if __name__ == "__main__":

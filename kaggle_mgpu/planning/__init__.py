@@ -1,9 +1,8 @@
-"""What can be known before a GPU hour is spent: whether the machine trains right, what a run will take.
+"""Test a machine and estimate a run before a GPU hour is spent.
 
-Nothing here is imported by a run. The names below load when they are first used, since `check` must work, and say what
-is wrong, where torch cannot be imported. Start reading at `plan` in planner.py and `run` in check.py; selftest.py is
-what a check's workers do, counts.py counts a step's operations and memory, estimate.py makes times of them, compare.py
-measures strategies beside each other.
+A run imports nothing from here. The names below load on first use, because `check` must work without torch. Start
+reading at `plan` in planner.py and `run` in check.py. selftest.py runs in a check's workers, counts.py counts a step's
+operations and memory, estimate.py turns the counts into times, and compare.py measures strategies.
 """
 
 from importlib import import_module

@@ -1,11 +1,11 @@
-"""Ten seconds that say whether this machine trains right, before a GPU hour is spent on it.
+"""Check in ten seconds whether this machine trains correctly.
 
-    python -m kaggle_mgpu check                      # exit code 1 where a line failed
-    from kaggle_mgpu import check; check.run()       # the same in a notebook's cell; shows its lines
+    python -m kaggle_mgpu check                      # exit code 1 if a line failed
+    from kaggle_mgpu import check; check.run()       # the same in a notebook cell
 
-Each line is passed, failed or skipped, with what was found and what to do. What needs torch or a GPU is done in workers
-that the kit's own `launch` starts, so this process neither imports torch nor creates a CUDA context: whatever is run
-after the check starts as if there had been none. With fewer than two GPUs the workers are two processes on the CPU.
+Each line passed, failed or was skipped, with the finding and advice. Tests that need torch or a GPU run in workers of
+`launch`, so this process neither imports torch nor creates a CUDA context. With fewer than two GPUs the workers are two
+processes on the CPU.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..machine import devices, session
 Status = Literal["passed", "failed", "skipped"]
 
 TIMEOUT = 60.0
-"""Seconds without a sign of life after which the workers are taken to hang. NCCL's first collective takes a few."""
+"""Seconds without a sign of life before the workers count as hanging. NCCL's first collective takes a few."""
 SHARED_MEMORY = 256 << 20
-"""Bytes that /dev/shm should have free: four loader processes, each two batches of up to 20 MB ahead, and NCCL's
-buffers between GPUs without peer access. Docker's default of 64 MB is what people meet."""
+"""Free bytes expected in /dev/shm: four loader processes, each two batches of up to 20 MB ahead, and NCCL's buffers
+between GPUs without peer access. Docker's default of 64 MB is too small."""
 DISK = 2 << 30
-"""Bytes that should be free where runs are kept: five sets of weights and moments of a model of 30 M parameters."""
+"""Free bytes expected for runs: five sets of weights and moments of a model of 30 M parameters."""
 MEMORY_FREE = 0.5
-"""Share of a GPU's memory that should be free."""
+"""Expected free share of a GPU's memory."""
 TOLERANCE = 1e-4
-"""Relative difference of two float32 gradients that add the same terms in another order: 1e-6 is usual, a gradient of
-the wrong scale is off by 0.01 at least with the uneven counts here."""
+"""Allowed relative difference of two float32 gradients. Another order of addition gives about 1e-6; a wrong scale gives
+at least 0.01 with the uneven counts here."""
 STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
-"""What the workers do, in this order."""
+"""The tests in the workers, in this order."""
 
 _ADVICE = {
     "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
@@ -48,15 +48,15 @@ _ADVICE = {
     "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
     "all-reduce": "set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1); NCCL_DEBUG=INFO in the environment shows "
     "where NCCL stops",
-    "gradients": "do not train with the strategy named here: what comes out would be another model. Use "
-    "strategy='single' until the cause is known",
+    "gradients": "do not train with the strategy named here: it would give another model. Use strategy='single' until "
+    "the cause is known",
     "checkpoint": "free some space, or choose an output_dir that can be written to",
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing looked at: what was found, and what to do where it did not pass."""
+    """The finding of one check, with advice if the check did not pass."""
 
     name: str
     status: Status
@@ -66,14 +66,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`run` found; print it, or let it end a notebook's cell."""
+    """The findings of :func:`run`. Print the report, or make it the last value of a notebook cell."""
 
     lines: tuple[Line, ...]
     seconds: float
 
     @property
     def ok(self) -> bool:
-        """Whether no line failed."""
+        """Whether all lines passed or were skipped."""
         return not self.failed
 
     @property
@@ -96,37 +96,32 @@ class Report:
         print(self)
 
     def save(self, folder: str | os.PathLike[str], **more: Any) -> Path:
-        """Write `folder`/result.json, by which a notebook's run is judged: `finished` is whether all is well.
+        """Write `folder`/result.json for tools that judge a notebook's run: `finished` is true if no line failed.
 
         Args:
-            more: what else to write there, plain values.
+            more: further plain values to write.
         """
         path = Path(folder) / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         reason = "; ".join(f"{line.name}: {line.found}" for line in self.failed) or "finished"
-        document = {
-            "finished": self.ok,
-            "reason": reason,
-            "seconds": self.seconds,
-            "lines": list(map(asdict, self.lines)),
-            **more,
-        }
+        lines = list(map(asdict, self.lines))
+        document = {"finished": self.ok, "reason": reason, "seconds": self.seconds, "lines": lines, **more}
         path.write_text(json.dumps(document, indent=1), encoding="utf-8")
         return path
 
 
 def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "/dev/shm") -> Report:
-    """Look at this machine.
+    """Check this machine's GPUs, memory, disk, packages and training.
 
     Args:
-        output_dir: where runs will be kept; checked for space and by saving a checkpoint there. Default: Kaggle's
-            working folder, or the current one.
-        shared_memory: the file system that processes share memory through.
+        output_dir: the folder for runs, checked for space and with a checkpoint. Default: Kaggle's working folder, or
+            the current folder.
+        shared_memory: the file system for memory that processes share.
     """
     started = time.monotonic()
     report = env.fix(verbose=False, start_workers=False)
     if not worker_server.running():
-        worker_server.start()  # imports torch while this process looks at the rest
+        worker_server.start()  # imports torch while this process checks the rest
     folder = Path(output_dir) if output_dir is not None else session.working()
     gpus = devices.gpus()
     lines = [_gpus(gpus), *_memory(gpus), _protobuf(report), _shared_memory(shared_memory), _disk(folder)]
@@ -154,9 +149,7 @@ def _memory(gpus: list[devices.GPU]) -> list[Line]:
     free = {i: (total - used, total) for i, (used, total) in told.items() if used is not None and total is not None}
     if not free:
         return [Line("GPU memory", "skipped", "nvidia-smi does not tell")]
-    found = ", ".join(
-        f"GPU {i}: {left / 2**30:.1f} of {total / 2**30:.1f} GiB free" for i, (left, total) in free.items()
-    )
+    found = ", ".join(f"GPU {i}: {left / 2**30:.1f} of {size / 2**30:.1f} GiB free" for i, (left, size) in free.items())
     if any(left < MEMORY_FREE * total for left, total in free.values()):
         advice = "another process or notebook holds it: shut it down, or restart this session"
         return [Line("GPU memory", "failed", found, advice)]
@@ -178,7 +171,7 @@ def _protobuf(report: env.Report) -> Line:
 
 
 def _shared_memory(path: str) -> Line:
-    """Real pages are asked for: what a container allows need not be what its file system shows."""
+    """Allocate shared memory, since a container may allow less than the file system shows."""
     name = "shared memory"
     advice = (
         "set data_workers=0: loader processes hand their batches over through it and die with SIGBUS where it is full. "
@@ -201,13 +194,12 @@ def _shared_memory(path: str) -> Line:
 
 
 def _disk(folder: Path) -> Line:
-    there = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(there).free
-    found = f"{free / 2**30:,.1f} GiB free in {there}"
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    found = f"{free / 2**30:,.1f} GiB free in {existing}"
     if free < DISK:
-        advice = (
-            f"a run keeps several checkpoints: free some space (expected {DISK / 2**30:.0f} GiB), or lower keep_last"
-        )
+        expected = f"expected {DISK / 2**30:.0f} GiB"
+        advice = f"a run keeps several checkpoints: free some space ({expected}), or lower keep_last"
         return Line("disk", "failed", found, advice)
     return Line("disk", "passed", found)
 
@@ -216,7 +208,7 @@ def _disk(folder: Path) -> Line:
 
 
 def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
-    """The lines of what the workers did: one on each GPU; or two on the CPU, and one more on a GPU that is alone."""
+    """Run the tests on every GPU; with fewer than two, on two CPU processes, and on a single GPU by itself."""
     if len(gpus) > 1:
         return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
     with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
@@ -231,7 +223,7 @@ def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
 def _lines(
     done: dict[str, Any], error: Exception | None, gpus: list[devices.GPU], stages: tuple[str, ...]
 ) -> list[Line]:
-    """One launch's stages: what they found, the one that the error came in, and those that were not reached."""
+    """Return the lines of one launch: finished stages, the stage with the error, and skipped stages."""
     judges: dict[str, Callable[[Any], list[Line]]] = {
         "workers": lambda found: [_judge_workers(found, gpus)],
         "precision": _judge_precision,
@@ -253,7 +245,10 @@ def _lines(
 
 
 def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]:
-    """What each stage found, and the error that ended the workers. Through files, so that a death loses nothing."""
+    """Run the stages in workers; return the finding of each stage, and the error that ended the workers.
+
+    The findings come through files, so a worker's death loses none.
+    """
     from ..launching import launch
 
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-check-") as notes:
@@ -268,9 +263,7 @@ def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]
 def _judge_workers(found: dict[str, Any], gpus: list[devices.GPU]) -> Line:
     where = ", ".join(dict.fromkeys(found["devices"]))
     if gpus and not any(found["on_gpu"]):
-        advice = (
-            "install a torch that is built for this driver's CUDA; on Kaggle restart the session, whose image has one"
-        )
+        advice = "install a torch built for this driver's CUDA; on Kaggle restart the session, whose image has one"
         return Line("workers", "failed", f"torch {found['torch']} sees none of the {len(gpus)} GPUs", advice)
     return Line("workers", "passed", f"{found['count']} launched, on {where}; torch {found['torch']}")
 
@@ -293,16 +286,16 @@ def _judge_all_reduce(found: dict[str, Any]) -> list[Line]:
     peers = found["peers"]
     if peers is None:
         return [*lines, Line("peer access", "skipped", "fewer than two GPUs")]
-    how = "yes, from each GPU to each other" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
-    return [*lines, Line("peer access", "passed", how)]
+    text = "yes, from each GPU to each other" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
+    return [*lines, Line("peer access", "passed", text)]
 
 
 def _judge_gradients(found: dict[str, float]) -> list[Line]:
     wrong = {name: difference for name, difference in found.items() if not difference < TOLERANCE}
     if wrong:
         text = ", ".join(f"{name} differs by {difference:.2g}" for name, difference in wrong.items())
-        found_wrong = f"against one device with the whole batch: {text}; expected less than {TOLERANCE:g} of its length"
-        return [Line("gradients", "failed", found_wrong, _ADVICE["gradients"])]
+        text = f"against one device with the whole batch: {text}; expected less than {TOLERANCE:g} of its length"
+        return [Line("gradients", "failed", text, _ADVICE["gradients"])]
     text = ", ".join(f"{name} {difference:.1g}" for name, difference in found.items())
     return [Line("gradients", "passed", f"relative difference to one device's: {text}")]
 
@@ -317,9 +310,9 @@ def _judge_checkpoint(found: dict[str, str]) -> list[Line]:
 
 
 def _in_worker(notes: str, folder: str) -> None:
-    """Every stage on every rank; rank 0 notes what each one found."""
+    """Run every stage on every rank; rank 0 writes the findings to files."""
     from ..parallel import distributed
-    from . import selftest  # here, since they import torch
+    from . import selftest  # imports torch
 
     stages: dict[str, Callable[[], Any]] = {
         "workers": selftest.workers,
@@ -336,4 +329,4 @@ def _in_worker(notes: str, folder: str) -> None:
             note = Path(notes) / f"{name}.json"
             note.with_suffix(".part").write_text(json.dumps(found))
             note.with_suffix(".part").rename(note)
-        distributed.barrier()  # a rank that dies in the next stage, and with it this launch, takes no note with it
+        distributed.barrier()  # the file is there before a rank can die in the next stage

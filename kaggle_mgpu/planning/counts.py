@@ -56,7 +56,7 @@ class Facts:
         return self.fixed_bytes + samples * self.sample_bytes
 
     def memory(self, samples: int, ema: bool = False, shards: int = 1) -> dict[str, float]:
-        """Return bytes on one GPU by their use; all but the activations are shared out among `shards` GPUs."""
+        """Return bytes on one GPU by their use; everything except activations is split over `shards` GPUs."""
         parts = {"weights": float(self.weight_bytes), "gradients": float(self.gradient_bytes)}
         parts |= {"optimizer": float(self.optimizer_bytes)} | ({"averages": float(self.weight_bytes)} if ema else {})
         return {name: nbytes / shards for name, nbytes in parts.items()} | {"activations": self.activations(samples)}

@@ -1,16 +1,15 @@
-"""How long a training step takes on GPUs that are not here, from published figures and what is counted of a model.
+"""Estimate the time of a training step on absent GPUs, from published figures and the counts of a model.
 
     gpus = Target.named("T4x2")
     seconds = step_seconds(facts, batch, gpus.published, "fp16", "ddp")
 
-The model, all of it: a micro-step takes max(operations / peak, bytes / memory bandwidth) / REACHED seconds, with the
-published peak of the precision, and at least LAUNCH for each operator. Operations are counted (torch's FlopCounterMode)
-over a real forward and backward pass of a few samples, and so is what is kept for backward; bytes are four times that
-(written and read in forward, read in backward, their gradients written) and three times the weights. The optimizer
-reads and writes weights, gradients and its own state once more. An all-reduce of B bytes over n GPUs takes
-2 (n - 1) / n B / link seconds (a ring, as nccl-tests counts); what is sent while the last backward pass runs, two
-thirds of a micro-step, is free; the last bucket always costs its time. Data loading is left out. What is not known is
-said to be unknown.
+A micro-step takes max(operations / peak, bytes / memory bandwidth) / REACHED seconds, with the published peak of the
+precision, and at least LAUNCH per operator. Operations and the bytes kept for backward are counted over a real pass of
+a few samples (counts.py); moved bytes are four times the kept bytes (written and read in forward, read in backward,
+gradients written) plus three times the weights. The optimizer reads and writes weights, gradients and its own state
+once. An all-reduce of B bytes over n GPUs takes 2 (n - 1) / n B / link seconds (a ring, as nccl-tests counts).
+Communication during the last backward pass, two thirds of a micro-step, is free; the last bucket always costs its time.
+Data loading is left out.
 """
 
 from __future__ import annotations
@@ -23,25 +22,24 @@ from ..machine import devices
 from .counts import Facts
 
 REACHED = 1 / 3
-"""Share of a GPU's published figures that training is taken to reach; an assumption."""
+"""The assumed share of a GPU's published figures in training."""
 LAUNCH = 10e-6
-"""Seconds that Python and CUDA take to launch one operator on a core of 2 GHz; an assumption. It is what small models
-wait for: operators are counted as they reach torch's dispatcher, forward and backward."""
+"""The assumed seconds to launch an operator from Python on a core of 2 GHz. Small models are limited by these."""
 BUCKET = 25 << 20
-"""Bytes of gradients that DistributedDataParallel sends at a time (its default bucket_cap_mb)."""
+"""Bytes of gradients in one message of DistributedDataParallel (its default bucket_cap_mb)."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What is published of a GPU."""
+    """The published figures of a GPU."""
 
     memory_bytes: float
-    """As torch reports it, less than the box says."""
+    """As torch reports, which is less than the nominal size."""
     capability: tuple[int, int]
     peak: dict[str, float]
     """Operations per second by precision, dense, without TF32, which torch leaves off."""
     bandwidth: float
-    """Bytes per second of its memory."""
+    """Bytes per second of the memory."""
     link: float
     """Bytes per second to the next GPU, one way."""
     link_source: str
@@ -72,22 +70,22 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Target:
-    """The GPUs that a plan is for."""
+    """The GPUs of a plan."""
 
     name: str
     count: int
     published: Published | None
     memory_bytes: float | None
-    """Of one of them; None where it is unknown."""
+    """Memory of one GPU; None if unknown."""
     here: bool = False
     on_cpu: bool = False
 
     @classmethod
     def named(cls, text: str) -> Target:
-        """From "T4x2" or "P100". A GPU without published figures here is kept, and its figures are unknown.
+        """Return the target for a text such as "T4x2" or "P100"; an unknown GPU has no published figures.
 
         Raises:
-            ValueError: not a name with an optional number.
+            ValueError: the text is not a name with an optional number.
         """
         found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", str(text).strip())
         if found is None or found[2] == "0":
@@ -101,7 +99,7 @@ class Target:
 
     @classmethod
     def at_hand(cls, gpus: list[devices.GPU]) -> Target:
-        """The GPUs of this machine, or its CPU where there are none."""
+        """Return this machine's GPUs, or its CPU, as a target."""
         if not gpus:
             return cls("CPU", 1, None, None, here=True, on_cpu=True)
         name = gpus[0].name
@@ -110,36 +108,36 @@ class Target:
         return cls(name, len(gpus), published, min(gpu.memory_bytes for gpu in gpus) or None, here=True)
 
     def gpus(self) -> list[devices.GPU]:
-        """As `devices` has them, for the choice of precision."""
+        """Return GPU records for `devices.precision`."""
         capability = self.published.capability if self.published else None
         return [devices.GPU(i, self.name, int(self.memory_bytes or 0), capability) for i in range(self.count)]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the GPUs send each other in a step."""
+    """The communication between the GPUs in a step."""
 
     what: str
     nbytes: int
     seconds: float
     hidden: float
-    """Seconds of backward that it can hide behind."""
+    """Seconds of the backward pass that can overlap with communication."""
     exposed: float
-    """Seconds that a step is longer for it."""
+    """Seconds added to a step."""
     link: float
     """Bytes per second."""
     source: str
-    """Where the link's figure is from."""
+    """The source of the link's figure."""
 
 
 def step_seconds(
     facts: Facts, batch: BatchPlan, gpu: Published, precision: str, strategy: str, reached: float = REACHED
 ) -> float:
-    """Seconds of an optimizer step, by the model in this file's docstring.
+    """Estimate the seconds of an optimizer step by the formulas in this file's docstring.
 
     Args:
         strategy: single, dp, ddp, fsdp or deepspeed.
-        reached: share of the published figures; 1.0 for the best that can be.
+        reached: the share of the published figures; 1.0 gives a lower bound.
     """
     micro, accumulation, replicas = batch.micro_batch_size, batch.gradient_accumulation_steps, batch.num_replicas
     computing = facts.operations * micro / gpu.peak[precision] / reached
@@ -161,12 +159,13 @@ def exchange(
     strategy: str = "ddp",
     accumulation: int = 1,
 ) -> Exchange:
-    """Of one step. What `strategy` sends: see torch's DistributedDataParallel, fully_shard and DataParallel.
+    """Estimate the communication of a step under a strategy.
 
     Args:
-        micro_step: seconds of one, forward and backward.
-        link: bytes per second from one GPU to the next; `source`: where that figure is from.
-        accumulation: micro-steps in a step, in each of which dp sends all.
+        micro_step: seconds of a forward and backward pass.
+        link: bytes per second from one GPU to the next.
+        source: the source of the link's figure.
+        accumulation: micro-steps in a step; dp communicates in each of these.
     """
     gradients, hidden = facts.gradient_bytes, micro_step * 2 / 3
     if strategy == "dp":
@@ -176,7 +175,7 @@ def exchange(
         return Exchange(what, nbytes, seconds, 0.0, seconds, link, source)
     seconds = 2 * (replicas - 1) / replicas * gradients / link
     what = f"an all-reduce of {size(gradients)} of gradients"
-    if strategy == "fsdp":  # gathers the weights twice and scatters the gradients: three halves of an all-reduce
+    if strategy == "fsdp":  # two gathers of the weights and a scatter of the gradients: three halves of an all-reduce
         seconds *= 1.5
         what = f"gathering {size(facts.weight_bytes)} of weights twice and scattering their gradients"
     last = min(1.0, BUCKET / gradients) if gradients else 0.0
@@ -184,5 +183,5 @@ def exchange(
 
 
 def size(nbytes: float) -> str:
-    """As people write it: 1.5 GiB, 20.0 MiB."""
+    """Write bytes as 1.5 GiB or 20.0 MiB."""
     return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"

@@ -1,10 +1,10 @@
-"""What a run will take, before a GPU hour is spent: batch, steps, memory, time, sessions, and what a second GPU buys.
+"""Plan a run: batch, steps, memory, time, number of sessions, and the speed-up from a second GPU.
 
-    print(plan(config, task))                 # a few steps are taken on the GPUs (or the CPU) at hand
-    print(plan(config, task, on="T4x2"))      # an estimate for GPUs that are not here: T4x2, P100, L4x4, A100, H100
+    print(plan(config, task))                 # measures a few steps on the GPUs (or the CPU) of this machine
+    print(plan(config, task, on="T4x2"))      # estimates for absent GPUs: T4x2, P100, L4x4, A100, H100
     python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
 
-How an estimate is made, and from which figures: estimate.py.
+estimate.py has the formulas and figures of the estimates.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEEKLY_HOURS = 30.0
 
 @dataclass
 class Plan:
-    """What :func:`plan` found out; print it. Times are None where they are unknown."""
+    """The result of :func:`plan`, to be printed. Unknown times are None."""
 
     sentence: str
     target: Target
@@ -42,21 +42,21 @@ class Plan:
     micro_batch_size: int
     max_steps: int
     memory: dict[str, float]
-    """Bytes on one GPU, by what they are for."""
+    """Bytes on one GPU, by their use."""
     measured_memory: int | None
-    """What the fullest GPU really held at its peak, where steps were taken on GPUs."""
+    """Peak bytes on the fullest GPU, if steps were measured on GPUs."""
     step_seconds: float | None
     seconds: float | None
-    """The whole run, evaluations included."""
+    """Of the run, evaluations included."""
     at_best: float | None
-    """The whole run where the published figures were reached in full; None for what was measured."""
+    """Of the run, at the published figures in full; None for a measurement."""
     source: str
     sessions: int | None
     quota: float | None
     """Share of a week's GPU hours."""
     speedup: float | None
     speedup_of: int
-    """Number of GPUs that the speed-up is of, over one."""
+    """The number of GPUs that are compared with one GPU."""
     exchange: Exchange | None
     reasons: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -67,9 +67,9 @@ class Plan:
         lines[-1] += f" ({self.precision_reason})"
         total = sum(self.memory.values())
         parts = " + ".join(f"{name} {estimate.size(nbytes)}" for name, nbytes in self.memory.items())
-        room = f" of {estimate.size(self.target.memory_bytes)}" if self.target.memory_bytes else ""
+        available = f" of {estimate.size(self.target.memory_bytes)}" if self.target.memory_bytes else ""
         peak = f"; measured peak {estimate.size(self.measured_memory)}" if self.measured_memory else ""
-        rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{room}{peak}, without CUDA's own")]
+        rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{available}{peak}, without CUDA's own")]
         if self.seconds is None or self.step_seconds is None:
             rows.append(("time", f"unknown: {self.source}"))
         else:
@@ -78,11 +78,9 @@ class Plan:
             rows.append(("", f"{self.source}; data loading beyond that is not in it"))
         if self.sessions is not None and self.quota is not None:
             hours = session.SESSION_HOURS["batch"]
-            many = "session" if self.sessions == 1 else "sessions"
+            number = f"{self.sessions} session{'s' * (self.sessions > 1)} of {hours:g} h"
             share = f"{100 * self.quota:.1f} %" if self.quota >= 0.001 else "under 0.1 %"
-            rows.append(
-                ("sessions", f"{self.sessions} {many} of {hours:g} h; {share} of the week's {WEEKLY_HOURS:g} h")
-            )
+            rows.append(("sessions", f"{number}; {share} of the week's {WEEKLY_HOURS:g} h"))
         bound = "" if self.target.here else "up to "
         gain = f"{bound}{self.speedup:.2f}x expected" if self.speedup is not None else "unknown"
         rows.append((f"{self.speedup_of} GPUs over 1", gain))
@@ -95,16 +93,16 @@ class Plan:
 
 
 def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5) -> Plan:
-    """What training `task` as `config` says will take, here or on the GPUs named in `on`.
+    """Plan the training of `task` with `config`, on this machine or on the GPUs named in `on`.
 
     Args:
-        on: "T4x2", "P100", "L4x4", "A100", "H100", or any of these with another number. Default: what is at hand,
+        on: "T4x2", "P100", "L4x4", "A100", "H100", or any of these with another number. Default: this machine,
             measured in workers, so that no CUDA context stays in this process.
-        steps: how many are measured.
+        steps: the number of measured steps.
 
     Raises:
         TypeError: not a TrainConfig and a Task.
-        ValueError: settings that do not fit each other or the GPUs, as `train` would raise them.
+        ValueError: the settings contradict each other or the GPUs, as in `train`.
     """
     expect(config, task, "plan")
     if steps < 1:
@@ -168,7 +166,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         exchange=None,
     )
     if step_seconds is not None:
-        # an evaluated sample is the forward third of a trained one, and the replicas share them out
+        # an evaluated sample costs the forward third of a trained sample, and the replicas share the samples
         in_steps = batch.max_steps + evaluated / 3 / batch.global_batch_size
         out.seconds = in_steps * step_seconds
         out.at_best = None if at_best is None else in_steps * at_best
@@ -203,13 +201,13 @@ def _replicas(config: TrainConfig, target: Target) -> int:
 
 
 def _measured_link(config: TrainConfig, replicas: int) -> tuple[float, str]:
-    """Bytes per second between these GPUs, and where the figure is from."""
+    """Measure the bytes per second between the GPUs of this machine; return the figure and its source."""
     found = launch(selftest.all_reduce_bandwidth, nproc=replicas, gpu_ids=config.gpu_ids, in_worker=True)[0]
     return found["gigabytes_per_s"] * 1e9, f"measured here, {'with' if found['peers'] else 'without'} peer access"
 
 
 def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> BatchPlan:
-    """The run's batch; micro_batch_size="auto" is reckoned here, where nothing can be tried."""
+    """Return the batch plan of the run; micro_batch_size="auto" is estimated."""
     auto = config.micro_batch_size == "auto"
     batch = BatchPlan.make(
         dataset_size=facts.dataset_size,
@@ -225,12 +223,12 @@ def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> 
 
 
 def _shards(config: TrainConfig, replicas: int) -> int:
-    """GPUs that share out weights, gradients and moments."""
+    """Return the number of GPUs over which weights, gradients and moments are split."""
     return replicas if config.strategy == "fsdp" else 1
 
 
 def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas: int) -> int | None:
-    """Samples in a micro-batch that nine tenths of a GPU hold by this reckoning; None where its memory is unknown."""
+    """Estimate the largest micro-batch for nine tenths of a GPU's memory; None if the memory is unknown."""
     if not target.memory_bytes or facts.sample_bytes <= 0:
         return None
     fixed = sum(facts.memory(0, config.ema_decay is not None, _shards(config, replicas)).values())
@@ -238,7 +236,7 @@ def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas:
 
 
 def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
-    """How many there are in a run."""
+    """Return the number of evaluations in a run."""
     every = {"epoch": batch.steps_per_epoch, "end": batch.max_steps, None: batch.max_steps}
     steps = config.eval_every if isinstance(config.eval_every, int) else every[config.eval_every]
     return math.ceil(batch.max_steps / steps)
@@ -263,7 +261,7 @@ def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[fl
 
 
 def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, str] | None, target: Target) -> None:
-    """What `speedup_of` GPUs are over one, with the same global batch, and why."""
+    """Estimate the speed-up of `speedup_of` GPUs over one with the same global batch, and give the reasons."""
     count = out.speedup_of
     if target.on_cpu:
         out.reasons.append("processes on a CPU share its cores; name GPUs for an estimate (on='T4x2', --on T4x2)")
@@ -277,7 +275,7 @@ def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, s
     if batch.num_replicas > 1:
         before = estimate.exchange(facts, batch.num_replicas, out.step_seconds / steps, *link, kind, steps).exposed
     else:
-        kind = "ddp"  # what a second GPU would be used with
+        kind = "ddp"  # as strategy "auto" chooses for two GPUs
     sample = max(out.step_seconds - before, 1e-9) / share
     micro = min(batch.micro_batch_size, math.ceil(batch.global_batch_size / count))
     out.exchange = estimate.exchange(facts, count, micro * sample, *link, kind, steps)
@@ -293,13 +291,11 @@ def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, s
 
 
 def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) -> None:
-    """What would make the batch fit, or a second GPU gain more."""
+    """Suggest settings that make the batch fit, or that raise the speed-up."""
     total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
     held = max(total, out.measured_memory or 0)
     if out.target.here and out.step_seconds is None:
-        out.advice.append(
-            "micro_batch_size='auto' finds what fits; more of gradient_accumulation_steps makes up for it"
-        )
+        out.advice.append("micro_batch_size='auto' finds the largest that fits, and accumulates the rest of the batch")
     if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
         if most < 1:
             out.advice.append(

@@ -1,6 +1,6 @@
 """Measure a machine: products of matrices, an all-reduce, the gradient of each strategy, a checkpoint.
 
-    launch(probes.all_reduce_bandwidth, nproc=2, in_worker=True)[0]["gigabytes_per_s"]
+    launch(selftest.all_reduce_bandwidth, nproc=2, in_worker=True)[0]["gigabytes_per_s"]
 
 Every rank of a launch calls these functions and gets the same plain values (`save_and_load` runs on one rank alone).
 `check` judges the values; `plan` uses the bandwidth.

@@ -1,4 +1,4 @@
-"""What one sees of a run: its records, the panel in the cell, the lines of a log, the pictures.
+"""Show a run: its records, the panel in a notebook cell, the lines of a log, and the plots.
 
 The package imports no torch and decides nothing about a run. Start reading at `Progress` in progress.py; records.py is
 the format of metrics.jsonl, display.py and panel.py show it, plots.py draws it.

@@ -1,10 +1,10 @@
-"""How a run is shown while it trains: one panel in a notebook, a bar in a terminal, or lines in a log.
+"""Show a run while it trains: a panel in a notebook, a bar in a terminal, or lines in a log.
 
     display = choose("auto")(View(max_steps=1000), print)
     attach(output_dir)           # show a run again, from another notebook or after a reload of the page
 
-A display draws when it is told of a record, never more often than eyes can follow. A Batch session gets sparse lines
-and the panel as it stands at the end: bars and live outputs are lost there, or pile up.
+A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel, because Kaggle
+loses bars and live outputs there, or keeps every version of them.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def print_line(text: str) -> None:
 
 
 class Lines:
-    """A run as plain lines.
+    """Print a run as plain lines.
 
-    Said at once: the first record of a kind, notes and the end. Then a training line every 15 s at first, at a
-    twentieth of the time gone by later, up to 60 s: a minute's and a night's log can both be read. An evaluation or a
-    save that follows the last one's line within 30 s is not said: the file has it, and the last line the last metrics.
+    The first record of a kind, notes and the outcome are printed at once. Training lines follow 15 s apart at first,
+    then at a twentieth of the elapsed time, up to 60 s. Evaluations and saves are printed at most every 30 s; the file
+    has all of them.
     """
 
     def __init__(self, view: View, log: Log = print_line) -> None:
@@ -44,7 +44,7 @@ class Lines:
         self.drawn: dict[str, float] = {}
 
     def due(self, kind: str, pause: float) -> bool:
-        """Is it `pause` seconds since this was last true of the kind?"""
+        """Return whether `pause` seconds have passed since the last True for this kind."""
         now = self.view.clock()
         if now - self.drawn.get(kind, -math.inf) < pause:
             return False
@@ -52,7 +52,7 @@ class Lines:
         return True
 
     def open(self) -> None:
-        pass  # what the trainer printed before stands right above
+        """Show the display for the first time."""
 
     def say(self, text: str) -> None:
         self.log(text)
@@ -60,24 +60,24 @@ class Lines:
     def show(self, kind: str) -> None:
         """Show the view's latest record of a kind."""
         if kind in ("start", "stop", "gpus"):
-            return  # for the file: the trainer says what it starts with, and the last line how it ended
-        gone_by = self.view.clock() - self.view.started
-        pause = {"train": min(60.0, max(15.0, gone_by / 20)), "note": 0.0}.get(kind, 30.0)
+            return  # the trainer prints the start itself, and `close` the outcome
+        elapsed = self.view.clock() - self.view.started
+        pause = {"train": min(60.0, max(15.0, elapsed / 20)), "note": 0.0}.get(kind, 30.0)
         if self.due(kind, pause):
             self.say(self.view.lines[kind])
 
     def tick(self) -> None:
-        """Time has passed without a record."""
+        """Redraw times that change without a record."""
 
     def close(self, outcome: str, status: str) -> None:
         self.say(outcome)
-        if session.can_draw():  # a log to follow, and a panel to read afterwards
+        if session.can_draw():  # the panel stays in the saved notebook
             with contextlib.suppress(Exception):
                 session.show(panel_html(self.view, outcome, status), outcome, self.id)
 
 
 class Bar(Lines):
-    """A terminal's progress bar on stderr; evaluations and notes pass above it."""
+    """Draw a progress bar on a terminal's stderr, with evaluations and notes as lines above."""
 
     def open(self) -> None:
         from tqdm import tqdm  # not tqdm.auto, whose widgets print nothing to a log
@@ -102,7 +102,7 @@ class Bar(Lines):
 
 
 class Panel(Lines):
-    """One notebook output, replaced in place at most twice a second; lines once that fails."""
+    """Redraw a notebook output at most twice a second; print lines after the first failure."""
 
     works = True
 
@@ -110,7 +110,7 @@ class Panel(Lines):
         self._draw(self.view.device_line)
 
     def show(self, kind: str) -> None:
-        if kind == "note" or not self.works:  # a note is printed too: it is meant to be read after the run
+        if kind == "note" or not self.works:  # a note stays readable after the run
             super().show(kind)
         elif self.due("panel", 0.5):
             self._draw(self.view.lines[kind])
@@ -128,13 +128,17 @@ class Panel(Lines):
     def _draw(self, text: str, outcome: str = "", status: str = "running") -> None:
         try:
             session.show(panel_html(self.view, outcome, status), text, self.id)
-        except Exception as error:  # whatever the front end does, training goes on
+        except Exception as error:  # an error of the notebook's front end must not end the training
             self.works = False
-            self.say(f"the progress panel is given up ({type(error).__name__}: {error}); lines follow")
+            self.say(f"the progress panel failed ({type(error).__name__}: {error}); lines follow instead")
 
 
 def choose(display: str) -> type[Lines]:
-    """The display of that name: panel, bar, lines, or for "auto" what suits this place. Raises ValueError."""
+    """Return the display class for a name: panel, bar, lines, or auto, which depends on the session.
+
+    Raises:
+        ValueError: another name.
+    """
     if display == "auto":
         display = "panel" if session.can_show() else "bar" if sys.stdout.isatty() else "lines"
     displays = {"panel": Panel, "bar": Bar, "lines": Lines}
@@ -144,7 +148,7 @@ def choose(display: str) -> type[Lines]:
 
 
 def status_of(result: dict[str, Any] | None) -> str:
-    """How a run ended, in a word or two."""
+    """Return the status of a run that ended: finished, stopped or broke off."""
     if result is None or str(result.get("reason", "")).startswith("broke off"):
         return "broke off"
     return "finished" if result.get("finished") else "stopped"
@@ -153,39 +157,41 @@ def status_of(result: dict[str, Any] | None) -> str:
 # --- a run of another process -----------------------------------------------------------------------
 
 
-class _Tail:
-    """The records of a file as they come; `view` begins anew when the file does, as it does when a run is resumed."""
+class _RecordsFollower:
+    """Read a growing metrics.jsonl from another process."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.file, self.offset, self.rest = path, -1, 0, b""
+        self.path, self.inode, self.offset, self.incomplete_line = path, -1, 0, b""
         self.records: list[Record] = []
-        self.now = 0.0
-        self.read_at = time.monotonic()
+        self.new: list[Record] = []
+        self.last_time = 0.0
+        self.last_time_at = time.monotonic()
 
     def clock(self) -> float:
-        """The run's own time: what the last record said, and what has passed since."""
-        return self.now + time.monotonic() - self.read_at
+        """Return the run's time in seconds: the last recorded time plus the time since."""
+        return self.last_time + time.monotonic() - self.last_time_at
 
-    def more(self) -> bool:
-        """Read what has been added. True: the file is another one, and all of it is to be taken anew."""
+    def read_more(self) -> bool:
+        """Read added lines into `new`; return True where the file was replaced, as a resumed run does."""
         with open(self.path, "rb") as file:
-            facts = os.fstat(file.fileno())
-            anew = facts.st_ino != self.file or facts.st_size < self.offset
-            if anew:
-                self.file, self.offset, self.rest, self.records = facts.st_ino, 0, b"", []
+            stat = os.fstat(file.fileno())
+            replaced = stat.st_ino != self.inode or stat.st_size < self.offset
+            if replaced:
+                self.inode, self.offset, self.incomplete_line, self.records = stat.st_ino, 0, b"", []
             file.seek(self.offset)
-            *whole, self.rest = (self.rest + (added := file.read())).split(b"\n")
+            *lines, self.incomplete_line = (self.incomplete_line + (added := file.read())).split(b"\n")
             self.offset += len(added)
-        self.new = parse(b"\n".join(whole).decode(errors="replace"))
+        self.new = parse(b"\n".join(lines).decode(errors="replace"))
         self.records += self.new
-        return anew
+        return replaced
 
-    def give(self, display: Lines, records: list[Record], shown: bool) -> None:
+    def pass_to(self, display: Lines, records: list[Record], show: bool) -> None:
+        """Hand records to a display's view, and show each if asked."""
         for record in records:
             if isinstance(record.get("time"), int | float):
-                self.now, self.read_at = float(record["time"]), time.monotonic()
+                self.last_time, self.last_time_at = float(record["time"]), time.monotonic()
             display.view.take(record)
-            if shown:
+            if show:
                 display.show(str(record.get("kind")))
 
 
@@ -199,55 +205,56 @@ def attach(
 ) -> None:
     """Show a run from its metrics.jsonl: after a reload of the page, from another notebook or from a terminal.
 
-    A run that goes on is followed until it ends or this call is interrupted, which the run does not notice. One that
-    ended without a word is told from one that goes on by its process, where that is on this machine.
+    The call follows an active run until the run ends or the call is interrupted, which does not affect the run. A run
+    on this machine whose process is gone counts as ended.
 
     Args:
-        follow: False: show it as it stands and return.
+        follow: False shows the current state and returns.
         display: as in Progress.
-        poll: seconds between two looks at the file.
-        patience: seconds that a run which broke off may take to be started again by its launch.
+        poll: seconds between two reads of the file.
+        patience: seconds to wait for a launch to restart a run that broke off.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
     """
-    tail = _Tail(Path(output_dir) / METRICS)
-    if not tail.path.is_file():
+    file = _RecordsFollower(Path(output_dir) / METRICS)
+    if not file.path.is_file():
         raise FileNotFoundError(
-            f"{tail.path} does not exist: expected the output_dir of a run that has begun. "
+            f"{file.path} does not exist: expected the output_dir of a run that has begun. "
             f"session.find('{METRICS}', ['.']) lists the runs below this folder."
         )
-    kind, shown, still = choose(display), None, time.monotonic()
+    kind, shown, last_change = choose(display), None, time.monotonic()
     identity, gone = None, False
     try:
         while True:
-            if tail.more() or shown is None:
-                shown = kind(View(clock=tail.clock))
-                shown.view.hint = "Looking on: to interrupt this leaves the run alone, progress.stop(…) stops it."
+            if file.read_more() or shown is None:
+                shown = kind(View(clock=file.clock))
+                shown.view.hint = "Watching only: an interrupt here leaves the run alone, progress.stop(…) stops it."
                 shown.id = identity = identity or shown.id
-                tail.give(shown, tail.records, shown=False)
-                age = max(0.0, time.time() - tail.path.stat().st_mtime)
-                if running(tail.records):
-                    tail.read_at -= age
+                file.pass_to(shown, file.records, show=False)
+                age = max(0.0, time.time() - file.path.stat().st_mtime)
+                if running(file.records):
+                    file.last_time_at -= age
                 shown.open()
                 if "train" in shown.view.lines:
                     shown.show("train")
-                still = time.monotonic() - age
-            elif tail.new:
-                tail.give(shown, tail.new, shown=True)
-                still = time.monotonic()
+                last_change = time.monotonic() - age
+            elif file.new:
+                file.pass_to(shown, file.new, show=True)
+                last_change = time.monotonic()
             else:
                 shown.tick()
-            stop = next((r for r in reversed(tail.records) if r.get("kind") in ("start", "stop")), {})
-            over = stop.get("kind") == "stop"
-            if over and (status_of(stop) != "broke off" or not follow or time.monotonic() - still > patience):
-                shown.close(shown.view.outcome(stop), status_of(stop))
+            last = next((r for r in reversed(file.records) if r.get("kind") in ("start", "stop")), {})
+            ended = last.get("kind") == "stop"
+            waited = time.monotonic() - last_change > patience
+            if ended and (status_of(last) != "broke off" or not follow or waited):
+                shown.close(shown.view.outcome(last), status_of(last))
                 return
-            before, gone = gone, not over and not running(tail.records)
+            before, gone = gone, not ended and not running(file.records)
             if gone and not before:
-                continue  # what it wrote last may not have been there yet when its records were read
-            if gone and (not follow or time.monotonic() - still > patience):
-                seconds = shown.view.seconds() - (time.monotonic() - still)
+                continue  # the process may have written its last records after the read above
+            if gone and (not follow or waited):
+                seconds = shown.view.seconds() - (time.monotonic() - last_change)
                 reason = "ended without a word: it was killed, or is on another machine"
                 shown.close(shown.view.outcome({"reason": reason, "seconds": seconds}), "broke off")
                 return
@@ -256,4 +263,4 @@ def attach(
             time.sleep(poll)
     except KeyboardInterrupt:
         if shown is not None:
-            shown.close("no longer followed; the run does not notice. attach(…) shows it again", "left")
+            shown.close("no longer followed; the run goes on. attach(…) shows it again", "left")

@@ -1,11 +1,9 @@
-"""What there is to see of a run: `View` folds its records into numbers and lines, `panel_html` draws them.
+"""Turn the records of a run into numbers and lines (`View`), and draw them as HTML (`panel_html`).
 
-    view = View(max_steps=1000)
-    for record in records.read(output_dir):
-        view.take(record)
-    panel_html(view)                # one HTML element: no script, no external file, no style sheet
-
-Nothing here prints or displays: display.py does.
+view = View(max_steps=1000)
+for record in records.read(output_dir):
+    view.take(record)
+panel_html(view)                # one HTML element: no script, no external file, no style sheet
 """
 
 from __future__ import annotations
@@ -19,19 +17,19 @@ from typing import Any
 from .records import Record, numbers, texts
 
 POINTS = 200
-"""Points of a curve in the panel; beyond, every second one goes."""
+"""Most points of a curve in the panel; a full curve loses every second point."""
 
-# Ink and paper always come from the same source, or the one could end up on the other's colour: VS Code's variables,
-# JupyterLab's (nbconvert's HTML has them too), or the browser's own pair, which follows the system's light or dark.
-_INK = "var(--vscode-foreground,var(--jp-content-font-color1,CanvasText))"
-_PAPER = "var(--vscode-editor-background,var(--jp-layout-color0,Canvas))"
-# Middle tones: at least 3:1 against white and against #111 (WCAG 2.1, 1.4.11), and told apart by shape as well.
+# Text and background colours come from the same source, so they always contrast: VS Code's variables, JupyterLab's
+# (nbconvert's HTML has them too), or the browser's own pair, which follows the system's light or dark mode.
+_TEXT = "var(--vscode-foreground,var(--jp-content-font-color1,CanvasText))"
+_BACKGROUND = "var(--vscode-editor-background,var(--jp-layout-color0,Canvas))"
+# Contrast at least 3:1 against white and against #111 (WCAG 2.1, 1.4.11); shapes differ too.
 _TRAIN, _VAL, _MEMORY, _BAD = "#3b82f6", "#d97706", "#8b5cf6", "#ef4444"
 _LINE = "rgba(128,128,128,.35)"
 
 
 def format_duration(seconds: float | None) -> str:
-    """3:12, 1:02:03; "?" for None, nan and infinity. Rounded to whole seconds."""
+    """Write seconds as 3:12 or 1:02:03, rounded; None, nan and infinity become "?"."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(max(0, round(seconds)), 60)
@@ -40,8 +38,8 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_count(number: float) -> str:
-    """Three significant digits and k, M, B or T: 0.81, 950, 1.2k, 12.3k, 124M, 1.5B; nan and inf as such."""
-    number = float(f"{number:.3g}")  # before the unit is chosen, or 999 950 would be 1000k
+    """Write a number with three significant digits and k, M, B or T: 0.81, 950, 1.2k, 12.3k, 124M; also nan, inf."""
+    number = float(f"{number:.3g}")  # rounded before the unit is chosen, or 999 950 would be 1000k
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size <= abs(number) < math.inf:
             return f"{number / size:.{0 if abs(number) >= 100 * size else 1}f}{letter}"
@@ -49,20 +47,20 @@ def format_count(number: float) -> str:
 
 
 class View:
-    """A run as its records tell it: where it is, its latest numbers, its curves, its pace.
+    """The current state of a run: step, latest numbers, curves and pace, from the records so far.
 
-    What a "start" record says goes before what is given here.
+    A "start" record overrides the arguments.
 
     Args:
-        max_steps: optimizer steps of the whole run.
-        unit: what is counted: a record's "<unit>_per_s", else "samples_per_s", is the throughput shown.
+        max_steps: optimizer steps of the run.
+        unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
         world_size: number of processes.
         device_line: the devices and the precision.
-        clock: seconds.
+        clock: gives the time in seconds.
     """
 
     hint = "The stop button (interrupt the kernel) saves and leaves."
-    """What to do while it runs."""
+    """Advice shown during the run."""
 
     def __init__(
         self,
@@ -76,19 +74,23 @@ class View:
         self.clock, self.started = clock, clock()
         self.step, self.epochs, self.time_left = 0, None, math.inf
         self.latest: dict[str, Record] = {}  # the last record of each kind
-        self.lines: dict[str, str] = {}  # and what was said of it
+        self.lines: dict[str, str] = {}  # and its line of text
         self.notes: list[str] = []
         self.curve: list[tuple[int, float]] = []
         self.val_curve: list[tuple[int, float]] = []
         self.gpus: list[Record] = []
-        self.timed = 0.0, self.started  # seconds of the run, as a record said, and when it did
-        self.pace: tuple[float, int] | None = None  # when this session's first line came, and its step
+        self.timed = 0.0, self.started  # seconds of the run in the last timed record, and the clock at that record
+        self.pace: tuple[float, int] | None = None  # time and step of this session's first training record
 
     def take(self, record: Record, past: bool = False) -> None:
-        """Remember a record; of the past, if it comes from an earlier session."""
+        """Add a record.
+
+        Args:
+            past: whether the record is from an earlier session.
+        """
         kind, now = str(record.get("kind")), self.clock()
         step = int(record.get("step", self.step))
-        self.step = step if kind == "start" else max(step, self.step)  # a save is told of when later steps are taken
+        self.step = step if kind == "start" else max(step, self.step)  # a save is reported some steps later
         if isinstance(record.get("time"), int | float):
             self.timed = record["time"], now
         if kind == "start":
@@ -110,15 +112,15 @@ class View:
         self.latest[kind], self.lines[kind] = record, self.line(record)
 
     def seconds(self) -> float:
-        """Of the run, over all sessions, by now."""
+        """Return the seconds of the run until now, over all sessions."""
         return self.timed[0] + self.clock() - self.timed[1]
 
     def fraction(self) -> float:
-        """How much of the run is done, 0 to 1."""
+        """Return the finished share of the run, 0 to 1."""
         return min(1.0, self.step / self.max_steps) if self.max_steps > 0 else 1.0
 
     def eta(self) -> float | None:
-        """Seconds that the rest takes at this session's average pace, its evaluations and saves included."""
+        """Return the remaining seconds at this session's average pace, evaluations and saves included."""
         if self.pace is None or not self.pace[1] < self.step < self.max_steps:
             return None
         return (self.clock() - self.pace[0]) / (self.step - self.pace[1]) * (self.max_steps - self.step)
@@ -127,14 +129,14 @@ class View:
         return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}"
 
     def throughput(self, record: Record) -> str:
-        """12.3k tokens/s; empty where the record has none."""
+        """Return a record's throughput as text, 12.3k tokens/s, or ""."""
         name = self.unit.replace(" ", "_")
         unit, name = (self.unit, name) if f"{name}_per_s" in record else ("samples", "samples")
         rate = numbers(record).get(f"{name}_per_s")
         return "" if rate is None else f"{format_count(rate)} {unit}/s"
 
     def line(self, record: Record) -> str:
-        """A record in one line: step 120/2000 (6%)  loss 2.314  lr 2.9e-04  12.3k tokens/s …"""
+        """Return a record as a line of text: step 120/2000 (6%)  loss 2.314  lr 2.9e-04  12.3k tokens/s …"""
         if record.get("kind") == "note":
             return str(record.get("text", ""))
         measured, at = numbers(record), f"step {record.get('step', self.step)}/{self.max_steps}"
@@ -149,7 +151,7 @@ class View:
         return "  ".join(part for part in parts if part)
 
     def outcome(self, result: dict[str, Any] | None) -> str:
-        """The last line of a run. result: of "finished", "reason", "step", "metrics" and "seconds" what there is."""
+        """Return the last line of a run, from any of "finished", "reason", "step", "metrics" and "seconds"."""
         result = result or {"reason": "broke off"}
         head = "finished" if result.get("finished") else f"stopped ({result.get('reason') or 'no reason given'})"
         metrics = [f"{key} {value:.4g}" for key, value in numbers(result.get("metrics") or {}).items()]
@@ -169,11 +171,11 @@ def _add(curve: list[tuple[int, float]], step: int, value: Any) -> None:
 
 
 def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
-    """The panel as one element, with every style inline, sizes in em, and nothing wider than its place.
+    """Return the panel as one HTML element with inline styles; the width follows the notebook's.
 
     Args:
-        outcome: how the run ended, once it has.
-        status: one word beside the steps: running, finished, stopped, left.
+        outcome: a sentence about the end of the run; "" during the run.
+        status: a word beside the steps: running, finished, stopped, broke off, left.
     """
     ended = bool(outcome)
     colour = {"finished": "#16a34a", "stopped": _VAL, "broke off": _BAD}.get(status, _TRAIN)
@@ -196,7 +198,7 @@ def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
         rows.append(view.hint)
     devices = ", ".join(part for part in (view.device_line, view.processes()) if part)
     return (
-        f'<div class="kaggle-mgpu" style="color-scheme:light dark;background:{_PAPER};color:{_INK};'
+        f'<div class="kaggle-mgpu" style="color-scheme:light dark;background:{_BACKGROUND};color:{_TEXT};'
         f"border:1px solid {_LINE};border-radius:6px;padding:.7em .9em;margin:.2em 0;max-width:60em;"
         "box-sizing:border-box;font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);"
         'font-variant-numeric:tabular-nums;overflow-wrap:anywhere">'
@@ -211,13 +213,10 @@ def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
 
 
 def _tiles(view: View, ended: bool) -> list[tuple[str, str]]:
-    """Label and value; an empty value is left out."""
+    """Return labels and values; the panel leaves out empty values."""
     train, evaluated, saved = (view.latest.get(kind, {}) for kind in ("train", "eval", "save"))
-    epoch = (
-        ""
-        if train.get("epoch") is None
-        else f"{train['epoch']:.2f}" + (f" / {round(view.epochs, 2):g}" if view.epochs else "")
-    )
+    epoch = "" if train.get("epoch") is None else f"{train['epoch']:.2f}"
+    epoch += f" / {round(view.epochs, 2):g}" if epoch and view.epochs else ""
     left = view.time_left - view.clock()
     loss = "" if "loss" not in train else "nan" if train["loss"] is None else f"{train['loss']:.4g}"
     measured, seconds = numbers(train), view.seconds()
@@ -235,7 +234,7 @@ def _tiles(view: View, ended: bool) -> list[tuple[str, str]]:
 
 
 def _metrics(view: View) -> str:
-    """The last evaluation, where it has more than a loss."""
+    """Return a line with the metrics of the last evaluation, apart from the loss."""
     evaluated = view.latest.get("eval", {})
     found = {key.removeprefix("val_"): value for key, value in numbers(evaluated).items() if key != "val_loss"}
     if not found:
@@ -252,8 +251,8 @@ def _bar(fraction: float, colour: str, height: str) -> str:
 
 
 def _gpu(gpu: Record) -> str:
-    """One GPU: how busy, how full, how warm, each where it tells."""
-    busy, used, total, warm = (gpu.get(k) for k in ("utilization", "memory_used", "memory_total", "temperature"))
+    """Return a row for a GPU: utilisation, memory and temperature, as far as known."""
+    busy, used, total, celsius = (gpu.get(k) for k in ("utilization", "memory_used", "memory_total", "temperature"))
     parts = []
     if busy is not None:
         parts.append((f"{busy:.0f} %", _bar(busy / 100, _TRAIN, ".5em")))
@@ -265,7 +264,7 @@ def _gpu(gpu: Record) -> str:
         f'<div style="flex:1 1 3em">{bar}</div><div style="flex:0 0 auto">{text}</div></div>'
         for text, bar in parts
     )
-    heat = "" if warm is None else f"{warm:.0f} °C"
+    heat = "" if celsius is None else f"{celsius:.0f} °C"
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:0 1em;margin-top:.2em">'
         f'<div style="flex:0 0 4em">GPU {html.escape(str(gpu.get("index", "?")))}</div>{cells}'
@@ -274,14 +273,14 @@ def _gpu(gpu: Record) -> str:
 
 
 def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> str:
-    """Training loss as a line, validation loss dashed with dots; the range stands below."""
+    """Draw training loss as a line and validation loss dashed with dots, above the range of the values."""
     points = train + val
     if len(train) < 2 and len(val) < 2:
         return ""
     width, height = 600, 70
     first, last = min(step for step, _ in points), max(step for step, _ in points)
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    # one high value at the start would press the rest flat
+    # with a linear scale, a high value at the start would flatten the rest
     logarithmic = low > 0 and high / low > 20
     scale: Callable[[float], float] = math.log if logarithmic else float
     x, y = width / max(1, last - first), (height - 8) / ((scale(high) - scale(low)) or 1.0)
@@ -292,7 +291,7 @@ def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> 
     line = 'fill="none" stroke-linejoin="round" stroke-linecap="round" vector-effect="non-scaling-stroke"'
     drawn = f'<polyline points="{" ".join(place(train))}" {line} stroke="{_TRAIN}" stroke-width="1.5"/>'
     if val:
-        dots = " ".join(f"M{point}h0" for point in place(val))  # a stroke of no length is round whatever the scale
+        dots = " ".join(f"M{point}h0" for point in place(val))  # a stroke of no length is round at any scale
         drawn += (
             f'<polyline points="{" ".join(place(val))}" {line} stroke="{_VAL}" stroke-dasharray="4 4"/>'
             f'<path d="{dots}" {line} stroke="{_VAL}" stroke-width="6"/>'

@@ -1,10 +1,10 @@
-"""Pictures of runs from their metrics.jsonl, with matplotlib; they can be read when printed in grey.
+"""Plot runs from their metrics.jsonl with matplotlib; the plots stay readable in greyscale.
 
     plot(output_dir)                           # one run; also run.png and run.svg in its folder
     compare_plot(["runs/one", "runs/two"])     # several, side by side
     style(axes, "loss")                        # a recipe's own axes, in the same style
 
-Figures by themselves, no pyplot state: a notebook shows one as a cell's last value, `savefig` saves it.
+The functions return figures and leave pyplot alone: a notebook shows a figure as a cell's last value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What a run's time goes into, in the order of the bar: the key in a record's "spent", its label, its colour and hatch.
+# The uses of a run's time, in the order of the bar: key in a record's "spent", label, colour and hatch.
 SPENT = {
     "data": ("waiting for data", "tab:orange", "//"),
     "steps": ("forward, backward, optimizer", "tab:blue", ""),
@@ -33,29 +33,29 @@ SPENT = {
 }
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*"
-_LOST = "out of memory"
+_OUT_OF_MEMORY = "out of memory"
 
 
 def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
-    """One run: loss and learning rate over the steps; throughput and how busy the GPUs were over time; where it went.
+    """Plot a run: loss and learning rate over steps, throughput and GPU utilisation over time, and the use of time.
 
-    Checkpoints, resumes and lost memory are marked. What was not recorded is left out: without GPUs there is no
-    utilisation and no memory.
+    Checkpoints, resumes and out-of-memory events are marked. Panels without data, such as utilisation without GPUs,
+    are left out.
 
     Args:
-        save: also write run.png and run.svg into the folder, where it can be written to.
+        save: also write run.png and run.svg into the folder, if possible.
 
     Raises:
         ValueError: nothing has been recorded yet.
     """
     records = read(output_dir)
-    train, evals, starts, gpus = (_of(records, kind) for kind in ("train", "eval", "start", "gpus"))
+    train, evals, starts, gpus = (_of_kind(records, kind) for kind in ("train", "eval", "start", "gpus"))
     if not train and not evals:
         raise ValueError(
             f"{Path(output_dir) / METRICS}: no training record yet, so nothing to plot; "
             f"expected the output_dir of a run that has logged at least once (log_every)"
         )
-    spent = _spent(records)
+    spent = _time_use(records)
     memory = _memory(gpus)
     heights = [3.0, 1.0, 1.5] + [0.35] * bool(spent) + [0.25 + 0.25 * len(memory)] * bool(memory)
     figure = _figure(8, 1.2 * sum(heights) + 1)
@@ -81,7 +81,7 @@ def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
 
     _over_time(pace, records)
     if spent:
-        _where_it_went(more.pop(0), spent)
+        _time_use_bar(more.pop(0), spent)
     if memory:
         _memory_bars(more.pop(0), memory)
     if save:
@@ -95,11 +95,11 @@ def compare_plot(
     labels: Sequence[str] | None = None,
     save: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Several runs side by side: loss over the steps and over time, and what each took and came to.
+    """Compare runs: loss over steps and over time, throughput, duration and final validation loss.
 
     Args:
-        labels: a name for each run; default: its folder's.
-        save: a path without ending, to which .png and .svg are added.
+        labels: a name for each run; default: the names of the folders.
+        save: a path without extension, for a .png and an .svg file.
 
     Raises:
         ValueError: no runs, not as many labels, or a run that has recorded nothing.
@@ -112,24 +112,24 @@ def compare_plot(
         raise ValueError(f"compare_plot: expected runs and a label for each, got {len(runs)} runs, {len(names)} labels")
     names = [_short(name) for name in names]
     for folder, records in zip(output_dirs, runs, strict=True):
-        if not _of(records, "train"):
+        if not _of_kind(records, "train"):
             raise ValueError(f"{Path(folder) / METRICS}: no training record, so nothing to compare")
     figure = _figure(10, 4.5 + 0.3 * len(runs))
     grid = figure.add_gridspec(2, 2, height_ratios=[3.2, 0.6 + 0.3 * len(runs)])
     by_step, by_time = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     by_time.sharey(by_step)
-    speed, whole = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
+    speed, duration = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
     last = max(float(r.get("time", 0.0)) for records in runs for r in records)
     scale, unit = _time_unit(last)
     for index, (name, records) in enumerate(zip(names, runs, strict=True)):
-        train, evals = _of(records, "train"), [r for r in _of(records, "eval") if "val_loss" in r]
-        look: dict[str, Any] = {"color": f"C{index}", "linestyle": _LINES[index % len(_LINES)]}
-        marks: dict[str, Any] = {"color": f"C{index}", "linestyle": "", "marker": _MARKERS[index % len(_MARKERS)]}
+        train, evals = _of_kind(records, "train"), [r for r in _of_kind(records, "eval") if "val_loss" in r]
+        line: dict[str, Any] = {"color": f"C{index}", "linestyle": _LINES[index % len(_LINES)]}
+        dots: dict[str, Any] = {"color": f"C{index}", "linestyle": "", "marker": _MARKERS[index % len(_MARKERS)]}
         for axes, key, factor in ((by_step, "step", 1.0), (by_time, "time", 1 / scale)):
-            for found, value, how in ((train, "loss", look), (evals, "val_loss", marks)):
+            for found, value, look in ((train, "loss", line), (evals, "val_loss", dots)):
                 x = [r.get(key, math.nan) * factor for r in found]
-                axes.plot(x, _series(found, value)[1], linewidth=1.2, markersize=4, **how)
-        by_step.plot([], [], label=name, **look, marker=marks["marker"], markersize=4)
+                axes.plot(x, _series(found, value)[1], linewidth=1.2, markersize=4, **look)
+        by_step.plot([], [], label=name, **line, marker=dots["marker"], markersize=4)
         key = _pace_key(train)
         rates = sorted(r[key] for r in train[1:] or train if isinstance(r.get(key), int | float))
         if rates:
@@ -137,15 +137,15 @@ def compare_plot(
             _labelled_bar(speed, index, value, f"{_round(value)} {key.replace('_per_s', '/s')}", f"C{index}")
         seconds = max((float(r.get("time", 0.0)) for r in records), default=0.0)
         final = f", validation loss {evals[-1]['val_loss']:.4g}" if evals and evals[-1]["val_loss"] is not None else ""
-        _labelled_bar(whole, index, seconds / scale, f"{seconds / scale:.3g} {unit}{final}", f"C{index}")
-    for axes in (speed, whole):
+        _labelled_bar(duration, index, seconds / scale, f"{seconds / scale:.3g} {unit}{final}", f"C{index}")
+    for axes in (speed, duration):
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-    whole.set_yticks([])
+    duration.set_yticks([])
     style(by_step, "loss (dots: validation)", "optimizer step")
     style(by_time, "", f"time ({unit})")
     style(speed, "", "median throughput")
-    style(whole, "", f"whole run ({unit})")
+    style(duration, "", f"whole run ({unit})")
     by_step.legend(frameon=False)
     if save is not None:
         save_figure(figure, Path(save))
@@ -153,7 +153,7 @@ def compare_plot(
 
 
 def style(axes: Axes, ylabel: str, xlabel: str = "") -> None:
-    """The look that all pictures share."""
+    """Give axes the labels, grid and frame of all plots."""
     axes.set_ylabel(ylabel)
     axes.set_xlabel(xlabel)
     axes.grid(alpha=0.25, linewidth=0.6)
@@ -162,14 +162,14 @@ def style(axes: Axes, ylabel: str, xlabel: str = "") -> None:
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
-    """Write `stem`.png and `stem`.svg; nothing where the folder cannot be written to."""
+    """Write `stem`.png and `stem`.svg, if the folder is writable."""
     with contextlib.suppress(OSError):
         for ending in ("png", "svg"):
             figure.savefig(stem.with_name(f"{stem.name}.{ending}"), dpi=110)
 
 
 def pixels(figure: Figure) -> Any:
-    """The figure as an array, height x width x 4, uint8."""
+    """Return the figure as an array, height x width x 4, uint8."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -186,25 +186,25 @@ def _figure(width: float, height: float) -> Figure:
             from PIL import Image  # comes with matplotlib
 
             self.savefig(png := io.BytesIO(), format="png", dpi=80)
-            # 64 colours are a third of the bytes, and a saved notebook stays small
+            # 64 colours take a third of the bytes, so a saved notebook stays small
             Image.open(png).convert("RGB").quantize(64).save(small := io.BytesIO(), format="png", optimize=True)
             return small.getvalue()
 
     return Picture(figsize=(width, height), layout="constrained")
 
 
-def _of(records: list[Record], kind: str) -> list[Record]:
+def _of_kind(records: list[Record], kind: str) -> list[Record]:
     return [record for record in records if record.get("kind") == kind]
 
 
 def _series(records: list[Record], key: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """Steps and values; a value that was not finite is a gap."""
+    """Return steps and values, with nan for values that were not finite."""
     found = [(r[x], math.nan if r[key] is None else float(r[key])) for r in records if key in r and x in r]
     return [at for at, _ in found], [value for _, value in found]
 
 
 def _pace_key(train: list[Record]) -> str:
-    """The task's own unit where it has one."""
+    """Return the key of the throughput in the task's own unit, else in samples."""
     rates = {key for record in train for key in record if key.endswith("_per_s")}
     return min(rates - {"samples_per_s"}, default="samples_per_s")
 
@@ -214,8 +214,8 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 def _over_time(pace: Axes, records: list[Record]) -> None:
-    """Throughput, and how busy the GPUs were, over the run's time; over its steps where no times were recorded."""
-    train, gpus = _of(records, "train"), _of(records, "gpus")
+    """Plot throughput and GPU utilisation over the run's time, or over its steps if no times were recorded."""
+    train, gpus = _of_kind(records, "train"), _of_kind(records, "gpus")
     timed = any("time" in r for r in train)
     x = "time" if timed else "step"
     scale, unit = _time_unit(max((float(r.get("time", 0)) for r in records), default=0.0)) if timed else (1.0, "")
@@ -226,21 +226,21 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
     known = [(r["step"], r["time"] / scale) for r in train if "time" in r] or [(0, 0.0)]
 
     def when(record: Record) -> float:
-        """Of a step, whenever its record was written: a save is reported once it is on the disk."""
+        """Return the place of a record's step on the x axis, since a save is recorded some steps later."""
         import numpy as np
 
         steps, times = np.array(known).T
         return float(np.interp(record.get("step", 0), steps, times)) if timed else float(record.get("step", 0))
 
     low, high, height = 0.03, 0.94, pace.get_xaxis_transform()  # time, and a fraction of the height
-    if saves := _of(records, "save"):
+    if saves := _of_kind(records, "save"):
         at = [when(r) for r in saves]
         pace.plot(at, [low] * len(at), "^", color="tab:green", transform=height, label="checkpoint")
-    for index, record in enumerate(r for r in _of(records, "start") if r.get("step", 0) > 0):
+    for index, record in enumerate(r for r in _of_kind(records, "start") if r.get("step", 0) > 0):
         pace.axvline(when(record), color="gray", linestyle=":", label="" if index else "resumed")
-    if lost := [r for r in records if _LOST in str(r.get("micro_batch_size_because", r.get("text", "")))]:
-        at = [when(r) for r in lost]
-        pace.plot(at, [high] * len(at), "X", color="tab:red", transform=height, label=_LOST)
+    if events := [r for r in records if _OUT_OF_MEMORY in str(r.get("micro_batch_size_because", r.get("text", "")))]:
+        at = [when(r) for r in events]
+        pace.plot(at, [high] * len(at), "X", color="tab:red", transform=height, label=_OUT_OF_MEMORY)
     handles, names = pace.get_legend_handles_labels()
     if gpus and timed:
         busy = pace.twinx()
@@ -260,25 +260,25 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
         pace.legend(handles, names, frameon=False, fontsize="small", ncols=3)
 
 
-def _spent(records: list[Record]) -> dict[str, float]:
-    """Seconds of the whole run by what they went into, as far as its steps stand."""
+def _time_use(records: list[Record]) -> dict[str, float]:
+    """Return the seconds of the run by their use, for the recorded steps."""
     total: dict[str, float] = {}
     for record in records:
-        for what, seconds in (record.get("spent") or {}).items():
-            total[what] = total.get(what, 0.0) + seconds
-    return {what: total[what] for what in SPENT if total.get(what, 0.0) > 0}
+        for use, seconds in (record.get("spent") or {}).items():
+            total[use] = total.get(use, 0.0) + seconds
+    return {use: total[use] for use in SPENT if total.get(use, 0.0) > 0}
 
 
-def _where_it_went(axes: Axes, spent: dict[str, float]) -> None:
-    whole, left = sum(spent.values()), 0.0
+def _time_use_bar(axes: Axes, spent: dict[str, float]) -> None:
+    total, left = sum(spent.values()), 0.0
     known = "communication" in spent
-    for what, seconds in spent.items():
-        label, colour, hatch = SPENT[what]
-        if what == "steps" and not known:
+    for use, seconds in spent.items():
+        label, colour, hatch = SPENT[use]
+        if use == "steps" and not known:
             label = "forward, backward, optimizer, communication"
-        if what == "communication":
+        if use == "communication":
             label = "communication not hidden by backward"
-        share = 100 * seconds / whole
+        share = 100 * seconds / total
         name = f"{label} {share:.{0 if share >= 1 else 1}f} %"
         bar = axes.barh([0], [share], left=[left], color=colour, hatch=hatch, edgecolor="white", label=name)
         if share >= 6:
@@ -287,7 +287,7 @@ def _where_it_went(axes: Axes, spent: dict[str, float]) -> None:
         left += share
     axes.set_yticks([])
     axes.set_xlim(0, 100)
-    style(axes, "", f"where {_duration(whole)} went (%)")
+    style(axes, "", f"where {_duration(total)} went (%)")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -303,7 +303,7 @@ def _round(value: float) -> str:
 
 
 def _memory(gpus: list[Record]) -> dict[int, tuple[float, float | None]]:
-    """The most of each GPU's memory that was seen in use, and what it has, in GiB."""
+    """Return each GPU's highest sampled memory use and total memory, in GiB."""
     found: dict[int, tuple[float, float | None]] = {}
     for gpu in (gpu for record in gpus for gpu in record["gpus"]):
         if gpu.get("memory_used") is not None:
@@ -315,11 +315,11 @@ def _memory(gpus: list[Record]) -> dict[int, tuple[float, float | None]]:
 
 def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> None:
     for place, (used, total) in enumerate(memory.values()):
-        whole = axes.barh([place], [used], color="tab:purple", hatch="//", edgecolor="white", height=0.6)
+        bar = axes.barh([place], [used], color="tab:purple", hatch="//", edgecolor="white", height=0.6)
         if total is not None:
-            whole = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
+            bar = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
         label = f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")
-        axes.bar_label(whole, [label], fontsize="small")  # beside the frame, which would run through it
+        axes.bar_label(bar, [label], fontsize="small")  # beside the frame, which would cross the text
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
     style(axes, "", "memory in use at most (GiB)")
@@ -327,7 +327,7 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
 
 
 def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) -> None:
-    """Its text begins where the bar does: beside it there may be no room."""
+    """Draw a bar with a text on top, since beside a long bar there is no space."""
     axes.barh([place], [value], color=colour, alpha=0.6, height=0.6, hatch=("", "//", "..", "xx")[place % 4])
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     where = axes.get_yaxis_transform()  # a fraction of the width, and the bar's place
@@ -336,5 +336,5 @@ def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) 
 
 
 def _short(name: str, most: int = 24) -> str:
-    """A legend's room is small."""
+    """Shorten a name for the legend."""
     return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, one display, TensorBoard, and the pictures afterwards.
+"""Record and show a run while it trains: metrics.jsonl, a display, TensorBoard, and plots afterwards.
 
     with Progress(output_dir, max_steps=1000, main=distributed.is_main()) as progress:
         progress.record({"kind": "train", "step": 10, "loss": 2.1, "lr": 3e-4, "samples_per_s": 812.0})
@@ -8,9 +8,8 @@
     stop(output_dir)                 # ask a run to save and leave
     plot(output_dir)                 # a matplotlib figure; compare_plot([one, other]) of several runs
 
-The trainer makes one on every rank; only the main one writes, draws or calls back. The work happens when a record is
-logged, so a step that logs nothing pays nothing. Between records a thread looks every few seconds at the GPUs and for a
-request to stop. What is shown is in panel.py and display.py, the pictures are in plots.py.
+Every rank makes a Progress, and only rank 0 writes, draws or calls back. The work happens when a record is logged, so
+other steps cost nothing. Between records a thread samples the GPUs and looks for stop requests every few seconds.
 """
 
 from __future__ import annotations
@@ -50,35 +49,37 @@ __all__ = [
 ]
 
 STOP = "stop"
-"""A file of this name in its folder asks a run to stop."""
+"""The name of the file that asks a run to stop, in the run's folder."""
 SAMPLE_SECONDS = 5.0
-"""How often the GPUs are asked how busy they are: nvidia-smi takes some 30 ms of one core."""
+"""Seconds between two samples of the GPUs: nvidia-smi takes about 30 ms of one core."""
 
 
 class Progress:
-    """Records of one run: written to metrics.jsonl, shown, and handed to `on_record`.
+    """Write the records of a run to metrics.jsonl, show them, and hand them to `on_record`.
 
-    output_dir    the run's folder, made if missing
-    max_steps     optimizer steps of the whole run
-    main          does this process write (rank 0)? All methods do nothing where it is False
-    resumed_step  the step the weights are at. Lines of later steps, which will be trained again, and torn
-                  lines are dropped; at 0 the file starts empty. So each step stands in it once
-    evaluated     the step of the last evaluation that the weights remember; lines of later ones are dropped too
-    unit          what is counted: a record's "<unit>_per_s", else "samples_per_s", is the throughput shown
-    on_record     called with each record before it is written; what it adds to the record is written too
-    tensorboard   also write to output_dir/tensorboard: numbers, texts, the settings, the picture of the run (needs
-                  the package, not TensorFlow)
-    settings      what TensorBoard lists as hyperparameters
-    history       folder the run is resumed from if it is another one: its records are continued here
-    sample        what to ask for the GPUs' state every few seconds (devices.sample); None: no thread is started, and
-                  requests to stop are looked for at records only
-    display       "panel", "bar", "lines" or "auto"
-    clock         seconds; only tests need another
-    Raises ModuleNotFoundError for tensorboard=True without the package.
+    Args:
+        output_dir: the run's folder, made if missing.
+        max_steps: optimizer steps of the run.
+        main: whether this process is rank 0. Elsewhere all methods do nothing.
+        resumed_step: the step of the loaded weights. Records of later steps, which will be trained again, are dropped,
+            so each step is recorded once; 0 empties the file.
+        evaluated: the step of the last evaluation that the weights remember; records of later evaluations are dropped.
+        unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
+        on_record: called with each record before it is written; may add to the record.
+        tensorboard: also write numbers, texts, settings and the run's plot to output_dir/tensorboard.
+        settings: the hyperparameters for TensorBoard.
+        history: the folder of the run to continue, if another one: its records are copied.
+        sample: gives the GPUs' state (devices.sample). None: no thread starts, and stop requests are noticed only
+            when a record is logged.
+        display: "panel", "bar", "lines" or "auto".
+        clock: gives the time in seconds; for tests.
+
+    Raises:
+        ModuleNotFoundError: tensorboard=True without the package.
     """
 
     stop_requested = False
-    """Whether somebody has asked for a stop by `stop(output_dir)`; on the main rank only."""
+    """Whether `stop(output_dir)` was called somewhere; known on rank 0 only."""
 
     def __init__(
         self,
@@ -105,14 +106,14 @@ class Progress:
             return
         self._folder = folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / STOP).unlink(missing_ok=True)  # it was for an earlier session
-        kept = rewind(history or folder, folder / METRICS, resumed_step, evaluated)
+        (folder / STOP).unlink(missing_ok=True)  # meant for an earlier session
+        earlier = rewind(history or folder, folder / METRICS, resumed_step, evaluated)
         self._step = resumed_step
         self._on_record, self._settings = on_record, settings or {}
         self._writer = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
         view = View(max_steps, unit, world_size, device_line, clock)
         self._display = choose(display)(view, log)
-        for record in kept:
+        for record in earlier:
             view.take(record, past=True)
         view.step = resumed_step
         self._failed: set[str] = set()
@@ -127,11 +128,13 @@ class Progress:
             self._watcher.start()
 
     def record(self, record: Record) -> None:
-        """Write one record, {"kind": …, "step": …, …}, as a line of strict JSON, and show it.
+        """Write a record, {"kind": …, "step": …, …}, as a line of strict JSON, and show the record.
 
-        Values: what JSON has, paths, and anything with `item()` (a 0-d tensor: copied from the GPU here). nan
-        and infinity, which JSON does not have, are written as null, so that a column of numbers stays one;
-        the display still says nan or inf. Raises TypeError for a value of another type.
+        Values are JSON values, paths, and objects with `item()` (a 0-d tensor is copied from the GPU here). nan and
+        infinity are written as null; the display shows nan and inf.
+
+        Raises:
+            TypeError: a value of another type.
         """
         if self._closed:
             return
@@ -147,14 +150,14 @@ class Progress:
         plain, line = encode(record)
         with self._lock:
             self._step = int(plain.get("step", self._step))
-            self._write(line)  # one write a line: a killed process leaves at most one torn line, the last
+            self._write(line)  # one write per line: a killed process tears at most the last line
             self._show(plain)
             self._try("the display", lambda: self._draw(plain))
         while self._untold:
             self.note(self._untold.pop(0))
 
     def _write(self, line: bytes) -> None:
-        """Append to the file. What finds no room on the disk is kept, and written with the next line."""
+        """Append to the file; if the disk is full, keep the bytes for the next call."""
         self._unwritten += line
         try:
             while self._unwritten:
@@ -184,7 +187,7 @@ class Progress:
             return False
 
     def note(self, text: str) -> None:
-        """Print a line of text, and record it as {"kind": "note", "step": …, "text": …}."""
+        """Print a text and record {"kind": "note", "step": …, "text": …}."""
         if not self._closed:
             self.record({"kind": "note", "step": self._step, "text": text})
 
@@ -192,10 +195,10 @@ class Progress:
         if not self.stop_requested and (self._folder / STOP).exists():
             with contextlib.suppress(OSError):
                 (self._folder / STOP).unlink()
-            self.stop_requested = True  # now: the run may end as soon as it knows, and the file would be left
+            self.stop_requested = True  # set last: the run may end at once, and the file would stay behind
 
     def _watch(self, sample: Callable[[], list[dict[str, Any]]]) -> None:
-        """Until the end: see to requests to stop, sample the GPUs, keep the display's clock going."""
+        """Look for stop requests, sample the GPUs and update the display until the run ends."""
         clock = self._display.view.clock
         samples: list[list[dict[str, Any]]] = []
         sampled, written, began, pause = -math.inf, -math.inf, clock(), SAMPLE_SECONDS
@@ -203,15 +206,15 @@ class Progress:
             self._look_for_a_request()
             now = clock()
             if now - sampled >= pause:
-                sampled, latest = now, sample()  # takes its time: the lock is not held
-                # a driver that does not answer is asked less and less often: each time may leave a process in it
+                sampled, latest = now, sample()  # slow, so outside the lock
+                # back off while the driver hangs: each call may leave a stuck process
                 pause = SAMPLE_SECONDS if latest else min(300.0, 2 * pause)
                 samples += [latest] * bool(latest)
                 self._display.view.gpus = latest or self._display.view.gpus
             with self._lock:
                 if self._over.is_set():
                     return
-                # as often as a log has lines: every 5 s at first, every minute in a long run
+                # every 5 s at first, every minute in a long run
                 if samples and now - written >= min(60.0, max(SAMPLE_SECONDS, (now - began) / 20)):
                     means = _means(samples)
                     record = {"kind": "gpus", "step": self._step, "time": self._display.view.seconds(), "gpus": means}
@@ -223,15 +226,16 @@ class Progress:
                 return
 
     def close(self, result: dict[str, Any] | None = None) -> None:
-        """Show how the run ended and close the files. A second call does nothing.
+        """Show the outcome and close the files. A second call does nothing.
 
-        result: of "finished", "step", "reason", "metrics" and "seconds" what there is; None if the run broke.
+        Args:
+            result: any of "finished", "step", "reason", "metrics" and "seconds"; None if the run broke off.
         """
         if self._closed:
             return
         self._closed = True
         self._over.set()
-        with self._lock:  # the watcher does nothing any more once it sees that it is over
+        with self._lock:
             if result is None or str(result.get("reason")).startswith("broke off"):
                 stopped = {"kind": "stop", "step": self._step, **(result or {"reason": "broke off"})}
                 self._write(encode(stopped)[1])
@@ -239,7 +243,7 @@ class Progress:
             self._file.close()
             self._try("the display", lambda: self._display.close(self._display.view.outcome(result), status_of(result)))
         if self._watcher is not None:
-            self._watcher.join(0.5)  # not longer: nvidia-smi may be waited for
+            self._watcher.join(0.5)  # no longer: the thread may be waiting for nvidia-smi
         if (writer := self._writer) is not None:
             settings, step = self._settings, self._step
             self._try("TensorBoard", lambda: _finish_tensorboard(writer, self._folder, settings, result, step))
@@ -260,7 +264,7 @@ class Progress:
 
 
 def _means(samples: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of several samples one: the mean utilisation of each GPU, the most of its memory and temperature."""
+    """Return the mean utilisation, and the maximum memory and temperature, of each GPU over several samples."""
     merged = []
     for gpu in samples[-1]:
         same = [each for sample in samples for each in sample if each["index"] == gpu["index"]]
@@ -274,18 +278,18 @@ def _means(samples: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def stop(output_dir: str | os.PathLike[str]) -> None:
-    """Ask the run in this folder to stop: it finishes its step, saves and returns, as at an interrupt.
+    """Ask the run in this folder to finish the current step, save and return, as after an interrupt.
 
     For another notebook or a terminal: `python -c "from kaggle_mgpu import progress; progress.stop('run')"`. In the
     notebook whose cell trains, the stop button does the same.
 
     Raises:
-        ValueError: no run goes on there.
+        ValueError: no run is active in the folder.
     """
     if not running(read(output_dir)):
         raise ValueError(
             f"{Path(output_dir)}: no run goes on in this folder on this machine, so there is nothing to stop; expected "
-            f"the output_dir of one that trains now"
+            f"the output_dir of a run that trains now"
         )
     (Path(output_dir) / STOP).touch()
 
@@ -294,20 +298,20 @@ def stop(output_dir: str | os.PathLike[str]) -> None:
 
 
 def _summary_writer(folder: Path, resumed_step: int) -> SummaryWriter:
-    import_hooks.install(stub=True)  # or TensorBoard imports TensorFlow where there is one: 7.5 s, 750 MB, noise
+    import_hooks.install(stub=True)  # or TensorBoard imports an installed TensorFlow: 7.5 s, 750 MB, log noise
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(
             f"tensorboard=True, but the package cannot be imported ({error}): pip install tensorboard, "
-            f"or leave it off: metrics.jsonl has the same numbers"
+            f"or tensorboard=False: metrics.jsonl has the same numbers"
         ) from error
-    # purge_step hides what an earlier session wrote of the steps that are trained again.
+    # purge_step hides values that an earlier session wrote for steps that are now trained again
     return SummaryWriter(str(folder), purge_step=resumed_step + 1 if resumed_step else None)
 
 
 def _to_tensorboard(writer: SummaryWriter, record: Record, step: int) -> None:
-    """The numbers of a record, and what it says in words: notes, and texts that Task.on_record has added."""
+    """Write the numbers and texts of a record to TensorBoard."""
     kind = record.get("kind", "train")
     if kind in ("start", "stop"):
         return
@@ -324,7 +328,7 @@ def _to_tensorboard(writer: SummaryWriter, record: Record, step: int) -> None:
 def _finish_tensorboard(
     writer: SummaryWriter, folder: Path, settings: dict[str, Any], result: dict[str, Any] | None, step: int
 ) -> None:
-    """The hyperparameters with what they led to, and the run's picture."""
+    """Write the hyperparameters with the final metrics, and the run's plot, and close TensorBoard's file."""
     from torch.utils.tensorboard.summary import hparams
 
     plain = {
@@ -334,7 +338,7 @@ def _finish_tensorboard(
     }
     metrics = numbers((result or {}).get("metrics") or {})
     if plain and metrics:
-        # not writer.add_hparams, which opens a second run beside this one
+        # writer.add_hparams would open a second run
         file_writer = writer._get_file_writer()
         for summary in hparams(plain, {f"final/{key}": value for key, value in metrics.items()}):
             file_writer.add_summary(summary)

@@ -1,12 +1,11 @@
-"""The records of a run, as they stand in its metrics.jsonl: one JSON object a line, oldest first.
+"""Read and write the records of a run in metrics.jsonl: one JSON object per line, oldest first.
 
     read(output_dir)      # every record
-    running(records)      # does that run go on, as far as can be told from here?
+    running(records)      # whether the run is still active on this machine
 
-What a record holds depends on its "kind": "start" (of a session: what the run is), "train", "eval", "save", "gpus"
-(how busy they were), "note" (a text) and "stop" (how the session ended). Each has the "step" it belongs to. "time" is
-seconds of the run over all sessions; "spent" is where those since the record before went. Nothing else is needed to
-show a run again, or to draw it.
+Every record has a "kind" and a "step". Kinds: "start" (a session begins; describes the run), "train", "eval", "save",
+"gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the seconds of the run over all sessions;
+"spent" says how the seconds since the previous record were used. These records suffice to show and plot a run.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from typing import Any
 
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
-# Bookkeeping of a record, as against what was measured.
-FACTS = {"kind", "step", "samples", "epoch", "time", "seconds", "spent", "text", "time_left", "pid"}
+BOOKKEEPING = {"kind", "step", "samples", "epoch", "time", "seconds", "spent", "text", "time_left", "pid"}
+"""Keys of a record that are no measurement."""
 
 
 def read(output_dir: str | os.PathLike[str]) -> list[Record]:
-    """All records of a run, oldest first; [] if there are none yet. Lines torn by a kill are left out."""
+    """Return all records of a run, oldest first; lines torn by a kill are left out."""
     path = Path(output_dir) / METRICS
     return parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
 
 
 def parse(text: str) -> list[Record]:
-    """The records among these lines."""
+    """Return the valid records among the lines of a text."""
     records = []
     for line in text.splitlines():
         with suppress(ValueError, RecursionError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and _sound(record)]
+    return [record for record in records if isinstance(record, dict) and _is_valid(record)]
 
 
 _NUMBERS = (
@@ -45,8 +44,8 @@ _NUMBERS = (
 )
 
 
-def _sound(record: Record) -> bool:
-    """Whether it can be drawn: the file may be another's, found among the inputs, and hold anything."""
+def _is_valid(record: Record) -> bool:
+    """Return whether a record has numbers where numbers belong; a file among the inputs may hold anything."""
     gpus = record.get("gpus", [])
     numbers = [record.get(name) for name in _NUMBERS]
     if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
@@ -56,10 +55,7 @@ def _sound(record: Record) -> bool:
 
 
 def comparable(records: Iterable[Record]) -> list[Record]:
-    """What a run that was stopped and resumed has in common with one that was not: all that was measured, but time.
-
-    Records of training and evaluation are that. The others belong to a session.
-    """
+    """Return the training and evaluation records without times: equal for a resumed and an undisturbed run."""
     of_time = ("time", "seconds", "spent")
     return [
         {key: value for key, value in record.items() if key not in of_time and not key.endswith("_per_s")}
@@ -69,7 +65,7 @@ def comparable(records: Iterable[Record]) -> list[Record]:
 
 
 def rewind(source: str | os.PathLike[str], target: Path, step: int, evaluated: int | None = None) -> list[Record]:
-    """Write to `target` the records of `source` up to `step`, all or nothing, and return them.
+    """Atomically write the records of `source` up to `step` to `target`; return these records.
 
     Args:
         evaluated: the last evaluation that counts; those of later steps will be made again. None: all count.
@@ -90,9 +86,10 @@ def rewind(source: str | os.PathLike[str], target: Path, step: int, evaluated: i
 
 
 def encode(record: Record) -> tuple[Record, bytes]:
-    """A record as plain values, nan and infinity among them, and as a line of strict JSON, where those are null.
+    """Return a record as plain values, and as a line of strict JSON with null for nan and infinity.
 
-    Raises TypeError for a value that is neither JSON's, nor a path, nor has `item()`.
+    Raises:
+        TypeError: a value is neither JSON, nor a path, nor has `item()`.
     """
     text = json.dumps(record, default=_item)
     strict = json.loads(text, parse_constant=lambda constant: None)
@@ -100,7 +97,7 @@ def encode(record: Record) -> tuple[Record, bytes]:
 
 
 def _item(value: Any) -> Any:
-    """What json cannot write: a path as text, a 0-d tensor or array as its number."""
+    """Convert a path to text, and a 0-d tensor or array to a number, for json."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     with suppress(AttributeError, ValueError, RuntimeError):  # an array of several values has no item
@@ -112,26 +109,26 @@ def _item(value: Any) -> Any:
 
 
 def numbers(record: Record) -> dict[str, float]:
-    """The measured numbers of a record: no facts, no flags, no text."""
+    """Return the measured numbers of a record, without bookkeeping, flags and texts."""
     return {
         key: value
         for key, value in record.items()
-        if key not in FACTS and isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in BOOKKEEPING and isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 
 def texts(record: Record) -> dict[str, str]:
-    """What a record says in words, beside its facts."""
-    return {key: value for key, value in record.items() if key not in FACTS and isinstance(value, str)}
+    """Return the texts of a record, without bookkeeping."""
+    return {key: value for key, value in record.items() if key not in BOOKKEEPING and isinstance(value, str)}
 
 
 def owner() -> Record:
-    """What a "start" record says of who writes it."""
+    """Return the host and process id of this process, for a "start" record."""
     return {"host": socket.gethostname(), "pid": os.getpid()}
 
 
 def running(records: list[Record]) -> bool:
-    """Whether the last session among the records still goes on: begun, not ended, on this machine, and alive."""
+    """Return whether the last session has begun, has not ended, and has a live process on this machine."""
     last = next((r for r in reversed(records) if r.get("kind") in ("start", "stop")), {})
     if last.get("kind") != "start" or last.get("host") != socket.gethostname():
         return False
@@ -140,5 +137,5 @@ def running(records: list[Record]) -> bool:
     except (KeyError, ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:
-        pass  # somebody else's, but there
+        pass  # alive, under another user
     return True

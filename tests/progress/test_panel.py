@@ -141,7 +141,7 @@ class TestPanel:
         progress.record(train(1))
         progress.close({"finished": True, "step": 100, "seconds": 1})
         assert progress.said == [
-            "the progress panel is given up (ConnectionError: front end gone); lines follow",
+            "the progress panel failed (ConnectionError: front end gone); lines follow instead",
             "step 1/100 (1%)  loss 1  lr 3.0e-04  1 process",
             "finished: step 100/100  in 0:01  1 process",
         ]
@@ -502,7 +502,7 @@ class TestAttach:
             assert looking.stdout.readline() == "looking\n"
             looking.send_signal(signal.SIGINT)
             out, err = looking.communicate(timeout=600)
-            said = "no longer followed; the run does not notice. attach(…) shows it again\n"
+            said = "no longer followed; the run goes on. attach(…) shows it again\n"
             assert out.replace("looking\n", "") == said
             assert "1/1000" in err
             assert "Traceback" not in err
@@ -517,7 +517,7 @@ class TestAttach:
         shown = []
         monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append(html))
         progress.attach(tmp_path, follow=False, display="panel")
-        assert "Looking on: " in shown[-1]  # the stop button would not stop the run
+        assert "Watching only: " in shown[-1]  # the stop button would not stop the run
         progress.attach(tmp_path, follow=False, display="lines")
         assert capsys.readouterr().out == "step 10/2000 (0%)  loss 0.1818  lr 3.0e-04  2 processes\n"
 
