@@ -91,10 +91,10 @@ def launch(
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts
     died = 0
-    started = time.time()
+    before = _saved(config)
     with _interrupts() as interrupts:
         for attempt in itertools.count():
-            call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, started)
+            call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, before)
             workers = Workers(call, count, gpus, logs, settings, attempt)
             try:
                 values = workers.run(interrupts, limit, from_start=timeout is not None)
@@ -147,12 +147,17 @@ def _interrupts() -> Iterator[list[float]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _resumed(call: Any, config: RunSettings | None, started: float) -> Any:
+def _saved(config: RunSettings | None) -> set[tuple[int, int]]:
+    """Return what tells the checkpoints in the run's folder apart: inode and time of each one's state.json."""
+    found = Path(config.output_dir).glob("checkpoints/*/state.json") if config else ()
+    return {(status.st_ino, status.st_mtime_ns) for path in found for status in [path.stat()]}
+
+
+def _resumed(call: Any, config: RunSettings | None, before: set[tuple[int, int]]) -> Any:
     """The call for a restart: a run that began anew, or from a given checkpoint, goes on from what it has saved."""
     if config is None or config.resume == "auto":
         return call
-    saved = Path(config.output_dir).glob("checkpoints/*/state.json")
-    if not any(path.stat().st_mtime >= started for path in saved):
+    if not _saved(config) - before:
         return call
     changed = config.replace(resume="auto")
 

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 WORTH_A_SAVE = 2.0
 """Seconds of an evaluation up to which a kill costs no more than a kill in the middle of the steps."""
+
+
+def floor(limit: float, on_kaggle: bool) -> float:
+    """Return the seconds to keep back in any case before a limit of so many seconds.
+
+    The notebook's next cells need them; Kaggle then also converts the page and saves the output, 2 min for each GB.
+    """
+    return min(max(0.02 * limit, 180.0 if on_kaggle else 5.0), limit / 2)  # half of a short limit is for the steps
+
+
+def disk_speed(folder: Path) -> float:
+    """Return the bytes per second that reach the folder's disk, from writes of some MB that take up to 0.2 s."""
+    probe, size, took = folder / f".speed-{os.getpid()}", 1 << 18, 0.0
+    try:
+        with open(probe, "wb", buffering=0) as file:
+            while took < 0.05 and size < 1 << 23:
+                size *= 2
+                start = time.monotonic()
+                file.write(bytes(size))
+                os.fsync(file.fileno())
+                took = time.monotonic() - start
+        return size / max(took, 1e-3)
+    except OSError:  # a full disk
+        return 50e6
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 class StepTaken(NamedTuple):
@@ -29,10 +57,15 @@ class Clock:
     Args:
         before: seconds that earlier sessions of the run took.
         save: a guess at the seconds of a save, used until one is measured.
+        weights: a guess at the seconds of writing the weights alone, at the same speed as `save`.
         evaluation: a guess at the seconds of an evaluation, used until one is measured.
+        floor: seconds to keep back before a deadline in any case.
     """
 
-    def __init__(self, before: float = 0.0, *, save: float = 0.0, evaluation: float = 0.0) -> None:
+    def __init__(
+        self, before: float = 0.0, *, save: float = 0.0, weights: float = 0.0, evaluation: float = 0.0,
+        floor: float = 0.0,
+    ) -> None:  # fmt: skip
         self.before, self.began = before, time.monotonic()
         self.taken: list[StepTaken] = []
         self.since = self.counted = self.began
@@ -40,6 +73,7 @@ class Clock:
         self.paused = 0.0
         self.first_step = self.longest_step = 0.0
         self.save, self.evaluation, self.evaluation_guess = save, 0.0, evaluation
+        self.save_guess, self.weights_guess, self.floor = save, weights, floor
         self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `where` was last called
         self.spent_since, self.spent_steps = self.began, 0
 
@@ -119,17 +153,20 @@ class Clock:
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:
-        """Return the seconds to keep back before a deadline: 1.5 times the longest `steps` steps and save so far.
+        """Return the seconds to keep back before a deadline: 1.5 times all that is still to come, or the floor.
+
+        To come are the longest `steps` steps so far, the longest save, and the final weights at that save's speed.
 
         Args:
             evaluation: an evaluation comes next; its longest duration so far is counted too.
         """
         self.count()
         step = self.longest_step or self.first_step
-        needed = steps * step + self.save
+        weights = self.weights_guess * (self.save / self.save_guess if self.save_guess else 1.0)
+        needed = steps * step + self.save + weights
         if evaluation:
-            needed += self.evaluation or self.evaluation_guess
-        return 1.5 * needed
+            needed += self.evaluation or self.evaluation_guess + weights  # the best weights are written too
+        return max(1.5 * needed, self.floor)
 
     def left(self, steps: int) -> float | None:
         """Return the seconds of so many steps at the pace of this session; None before its first step."""

@@ -26,6 +26,8 @@ from .parts import Parts
 from .task import Task, TrainState
 
 T = TypeVar("T")
+NO_GRADIENT = "does not require grad"
+"""What torch says where a gradient is asked for and none is kept."""
 
 
 class Evaluation:
@@ -158,6 +160,7 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
 
     Raises:
         RuntimeError: the action failed. The text says in which method and line of the task, and what to do.
+        Exception: the task's loss failed, which is all that the default metrics call.
     """
     value, failure = None, None
     try:
@@ -169,8 +172,11 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
     texts = ["" if failure is None else _explained(parts, method, failure)]
     if parts.strategy.alone or method != "metrics":  # else the other ranks may wait inside a collective
         texts = distributed.gather(texts[0])
+    loss_failed = method == "metrics" and type(parts.task).metrics is Task.metrics
     for rank, text in enumerate(texts):
         if text:
+            if failure is not None and loss_failed and NO_GRADIENT not in str(failure):
+                raise failure  # the loss fails in training too, and the traceback says where
             raise RuntimeError(text if parts.world_size == 1 else f"rank {rank}: {text}") from failure
     return cast(T, value)
 
@@ -184,7 +190,7 @@ def _explained(parts: Parts, method: str, error: Exception) -> str:
     advice = f"Correct {kind.__name__}.{method} and run the same again."
     if method == "metrics" and kind.metrics is Task.metrics:
         advice = f"{kind.__name__} has no metrics of its own, so this calls its loss and count: define Task.metrics."
-    if "does not require grad" in str(error):
+    if NO_GRADIENT in str(error):
         advice += " An evaluation keeps no gradients: compute what needs one within torch.enable_grad()."
     return (
         f"{kind.__name__}.{method} failed in the trial evaluation, on the first samples of val_data: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from .. import data, progress
 from ..checkpoints import checkpoint
-from ..machine import devices
+from ..machine import devices, session
 from ..parallel import distributed
 from . import divergence, task_checks
-from .clock import Clock
+from .clock import Clock, disk_speed, floor
 from .parts import Parts
 from .task import Result, TrainState
 
@@ -46,9 +47,13 @@ class Log:
             document = {**config.to_dict(), "stamp": parts.stamp, "code": task_checks.code_of(task)}
             checkpoint.write_text(parts.output_dir / "config.json", json.dumps(document, indent=1))
             (parts.output_dir / "result.json").unlink(missing_ok=True)  # this run is not finished
-        # a guess: weights and two moments are written at 50 MB/s
+        speed = distributed.from_main(lambda: disk_speed(parts.output_dir))
         nbytes = sum(tensor.nbytes for tensor in parts.strategy.described().values())
-        self.clock = Clock(state.seconds, save=4 * nbytes / 50e6, evaluation=evaluation)
+        limit = math.inf if parts.deadline is None else max(parts.deadline.remaining(), 0.0)
+        self.clock = Clock(
+            state.seconds, save=4 * nbytes / speed, weights=nbytes / speed, evaluation=min(evaluation, limit / 3),
+            floor=0.0 if limit == math.inf else floor(limit, session.on_kaggle()),
+        )  # fmt: skip
         device_line = ", ".join([*(gpu.name for gpu in parts.gpus[: plan.num_replicas]), parts.strategy.precision])
         self.progress = progress.Progress(
             parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step,

@@ -114,7 +114,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             )
             leave = done or stop or no_time
             if evaluation_due and not (stop or no_time):  # otherwise the next session begins with the evaluation
-                if state.step > saving.saved_step and distributed.agree(clock.outlasts_a_save()):
+                if state.step > saving.saved_step and distributed.broadcast(clock.outlasts_a_save()):
                     _save(parts, state, saving, clock)
                 _evaluate(parts, state, evaluation, saving, log)
             if state.step > saving.saved_step and (leave or save or state.step >= saving.next_step):

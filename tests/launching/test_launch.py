@@ -538,7 +538,7 @@ def test_a_stack_is_waited_for_until_it_is_whole(
 
 
 def test_lines_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock of the test's own: the last line is so many limits old."""
+    """By a clock of the test's own: the last line was noticed so many limits ago."""
     check, limit = Workers._check_pulse, 100.0
 
     def function() -> int:
@@ -549,8 +549,15 @@ def test_lines_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def check_after(limits: float) -> None:
         def later(self: Workers, *given: Any) -> None:
-            if spoken := max((path.stat().st_mtime for path in self.log_paths if path.stat().st_size), default=0.0):
-                clocks = {"time": lambda: spoken + limits * limit, "monotonic_ns": lambda: time.monotonic_ns() + 10**15}
+            check(self, *given)
+            if all(path.stat().st_size for path in self.log_paths) and self.log_sizes == [
+                path.stat().st_size for path in self.log_paths
+            ]:
+                noticed = self.log_grew
+                clocks = {
+                    "monotonic": lambda: noticed + limits * limit,
+                    "monotonic_ns": lambda: time.monotonic_ns() + 10**15,
+                }
                 with monkeypatch.context() as patch:
                     patch.setattr(workers, "time", SimpleNamespace(**{**vars(time), **clocks}))
                     check(self, *given)
