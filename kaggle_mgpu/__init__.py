@@ -1,12 +1,11 @@
-"""Train on every GPU of a Kaggle notebook, without losing a run.
+"""kaggle_mgpu trains on every GPU of a Kaggle notebook, without losing a run.
 
     from kaggle_mgpu import env
     env.fix()  # before anything else is imported
     from kaggle_mgpu import Task, TrainConfig, launch, train
     result = launch(train, TrainConfig(global_batch_size=64), MyTask())
 
-Importing the package imports nothing else: the names below load when they are first used (PEP 562), so that the
-environment can be fixed before torch or protobuf are there.
+The names below are loaded at their first use (PEP 562), so `env.fix()` can run before torch or protobuf are imported.
 """
 
 from importlib import import_module
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# where the names come from, and the modules that go by a short name
+# Public names with their modules, and modules with short names
 _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "notebook",

@@ -1,4 +1,4 @@
-"""The command line: look at the machine, plan, train.
+"""The command line shows the machine's GPUs, checks the machine, plans runs and trains recipes.
 
     python -m kaggle_mgpu --version
     python -m kaggle_mgpu gpus
@@ -7,11 +7,10 @@
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
-Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file first, which may `include:` more;
-KAGGLE_MGPU_<FIELD> in the environment overrides it, and flags override both. The exit code is 0 for a run that finished
-or stopped in good order, 1 for an error or a failed check, 2 for settings that cannot be (a flag, file, variable or
-value that there is not), 130 after a second interrupt.
-An error that this package raises is one line; of any other, a bug's or torch's, the traceback is shown too.
+Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file, which may `include:` others;
+KAGGLE_MGPU_<FIELD> in the environment overrides the file, and flags override both. The exit code is 0 for a run that
+finished or stopped as asked, 1 for an error or a failed check, 2 for invalid settings, 130 after a second interrupt.
+Errors raised by this package are one line; other errors show their traceback.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ if TYPE_CHECKING:
 
 
 def recipes() -> list[str]:
-    """The names of the templates."""
+    """Return the names of the recipes."""
     from . import recipes as package
 
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 LIGHT = ("gpus", "check", "--version")
-"""Commands that do without the second that the recipes' imports take."""
+"""Commands that skip importing the recipes, which takes a second."""
 
 
 def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
-    """The argument parser, and the recipes' modules by name."""
+    """Return the argument parser, and the recipes' modules by name."""
     top = argparse.ArgumentParser(
         prog="python -m kaggle_mgpu",
         allow_abbrev=False,
@@ -57,7 +56,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
     version = f"kaggle_mgpu {__version__} from {Path(__file__).parent}"
     top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
     commands = top.add_subparsers(dest="command", required=True)
-    # no flag by its beginning: --epoch for --epochs would be a misspelt name that is taken
+    # no abbreviations, since a misspelt --epoch must not pass for --epochs
     commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
     of_check = commands.add_parser(
         "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
@@ -85,7 +84,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
             if group is groups[0]:
                 on = "GPUs to estimate for, such as T4x2, P100, L4x4, A100, H100 (default: measured on what is here)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
-        # a recipe may have commands of its own: what becomes of its weights afterwards, say
+        # a recipe may add commands, such as an export of its weights
         for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
             about = (function.__doc__ or command).split("\n\n")[0]
             of_command = commands.add_parser(command, allow_abbrev=False, help=about, description=about)
@@ -95,7 +94,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run a command and return its exit code."""
     env.fix(verbose=False)
     arguments = sys.argv[1:] if arguments is None else arguments
     top, modules = parser(with_recipes=arguments[:1] not in [[name] for name in LIGHT])
@@ -113,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.command == "check":
         from .planning import check
 
-        if given.output_dir == "":  # a variable in a shell that was not set
+        if given.output_dir == "":  # as from an unset shell variable
             top.error("argument --output-dir: expected a folder's name, got ''")
         report = check.run(given.output_dir)
         print(report)
@@ -145,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
             if len(plans) > 1:
                 print(together(plans))
             return 0
-        # a recipe that does more than train (stages, inference) says so itself
+        # a recipe with more than training (stages, inference) has its own run()
         if run := getattr(recipe, "run", None):
             result = run(config)
         else:
@@ -167,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
-    """The settings in the file, the environment and the flags; and whether the GPUs to plan for can be."""
+    """Merge the settings of the file, the environment and the flags; check the GPUs given with --on."""
     base = {} if given.config is None else kind.load(given.config).to_dict()
     if variables := dict(each.partition("=")[::2] for each in given.make_variables):
         translate = getattr(kind, "variables", None)
@@ -189,14 +188,14 @@ def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
 
 
 def _in_the_way(error: Exception, folder: str) -> bool:
-    """Whether the error is of the file system, at this folder, above or below it."""
+    """Return whether the error is an OSError for this folder, a parent or a child."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str):
         return False
     return Path(error.filename).is_relative_to(folder) or Path(folder).is_relative_to(error.filename)
 
 
 def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
-    """Which flag of the recipe an unknown one may be."""
+    """Return a hint with the recipe's flags nearest to an unknown flag, or ""."""
     if not flag.startswith("--") or not getattr(given, "recipe", None):
         return ""
     from .names import either, nearest
@@ -207,7 +206,7 @@ def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType])
 
 
 def _draw(result: Result) -> None:
-    """The run's pictures. A run that went well has gone well, whatever becomes of them."""
+    """Draw the run's pictures; a failure prints a message and does not change the exit code."""
     try:
         result.plot()
     except Exception as error:
@@ -217,7 +216,7 @@ def _draw(result: Result) -> None:
 
 
 def _says_all(error: Exception) -> bool:
-    """Whether this package raised the error, here or in a worker, so that its message was written for the user."""
+    """Return whether this package raised the error, here or in a worker, with a message for users."""
     from .errors import WorkerTraceback
 
     if isinstance(error.__cause__, WorkerTraceback):
@@ -231,12 +230,12 @@ def _says_all(error: Exception) -> bool:
 if __name__ == "__main__":
     try:
         code = main()
-    except KeyboardInterrupt:  # in training an interrupt is heard and saves; here there was nothing to save, or no time
+    except KeyboardInterrupt:  # training handles interrupts itself and saves; here nothing can be saved
         print("stopped", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # under torchrun: now and then a destructor of gloo aborts the exit, and torchrun calls the whole run failed
+        # under torchrun a destructor of gloo may abort the exit, and torchrun would report a failed run
         os._exit(code)
     sys.exit(code)

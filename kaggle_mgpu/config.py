@@ -1,12 +1,11 @@
-"""`TrainConfig`: one flat frozen dataclass, the same names in a notebook, a YAML file and the command line.
+"""`TrainConfig` is a flat frozen dataclass with the same names in a notebook, a YAML file and the command line.
 
     config = TrainConfig(global_batch_size=64, lr=3e-4, epochs=2)
     config = TrainConfig.load("run.yaml").replace(epochs=3)
-    config = TrainConfig.from_dict(parameters)  # a misspelt name is a TypeError that suggests the right one
+    config = TrainConfig.from_dict(parameters)  # a misspelt name raises TypeError with a suggestion
 
-A recipe's config is a subclass with fields of its own. Values are checked when the config is made, by the type each
-field is annotated with, so "1e-4" from papermill or YAML becomes a float and "fast" in an int field is an error that
-names the field.
+A recipe's config is a subclass with more fields. Values are converted and checked by the annotated types: "1e-4" from
+papermill or YAML becomes a float, and "fast" in an int field raises an error with the field's name.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from .names import check_names, either, nearest
 
 
 def parse_duration(text: str | float) -> float:
-    """Seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
+    """Return the seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
 
     Raises:
-        ValueError: the text is not a duration, or not above zero.
+        ValueError: the text is no duration, or not above zero.
     """
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
     body = str(text).strip().lower().replace(" ", "")
@@ -48,7 +47,7 @@ def parse_duration(text: str | float) -> float:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. What to train is a `Task`'s business."""
+    """A TrainConfig holds all settings of a run; a `Task` holds the model, the data and the loss."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         "strategy nproc gpu_ids cpu_offload deepspeed_config meta_init compile gradient_checkpointing "
@@ -57,14 +56,13 @@ class TrainConfig:
         "tensorboard find_unused_parameters max_restarts hang_timeout_minutes collective_timeout_minutes "
         "nccl_p2p bucket_mb".split()
     )
-    """Settings that may differ between the sessions of one run: where and how it runs, not what comes out. Of the
-    batch sizes the resulting global one must stay: a checkpoint's stamp holds it. A subclass adds its own."""
+    """Settings that may differ between the sessions of a run: where, how and how long training runs. The batch sizes
+    may change, but not the resulting global batch size. A subclass adds its own names."""
 
     # Where it runs
     strategy: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"] = "auto"
-    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: the same, with weights, gradients
-    and optimizer state shared out among them, for models that do not fit otherwise; deepspeed: ZeRO, as its JSON file
-    says; auto: ddp where nproc > 1."""
+    """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: like ddp, with weights, gradients
+    and optimizer state sharded, for models that do not fit otherwise; deepspeed: ZeRO; auto: ddp if nproc > 1."""
     nproc: int | Literal["auto"] = "auto"
     """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
     gpu_ids: str | None = None
@@ -74,47 +72,47 @@ class TrainConfig:
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_offload: bool = False
-    """Under fsdp, keep weights, gradients and optimizer state in main memory, and take the optimizer's step there."""
+    """Under fsdp, keep weights, gradients and optimizer state in main memory, and run the optimizer on the CPU."""
     deepspeed_config: str | None = None
-    """Under deepspeed, a JSON file with its settings (zero_optimization: stage, offload, …). What the kit has settings
-    for, sizes, precision, clipping, optimizer and schedule, it may not hold. None: ZeRO stage 2."""
+    """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …), but without sizes,
+    precision, clipping, optimizer and schedule, which the run's own settings decide. None: ZeRO stage 2."""
     meta_init: bool = False
-    """Under fsdp, build the weights on rank 0 alone; the others receive their parts: N times less main memory."""
+    """Under fsdp, build the weights on rank 0 alone, for N times less main memory; other ranks receive their shards."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
 
     # The processes
     max_restarts: int = 0
-    """How often a run whose worker was killed, crashed or hung is started again, from its newest checkpoint."""
+    """Number of restarts from the newest checkpoint after a worker was killed, crashed or hung."""
     hang_timeout_minutes: float = 30.0
-    """End a run in which no rank has got on for so long (no step, batch or line), with the stack of each."""
+    """End a run after this long without progress on any rank (no step, batch or line), and show each rank's stack."""
     collective_timeout_minutes: float = 60.0
-    """How long a rank waits for the others in a collective. Above hang_timeout_minutes, whose error says more."""
+    """Time limit for a collective. Keep it above hang_timeout_minutes, whose error is more detailed."""
     nccl_p2p: Literal["auto", "on", "off"] = "auto"
-    """Whether NCCL may copy from GPU to GPU. auto: off for T4s, since Kaggle's pair has no peer access and NCCL's
-    attempt can hang where a virtual machine claims it has: it then goes through shared memory, as it would anyway."""
+    """Whether NCCL may copy directly between GPUs. auto: off for T4s, since Kaggle's pair has no peer access, and NCCL
+    can hang if a virtual machine claims otherwise. Copies then go through shared memory."""
     gradient_compression: Literal["none", "fp16"] = "none"
-    """Under ddp, send gradients as fp16: half the bytes, rounded to three digits. `plan` says whether it would pay."""
+    """Under ddp, send gradients as fp16: half the bytes, rounded to three digits. `plan` estimates the gain."""
     bucket_mb: int = 25
-    """Under ddp, MiB of gradients sent at a time, while backward computes the next. The last one is waited for."""
+    """Under ddp, MiB of gradients sent at a time while backward continues."""
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | None = None
-    """Samples per optimizer step over all GPUs. Keeps its meaning on 1, 2, 4 GPUs."""
+    """Samples per optimizer step over all GPUs, independent of the number of GPUs."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Samples per forward pass on one GPU. auto: the most that fit, found by trying real steps on every GPU."""
+    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"
-    """Loader processes per rank. auto: the CPUs shared out, at most 4 in all; 0 for datasets fetched by the batch."""
+    """Loader processes per rank. auto: an equal share of the CPUs, at most 4 in all; 0 for datasets with `batch`."""
 
     # How long
     epochs: int = 1
     """Passes over the training data. Ignored when max_steps is given."""
     max_steps: int | None = None
-    """Optimizer steps to take in all, whatever that is in epochs."""
+    """Optimizer steps in all, in place of epochs."""
     time_limit: str | None = None
-    """Stop in good order after this long ("11h30m"): save, write result.json with finished: false, return."""
+    """Stop after this long ("11h30m"): save, write result.json with finished: false, return."""
 
     # The optimizer
     lr: float = 1e-3
@@ -134,36 +132,36 @@ class TrainConfig:
     schedule_power: float = 2.0
     """Exponent of polynomial."""
     min_lr: float = 0.0
-    """Where the schedule ends."""
+    """Final learning rate of the schedule."""
     find_unused_parameters: bool = False
-    """Under ddp, allow for parameters that a step does not use (conditional branches); costs time in each step."""
+    """Under ddp, allow parameters unused in a step (conditional branches), at the cost of time in each step."""
     max_norm: float | None = 1.0
     """Clip the norm of the whole gradient to this. None: do not clip."""
     ema_decay: float | None = None
     """Average the weights with this decay; evaluation and the final weights then use the average."""
 
-    # When to look and when to save
+    # Evaluation, logging and checkpoints
     eval_every: int | Literal["epoch", "end"] = "epoch"
-    """Evaluate every so many steps, after each epoch, or at the end only."""
+    """Evaluate after this many steps, after each epoch, or only at the end."""
     log_every: int = 10
     """Steps between records of loss, learning rate and throughput."""
     save_every: int | None = None
-    """Steps between checkpoints, beside those that save_interval_minutes asks for. None: by the clock alone."""
+    """Steps between checkpoints, besides those of save_interval_minutes. None: only save_interval_minutes."""
     save_interval_minutes: float = 30.0
     """Minutes between checkpoints."""
     checkpoint_format: Literal["full", "sharded"] = "full"
-    """sharded: under fsdp each rank writes its own part of a checkpoint, which spares rank 0 the room for all of it. A
-    run goes on from either, under any strategy. best/ and the final weights are one file in any case."""
+    """sharded: under fsdp each rank writes its own part of a checkpoint, so rank 0 needs less memory. A run can resume
+    from both formats under any strategy. best/ and the final weights are always one file."""
     keep_last: int = 4
     """Checkpoints to keep, newest first."""
     best_metric: str = "loss"
-    """The validation metric that decides which weights are kept in best/."""
+    """The validation metric by which the weights in best/ are selected."""
     best_mode: Literal["min", "max"] = "min"
     """Whether best_metric is better when smaller or larger."""
 
     # The run
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint of this run; never: start anew; or the path of a checkpoint."""
+    """auto: resume from the newest valid checkpoint of this run; never: start anew; or the path of a checkpoint."""
     output_dir: str = "run"
     """The run's folder: config, metrics, logs, checkpoints, weights, result."""
     seed: int = 1337
@@ -172,7 +170,7 @@ class TrainConfig:
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
-        # before __init__, whose "unexpected keyword argument" suggests nothing. Unpickling comes without names.
+        # before __init__, whose error for an unknown name has no suggestion; unpickling passes no names
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
             check_names(named, [parameter.name for parameter in accepted][1:], where=cls.__name__)
@@ -211,7 +209,7 @@ class TrainConfig:
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__}.time_limit: {error}") from None
         for name, value in vars(self).items():
-            # an empty path would be the current folder: a variable in a shell that was not set
+            # an empty path, as from an unset shell variable, would mean the current folder
             names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))
             if names and isinstance(value, str) and not value.strip():
                 raise ValueError(f"{type(self).__name__}.{name}: expected a name, got {value!r}")
@@ -221,7 +219,7 @@ class TrainConfig:
 
     @property
     def workers_wanted(self) -> int | None:
-        """Worker processes this config asks for on one machine; None: as many as there are GPUs."""
+        """The number of worker processes on one machine; None: one per GPU."""
         if self.strategy in ("single", "dp"):
             return 1
         return None if self.nproc == "auto" else int(self.nproc)
@@ -232,70 +230,62 @@ class TrainConfig:
         """Make a config from names and values.
 
         Raises:
-            TypeError: a name that no field has; the message suggests the nearest.
-            ValueError: a value that the field cannot take.
+            TypeError: a name is no field's; the message suggests the nearest field.
+            ValueError: a value is invalid for its field.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_names(values, known, where=cls.__name__)
+        check_names(values, [field.name for field in dataclasses.fields(cls)], where=cls.__name__)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back: lists for tuples."""
+        """Return plain values, as JSON would return them: lists for tuples."""
         return {name: fields.plain(value) for name, value in dataclasses.asdict(self).items()}
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, checked like a new one."""
+        """Return a checked copy with some fields changed."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a .yaml, .yml or .json file, and the files that it includes.
+        """Read a .yaml, .yml or .json file with its included files.
 
-        `include: base.yaml`, or a list of files, each relative to the file that names it: they are read first, in their
-        order, a later one overriding an earlier one, and the file's own values override them all.
+        `include: base.yaml`, or a list of files relative to the including file, is read first; later files override
+        earlier files, and the file's own values override all.
 
         Raises:
-            FileNotFoundError: no such file.
-            TypeError: a name that no field has.
-            ValueError: not a mapping of names to values, not readable as YAML/JSON, a value that a field cannot take,
-                or files that include each other.
+            FileNotFoundError: a file is missing.
+            TypeError: a name is no field's.
+            ValueError: a file is no mapping or not valid YAML/JSON, a value is invalid for its field, or files include
+                each other.
         """
         settings = _read_settings(Path(path), ())
         try:
             return cls.from_dict(settings)
-        except TypeError as error:  # whose settings these are
-            raise TypeError(f"{path}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # subclasses may take other arguments
+            raise kind(f"{path}: {error}") from None
 
     @classmethod
     def environment(cls, environ: Mapping[str, str] | None = None) -> dict[str, str]:
-        """What the variables KAGGLE_MGPU_<FIELD> (KAGGLE_MGPU_MAX_STEPS=100) set, by field: text, not checked yet.
+        """Return the texts of the variables KAGGLE_MGPU_<FIELD> (KAGGLE_MGPU_MAX_STEPS=100) by field, unchecked.
 
-        Only the command line asks: in a notebook the parameters are what its cell says.
+        Only the command line uses these variables, not notebooks.
 
         Raises:
-            TypeError: a variable that names no field and is none of the kit's own; the message suggests the nearest.
+            TypeError: a variable matches no field and is not in `OF_THE_KIT`; the message suggests the nearest field.
         """
         variables = os.environ if environ is None else environ
         known = {_PREFIX + field.name.upper(): field.name for field in dataclasses.fields(cls)}
-        given = {
-            name: value for name, value in variables.items() if name.startswith(_PREFIX) and name not in OF_THE_KIT
-        }
-        for name in given:
-            if name not in known:
-                # without what all of them begin with, by which any two are alike
-                near = nearest(name.removeprefix(_PREFIX), [other.removeprefix(_PREFIX) for other in known])
-                hint = (
-                    f"Did you mean {either(_PREFIX + other for other in near)}?"
-                    if near
-                    else "Unset it, or correct its name."
-                )
-                raise TypeError(f"environment variable {name}: {cls.__name__} has no such field. {hint}")
-        return {known[name]: value for name, value in given.items()}
+        given = [name for name in variables if name.startswith(_PREFIX) and name not in OF_THE_KIT]
+        if unknown := next((name for name in given if name not in known), None):
+            # compared without the prefix, which makes any two names similar
+            near = nearest(unknown.removeprefix(_PREFIX), [name.removeprefix(_PREFIX) for name in known])
+            meant = either(_PREFIX + name for name in near) if near else ""
+            hint = f"Did you mean {meant}?" if near else "Unset it, or correct its name."
+            raise TypeError(f"environment variable {unknown}: {cls.__name__} has no such field. {hint}")
+        return {known[name]: variables[name] for name in given}
 
     def diff(self, other: TrainConfig | Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields whose values differ, as {name: (mine, the other's)}; a field one side lacks counts as None there."""
+        """Return {name: (own value, other value)} for all different fields; a missing field counts as None."""
         mine = self.to_dict()
         theirs = other.to_dict() if isinstance(other, TrainConfig) else {n: fields.plain(v) for n, v in other.items()}
         names = [*mine, *(name for name in theirs if name not in mine)]
@@ -304,7 +294,7 @@ class TrainConfig:
     # The command line
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """One flag per field: `--global-batch-size 64`, `--compile` / `--no-compile`."""
+        """Add a flag per field: `--global-batch-size 64`, `--compile` / `--no-compile`."""
         help_texts, annotations = fields.docstrings(cls), fields.types_of(cls)
         for field in dataclasses.fields(cls):
             annotation, text = annotations[field.name], help_texts.get(field.name, "")
@@ -319,7 +309,7 @@ class TrainConfig:
 
     @classmethod
     def from_arguments(cls, namespace: argparse.Namespace, base: TrainConfig | Mapping[str, Any] | None = None) -> Self:
-        """The config that the flags in `namespace` make, over `base` or the defaults."""
+        """Make a config from the flags in `namespace`, over `base` or the defaults."""
         known = {field.name for field in dataclasses.fields(cls)}
         given = {name: value for name, value in vars(namespace).items() if name in known}
         under = base.to_dict() if isinstance(base, TrainConfig) else dict(base or {})
@@ -327,14 +317,14 @@ class TrainConfig:
 
 
 MOST_DATA_WORKERS = 256
-"""Per rank. A slip of a few digits would otherwise start processes until the machine has no memory left."""
+"""Limit per rank, so that a typing error does not exhaust the machine's memory."""
 _PREFIX = "KAGGLE_MGPU_"
 OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
-"""Variables that set no field: where Kaggle's folders are, what is displayed and how, what env.fix() does."""
+"""Variables of the kit that set no field."""
 
 
 def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    """The values in a file over those in the files that it includes."""
+    """Return the values in a file, merged over the values in its included files."""
     if not path.is_file():
         by = f", included by {including[-1]}" if including else ""
         raise FileNotFoundError(f"config file not found: {path.resolve()}{by}")
@@ -346,7 +336,7 @@ def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text, object_pairs_hook=_each_once) if kind == "JSON" else _from_yaml(text)
-    except Exception as error:  # YAML has errors of its own, and passes on ValueErrors of the values it makes
+    except Exception as error:  # YAML raises its own errors and ValueErrors
         raise ValueError(f"{path}: not valid {kind}: {error}") from None
     if not isinstance(values, Mapping):
         raise ValueError(f"{path}: expected a mapping of names to values, got {type(values).__name__}")
@@ -371,7 +361,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of a name that stands there twice, both formats' readers keep the last value, and say nothing."""
+    """Return the pairs as a dict; raise ValueError for a repeated name, which JSON and YAML readers accept."""
     counts = collections.Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{twice[0]!r} is set {counts[twice[0]]} times")

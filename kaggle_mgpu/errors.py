@@ -1,4 +1,4 @@
-"""Exception classes shared by several packages. This module imports nothing."""
+"""This module defines exception classes shared by several packages."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ class DivergedError(FloatingPointError):
 
 
 class WorkerError(RuntimeError):
-    """A worker's failure that is no exception that could be raised here."""
+    """A worker failed without an exception to raise in this process."""
 
 
 class WorkerDiedError(WorkerError):
-    """A worker was killed, crashed or left without a value; the message says how, and ends with its last lines."""
+    """A worker was killed, crashed or ended without a result; the message ends with its last output lines."""
 
 
 class HangError(WorkerError):
-    """No rank got on for too long; the message says which is behind, and carries the Python stack of each."""
+    """No rank made progress for too long; the message names the rank behind and has each rank's Python stack."""
 
 
 class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as concurrent.futures' is)
-    """The traceback of an exception as the worker saw it; the `__cause__` of the exception raised here.
+    """A worker's traceback, set as the `__cause__` of the exception raised in this process.
 
     Args:
         text: the traceback.
-        in_collective: the exception came out of torch.distributed.
+        in_collective: whether torch.distributed raised the exception.
     """
 
     def __init__(self, text: str, in_collective: bool = False) -> None:
@@ -40,12 +40,12 @@ class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as
 
 
 class DiskFullError(OSError):
-    """There is no room for a file; nothing of it is left."""
+    """The disk has no space for a file; the partial file was removed."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint cannot be used; the message gives the reason."""
 
 
 class LockedError(RuntimeError):
-    """Another run trains in the folder; the message says which."""
+    """Another run uses the same folder; the message names the run."""

@@ -1,9 +1,7 @@
-"""The fields of a dataclass: values read by the type that each is annotated with, and the text that explains each.
+"""This module converts values to the annotated types of dataclass fields, and reads the fields' docstrings.
 
-    parse("Config.epochs", int, "3")        # 3, as from papermill or a YAML file; "fast" is a ValueError
-    docstrings(TrainConfig)["epochs"]       # the string below the field
-
-For `config`; standard library only.
+parse("Config.epochs", int, "3")        # 3, as from papermill or a YAML file; "fast" raises ValueError
+docstrings(TrainConfig)["epochs"]       # the string below the field
 """
 
 from __future__ import annotations
@@ -21,20 +19,20 @@ from typing import Any, Literal
 
 
 def types_of(cls: type) -> dict[str, Any]:
-    """The type of each field, by its name."""
+    """Return the type of each field by name."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """The members of a union; of another type itself."""
+    """Return the members of a union, or [annotation] for any other type."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [choice for part in typing.get_args(annotation) for choice in _choices(part)]
     return [annotation]
 
 
 def describe(annotation: Any) -> str:
-    """A type as a user is told of it: int|none, auto|single|dp."""
+    """Return a type's description for users: int|none, auto|single|dp."""
     words = []
     for choice in _choices(annotation):
         if typing.get_origin(choice) is Literal:
@@ -45,13 +43,13 @@ def describe(annotation: Any) -> str:
 
 
 def parse(name: str, annotation: Any, value: Any) -> Any:
-    """The value as one of the annotation's types; strings are read as the first type that can.
+    """Convert a value to the first matching type of an annotation.
 
     Args:
-        name: whose value it is, for the message.
+        name: the setting's name, for the error message.
 
     Raises:
-        ValueError: it is of none of them.
+        ValueError: the value matches no type.
     """
     # "none" on a command line or in papermill means None wherever None is allowed
     if types.NoneType in _choices(annotation) and (
@@ -81,11 +79,11 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
             if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
                 return value.lower() in ("true", "yes", "1")
         elif choice is int:
-            # 1e3 from papermill is a float that means an int; 0.03 does not, and may fit a later choice
+            # 1e3 from papermill is a float and means an int; 0.03 may match a later type
             if not isinstance(value, bool) and isinstance(value, int | float | str):
                 try:
                     number = float(value)
-                    if number == int(number):
+                    if number == int(number):  # int(value) first: a float would round a long integer
                         return int(value) if isinstance(value, int) or not _has_point(value) else int(number)
                 except (ValueError, OverflowError):
                     pass
@@ -96,7 +94,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
                 except ValueError:
                     pass
         elif choice is str:
-            # papermill and YAML make a number of gpu_ids "0" and of time_limit "3600"
+            # papermill and YAML turn gpu_ids "0" and time_limit "3600" into numbers
             if isinstance(value, str | Path | int | float) and not isinstance(value, bool):
                 return str(value)
         elif isinstance(value, origin or choice):
@@ -105,7 +103,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Lists for tuples, as JSON gives them back."""
+    """Convert tuples to lists, as JSON does."""
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -114,7 +112,7 @@ def _has_point(value: float | str) -> bool:
 
 
 def docstrings(cls: type) -> dict[str, str]:
-    """The docstring under each field, for --help; a class whose source cannot be read has none."""
+    """Return the docstring under each field, for --help; {} for a class without readable source."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):

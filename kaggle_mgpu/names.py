@@ -1,4 +1,4 @@
-"""Names that a user gave, compared with the names there are: what a misspelt one may have meant."""
+"""This module checks names given by users and suggests the nearest known names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Raise TypeError for the first name that is not known, suggesting the nearest that is."""
+    """Raise TypeError for the first unknown name, with the nearest known names."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -16,7 +16,7 @@ def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> No
             raise TypeError(f"{where} has no parameter {name!r}.{hint}")
 
 
-# By the names that transformers' TrainingArguments, Lightning's Trainer and people's own loops have for them
+# Corresponding names in transformers' TrainingArguments, Lightning's Trainer and other training loops
 _ELSEWHERE = {
     other: name
     for name, others in {
@@ -43,8 +43,7 @@ _ELSEWHERE = {
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known names that may be meant: what other libraries' name stands for, one that differs by a slip, or those of
-    which it is a part (batch_size)."""
+    """Return likely known names: another library's equivalent, a near spelling, or names containing `name`."""
     meant = _ELSEWHERE.get(name.lower().replace("-", "_"))
     if same := [other for other in known if other.lower().replace("-", "_") == meant]:
         return same

@@ -1,4 +1,4 @@
-"""What a notebook's parameters cells define."""
+"""This module reads the values defined in a notebook's parameters cells."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 
 def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """What a notebook's parameters cell defines, and the cell that papermill puts after it, by IPython's history `In`.
+    """Return the values defined in a notebook's parameters cell and in papermill's cell after it.
 
-    Both begin with "# Parameters", the notebook's own with "# Parameters of this notebook". Only what they assign
-    counts, so the cell can be edited and run again when the notebook is full of other names. What they import, define
-    with def or class, or use inside a comprehension is no parameter. Give the result to
-    `Config.from_dict`: a misspelt name is an error there, while papermill only warns of it in its log.
+    The notebook's cell begins with "# Parameters of this notebook", papermill's with "# Parameters"; both are in
+    IPython's history `In`. Only assigned names count, not imports, functions and classes. Pass the result to
+    `Config.from_dict`, which raises an error for a misspelt name.
 
     Raises:
-        RuntimeError: no such cell was run.
+        RuntimeError: no parameters cell was run.
     """
     names: list[str] | None = None
     for cell in namespace["In"][:-1]:
         if cell.startswith("# Parameters of this notebook"):
-            names = []  # edited and run again: the newest counts
+            names = []  # the newest run counts
         if names is not None and cell.startswith("# Parameters"):
             symbols = symtable.symtable(cell, "<parameters>", "exec").get_symbols()
             names += [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()]

@@ -1,4 +1,4 @@
-"""Which samples make a step, and getting them there.
+"""The data package selects the samples of each step and loads them as batches.
 
 The package knows no model, strategy or config. Start reading at `BatchPlan` in batch_plan.py, then `Order`,
 `Sampler` and `Batches` in loading.py; randomness.py derives random numbers from (seed, epoch, sample).

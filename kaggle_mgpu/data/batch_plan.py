@@ -1,4 +1,4 @@
-"""The arithmetic of a run: how a global batch is split over GPUs and micro-batches, and how many steps that makes."""
+"""This module splits a global batch over GPUs and micro-batches and counts a run's steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The arithmetic of a run, checked once: global = micro x replicas x accumulation, and the steps that makes."""
+    """A BatchPlan holds a run's batch sizes, with global = micro x replicas x accumulation, and its number of steps."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -32,81 +32,75 @@ class BatchPlan:
         epochs: int = 1,
         max_steps: int | None = None,
     ) -> Self:
-        """Fill in what was not given, and check what was.
+        """Derive the missing batch sizes and check the given sizes.
 
         Raises:
-            ValueError: an empty dataset; three numbers that do not multiply; a batch that the replicas cannot share.
+            ValueError: the dataset is empty, the sizes do not multiply, or the replicas cannot share the batch.
         """
         if dataset_size < 1:
             raise ValueError("the training data is empty: train_data() has length 0. Check the path it reads from.")
-        whole, micro, accumulation = global_batch_size, micro_batch_size, gradient_accumulation_steps
-        if whole is None and (micro is None or accumulation is None):
-            if micro is None:
-                whole = DEFAULT_GLOBAL_BATCH_SIZE
-            else:
-                accumulation = 1
-        if whole is None:
-            assert micro is not None and accumulation is not None
-            whole = micro * num_replicas * accumulation
+        batch, micro, accumulation = global_batch_size, micro_batch_size, gradient_accumulation_steps
+        if batch is None:
+            batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
         if micro is not None and accumulation is not None:
-            if micro * num_replicas * accumulation != whole:
+            if micro * num_replicas * accumulation != batch:
                 raise ValueError(
                     f"the batch sizes do not multiply: micro_batch_size {micro} x {replicas} x "
                     f"gradient_accumulation_steps {accumulation} = {micro * num_replicas * accumulation}, but "
-                    f"global_batch_size is {whole}. Leave one of the three out and it follows from the others."
+                    f"global_batch_size is {batch}. Leave one of the three out and it follows from the others."
                 )
         elif micro is not None:
-            if micro > whole:
+            if micro > batch:
                 raise ValueError(
-                    f"micro_batch_size {micro} is larger than global_batch_size {whole}. Expected at most "
-                    f"{max(1, whole // num_replicas)} for {replicas}; lower it, or raise global_batch_size."
+                    f"micro_batch_size {micro} is larger than global_batch_size {batch}. Expected at most "
+                    f"{max(1, batch // num_replicas)} for {replicas}; lower it, or raise global_batch_size."
                 )
-            if whole % (micro * num_replicas):
-                near = _nearest(whole, micro * num_replicas)
+            if batch % (micro * num_replicas):
+                near = _nearest(batch, micro * num_replicas)
                 raise ValueError(
-                    f"global_batch_size {whole} cannot be made of micro_batch_size {micro} x {replicas} = "
+                    f"global_batch_size {batch} cannot be made of micro_batch_size {micro} x {replicas} = "
                     f"{micro * num_replicas} samples at a time. Choose global_batch_size {near}, or another "
                     f"micro_batch_size."
                 )
-            accumulation = whole // (micro * num_replicas)
+            accumulation = batch // (micro * num_replicas)
         else:
             accumulation = accumulation or 1
-            if whole % (num_replicas * accumulation):
-                near = _nearest(whole, num_replicas * accumulation)
+            if batch % (num_replicas * accumulation):
+                near = _nearest(batch, num_replicas * accumulation)
                 raise ValueError(
-                    f"global_batch_size {whole} cannot be shared by {replicas} x gradient_accumulation_steps "
+                    f"global_batch_size {batch} cannot be shared by {replicas} x gradient_accumulation_steps "
                     f"{accumulation}: it is not a multiple of {num_replicas * accumulation}. Choose global_batch_size "
                     f"{near}, or another number of GPUs."
                 )
-            micro = whole // (num_replicas * accumulation)
-        steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / whole)
-        return cls(whole, micro, num_replicas, accumulation, dataset_size, steps)
+            micro = batch // (num_replicas * accumulation)
+        steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / batch)
+        return cls(batch, micro, num_replicas, accumulation, dataset_size, steps)
 
     def with_micro_batch_size(self, at_most: int) -> Self:
-        """The same global batch in micro-batches of at most so many samples: the largest that divides a replica's."""
+        """Return a plan for the same global batch with the largest possible micro-batches up to `at_most`."""
         share = self.global_batch_size // self.num_replicas
         micro = max((size for size in self.micro_batch_sizes if size <= at_most), default=1)
         return replace(self, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
 
     @property
     def micro_batch_sizes(self) -> list[int]:
-        """Those that divide a replica's share of the global batch, smallest first."""
+        """The possible micro-batch sizes: divisors of a replica's share of the global batch, smallest first."""
         share = self.global_batch_size // self.num_replicas
         return [size for size in range(1, share + 1) if share % size == 0]
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per pass over the data; the last one takes what is left."""
+        """The number of optimizer steps per epoch; the last step takes the remaining samples."""
         return math.ceil(self.dataset_size / self.global_batch_size)
 
     def scaled_lr(self, lr: float, lr_scaling: str, base_batch_size: int) -> float:
-        """The learning rate for this global batch: linear (Goyal et al. 2017) or square root (Krizhevsky 2014)."""
+        """Scale the learning rate for this global batch: linear (Goyal et al. 2017) or sqrt (Krizhevsky 2014)."""
         ratio = self.global_batch_size / base_batch_size
         return lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[lr_scaling]
 
     def sentence(self, unit: str = "GPU") -> str:
-        """The plan in words; `unit` is what one replica runs on."""
+        """Describe the plan in a sentence; `unit` names the device of one replica."""
         return (
             f"global batch {self.global_batch_size} = {self.micro_batch_size} per {unit} x "
             f"{counted(self.num_replicas, unit)} x "

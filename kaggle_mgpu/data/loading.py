@@ -1,9 +1,9 @@
-"""Which samples make up which step, on which rank, and getting them there.
+"""This module assigns samples to steps and ranks, and loads their batches.
 
-The order of samples is a function of (seed, epoch) alone. A step takes the next `global_batch_size` samples of that
-order, whoever computes them: each rank takes its share of that slice and cuts it into micro-batches. So one GPU and
-four see the same samples at the same step, and the position in the data is one number, `samples_seen`. What is random
-about a sample (augmentation) is a function of (seed, epoch, sample), whichever process fetches it.
+The order of samples depends on (seed, epoch) alone. A step takes the next `global_batch_size` samples in this order;
+each rank takes its share of the slice and cuts it into micro-batches. One GPU and four GPUs therefore see the same
+samples at the same step, and `samples_seen` is the whole position in the data. Random augmentation of a sample depends
+on (seed, epoch, sample), not on the process that fetches it.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from .batch_plan import BatchPlan
 
 
 class Order:
-    """A pseudo-random permutation of range(size) that costs nothing to make and nothing to start in the middle.
+    """An Order is a pseudo-random permutation of range(size), evaluated only at the requested positions.
 
-    A Feistel network is a bijection of 2^k numbers for any round function; walking its cycle until it lands below size
-    makes it a bijection of range(size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). No array of
-    the dataset's length is ever made, and the order does not depend on any library's random generator.
+    A Feistel network is a bijection of 2^k numbers for any round function; repeating the network until the number is
+    below size makes a bijection of range(size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The
+    order does not depend on any library's random generator.
     """
 
     ROUNDS = 8
 
     def __init__(self, size: int, seed: int, epoch: int) -> None:
         self.size = size
-        # at least 8 bits: halves of one or two bits would permute tiny datasets in only a few ways
+        # at least 8 bits, since shorter halves would allow only few permutations of tiny datasets
         self.half_bits = max(4, math.ceil((size - 1).bit_length() / 2))
         self.mask = np.uint64((1 << self.half_bits) - 1)
         state = _mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch)
         self.keys = _mix(state + np.arange(1, self.ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-        # a handful of samples among 256 numbers means long walks, each epoch: there a table makes them 15 times as fast
+        # tiny datasets need many repetitions among 256 numbers: a table makes them 15 times as fast
         self.table: np.ndarray | None = None
         if self.half_bits == 4:
             self.table = self._permute(np.arange(256, dtype=np.uint64))
 
     def __getitem__(self, positions: slice) -> np.ndarray:
-        """The samples at these positions, as int64[number of positions]."""
+        """Return the samples at these positions, as int64[number of positions]."""
         values = self._permute(np.arange(*positions.indices(self.size)).astype(np.uint64))
         while (outside := values >= self.size).any():
             values[outside] = self._permute(values[outside])
@@ -63,28 +63,29 @@ class Order:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    """Hash each value with splitmix64's finaliser (Steele, Lea and Flood 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-class Share(NamedTuple):  # one is made every step: a frozen dataclass takes five times as long
-    """One rank's part of one global batch: the indices of each micro-batch, and what the whole batch holds."""
+class Share(NamedTuple):  # made every step; a frozen dataclass takes five times as long
+    """A Share is one rank's part of one global batch: the sample indices of each micro-batch."""
 
     micro_batches: list[np.ndarray]
     real: list[bool]
-    """False where a rank has no sample left while another still has: it then computes any one sample with weight 0,
-    since every rank must take part in every gradient all-reduce."""
+    """False for a stand-in: a rank without samples for a micro-step computes any sample with weight 0, since all ranks
+    must take part in every gradient all-reduce."""
     samples: int
+    """Samples in the global batch, over all ranks."""
     epoch: int = 0
 
 
 class Sampler:
-    """This rank's shares of the global batches, one a step, from any `samples_seen` on, without end.
+    """A Sampler yields this rank's Share of each global batch, endlessly, from `samples_seen` on.
 
-    Where samples have lengths, those of a global batch that are about as long share a micro-batch, longest first, and
-    each rank gets as much of every length: less padding, and the global batch stays what it is.
+    If samples have lengths, samples of similar length within a global batch share a micro-batch, longest first, and
+    all ranks get similar lengths. This saves padding; the global batch is unchanged.
     """
 
     def __init__(
@@ -100,10 +101,10 @@ class Sampler:
         self.lengths: np.ndarray | None = None
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        # under dp one process feeds all its replicas
+        # under dp, one process loads the batches of all replicas
         self.micro = plan.micro_batch_size * (plan.num_replicas // self.world_size)
 
-    # The permutation is evaluated for this many positions at a time: one by one, NumPy's call overhead would show.
+    # Number of positions per evaluation of the permutation, to spread NumPy's call overhead.
     BLOCK = 1 << 15
 
     def __iter__(self) -> Iterator[Share]:
@@ -132,19 +133,19 @@ class Sampler:
 
 @dataclass
 class Step:
-    """What a rank computes in one optimizer step."""
+    """A Step holds one rank's micro-batches for one optimizer step."""
 
     micro_batches: list[Any]
     weights: list[float]
-    """1.0, or 0.0 where the micro-batch stands in for none (see `Share.real`)."""
+    """1.0, or 0.0 for a stand-in micro-batch (see `Share.real`)."""
     samples: int
-    """In the whole global batch, over all ranks."""
+    """Samples in the global batch, over all ranks."""
     terms: Callable[[], int]
-    """How many terms the loss of the whole global batch has; asking waits until all ranks have counted theirs."""
+    """Returns the number of loss terms in the global batch, after waiting for the counts of all ranks."""
 
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
-    """len(dataset), or a TypeError that says what is needed."""
+    """Return len(dataset); raise TypeError for a dataset without length or indexing."""
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         lacks = "is a loader" if isinstance(dataset, DataLoader) else "has no length or no __getitem__"
         raise TypeError(
@@ -155,17 +156,17 @@ def size_of(dataset: Dataset[Any], what: str) -> int:
 
 
 class Fetch(Dataset[Any]):
-    """Samples by index, as one batch: the dataset's own `batch(indices)` where it has one, else items collated.
+    """Fetch makes a batch from sample indices, by the dataset's own `batch(indices)` or by collating items.
 
-    The global random generators are seeded for each sample, and once more for a collate of the task's own: for its
-    first sample. Where a dataset makes several samples at a time (`batch`, `__getitems__`) they are seeded for the
-    first of them, so what it draws repeats as long as the batches are split alike.
+    The global random generators are seeded for each sample, and before a custom collate again for the first sample. If
+    a dataset makes several samples at a time (`batch`, `__getitems__`), they are seeded for the first sample, so random
+    values repeat only if batches are split in the same way.
 
-    A dataset of samples that are padded may have `sample_lengths`, a number for each: see `Sampler`.
+    A dataset may have `sample_lengths`, a number for each sample: see `Sampler`.
 
     Args:
-        seed: the run's.
-        purpose: keeps the chance of training and evaluation apart.
+        seed: the run's seed.
+        purpose: a name that gives training and evaluation different random numbers.
     """
 
     def __init__(
@@ -185,25 +186,25 @@ class Fetch(Dataset[Any]):
                 f"shape {self.lengths.shape}"
             )
         self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
-        self.whole: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
+        self.get_batch: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
         self.draws = True
-        if self.whole is None and type(dataset) is TensorDataset and collate is default_collate:
-            # what collating its rows one by one would give, 30 times as fast; rows are lists there, so is this
-            self.whole = lambda indices: [tensor[indices] for tensor in dataset.tensors]
+        if self.get_batch is None and type(dataset) is TensorDataset and collate is default_collate:
+            # the same result as collating rows one by one, a list, 30 times as fast
+            self.get_batch = lambda indices: [tensor[indices] for tensor in dataset.tensors]
             self.draws = False
-        self.several: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
+        self.get_items: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
         if type(dataset) is Subset and not hasattr(dataset.dataset, "__getitems__"):
-            self.several = None  # it would fetch them one by one itself, unseeded
+            self.get_items = None  # Subset would fetch samples one by one, unseeded
 
     def __getitem__(self, part: np.ndarray | tuple[int, np.ndarray]) -> Any:
-        """The batch of some samples of an epoch: (epoch, indices), or indices for epoch 0."""
+        """Return the batch for (epoch, indices), or for indices in epoch 0."""
         epoch, indices = part if isinstance(part, tuple) else (0, part)
-        if self.draws and (self.whole or self.several):
+        if self.draws and (self.get_batch or self.get_items):
             randomness.seed_for(self.keys[0], epoch, int(indices[0]))
-        if self.whole is not None:
-            return self.whole(torch.from_numpy(np.ascontiguousarray(indices)))
+        if self.get_batch is not None:
+            return self.get_batch(torch.from_numpy(np.ascontiguousarray(indices)))
         rows = indices.tolist()
-        samples = self.several(rows) if self.several else [self._sample(epoch, row) for row in rows]
+        samples = self.get_items(rows) if self.get_items else [self._sample(epoch, row) for row in rows]
         if self.collate is not default_collate:
             randomness.seed_for(self.keys[1], epoch, rows[0])
         return self.collate(samples)
@@ -214,22 +215,22 @@ class Fetch(Dataset[Any]):
 
 
 def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
-    """Loader processes for one rank. Where a batch is one indexing operation, a process costs more than it saves."""
+    """Return the number of loader processes per rank; "auto" is 0 for datasets with fast indexing by batch."""
     if wanted != "auto":
         return wanted
-    return 0 if fetch.whole is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
+    return 0 if fetch.get_batch is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
 
 
 LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-"""Characters: what Linux allows a socket's path, less what multiprocessing appends."""
+"""Limit in characters: Linux's limit for a socket's path, less the part that multiprocessing appends."""
 
 
 def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
-    """Batches for an iterable of what `Fetch` takes, in its order, fetched here or by `workers` loader processes."""
+    """Yield the batch for each of the `index_batches`, in order, fetched here or by `workers` loader processes."""
     if workers == 0 and not pin_memory:
         return (fetch[indices] for indices in index_batches)
     if workers > 0 and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
-        # a loader process would say so in its log alone, and training would wait for its batch for good
+        # a loader process would only log this error, and training would wait for ever
         raise ValueError(
             f"the path of the temporary folder, {tempfile.gettempdir()}, has {len(tempfile.gettempdir())} characters: "
             f"loader processes make sockets in it, whose paths may have 107, so expected at most {LONGEST_TMPDIR}. Set "
@@ -241,15 +242,15 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) ->
         sampler=cast(Any, index_batches),
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else making an iterator draws from the global one
+        generator=torch.Generator(),  # otherwise iter() draws from the global generator
     )
     return iter(loader)
 
 
 class Batches:
-    """Endless `Step`s for training, from the sampler's position on.
+    """Batches yields endless `Step`s for training, from the sampler's position on.
 
-    `count` is the number of loss terms in a batch; None where each sample is one term, which needs no collective.
+    `count` returns the number of loss terms in a batch; None if each sample is one term, which saves a collective.
     """
 
     def __init__(
@@ -264,7 +265,7 @@ class Batches:
         self.count, self.fetch = count, fetch
         sampler.lengths = fetch.lengths
         self.shares = iter(sampler)
-        self.loaded: Iterator[Any] | None = None  # fetched here
+        self.loaded: Iterator[Any] | None = None  # None: fetched in this process
         if workers or pin_memory:
             self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
 
@@ -281,14 +282,14 @@ class Batches:
         if self.count is None:
             terms: Callable[[], int] = lambda: share.samples  # noqa: E731
         else:
-            # counted before the copy to the device, so that no count ever waits for the GPU
+            # counted on the CPU, so that no count waits for the GPU
             mine = sum(int(self.count(batch)) for batch, real in zip(batches, share.real, strict=True) if real)
             terms = distributed.sum_later(mine)
         return Step(batches, [float(real) for real in share.real], share.samples, terms)
 
 
 class _Parts:
-    """The sampler's epochs and index arrays, one after the other, for the loader."""
+    """_Parts yields (epoch, indices) of each micro-batch for the loader."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
@@ -306,7 +307,7 @@ def evaluation_batches(
     pin_memory: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[Any]:
-    """This rank's batches of a dataset seen once in order: over all ranks each sample exactly once, none padded."""
+    """Yield this rank's batches of one pass over a dataset; over all ranks each sample is used exactly once."""
     ranks, rank = distributed.world_size(), distributed.rank()
     starts: Sequence[int] = range(rank * batch_size, size, ranks * batch_size)
     indices = [np.arange(start, min(start + batch_size, size)) for start in starts]
@@ -315,7 +316,7 @@ def evaluation_batches(
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`; dicts, lists, tuples and objects with `.to` are followed."""
+    """Copy a batch's tensors to `device`, also inside dicts, lists, tuples and objects with `.to`."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
@@ -328,15 +329,15 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
-    """The same steps with their batches on `device`; on a GPU each is copied while the step before it computes."""
+    """Yield steps with their batches on `device`; a GPU copies the next batch while computing a step."""
     if device.type != "cuda":
         yield from steps
         return
     copying = torch.cuda.Stream(device)
 
     def start_copy(step: Step) -> Step:
-        # The memory that this may be given was a batch's before: wait until the steps queued so far have read theirs.
-        # The step that is about to be queued is not among them, so the copy and it overlap.
+        # The copy may reuse the memory of an earlier batch, so wait for the steps queued so far. The next step is not
+        # queued yet and overlaps with the copy.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             return Step([move(batch, device) for batch in step.micro_batches], step.weights, step.samples, step.terms)
@@ -349,10 +350,10 @@ def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
 
 
 def samples_in(batch: Any) -> int:
-    """Length of the first dimension of the first tensor in the batch.
+    """Return the length of the first dimension of the first tensor in the batch.
 
     Raises:
-        TypeError: there is no tensor in it.
+        TypeError: the batch has no tensor.
     """
     found = next(_tensors(batch), None)
     if found is None or found.ndim == 0:

@@ -1,9 +1,9 @@
-"""What must be true before anything else is imported: quiet logs, the allocator, a protobuf that works.
+"""The env package prepares a process for other imports: quiet logs, GPU memory allocator, a working protobuf.
 
 `fix()` is called in a notebook's first cell. The package uses the standard library and errors.py alone, and imports no
-other package of the kit, no torch and no protobuf. Start reading at `fix` in environment.py; protobuf_fix.py says
-which protobuf can work, import_hooks.py mends what is imported later, worker_server.py starts
-the server that `launch` has its workers from.
+other package of the kit, no torch and no protobuf. Start reading at `fix` in environment.py; protobuf_fix.py finds
+protobuf versions that conflict, import_hooks.py changes later imports, worker_server.py starts the server from which
+`launch` forks its workers.
 """
 
 from . import import_hooks, worker_server

@@ -1,4 +1,4 @@
-"""`python -m kaggle_mgpu.env` prints the report of `env.fix()`; see `main` in environment.py."""
+"""`python -m kaggle_mgpu.env` prints the report of `env.fix()`."""
 
 import sys
 

@@ -1,18 +1,18 @@
-"""What must be true before anything else is imported: quiet logs, the allocator, a protobuf that works.
+"""`fix` prepares a process for other imports: quiet logs, GPU memory allocator, a working protobuf.
 
-Use it in the first cell of a notebook, before torch, TensorFlow or transformers::
+Call `fix` in the first cell of a notebook, before torch, TensorFlow or transformers are imported::
 
     from kaggle_mgpu import env
-    env.fix()                 # one line of output where all is well
-    print(env.fix())          # what it found and did, and why
+    env.fix()                 # prints one line if everything can work
+    print(env.fix())          # prints every finding and change, with the reason
 
-or from a shell, which ends with exit code 1 where something cannot work::
+From a shell the exit code is 1 if an installed package cannot work::
 
     python -m kaggle_mgpu.env
     python -m kaggle_mgpu.env --protobuf pin
 
-Standard library only, imports nothing heavy, takes a few milliseconds, can be called any number of times, and never
-changes a variable that the user has set.
+The module uses the standard library only. `fix` takes a few milliseconds, may be called again at any time, and never
+changes an environment variable that the user has set.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Protobuf = Literal["auto", "shim", "pin", "off"]
 NVIDIA_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia")
 IMPLEMENTATION = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
-_set_here: dict[str, str] = {}  # what fix() has set in this process: fix(quiet=False) takes its part back
+_set_here: dict[str, str] = {}  # variables set by fix() in this process; fix(quiet=False) unsets the log level
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing looked at: its name, its value now ("" if none), what was done about it, and why."""
+    """An Item is one setting or package: its name, current value ("" if none), the action taken, and the reason."""
 
     name: str
     value: str
@@ -52,45 +52,42 @@ class Item:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`fix` found and did, in order."""
+    """A Report lists the findings and changes of :func:`fix`, in order."""
 
     items: tuple[Item, ...]
     _cell: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def changed(self) -> tuple[Item, ...]:
-        """The items that this call changed, refused or came too late for, and those that cannot work."""
+        """The items with a change or a problem."""
         return tuple(item for item in self.items if item.action not in ("kept", "found"))
 
     @property
     def trouble(self) -> tuple[Item, ...]:
-        """The items that a user should know of."""
+        """The items with a problem: refused, too late, left by a dead process, or broken."""
         return tuple(item for item in self.items if item.action in ("refused", "too late", "left", "broken"))
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was asked for could be done, and everything installed can work."""
-        return not self._failed
-
-    @property
-    def _failed(self) -> list[str]:
-        return list(dict.fromkeys(item.name for item in self.items if item.action in ("refused", "broken")))
+        """True if no item was refused or is broken."""
+        return not any(item.action in ("refused", "broken") for item in self.items)
 
     @property
     def summary(self) -> str:
-        """One line: ``environment ready (protobuf 6.33.6, tensorflow 2.19.0): 4 set, 1 shimmed, 1 filtered``."""
+        """The line ``environment ready (protobuf 6.33.6, tensorflow 2.19.0): 4 set, 1 shimmed, 1 filtered``."""
         actions = [item.action for item in self.changed]
         counts = [f"{actions.count(action)} {action}" for action in dict.fromkeys(actions)]
         versions = [f"{item.name} {item.value}" for item in self.items if item.action == "found"]
         what = f" ({', '.join(versions)})" if versions else ""
-        state = "ready" if self.ok else f"ready except for {', '.join(self._failed)}"
+        failed = dict.fromkeys(item.name for item in self.items if item.action in ("refused", "broken"))
+        state = f"ready except for {', '.join(failed)}" if failed else "ready"
         return f"environment {state}{what}: {', '.join(counts) or 'nothing to change'}"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *_table(self.items)])
 
     def _ipython_display_(self) -> None:
-        """A cell that ends with ``env.fix()`` has its one line already; any other that ends with a report shows it."""
+        """Show the report in a notebook, except in the cell in which ``fix`` has already printed its summary."""
         if self._cell is None or self._cell != _cell():
             print(self)
 
@@ -107,31 +104,31 @@ def fix(
     verbose: bool = True,
     start_workers: bool | None = None,
 ) -> Report:
-    """Prepare this process, and every process started from it, for a quiet and correct import of the rest.
+    """Prepare this process and its children for quiet and correct imports of torch, TensorFlow and transformers.
 
-    Call it before torch, TensorFlow and transformers are imported. Called later it does what still
-    helps (processes started afterwards inherit the variables) and marks the rest "too late".
+    Call `fix` before these packages are imported. A later call does what still helps (new processes inherit the
+    variables) and marks the rest "too late".
 
     Args:
         protobuf: ``"auto"`` installs nothing: TensorFlow up to 2.19 gets the method that newer protobufs lack, and
-            for pairs that cannot work the report names the command that mends them. ``"off"`` leaves protobuf alone;
-            that holds in workers and for later calls with ``"auto"``, until one says ``"shim"``, which is the same as
-            ``"auto"`` otherwise. ``"pin"`` installs protobuf==3.20.3 in a few seconds, unless that would break
-            something installed or protobuf is imported; then the report says so and the shim serves.
-        quiet: hide what TensorFlow writes about nothing at its import. False shows all, here and in workers.
-            Default: as an earlier call, or the process that started this one, decided; at first True.
-        verbose: print the summary line, and below it only what came too late, was refused or cannot work.
-        start_workers: let the processes behind ``launch`` import torch from now on, in the background. Default: in a
+            the report names the command that repairs incompatible versions. ``"off"`` leaves protobuf alone, also in
+            workers and in later calls with ``"auto"``, until a call with ``"shim"`` (otherwise the same as ``"auto"``).
+            ``"pin"`` installs protobuf==3.20.3 within a minute, unless an installed package would break or protobuf
+            is already imported; the report then gives the reason, and the shim is used.
+        quiet: hide TensorFlow's known, meaningless lines at its import; False shows all lines, here and in workers.
+            Default: the value of an earlier call or of the parent process, else True.
+        verbose: print the summary line, and below it the items with a problem.
+        start_workers: start the server behind ``launch``, which imports torch in the background. Default: True in a
             notebook with more than one GPU.
 
     Raises:
-        ValueError: ``protobuf`` is none of the four.
+        ValueError: ``protobuf`` has another value.
     """
     if protobuf not in get_args(Protobuf):
         raise ValueError(f"protobuf={protobuf!r}: expected 'auto', 'shim', 'pin' or 'off'")
     off, quiet = _decide(protobuf, quiet)
     before = import_hooks.installed()
-    pinned = [_pin()] if protobuf == "pin" else []  # first: it may change what is found
+    pinned = [_pin()] if protobuf == "pin" else []  # first, since the installed version may change
     items = _found()
     items += _fix_variables(quiet)
     import_hooks.install(shim=not off, quiet=quiet, stub=os.environ["USE_TF"].upper() not in ("1", "ON", "YES", "TRUE"))
@@ -152,7 +149,7 @@ def fix(
 
 
 def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
-    """(leave protobuf alone, be quiet). Two variables carry the answers to workers and to later calls."""
+    """Return (leave protobuf alone, be quiet); two variables keep the decision for workers and later calls."""
     if protobuf != "auto":
         _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
     if quiet is not None:
@@ -169,7 +166,7 @@ def _set_or_unset(name: str, value: str | None) -> None:
 
 @contextlib.contextmanager
 def variables(changed: Mapping[str, str]) -> Iterator[None]:
-    """Within it these environment variables have these values; afterwards what they had before, or none."""
+    """Set environment variables for the duration of a `with` block, then restore the former values."""
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:
@@ -180,7 +177,7 @@ def variables(changed: Mapping[str, str]) -> Iterator[None]:
 
 
 def _cell() -> int | None:
-    """The number of the notebook cell that runs; None outside a notebook. IPython is never imported for it."""
+    """Return the number of the running notebook cell; None outside a notebook. IPython is never imported."""
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return getattr(get_ipython() if get_ipython else None, "execution_count", None)
 
@@ -189,7 +186,7 @@ def _cell() -> int | None:
 
 
 def nvidia_present() -> bool:
-    """Whether this machine has an NVIDIA driver loaded; asks the file system only."""
+    """Return whether an NVIDIA driver is loaded, judged by the file system alone."""
     return any(os.path.exists(path) for path in NVIDIA_PATHS)
 
 
@@ -214,7 +211,7 @@ def _fix_variables(quiet: bool) -> list[Item]:
 
 
 def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:
-    """Set one variable unless it is there already; ``reader`` is the package that reads it at its import."""
+    """Set a variable unless the user has; the package ``reader`` reads the variable when imported."""
     present = os.environ.get(name)
     if present is not None:
         return Item(name, present, "kept", "set already")
@@ -226,7 +223,7 @@ def _default(name: str, value: str, why: str, reader: str | None = None) -> Item
 
 def _fix_allocator() -> Item:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if name in os.environ:  # either is read, so a second one could contradict the user's
+        if name in os.environ:  # torch reads both names, so setting the second could contradict the user's value
             return _default(name, "", "")
     # torch 2.9's CUDA allocator reads the old name only, although it warns that it is deprecated;
     # from 2.10 on it reads both (c10/cuda/CUDAAllocatorConfig.h of 2.9.0, 2.9.1, 2.10.0, 2.11.0, 2.15.0).
@@ -236,21 +233,21 @@ def _fix_allocator() -> Item:
 
 
 def _torch_version() -> tuple[int, int]:
-    """(major, minor) of the installed torch, read from its file so that torch is not imported."""
+    """Return (major, minor) of the installed torch, read from its file without importing torch."""
     spec = PathFinder.find_spec("torch")
     try:
         text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
     except OSError:
         text = ""
     found = re.search(r"__version__\s*=\s*['\"](\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (99, 0)  # not there (yet): what comes will be new
+    return (int(found[1]), int(found[2])) if found else (99, 0)  # not installed (yet): assume a new version
 
 
 # --- protobuf and TensorFlow ------------------------------------------------------------------------
 
 
 def _found() -> list[Item]:
-    """The versions there are; and files that a process left which died at TensorFlow's import."""
+    """Report installed versions, and log files of processes killed while importing TensorFlow."""
     items = []
     if protobuf := protobuf_fix.installed():
         items.append(Item("protobuf", protobuf_fix.text(protobuf), "found", "installed"))
@@ -263,7 +260,7 @@ def _found() -> list[Item]:
 
 
 def _tensorflow_version() -> str | None:
-    """From the name of its .dist-info folder: the package comes under several names."""
+    """Return the version in the name of the .dist-info folder, under any of TensorFlow's package names."""
     package = protobuf_fix.locate("tensorflow/__init__.py")
     if package is None:
         return None
@@ -317,7 +314,7 @@ def _fix_get_prototype(before: Any) -> Item:
 
 
 def _impossible() -> list[Item]:
-    """Packages that cannot load with the protobuf there is; the one command mends them all."""
+    """Report packages that cannot load with the installed protobuf; one command repairs all."""
     version = protobuf_fix.installed()
     loaded = getattr(sys.modules.get("google.protobuf"), "__version__", None)
     items: list[Item] = []
@@ -349,17 +346,14 @@ def _fix_lines(before: Any, quiet: bool) -> list[Item]:
     return [Item(name, "", "filtered", why)]
 
 
-# --- processors -------------------------------------------------------------------------------------
-
-
 # --- command line -----------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the report of :func:`fix` for a process like this one; 1 where something cannot work, else 0."""
+    """Print the report of :func:`fix`; the exit code is 1 if an item was refused or is broken, else 0."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="python -m kaggle_mgpu.env", description=(main.__doc__ or "").split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m kaggle_mgpu.env", description="Print the report of env.fix().")
     parser.add_argument("--protobuf", choices=get_args(Protobuf), default="auto", help="pin installs protobuf==3.20.3")
     report = fix(parser.parse_args(arguments).protobuf, verbose=False)
     print(report)

@@ -1,19 +1,16 @@
-"""What happens while three other packages are imported: protobuf, TensorFlow and TensorBoard.
+"""An import hook repairs protobuf, filters TensorFlow's log lines and keeps TensorBoard from importing TensorFlow.
 
-    install(shim=True, quiet=True, stub=True)   # what env.fix() does; another call changes what is given
+    install(shim=True, quiet=True, stub=True)   # as env.fix() does
 
-One entry in `sys.meta_path` waits for four names and lets the ordinary finders find them:
+One entry in `sys.meta_path` handles four module names; the ordinary finders still locate the modules:
 
-- `google.protobuf.message_factory` and `.symbol_database` get back the method `GetPrototype` once they have run, if
-  they lack it. protobuf 6.30.0 removed it; TensorFlow up to 2.19 calls it from C++ at import, and what fails there
-  becomes 1-6 error outputs in a kernel, which end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same
-  function under its new name.
-- `tensorflow` runs with file descriptor 2 in a temporary file. Its known lines about nothing are dropped, every other
-  line is written where it would have gone, and the file stays behind if the process dies.
-- `tensorboard.compat.notf` exists, empty, as long as TensorFlow is not imported. TensorBoard then writes its files by
-  itself; without that module it imports TensorFlow, where there is one, for seconds and hundreds of megabytes.
-
-Standard library only. Nothing is imported that would not have been, and no module is ever removed.
+- `google.protobuf.message_factory` and `.symbol_database` get back the method `GetPrototype`, removed in protobuf
+  6.30.0. TensorFlow up to 2.19 calls the method from C++ at import; without it a kernel shows 1-6 error outputs, which
+  end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same function under its new name.
+- `tensorflow` is imported with file descriptor 2 redirected to a temporary file. Known, meaningless lines are dropped,
+  all others are written to the original descriptor afterwards; the file remains if the process dies.
+- `tensorboard.compat.notf` exists, empty, as long as TensorFlow is not imported. Without this module TensorBoard
+  imports an installed TensorFlow, which takes seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -34,21 +31,20 @@ PROTOBUF_CLASSES = {
 NOTF = "tensorboard.compat.notf"
 SAVED_PREFIX = "kaggle_mgpu-tensorflow-"
 
-# From C++, where no variable reaches them (TensorFlow 2.17-2.21). Narrow on purpose: what is not known is shown.
+# Written by C++ code that obeys no variable (TensorFlow 2.17-2.21). Narrow on purpose: unknown lines are shown.
 _REGISTRATION = re.compile(
     rb"Unable to register cu(FFT|DNN|BLAS) factory: Attempting to register factory for plugin "
     rb"|computation placer already registered\. Please check linkage"
     rb"|^WARNING: All log messages before absl::InitializeLog\(\) is called are written to STDERR"
 )
-# What TF_CPP_MIN_LOG_LEVEL=1 hides up to 2.20; 2.21 writes these three whatever it says.
+# TF_CPP_MIN_LOG_LEVEL=1 hides these lines up to TensorFlow 2.20, but not in 2.21.
 _INFORMATION = re.compile(
     rb"^I0000 \S+ +\d+ (port|cpu_feature_guard|cudart_stub)\.cc:\d+\] |^To enable the following inst"
 )
 
 
 class Finder:
-    """The entry in `sys.meta_path`. Only its three switches are state: asking for a spec, which does not import, may
-    happen any number of times."""
+    """Finder is the entry in `sys.meta_path`; its three switches are its only state."""
 
     def __init__(self, shim: bool = False, quiet: bool = False, stub: bool = False) -> None:
         self.shim, self.quiet, self.stub = shim, quiet, stub
@@ -63,7 +59,7 @@ class Finder:
         return None
 
     def _wrapped(self, name: str, path: Any, target: Any, run: _Run) -> ModuleSpec | None:
-        # Only the finders *after* this one: two such hooks can then never call each other in a circle.
+        # Only finders after this entry are asked, so that two such hooks never call each other in a circle.
         position = sys.meta_path.index(self) + 1 if self in sys.meta_path else len(sys.meta_path)
         for finder in sys.meta_path[position:]:
             find = getattr(finder, "find_spec", None)
@@ -76,7 +72,7 @@ class Finder:
 
 
 def installed() -> Any | None:
-    """The entry that is there, be it from an earlier copy of this module; None if there is none."""
+    """Return the installed Finder, possibly of an earlier copy of this module, or None."""
     return next(filter(_is_ours, sys.meta_path), None)
 
 
@@ -85,7 +81,7 @@ def _is_ours(finder: Any) -> bool:
 
 
 def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | None = None) -> None:
-    """Put the entry first, once, and switch its parts on or off; None leaves a part as it is (at first: off).
+    """Install the Finder first in `sys.meta_path` and set its switches; None keeps a switch (at first: off).
 
     shim   add GetPrototype where it is missing
     quiet  drop TensorFlow's known lines at its import
@@ -98,7 +94,7 @@ def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | No
 
 
 def add_get_prototype(module: ModuleType) -> bool:
-    """Give the class of one of the two protobuf modules the method it lacks; False where there is nothing to do."""
+    """Add GetPrototype to the class in a protobuf module; return False if nothing was to be done."""
     cls = getattr(module, PROTOBUF_CLASSES[module.__name__], None)
     get_class = getattr(sys.modules.get("google.protobuf.message_factory"), "GetMessageClass", None)
     if cls is None or get_class is None or hasattr(cls, "GetPrototype"):
@@ -121,7 +117,7 @@ def _filtered(run_module: Callable[[], None], module: ModuleType) -> None:
 
 
 class _Loader:
-    """The real loader, with something around the running of the module."""
+    """_Loader wraps the real loader and runs code around the module's execution."""
 
     def __init__(self, real: Any, run: _Run) -> None:
         self._real, self._run = real, run
@@ -155,12 +151,12 @@ class _EmptyModule:
 
 @contextlib.contextmanager
 def filtered_stderr() -> Any:
-    """Without the known lines among those that reach file descriptor 2 meanwhile; the others come at the end.
+    """Hold back lines written to file descriptor 2, and at the end write all but the known ones.
 
-    They wait in a file, not in a pipe: a full pipe would stop the import, and a file outlives a crash. Where no file
-    can be made, all lines pass at once.
+    The lines are kept in a file: a full pipe would stop the import, and a file outlives a crash. If no file can be
+    made, nothing is filtered.
     """
-    import tempfile  # the import it is needed for takes seconds: this one need not burden env.fix()
+    import tempfile  # here, to keep env.fix() fast
 
     _flush()
     try:
@@ -188,12 +184,12 @@ def filtered_stderr() -> Any:
 
 
 def folder() -> str:
-    """Where the lines of an import under way wait."""
+    """Return the folder of the temporary log files."""
     return os.environ.get("TMPDIR") or "/tmp"
 
 
 def left_behind() -> list[tuple[int, str]]:
-    """(process id, file) of this user's processes that died while they imported TensorFlow."""
+    """Return (process id, file) for each of this user's processes killed while importing TensorFlow."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder()) as entries:
         for entry in entries:
@@ -219,7 +215,7 @@ def _flush() -> None:
 
 
 def _replay(file: int) -> None:
-    """Write to file descriptor 2 what is in the file, less the known lines."""
+    """Copy a file to file descriptor 2 without the known lines."""
     size = os.lseek(file, 0, os.SEEK_END)
     known = [_REGISTRATION]
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "0") not in ("", "0"):

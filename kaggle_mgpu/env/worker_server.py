@@ -1,9 +1,9 @@
-"""The server that `launch` has its workers from, as the notebook's process sees it: started, asked, replaced, ended.
+"""This module starts, checks, replaces and stops the server from which `launch` forks its workers.
 
-    worker_server.start()       # milliseconds: it imports torch in the background
-    worker_server.ready([])     # waits until it has; starts another one where it would be out of date
+    worker_server.start()       # milliseconds: the server imports torch in the background
+    worker_server.ready([])     # waits for these imports; replaces a server that is out of date
 
-`env.fix` starts it, else the first launch does. What runs in it is server.py. Standard library only.
+`env.fix` or the first launch starts the server, whose own code is launching/server.py.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     import subprocess
 
 START_SECONDS = 300.0
-"""How long the server's imports may take."""
+"""Time limit for the server's imports."""
 MARK = "KAGGLE_MGPU_SERVER"
-"""The environment variable by which the processes below a server are known."""
+"""Environment variable that marks the processes below a server."""
 
-# Read when libraries load, too early for a worker, which is forked from a process that has loaded them. All others
-# (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) are a worker's as they are at its launch.
+# Libraries read these variables when they load, and a worker is forked after that. All other variables
+# (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) reach a worker at its launch.
 _READ_AT_START = re.compile(
     r"(LD|OMP|GOMP|MKL|OPENBLAS|MALLOC|ATEN|PYTORCH)_|PYTHON(?!PATH)|TORCH(?!INDUCTOR_CACHE_DIR|_NCCL)"
 )
@@ -39,29 +39,28 @@ _READ_AT_START = re.compile(
 
 @dataclass
 class Server:
-    """A server that was started, and what this process keeps of it."""
+    """A Server is a started server process with the means to reach it."""
 
     process: subprocess.Popen[bytes]
     control: socket.socket
-    """Through it launches are asked for."""
+    """Socket for launch requests."""
     log: BinaryIO
-    """What it has said."""
+    """The server's output."""
     owner: int
-    """The process that started it: a fork of that one must start its own."""
+    """Id of the process that started the server; a fork of this process must start its own."""
     mark: str
-    """An environment variable with its value, which all processes below the server have."""
+    """"NAME=value" of an environment variable that all processes below the server have."""
     variables: dict[str, str]
-    """Those of this environment that only a start reads."""
+    """Environment variables that are read only at the server's start."""
     watched: dict[str, tuple[str, int]] | None = None
-    """Once it is ready: the files it has imported, as {module: (path, st_mtime_ns)}."""
+    """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
     def stop(self) -> None:
-        """End it, and with it every process below it."""
+        """Kill the server and every process below it."""
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            # supervisors and workers end with it, by the operating system; children of workers may not, but they
-            # have its mark: forks the environment that it was started with, programs that of the worker
+            # the operating system ends supervisors and workers with the server; workers' children have its mark
             for path in Path("/proc").glob("[0-9]*/environ"):
                 with contextlib.suppress(OSError):
                     if self.mark.encode() in path.read_bytes():
@@ -71,16 +70,16 @@ class Server:
 
 
 current: Server | None = None
-"""The one that this process, or the one it was forked from, started last."""
+"""The server last started by this process, or by the process from which it was forked."""
 
 
 def running() -> bool:
-    """Whether this process has a server that has not ended."""
+    """Return whether a server started by this process is still alive."""
     return current is not None and current.owner == os.getpid() and current.process.poll() is None
 
 
 def start() -> Server:
-    """Start a server, in place of the one before; takes milliseconds, its imports go on in the background."""
+    """Start a server in place of any earlier server; its imports continue in the background."""
     import atexit
     import socket
     import subprocess
@@ -94,8 +93,8 @@ def start() -> Server:
         current.stop()
     current = None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (the server's as long as it lives)
-    # what this process would find, but nothing of the current folder may shadow a module (-P; last on the path)
+    log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server lives)
+    # this process's path, with the current folder last, so that its files shadow no module
     path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
     program = f"from kaggle_mgpu.launching.server import main; main({theirs.fileno()})"
     mark = uuid.uuid4().hex
@@ -107,7 +106,7 @@ def start() -> Server:
         stdout=log,
         stderr=log,
         pass_fds=[theirs.fileno()],
-        start_new_session=True,  # an interrupt meant for the notebook is not for it
+        start_new_session=True,  # an interrupt of the notebook does not reach the server
     )
     theirs.close()
     current = Server(process, ours, log, os.getpid(), f"{MARK}={mark}", _read_at_start())
@@ -115,19 +114,19 @@ def start() -> Server:
 
 
 def _read_at_start() -> dict[str, str]:
-    """The variables whose change a running server cannot follow."""
+    """Return the variables whose change requires a new server."""
     return {name: value for name, value in os.environ.items() if _READ_AT_START.match(name)}
 
 
 def ready(interrupts: Sequence[float]) -> Server:
-    """The server, started if there is none, or if what it has imported is not what would be imported now.
+    """Return a server whose imports are done and current, after starting a new server if necessary.
 
     Args:
-        interrupts: it is given up as soon as there is one in this list.
+        interrupts: times of interrupts; the first entry ends the wait.
 
     Raises:
-        WorkerError: it does not start; the message has what it said.
-        KeyboardInterrupt: there was an interrupt while it imported.
+        WorkerError: the server does not start; the message has its output.
+        KeyboardInterrupt: `interrupts` is not empty.
     """
     fresh = 0
     while True:
@@ -137,7 +136,7 @@ def ready(interrupts: Sequence[float]) -> Server:
         else:
             server = current
         if _has_imported(server, interrupts, patient=fresh < 3):
-            # a fresh one is as good as can be, also where it and this process would never import the same
+            # a fresh server is accepted even if it and this process would never import the same files
             if fresh or _is_current(server.watched or {}):
                 return server
             start()
@@ -145,7 +144,7 @@ def ready(interrupts: Sequence[float]) -> Server:
 
 
 def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) -> bool:
-    """Wait until the server says what it has imported; False if it was killed."""
+    """Wait for the server's list of imported files; return False if the server was killed."""
     import pickle
     import select
 
@@ -172,16 +171,16 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
 
 
 def _is_current(watched: dict[str, tuple[str, int]]) -> bool:
-    """Whether a process started now would import the same files, unchanged."""
+    """Return whether a new process would import the same, unchanged files."""
     import importlib.util
 
     for name, (path, modified) in watched.items():
         try:
             if os.stat(path).st_mtime_ns != modified:
                 return False
-            if "." in name:  # to find the spec of a module in a package would import the package, and torch with it
+            if "." in name:  # find_spec would import the module's package, such as torch
                 continue
-            spec = importlib.util.find_spec(name)  # what this process has imported, where it has
+            spec = importlib.util.find_spec(name)
             if spec is None or spec.origin != path:
                 return False
         except (ValueError, ImportError, OSError):

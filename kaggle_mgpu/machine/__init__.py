@@ -1,6 +1,6 @@
-"""Where this process runs and what there is: the session's limits and folders, GPUs, CPUs, memory.
+"""The machine package describes the Kaggle session, its folders and limits, and the GPUs, CPUs and memory.
 
-The package never imports torch and creates no CUDA context: a notebook may look as often as it likes. Start reading at
+The package never imports torch and creates no CUDA context, so a notebook may call it at any time. Start reading at
 `gpus` and `report` in devices.py; session.py knows Kaggle's folders, clock and display, cpu.py the container's limits.
 """
 

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, and what its control group allows."""
+"""This module counts the CPUs that a process may use under its affinity and control group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_count() -> int:
-    """How many CPUs this process may use: its affinity, and its container's quota (rounded up)."""
+    """Return the number of usable CPUs, limited by affinity and by the container's quota (rounded up)."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
@@ -22,7 +22,7 @@ def cpu_count() -> int:
 
 
 def _cpu_quota() -> tuple[int, int]:
-    """The container's CPU time and the period it is granted for, in microseconds; (0, 0) where unlimited."""
+    """Return the container's CPU quota and period in microseconds; (0, 0) if unlimited."""
     words = (cgroup("cpu.max") or "").split()  # cgroup 2: "150000 100000" or "max 100000"
     if not words:  # cgroup 1: two files, -1 where unlimited
         words = [cgroup(f"cpu/cpu.cfs_{part}_us") or "0" for part in ("quota", "period")]
@@ -33,7 +33,7 @@ def _cpu_quota() -> tuple[int, int]:
 
 
 def cgroup(name: str) -> str | None:
-    """The text of one of this process's control-group files, such as ``cpu.max``; None where it has none."""
+    """Return the text of a control-group file of this process, such as ``cpu.max``; None if missing."""
     folder = ""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -49,10 +49,7 @@ def cgroup(name: str) -> str | None:
 
 
 def threads_per_worker(nproc: int) -> int:
-    """A good OMP_NUM_THREADS for each of ``nproc`` worker processes: the user's own, else an equal share.
-
-    It is not set in the notebook's own process, which has all CPUs to itself between runs.
-    """
+    """Return OMP_NUM_THREADS for each of ``nproc`` worker processes: the user's value, else an equal share."""
     if nproc < 1:
         raise ValueError(f"threads_per_worker: nproc is {nproc}, expected at least 1")
     own = os.environ.get("OMP_NUM_THREADS", "")

@@ -1,7 +1,6 @@
-"""The GPUs there are, what they can do, and how busy they are, asked of ``nvidia-smi``.
+"""This module lists GPUs with their abilities and current load, as ``nvidia-smi`` reports them.
 
-torch is never imported and no CUDA context is created, so a notebook may look as often as it likes and
-its workers still start clean::
+torch is never imported and no CUDA context is created, so workers can be forked afterwards::
 
     from kaggle_mgpu import devices
     print(devices.report())
@@ -27,15 +26,16 @@ __all__ = ["GPU", "Report", "cpu_count", "gpus", "precision", "ram_bytes", "repo
 Precision = Literal["fp32", "fp16", "bf16"]
 
 QUERY_TIMEOUT = 20.0
-"""Seconds to wait for the first answer of nvidia-smi: it may have to wake the driver."""
+"""Seconds to wait for the first answer of nvidia-smi, which may have to wake the driver."""
 SAMPLE_TIMEOUT = 5.0
-"""Seconds to wait for each later one."""
+"""Seconds to wait for each later answer."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """One GPU. ``index`` is the machine's number for it (nvidia-smi's), whatever CUDA_VISIBLE_DEVICES says;
-    ``memory_bytes`` is 0 and ``capability`` None where nvidia-smi does not tell."""
+    """A GPU, with nvidia-smi's ``index``, independent of CUDA_VISIBLE_DEVICES.
+
+    ``memory_bytes`` is 0 and ``capability`` None if nvidia-smi does not report the value."""
 
     index: int
     name: str
@@ -47,14 +47,14 @@ class GPU:
 @dataclass(frozen=True)
 class _Answer:
     gpus: tuple[GPU, ...]
-    reason: str  # why there are none
+    reason: str  # why the list is empty
 
 
 # --- which GPUs -------------------------------------------------------------------------------------
 
 
 def gpus() -> list[GPU]:
-    """The GPUs this process may use, in CUDA's order; [] without any (:func:`report` says why).
+    """Return the GPUs that this process may use, in CUDA's order (:func:`report` says why the list is empty).
 
     nvidia-smi is asked once; CUDA_VISIBLE_DEVICES is read at every call.
     """
@@ -62,10 +62,10 @@ def gpus() -> list[GPU]:
 
 
 def select(gpu_ids: str | None) -> list[GPU]:
-    """The GPUs named in ``gpu_ids``, such as ``"0,1"``, in that order; all of them where it is None.
+    """Return the GPUs listed in ``gpu_ids``, such as ``"0,1"``, in this order; all GPUs for None.
 
     Raises:
-        ValueError: not a list of numbers, one named twice, or one that is not there.
+        ValueError: ``gpu_ids`` is no list of numbers, or names a GPU twice or a missing GPU.
     """
     here = gpus()
     if gpu_ids is None:
@@ -87,8 +87,9 @@ def select(gpu_ids: str | None) -> list[GPU]:
 
 
 def _visible() -> _Answer:
-    """All GPUs, less what CUDA_VISIBLE_DEVICES hides, by CUDA's rule: what follows the first entry that is
-    no GPU is hidden too (CUDA C++ Programming Guide, "CUDA Environment Variables")."""
+    """Return all GPUs not hidden by CUDA_VISIBLE_DEVICES.
+
+    The first invalid entry hides all later entries (CUDA C++ Programming Guide, "CUDA Environment Variables")."""
     answer = _installed()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None or not answer.gpus:
@@ -97,7 +98,7 @@ def _visible() -> _Answer:
     for word in map(str.strip, listed.split(",")):
         if word.isdecimal():
             matches = [gpu for gpu in answer.gpus if gpu.index == int(word)]
-        else:  # a UUID may be shortened as long as one GPU alone begins with it
+        else:  # a UUID may be shortened to a unique prefix
             matches = [gpu for gpu in answer.gpus if word and gpu.uuid.startswith(word)]
         if len(matches) != 1 or matches[0] in chosen:
             break
@@ -134,11 +135,11 @@ def _query(program: str) -> _Answer:
 
 
 class _SmiError(Exception):
-    """nvidia-smi gave no usable answer; the text says why."""
+    """nvidia-smi gave no usable answer; the message gives the reason."""
 
 
 def _nvidia_smi(program: str, fields: str, timeout: float) -> list[list[str]]:
-    """One row of values for each GPU."""
+    """Run nvidia-smi and return one row of values per GPU."""
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         process = subprocess.Popen(
@@ -155,7 +156,7 @@ def _nvidia_smi(program: str, fields: str, timeout: float) -> list[list[str]]:
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # Not subprocess.run, which waits for the killed process for ever: one stuck in the driver stays.
+        # Not subprocess.run, which waits for ever if the killed process is stuck in the driver.
         process.kill()
         if process.stdout is not None:
             process.stdout.close()
@@ -175,7 +176,7 @@ def _nvidia_smi(program: str, fields: str, timeout: float) -> list[list[str]]:
 
 
 def _number(value: str) -> int | None:
-    """A whole number, or None for "[N/A]", "[Not Supported]" and the like."""
+    """Return an integer, or None for "[N/A]", "[Not Supported]" and the like."""
     return int(value) if value.isdecimal() else None
 
 
@@ -183,17 +184,17 @@ def _number(value: str) -> int | None:
 
 
 def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
-    """The precision to train in on these GPUs, and the reason for it.
+    """Return the precision for training on these GPUs, and the reason.
 
     "auto" is bf16 where every GPU has capability 8.0 (Ampere) or more, fp16 from 7.0 (Volta, Turing: the
-    T4) on, else fp32. torch's ``is_bf16_supported()`` is not asked: it counts emulation and says yes to a T4.
+    T4) on, else fp32. torch's ``is_bf16_supported()`` is not used: it counts emulation and returns True for a T4.
 
     Args:
         choice: auto, fp32, fp16 or bf16.
-        gpus: the GPUs of the run; none means the CPU.
+        gpus: the GPUs of the run; [] for the CPU.
 
     Raises:
-        ValueError: another choice, or bf16 on a GPU that only emulates it.
+        ValueError: `choice` has another value, or is bf16 on a GPU that only emulates bf16.
     """
     if choice not in ("auto", "fp32", "fp16", "bf16"):
         raise ValueError(f"precision={choice!r}: expected 'auto', 'fp32', 'fp16' or 'bf16'")
@@ -228,7 +229,7 @@ def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to train on and what follows from it; print it. ``reason`` says why there is no GPU."""
+    """A Report is a printable summary of the hardware; ``reason`` explains why there is no GPU."""
 
     gpus: tuple[GPU, ...]
     precision: Precision
@@ -249,7 +250,7 @@ class Report:
 
 
 def report() -> Report:
-    """Look at this machine."""
+    """Return a summary of this machine's hardware."""
     answer = _visible()
     count = len(answer.gpus)
     if count > 1:
@@ -264,7 +265,7 @@ def report() -> Report:
 
 
 def ram_bytes() -> int:
-    """Bytes of main memory this process may use: the machine's, or its container's limit if that is less."""
+    """Return the bytes of main memory that this process may use: the machine's or the container's limit."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -274,8 +275,10 @@ def ram_bytes() -> int:
 
 
 def sample() -> list[dict[str, int | None]]:
-    """How busy each visible GPU is now: ``index``, ``utilization`` (%), ``memory_used`` and ``memory_total``
-    (bytes), ``temperature`` (degrees C); None for what a GPU does not tell, [] without nvidia-smi."""
+    """Return the load of each visible GPU, or [] if nvidia-smi gives no answer.
+
+    Keys: ``index``, ``utilization`` (%), ``memory_used`` and ``memory_total`` (bytes), ``temperature`` (degrees C).
+    A value is None if the GPU does not report it."""
     visible = [gpu.index for gpu in gpus()]
     program = shutil.which("nvidia-smi")
     if not visible or program is None:
@@ -285,19 +288,11 @@ def sample() -> list[dict[str, int | None]]:
         rows = {int(row[0]): [_number(value) for value in row] for row in _nvidia_smi(program, fields, SAMPLE_TIMEOUT)}
     except _SmiError:
         return []
-    samples: list[dict[str, int | None]] = []
-    for index in visible:
-        if index in rows:
-            _, busy, used, total, temperature = rows[index]
-            samples.append(
-                {
-                    "index": index,
-                    "utilization": busy,
-                    "memory_used": None if used is None else used * 2**20,
-                    "memory_total": None if total is None else total * 2**20,
-                    "temperature": temperature,
-                }
-            )
+    names = "index", "utilization", "memory_used", "memory_total", "temperature"
+    samples = [dict(zip(names, rows[index], strict=True)) for index in visible if index in rows]
+    for values in samples:
+        for name in ("memory_used", "memory_total"):
+            values[name] = None if (mebibytes := values[name]) is None else mebibytes * 2**20
     return samples
 
 

@@ -1,13 +1,11 @@
-"""Where am I: which kind of Kaggle session (or none), where its folders are, how long it has left,
-and whether a display in the cell can be updated in place.
+"""This module detects the kind of Kaggle session, its folders, its remaining time and its display.
 
-Standard library only. ``KAGGLE_MGPU_KAGGLE_ROOT`` moves Kaggle's folders (default ``/kaggle``),
-``KAGGLE_MGPU_SESSION_END`` (a Unix time) says when the session ends, and ``KAGGLE_MGPU_DISPLAY=live|lines``
-decides about the display, where the guess is wrong::
+Three variables override the detection: ``KAGGLE_MGPU_KAGGLE_ROOT`` (Kaggle's folders, default ``/kaggle``),
+``KAGGLE_MGPU_SESSION_END`` (the session's end as a Unix time) and ``KAGGLE_MGPU_DISPLAY=live|lines``::
 
     from kaggle_mgpu import session
     session.kind()                       # "interactive", "batch", "rerun" or "local"
-    session.find("train.csv")            # wherever the competition is mounted
+    session.find("train.csv")            # search all inputs
 """
 
 from __future__ import annotations
@@ -28,23 +26,23 @@ Kind = Literal["interactive", "batch", "rerun", "local"]
 Channel = Callable[[str, str, str], None]
 
 SESSION_HOURS = {"interactive": 12.0, "batch": 12.0, "rerun": 9.0}
-"""After how many hours Kaggle ends a GPU session, by kind."""
+"""Hours after which Kaggle ends a GPU session, by kind."""
 
 _GROUP_DEPTH = {"datasets": 2, "notebooks": 2, "models": 2, "competitions": 1}  # <owner>/<slug>, or <slug>
 
 
 def kind() -> Kind:
-    """Kaggle's editor ("interactive"), "Save & Run All" ("batch"), a competition's "rerun", or "local"."""
+    """Return "interactive" in Kaggle's editor, "batch" in Save & Run All, "rerun" in a competition, else "local"."""
     if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
         return "rerun"
     run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "").lower()
     if not run_type:
         return "local"
-    return "interactive" if run_type == "interactive" else "batch"  # a new name: nobody may be watching
+    return "interactive" if run_type == "interactive" else "batch"  # an unknown name: assume that nobody is watching
 
 
 def on_kaggle() -> bool:
-    """Whether this is a Kaggle session of any kind."""
+    """Return whether this process runs on Kaggle."""
     return kind() != "local"
 
 
@@ -56,19 +54,21 @@ def _root() -> Path:
 
 
 def input_root() -> Path:
-    """The folder under which Kaggle mounts inputs; it need not exist."""
+    """Return the folder under which Kaggle mounts inputs; the folder may be missing."""
     return _root() / "input"
 
 
 def working() -> Path:
-    """The folder whose files Kaggle keeps, or the current one where there is none."""
+    """Return Kaggle's folder for output files, or the current folder outside Kaggle."""
     folder = _root() / "working"
     return folder if folder.is_dir() else Path.cwd()
 
 
 def inputs() -> list[Path]:
-    """The mounted sources, sorted, in today's layout (``datasets/<owner>/<slug>``, ``notebooks/…``,
-    ``models/<owner>/<slug>``, ``competitions/<slug>``) and the older one (``<slug>``)."""
+    """Return the folders of all mounted inputs, sorted.
+
+    Kaggle's layouts are ``datasets/<owner>/<slug>``, ``notebooks/…``, ``models/<owner>/<slug>`` and
+    ``competitions/<slug>``, formerly ``<slug>``."""
     sources: list[Path] = []
     for folder in _folders(input_root()):
         level = [folder]
@@ -86,9 +86,9 @@ def _folders(folder: Path) -> list[Path]:
 
 
 MOST_ENTRIES = 2_000_000
-"""Files and folders of one input that :func:`find` looks at: some 4 s of a local disk."""
+"""Limit of entries that :func:`find` reads in one input: about 4 s on a local disk."""
 _NOTHING_IN = {".git", ".ipynb_checkpoints", "__MACOSX", "__pycache__", "node_modules"}
-"""Folders that find does not look into."""
+"""Folders that :func:`find` skips."""
 
 
 def find(
@@ -98,18 +98,16 @@ def find(
     limit: int = 1000,
     ignore_case: bool = False,
 ) -> list[Path]:
-    """Files and folders whose last parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
+    """Return files and folders whose last path parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
 
-    The order is always the same: roots in the order given, then shallow before deep, then by name. A folder
-    reachable in several ways (a link) is searched once; what cannot be read, and folders such as ``.git``
-    and ``__MACOSX``, are passed over.
-    Of each input (of each root, where roots are given) ``MOST_ENTRIES`` are looked at, shallow ones first, so that a
-    huge one neither takes minutes nor hides what is in another; a warning says where that ended the search.
+    Results are ordered by root, then depth, then name. A folder with several links is searched once; unreadable folders
+    and folders such as ``.git`` and ``__MACOSX`` are skipped. The search reads about ``MOST_ENTRIES`` entries of each
+    input (or given root), shallow entries first, and warns if an input has more.
 
     Args:
         pattern: ``*`` and ``?`` do not cross a ``/``.
-        roots: where to search; default: the folder of Kaggle's inputs.
-        max_depth: how many folders below a root to look, the root's own entries being depth 1.
+        roots: folders to search; default: the folder of Kaggle's inputs.
+        max_depth: levels of folders to search; the root's own entries have depth 1.
         limit: stop after this many results.
         ignore_case: whether ``*.txt`` finds NOTES.TXT.
     """
@@ -149,10 +147,7 @@ def find(
 def _scan(
     folder: Path, seen: set[tuple[int, int]], matches: Callable[[str], object] | None
 ) -> tuple[list[Path], list[Path], int]:
-    """What ``folder`` holds, by name: entries that match, folders to look into, and how many entries there are.
-
-    Nothing a second time: links can form circles.
-    """
+    """Return a folder's matching entries, its folders to search, and its number of entries; nothing if in ``seen``."""
     names, folders, count = [], [], 0
     try:
         status = folder.stat()
@@ -160,7 +155,7 @@ def _scan(
             return [], [], 0
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
-            # paths are made of few entries: of each of a million they would take ten times as long
+            # only few entries become paths, since a path for each entry would take ten times as long
             for entry in entries:
                 count += 1
                 if matches is not None and matches(entry.name):
@@ -175,7 +170,7 @@ def _scan(
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, or where nobody may look
+    except OSError:  # a link to itself or into an unreadable folder
         return False
 
 
@@ -187,14 +182,14 @@ _shown: dict[str, int] = {}  # display id -> number of the cell it was last crea
 
 
 def _shell() -> Any | None:
-    """The running kernel's IPython shell; never imports IPython, which a kernel has imported long ago."""
+    """Return the running kernel's IPython shell, or None; IPython is never imported."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if hasattr(ipython, "get_ipython") else None  # type: ignore[union-attr]
     return shell if hasattr(shell, "kernel") else None
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs in this process (False in a terminal, a script, a worker)."""
+    """Return whether a Jupyter kernel runs in this process (False in a terminal, a script, a worker)."""
     return _shell() is not None
 
 
@@ -206,7 +201,7 @@ def _override() -> str:
 
 
 def live() -> bool:
-    """Whether a display may be updated in place: someone watches a notebook, in no batch run or CI.
+    """Return whether displays can be updated in place: in a notebook with a viewer, not in a batch run or CI.
 
     Raises:
         ValueError: KAGGLE_MGPU_DISPLAY has another value than ``live`` or ``lines``.
@@ -217,34 +212,34 @@ def live() -> bool:
 
 
 def set_channel(channel: Channel | None, live: bool = True) -> None:
-    """In a worker: hand displays to the notebook's process through ``channel(html, text, display_id)``.
+    """Send a worker's displays to the notebook's process through ``channel(html, text, display_id)``.
 
-    ``live``: whether they can be updated in place there.
+    ``live`` says whether the notebook can update displays in place.
     """
     global _channel, _channel_is_live
     _channel, _channel_is_live = channel, live
 
 
 def can_draw() -> bool:
-    """Whether :func:`show` leaves something in a notebook, be it only for those who open it afterwards."""
+    """Return whether :func:`show` adds to a notebook, perhaps without a viewer yet."""
     return _override() != "lines" and (_channel is not None or in_notebook())
 
 
 def can_show() -> bool:
-    """Whether :func:`show` reaches somebody's eyes at once; where not, write lines."""
+    """Return whether :func:`show` reaches a viewer at once; otherwise write lines."""
     return can_draw() and (live() if _channel is None else _channel_is_live)
 
 
 def show(html: str, text: str, display_id: str) -> None:
-    """Show one display in the cell, or update it in place where this cell has it already.
+    """Show a display in the running cell, or update this cell's display with the same id.
 
-    In a worker with a channel it goes to the notebook's process. With neither a channel nor a notebook
-    nothing happens (see :func:`can_show`). Shown again from a later cell, the display appears there too.
+    In a worker with a channel the display goes to the notebook's process. Without a channel or a notebook nothing
+    happens (see :func:`can_show`).
 
     Args:
-        html: what a notebook shows.
-        text: the same for whatever cannot show HTML.
-        display_id: the display's name; another name is another display.
+        html: content for notebooks.
+        text: the same content for viewers without HTML.
+        display_id: the display's name.
     """
     if _channel is not None:
         _channel(html, text, display_id)
@@ -263,7 +258,7 @@ _imported = time.monotonic()
 
 
 class Deadline:
-    """So many seconds from ``started`` (default: now) on the monotonic clock, which no clock change moves.
+    """A Deadline is a time limit on the monotonic clock, unaffected by changes of the system clock.
 
     Example:
         >>> Deadline(None).remaining()
@@ -271,35 +266,35 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None, started: float | None = None) -> None:
-        """``seconds``: None for no limit. ``started``: a value of ``time.monotonic()``."""
+        """Set the limit to ``seconds`` (None: none) after ``started``, a value of ``time.monotonic()`` (None: now)."""
         self._end = math.inf if seconds is None else (time.monotonic() if started is None else started) + seconds
 
     def remaining(self) -> float:
-        """Seconds left, negative once it is over; inf without a limit."""
+        """Return the seconds left, negative after the limit; inf without a limit."""
         return self._end - time.monotonic()
 
     def reached(self, margin: float = 0.0) -> bool:
-        """Whether no more than ``margin`` seconds are left."""
+        """Return whether at most ``margin`` seconds are left."""
         return self.remaining() <= margin
 
 
 def session_started() -> float:
-    """How many seconds ago this session began, as well as can be told.
+    """Return an estimate of the session's age in seconds.
 
-    On Kaggle: the age of process 1, the container's first (too long rather than too short, should a container
-    have waited for its user). Elsewhere, or where /proc does not tell: the age of this process.
+    On Kaggle the estimate is the age of process 1 (too long if the container waited for its user), elsewhere the age of
+    this process.
     """
     ages = [_process_age("self"), _process_age("1") if on_kaggle() else None]
     return max((age for age in ages if age is not None), default=time.monotonic() - _imported)
 
 
 def time_left() -> float:
-    """Seconds until Kaggle ends this session (see ``SESSION_HOURS``), at least 0; inf outside Kaggle.
+    """Return the seconds until Kaggle ends this session (see ``SESSION_HOURS``), at least 0; inf outside Kaggle.
 
-    Kaggle kills without a signal that could be caught: stop well before, and leave time to save.
+    Kaggle kills the session without a signal: stop early enough to save.
 
     Raises:
-        ValueError: KAGGLE_MGPU_SESSION_END is set, and not to a number.
+        ValueError: KAGGLE_MGPU_SESSION_END is not a number.
     """
     if end := os.environ.get("KAGGLE_MGPU_SESSION_END"):
         try:
@@ -314,7 +309,7 @@ def time_left() -> float:
 
 
 def _process_age(pid: str) -> float | None:
-    """Seconds since a process started: field 22 of /proc/PID/stat counts ticks since boot (proc(5))."""
+    """Return the seconds since a process started: field 22 of /proc/PID/stat counts ticks since boot (proc(5))."""
     try:
         stat = (PROC / pid / "stat").read_text()
         uptime = float((PROC / "uptime").read_text().split()[0])

@@ -1,9 +1,9 @@
-"""One micro-batch becomes a gradient, on any number of GPUs.
+"""The parallel package computes gradients and optimizer steps on any number of GPUs.
 
 The package never sees a config, a task or a dataset, and writes no file. Start reading at `Strategy` in strategy.py,
-which is one process with one device; `choose` names the class for a run: data_parallel.py (dp, ddp), fsdp.py or
-zero.py. distributed.py is what the ranks say to each other, state.py what checkpoints hold, shards.py tensors that are
-spread over the ranks.
+the class for one process with one device; `choose` selects the class for a run: data_parallel.py (dp, ddp), fsdp.py or
+zero.py. distributed.py has the communication between ranks, state.py the state in checkpoints, shards.py the handling
+of sharded tensors.
 """
 
 from . import distributed, shards

@@ -1,4 +1,4 @@
-"""Which strategy a run takes, and why."""
+"""This module selects the strategy of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def choose(
     num_replicas: int,
     world_size: int,
 ) -> tuple[type[Strategy], str]:
-    """The strategy and the reason for it.
+    """Return the strategy's class and the reason for the choice.
 
     Raises:
         ValueError: the strategy cannot run with this many processes.
@@ -34,7 +34,7 @@ def choose(
     if wanted not in ("single", "dp") and world_size == 1:
         return Strategy, f"{wanted} in one process is single"
     if wanted == "fsdp":
-        from .fsdp import Sharded  # here, since what it imports takes two seconds
+        from .fsdp import Sharded  # here, since torch.distributed.fsdp takes two seconds to import
 
         return Sharded, "asked for"
     if wanted == "deepspeed":

@@ -1,7 +1,6 @@
-"""Replicas of the whole model: DistributedDataParallel, one process per GPU, and DataParallel, one thread per GPU.
+"""The ddp and dp strategies replicate the model on each GPU, in one process or one thread per GPU.
 
-Chosen by `choose`. Where there is no GPU, ddp's processes and dp's replicas share the CPU, so that both can be
-tried and tested anywhere.
+Without a GPU, ddp's processes and dp's replicas share the CPU, so both can be tested anywhere.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from .strategy import Strategy
 
 
 class Distributed(Strategy):
-    """One process per GPU, gradients averaged by DistributedDataParallel while backward still runs.
+    """Distributed runs one process per GPU; DistributedDataParallel averages gradients during backward.
 
     Args:
-        gradient_compression: fp16 sends gradients in half their bytes; none as they are.
+        gradient_compression: fp16 halves the bytes sent; none sends gradients unchanged.
         bucket_mb: MiB of gradients sent at a time.
     """
 
@@ -36,14 +35,13 @@ class Distributed(Strategy):
 
     def wrap(self, call: nn.Module) -> nn.Module:
         on_gpu = self.device.type == "cuda"
-        # a broadcast before every forward pass buys nothing: sync_buffers does it where buffers are read (the option
-        # changed its name in torch 2.13)
+        # sync_buffers broadcasts buffers when needed, not each forward pass (option renamed in torch 2.13)
         accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
         wrapped = nn.parallel.DistributedDataParallel(
             call,
             device_ids=[self.device.index] if on_gpu else None,
-            # gradients are views of the buckets that are sent: one gradient's worth of memory less
+            # gradients are views of the buckets, which saves the memory of one gradient
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
             bucket_cap_mb=self.bucket_mb,
@@ -54,7 +52,7 @@ class Distributed(Strategy):
 
             wrapped.register_comm_hook(None, fp16_compress_hook)
         elif not on_gpu and self.world_size > 2:
-            # a lambda, since torch rejects annotations that are text, as this file's are
+            # a lambda, since torch rejects this file's string annotations
             wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
         return wrapped
 
@@ -64,7 +62,7 @@ class Distributed(Strategy):
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if not (self.checked or self.find_unused_parameters):
-            # torch would say so in the second step, by number, and advise an option of its own
+            # torch would report parameters by number in the second step, and advise an option of its own
             unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
             if unused:
                 more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -77,8 +75,8 @@ class Distributed(Strategy):
         return super().step(optimizer, max_norm=max_norm)
 
     def communication(self) -> float | None:
-        """DistributedDataParallel times its first ten steps and every hundredth after them; this is their mean."""
-        with contextlib.suppress(Exception):  # not a public interface: without it this is not known
+        """Return the mean over the steps timed by DistributedDataParallel: the first ten, then every hundredth."""
+        with contextlib.suppress(Exception):  # not a public interface, so the value may be unknown
             assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
             found = self.parallel._get_ddp_logging_data()
             apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
@@ -87,11 +85,11 @@ class Distributed(Strategy):
 
 
 def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients over the ranks so that no bit of the sum depends on how they lie in the bucket.
+    """Average gradients over the ranks in a fixed order, independent of the layout of the bucket.
 
-    DistributedDataParallel lays its buckets out anew after its first step, and gloo adds three or more numbers in an
-    order that depends on where they lie: a resumed run, whose first step is another one, would differ in the last bit.
-    With two ranks there is only one order, and GPUs promise no such thing.
+    DistributedDataParallel changes its buckets after its first step, and gloo's order of adding three or more numbers
+    depends on their position, so a resumed run would differ in the last bit. Two ranks have only one order; NCCL on
+    GPUs gives no such guarantee.
     """
     own = bucket.buffer()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -107,7 +105,7 @@ def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
 
 
 class Replicated(Strategy):
-    """One process, one replica of the model per GPU and thread. Each computes its own loss: scalars are gathered."""
+    """Replicated runs one process with one replica of the model per GPU and thread, and gathers their losses."""
 
     name = "dp"
 
@@ -118,7 +116,7 @@ class Replicated(Strategy):
 
     @property
     def input_device(self) -> torch.device:
-        return torch.device("cpu")  # scattered from there straight to each GPU
+        return torch.device("cpu")  # DataParallel scatters batches from the CPU to each GPU
 
     def forward(self, batch: Any) -> Tensor:
         return self.parallel(batch, "losses").sum()
@@ -131,10 +129,7 @@ class Replicated(Strategy):
 
 
 class CPUReplicas(nn.Module):
-    """What nn.DataParallel does, for replicas that share one CPU: there nn.DataParallel itself is a pass-through.
-
-    Scatter, torch's own replica modules, a thread for each, gather: so that dp can be tried and tested without a GPU.
-    """
+    """CPUReplicas imitates nn.DataParallel on one CPU, where nn.DataParallel itself is a pass-through."""
 
     def __init__(self, module: nn.Module, num_replicas: int) -> None:
         super().__init__()
@@ -158,7 +153,7 @@ class CPUReplicas(nn.Module):
         for index in range(len(parts)):
             thread = threading.Thread(target=run, args=(index,))
             thread.start()
-            thread.join()  # one after the other: they share the CPU's random generator, and dropout must repeat
+            thread.join()  # one after the other, since dropout must repeat and the threads share one random generator
         for output in outputs:
             if isinstance(output, Exception):
                 raise output
@@ -166,22 +161,22 @@ class CPUReplicas(nn.Module):
 
 
 def _scatter(value: Any, parts: int) -> list[Any]:
-    """At most so many parts of a batch, its tensors cut along their first dimension as torch.chunk cuts."""
+    """Cut a batch into at most `parts` parts along the first dimension of its tensors, as torch.chunk does."""
     if isinstance(value, Tensor):
         return list(value.chunk(parts))
     if isinstance(value, dict) and value:
         columns = {key: _scatter(item, parts) for key, item in value.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
     if isinstance(value, list | tuple) and value:
-        make = getattr(value, "_make", type(value))  # a namedtuple wants its fields one by one
+        make = getattr(value, "_make", type(value))  # a namedtuple takes separate fields
         return [make(row) for row in zip(*(_scatter(item, parts) for item in value), strict=False)]
     return [value] * parts
 
 
 def _replica(module: nn.Module, index: int) -> nn.Module:
-    """A shallow copy whose parameters are views of the original's, through which gradients flow back to it.
+    """Return a shallow copy of a module with views of its parameters, so gradients flow to the original.
 
-    As on GPUs, what the first replica writes into its buffers stays, and what the others write is lost.
+    As on GPUs, only the first replica's writes into buffers are kept.
     """
     copies: dict[nn.Module, nn.Module] = {}
     views: dict[Tensor, Tensor] = {}
@@ -193,7 +188,7 @@ def _replica(module: nn.Module, index: int) -> nn.Module:
         if index > 0:
             copy._buffers = {name: None if b is None else b.clone() for name, b in copy._buffers.items()}
         for name, parameter in original._parameters.items():
-            if parameter is None:  # a layer without bias still has the name
+            if parameter is None:  # such as the bias of a layer without bias
                 copy._parameters[name] = None
             else:
                 views.setdefault(parameter, parameter.view_as(parameter))
@@ -202,7 +197,7 @@ def _replica(module: nn.Module, index: int) -> nn.Module:
 
 
 def _gather(outputs: list[Any]) -> Any:
-    """The replicas' losses, or their sums and counts by metric: one row from each."""
+    """Concatenate the replicas' losses, or their sums and counts by metric: one row per replica."""
     if isinstance(outputs[0], Tensor):
         return torch.cat(outputs)
     return {

@@ -1,10 +1,10 @@
-"""Who am I among the processes of this run, and the few things that they do together.
+"""This module gives a process its rank and the collective operations between ranks.
 
-Everything here works in a single process too: a world of one. So neither the loop nor a task asks how many there are.
+Every function also works in a single process, so callers need not ask for the number of processes.
 
-    distributed.init()                    # under torchrun, or with the store that the launcher made
+    distributed.init()                    # under torchrun, or with the launcher's store
     total = distributed.sum(my_count)     # the same number on every rank
-    if distributed.agree(out_of_time): …  # true everywhere as soon as it is true anywhere
+    if distributed.agree(out_of_time): …  # true on every rank if true on any rank
 """
 
 from __future__ import annotations
@@ -22,47 +22,47 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-# Longer than any one rank may keep the others waiting: rank 0 tokenising a corpus, writing a checkpoint to a slow disk.
+# Longer than rank 0 takes to tokenize a corpus or to write a checkpoint to a slow disk.
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def active() -> bool:
-    """Whether a process group of more than this process is there."""
+    """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """0 … world_size - 1, over all machines."""
+    """Return this process's number, 0 … world_size - 1, over all machines."""
     return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
-    """Number of processes, over all machines."""
+    """Return the number of processes over all machines."""
     return dist.get_world_size() if active() else 1
 
 
 def local_rank() -> int:
-    """0 … local_world_size - 1 on this machine; the index of this process's GPU."""
+    """Return this process's number on this machine, also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if active() else 0
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if active() else 1
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, the one that writes and speaks."""
+    """Return whether this process is rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """Return this rank's GPU, or the CPU without GPUs."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun (or a scheduler that sets the same variables) started this process as one of several."""
+    """Return whether torchrun, or a scheduler with the same variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
@@ -73,10 +73,10 @@ def init(
     world_size: int | None = None,
     timeout: datetime.timedelta = TIMEOUT,
 ) -> None:
-    """Join the process group: through `store`, or through the variables that torchrun sets. Twice does nothing.
+    """Join the process group through `store` or torchrun's variables; a second call does nothing.
 
-    CPU tensors go over gloo and GPU tensors over NCCL in the same group, so that a count or a decision never has to
-    wait for the GPU. A collective that lasts longer than `timeout` is an error.
+    CPU tensors go over gloo and GPU tensors over NCCL in the same group, so counts and decisions never wait for the
+    GPU. A collective longer than `timeout` is an error.
     """
     if active() or (store is None and not under_torchrun()):
         return
@@ -97,21 +97,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-# Where this rank writes for the launcher to see: step, signs of life since, when (time.monotonic_ns), saving or not
+# Memory shared with the launcher: step, signs of life since the step, time (time.monotonic_ns), 1 while saving
 _pulse: Any = None
 
 
 def set_pulse(pulse: Any) -> None:
-    """Four int64 that the launcher reads; set by the launcher's worker."""
+    """Set the four int64 that the launcher reads; called by the launcher's worker."""
     global _pulse
     _pulse = pulse
 
 
 def alive(step: int | None = None) -> None:
-    """Tell the launcher that this rank gets on, and at which step it is: half a microsecond, no communication.
+    """Tell the launcher that this rank makes progress; takes half a microsecond, without communication.
 
-    `train` and the functions of this room say it; say it in loops of your own, so that a hang is told from hard work
-    and the launcher can name the rank that is behind.
+    `train` and the collectives of this module call `alive`. Call it in your own loops too, so that the launcher can
+    tell a hang from slow work and name the rank that is behind.
     """
     if _pulse is None:
         return
@@ -123,7 +123,7 @@ def alive(step: int | None = None) -> None:
 
 
 def saving(now: bool) -> None:
-    """Tell the launcher whether this process writes a checkpoint: another rank's failure lets it end that first."""
+    """Tell the launcher whether this process writes a checkpoint, to be finished if another rank fails."""
     if _pulse is not None:
         _pulse[3] = now
 
@@ -135,14 +135,14 @@ def sum(value: float) -> float: ...
 @overload
 def sum(value: torch.Tensor) -> torch.Tensor: ...
 def sum(value: Any) -> Any:
-    """The sum over all ranks: an int for an int, a float for a float, a new tensor for a tensor."""
+    """Return the sum over all ranks: an int for an int, a float for a float, a new tensor for a tensor."""
     return sum_later(value)()
 
 
 def sum_later(value: T) -> Callable[[], T]:
-    """Start summing over all ranks; calling what this returns waits for the sum and returns it.
+    """Start a sum over all ranks and return a function; the function waits for the sum and returns the sum.
 
-    Between the two there is room for work: the count of a step's terms travels while its first forward pass runs.
+    Communication then overlaps with other work: loss terms are counted during the first forward pass.
     """
     total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
@@ -163,12 +163,12 @@ def sum_later(value: T) -> Callable[[], T]:
 
 
 def agree(flag: bool) -> bool:
-    """True on every rank as soon as it is true on any."""
+    """Return True on every rank if `flag` is true on any rank."""
     return sum(int(flag)) > 0
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's value, on every rank (pickled: for small plain objects)."""
+    """Return rank 0's value on every rank (pickled: for small plain objects)."""
     if not active():
         return value
     alive()
@@ -178,7 +178,7 @@ def broadcast(value: T) -> T:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank, in the order of ranks (pickled: for small plain objects)."""
+    """Return the values of all ranks on every rank, in the order of ranks (pickled: for small plain objects)."""
     if not active():
         return [value]
     alive()
@@ -188,12 +188,12 @@ def gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called `barrier`."""
     sum(0)
 
 
 def from_main(action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; what it raises there is raised everywhere, so nobody waits on."""
+    """Run `action` on rank 0 and return its result, or raise its exception, on every rank."""
     if not active():
         return action()
     value: T | None = None
@@ -205,12 +205,12 @@ def from_main(action: Callable[[], T]) -> T:
             failure = error
     value, theirs = broadcast((value, _sendable(failure)))
     if failure is not None or theirs is not None:
-        raise cast(Exception, failure or theirs)  # rank 0 its own, which still knows where it was raised
+        raise cast(Exception, failure or theirs)  # on rank 0 with the traceback
     return cast(T, value)
 
 
 def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or its text where it cannot be pickled: one of a class from a notebook's cell, say."""
+    """Return the error, or a RuntimeError with its text if the error cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -225,10 +225,10 @@ def lost_a_rank(error: BaseException) -> bool:
 
 
 class RankVote:
-    """Decisions that depend on each rank's own clock and signals, made alike on every rank.
+    """A RankVote turns decisions by each rank's clock and signals into the same decision on all ranks.
 
     A collective on every step would cost a small model more than a tenth of its time, so the ranks vote about every
-    `seconds`, and also agree on the number of steps until the next vote. A world of one decides at once.
+    `seconds`, and agree on the number of steps until the next vote. A single process decides at once.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -239,7 +239,7 @@ class RankVote:
         self.since = time.monotonic()
 
     def vote(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any rank raised it; all are false on the steps between two votes."""
+        """Return for each flag whether any rank raised the flag; all False on steps between votes."""
         if not active():
             return list(flags)
         self.steps += 1
@@ -251,7 +251,7 @@ class RankVote:
         answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
         dist.all_reduce(answers, op=dist.ReduceOp.MAX)
         *raised, slowest = answers.tolist()
-        # at most doubled each time, so that one quick step after a slow start does not silence the ranks for long
+        # at most doubled, so that one quick step after a slow start does not delay the next vote for long
         self.interval = builtins.max(
             1, builtins.min(int(self.seconds / builtins.max(slowest, 1e-6)), 2 * self.interval)
         )
@@ -261,6 +261,6 @@ class RankVote:
 
 
 def returns_rank0(function: Callable[..., T]) -> Callable[..., T]:
-    """Mark a function whose result is one and the same for the whole run: `launch` then returns rank 0's alone."""
+    """Mark a function with the same result on all ranks: `launch` then returns rank 0's result alone."""
     function.returns_rank0 = True  # type: ignore[attr-defined]
     return function

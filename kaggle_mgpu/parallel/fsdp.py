@@ -1,10 +1,8 @@
-"""Sharded: each rank holds a part of every weight, gradient and moment, and borrows the rest while it computes.
+"""The fsdp strategy shards weights, gradients and optimizer state over the ranks with torch's `fully_shard` (FSDP2).
 
-torch's `fully_shard` (FSDP2) in the kit's terms. A block of the model is gathered just before it computes and let go
-just after, forward and backward; gradients are averaged straight into the ranks' parts. What comes out is what other
-strategies give, under the same names, so a run may go on from a checkpoint of any of them, and they from one of its.
-
-Imported by `choose` alone, when asked for: torch.distributed.fsdp takes two seconds to import.
+Each block of the model is gathered just before its computation and released just after, in forward and backward;
+gradients are averaged into the ranks' shards. Checkpoints have the same contents and names under all strategies, so a
+run can continue under any of them. `choose` imports this module on demand, which takes two seconds.
 """
 
 from __future__ import annotations
@@ -26,10 +24,9 @@ from .strategy import HALF, Call, Strategy
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that a model repeats: entries of its outermost ModuleLists and Sequentials whose class recurs there.
+    """Return a model's repeated blocks: entries of its outermost ModuleLists and Sequentials with a recurring class.
 
-    Not those of lists further in: a mixture's experts, say, of which a rank may call another one than its neighbour
-    does, while the gathering of a unit is something that all do together.
+    Lists inside blocks are left out: ranks may call different experts of a mixture, but must gather units together.
     """
     if isinstance(model, nn.ModuleList | nn.Sequential):
         entries = [child for child in model if any(True for _ in child.parameters())]
@@ -60,17 +57,17 @@ def _integer_parameters() -> Iterator[None]:
 
 
 class Sharded(Strategy):
-    """One process per GPU, each with a part of the weights, gradients and optimizer state.
+    """Sharded runs one process per GPU, each with a shard of the weights, gradients and optimizer state.
 
-    Parameters stay in their own type, fp32 as a rule; under fp16 and bf16 they are gathered in that type (beside
-    autocast, which keeps in fp32 what needs it; see `_may_be_half`), and gradients are added up in fp32. They are
-    exchanged in every micro-step: to add them up first, as ddp does, a rank would need room for the whole gradient.
+    Parameters keep their type, usually fp32; under fp16 and bf16 they are gathered in half precision (see
+    `_may_be_half`) and used under autocast, and gradients are summed in fp32. Gradients are exchanged in every
+    micro-step, since accumulation before the exchange, as in ddp, would need memory for the full gradient.
 
     Args:
-        units: gives the modules that are gathered one at a time (None: `repeated_blocks`); what is in none of them is
-            there throughout a step.
+        units: returns the modules that are gathered one at a time (None: `repeated_blocks`); other modules stay
+            gathered throughout a step.
         cpu_offload: keep parameters, gradients and optimizer state in host memory between uses.
-        meta_init: build the weights on rank 0 alone; the others receive their parts.
+        meta_init: build the weights on rank 0 alone; other ranks receive their shards.
     """
 
     name = "fsdp"
@@ -97,18 +94,18 @@ class Sharded(Strategy):
         self.call = self.parallel = Call(model, self.loss, self.metrics, self.precision, self.device.type)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         half = HALF.get(self.precision) if self._may_be_half(model) else None
-        # inputs are not cast: autocast does it where it is due, and a target or a coordinate keeps its digits
+        # inputs are not cast: autocast casts where needed, and targets or coordinates keep their precision
         policy = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                # bitsandbytes would lay out a CPU's 4-bit weights anew in the first evaluation, in place: those that
-                # are gathered at that moment, and not this rank's part, from which the next ones come
+                # in the first evaluation bitsandbytes would change the layout of gathered 4-bit weights in place, but
+                # not of this rank's shards
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         units = self.units(model)
-        # one block at a time is whole on the device; last comes the root, with what is in none of them
+        # only one block at a time is unsharded on the device; the root with all other modules comes last
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
             with _integer_parameters():
@@ -117,17 +114,17 @@ class Sharded(Strategy):
         return model
 
     def _may_be_half(self, model: nn.Module) -> bool:
-        """Whether weights may be gathered in the type that is computed in; else autocast alone sees to it, as in ddp.
+        """Return whether weights may be gathered in half precision; otherwise autocast casts them, as in ddp.
 
-        torch's BatchNorm wants weights of its statistics' type, fp32; on CPUs, where autocast leaves them as they are,
-        so do other normalisations, of their input's.
+        torch's BatchNorm needs weights of the type of its statistics, fp32. On CPUs, where autocast skips
+        normalisations, LayerNorm and GroupNorm need weights of their input's type.
         """
         on_cpu = (nn.LayerNorm, nn.GroupNorm) if self.device.type == "cpu" else ()
         return not any(isinstance(m, (nn.modules.batchnorm._NormBase, *on_cpu)) for m in model.modules())
 
     @torch.no_grad()
     def _materialise(self, unit: nn.Module) -> None:
-        """Put what is not sharded yet on the device, with rank 0's values."""
+        """Copy unsharded tensors of a unit to the device, with rank 0's values."""
         made: dict[Tensor, Tensor] = {}
         for module in unit.modules():
             for key, tensor in vars(module).items():
@@ -156,7 +153,7 @@ class Sharded(Strategy):
         else:
             there = tensor
             if tensor.device != self.device:
-                # as Module.to does: the same object stays, and one of a quantised weight takes along what it carries
+                # as Module.to does: the object stays the same, and a quantised weight keeps its attributes
                 tensor.data = tensor.to(self.device).data
         dist.broadcast(there.detach(), src=0)
         return there
@@ -164,25 +161,25 @@ class Sharded(Strategy):
     def forward(self, batch: Any) -> Tensor:
         return self.call(batch)
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
+    def global_norm(self, norm: Tensor) -> Tensor:
         return shards.whole(norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
         found = super().evaluate(batches)
-        self._root.reshard()  # torch keeps it for a backward pass, which does not come
+        self._root.reshard()  # torch keeps the root gathered for a backward pass, which evaluation lacks
         return found
 
     def whole(self, tree: Any) -> Any:
-        """Rank 0 has it in host memory; what the others return is worth nothing, and takes no room."""
+        """Return the tree with gathered tensors in rank 0's host memory; other ranks get empty tensors."""
         main = distributed.is_main()
         found: dict[Any, Tensor] = {}
 
         def gathered(tensor: Tensor) -> Tensor:
             if not shards.is_sharded(tensor):
                 return tensor
-            # Tied weights are gathered once, and stay one tensor. By their memory and not by their rows, of which this
-            # rank may have none: torch pads a parameter's part, so the memory is there on every rank, or on none.
+            # Tied weights are gathered once, and stay one tensor. They are recognised by their memory, not by rows, of
+            # which this rank may have none: torch pads shards, so either every rank has memory or none has.
             memory = shards.local(tensor).untyped_storage()
             key = (memory.data_ptr(), tuple(tensor.shape)) if memory.nbytes() else object()
             if key not in found:
@@ -196,14 +193,14 @@ class Sharded(Strategy):
         own, parameters = self.model.state_dict(), dict(self.model.named_parameters())
 
         def spread(value: Any, like: Tensor) -> Any:
-            """A whole tensor's rows as `like` has them; what has another shape (a number of steps) is on every rank."""
+            """Shard a full tensor like the tensor `like`; return values of other shapes (step counts) unchanged."""
             fits = isinstance(value, Tensor | shards.Pieces) and shards.is_sharded(like) and value.shape == like.shape
             return shards.spread_like(value, like) if fits else value
 
         moments = {
             name: {key: spread(value, parameters[name]) for key, value in values.items()}
             for name, values in state["optimizer"]["state"].items()
-            if name in parameters  # else the names differ, which is an error further on
+            if name in parameters  # other names raise an error below
         }
         weights = {name: spread(value, own[name]) for name, value in state["model"].items()}
         optimizer_state = {**state["optimizer"], "state": moments}

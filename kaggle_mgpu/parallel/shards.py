@@ -1,11 +1,11 @@
-"""Tensors that are spread over the ranks: what this rank has of one, the whole of it, and writing a whole one into it.
+"""This module reads, gathers and writes tensors that are sharded over the ranks.
 
-    whole(parameter)            # on every rank: a collective
-    copy_(parameter, tensor)    # each rank takes its own rows of a whole tensor
-    shard_of(parameter)         # this rank's rows, and where they lie in the whole
+    whole(parameter)            # the full tensor on every rank: a collective
+    copy_(parameter, tensor)    # each rank takes its own rows of a full tensor
+    shard_of(parameter)         # this rank's rows and their position in the full tensor
 
-A spread tensor is torch's DTensor, cut along its first dimension as torch.chunk cuts. Any other tensor is its own whole
-and its own part, so that callers need not ask.
+A sharded tensor is torch's DTensor, cut along its first dimension as torch.chunk does. The functions also accept any
+other tensor.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shard:
-    """Some rows of a tensor."""
+    """A Shard is a range of rows of a tensor."""
 
     rows: Tensor
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the full tensor."""
     start: int
-    """Which of the whole's rows is the first here."""
+    """Index of the first row in the full tensor."""
 
 
 class Pieces:
-    """A tensor whose rows lie in several files, put together only as far as they are asked for: `pieces[2:5]`."""
+    """Pieces is a tensor with rows in several files, of which `pieces[2:5]` reads only rows 2 to 4."""
 
     def __init__(self, shape: list[int]) -> None:
         self.shape = torch.Size(shape)
@@ -49,23 +49,23 @@ class Pieces:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether a tensor is spread over the ranks. Imports nothing: where there is one, its module is loaded."""
+    """Return whether a tensor is sharded, without importing torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows, sharing the tensor's memory; a tensor that is not spread as it is."""
+    """Return this rank's rows, which share the tensor's memory; return an unsharded tensor unchanged."""
     return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank. A collective: every rank must ask for the same one."""
+    """Return the full tensor on every rank; all ranks must call `whole` for the same tensor."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_of(tensor: Tensor) -> Shard:
-    """This rank's rows of a spread tensor."""
+    """Return this rank's rows of a sharded tensor."""
     spread = cast(Any, tensor)
     rows, ranks, rank = tensor.shape[0], spread.device_mesh.size(), spread.device_mesh.get_local_rank()
     return Shard(spread.to_local(), tuple(tensor.shape), min(rank * -(-rows // ranks), rows))
@@ -73,7 +73,7 @@ def shard_of(tensor: Tensor) -> Shard:
 
 @torch.no_grad()
 def copy_(target: Tensor, source: Any) -> None:
-    """Copy a whole tensor into one that may be spread: each rank takes its rows, without asking another."""
+    """Copy a full tensor into a possibly sharded tensor; each rank takes its rows, without communication."""
     if is_sharded(target):
         shard = shard_of(target)
         shard.rows.copy_(source[shard.start : shard.start + len(shard.rows)])
@@ -82,7 +82,7 @@ def copy_(target: Tensor, source: Any) -> None:
 
 
 def spread_like(value: Any, like: Tensor) -> Tensor:
-    """A whole tensor (or its `Pieces`) spread over the ranks, and on the device, as `like` is, which has its shape."""
+    """Shard a full tensor (or its `Pieces`) like the tensor `like` of the same shape, on the same device."""
     from torch.distributed.tensor import DTensor
 
     shard, spread = shard_of(like), cast(Any, like)
@@ -93,26 +93,26 @@ def spread_like(value: Any, like: Tensor) -> Tensor:
 
 
 def each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A copy of a tree of dictionaries, lists and tuples in which every tensor is replaced by what `change` gives."""
+    """Return a copy of a tree of dictionaries, lists and tuples with `change(tensor)` for each tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
         return {key: each(value, change) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        make = getattr(type(tree), "_make", type(tree))  # a namedtuple wants its fields one by one
+        make = getattr(type(tree), "_make", type(tree))  # a namedtuple takes separate fields
         return make(each(value, change) for value in tree)
     return tree
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within it every rank has the whole model, and may compute with it as often as it likes; to be entered by all.
+    """Keep all weights gathered on every rank during a `with` block, which all ranks must enter.
 
-    For what each rank does in a number of steps of its own, as generating text is. It takes the room that the whole
-    weights take. Where nothing is spread, it does nothing.
+    Inside, ranks may compute different numbers of steps, as for generating text. The block needs memory for all
+    weights. Without sharded weights, `gathered` does nothing.
 
     Raises:
-        RuntimeError: the weights are spread by ZeRO's stage 3.
+        RuntimeError: the weights are sharded by ZeRO's stage 3.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RuntimeError("under ZeRO stage 3 a model cannot be gathered: use strategy='fsdp', or stage 2")
@@ -132,9 +132,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _set_when_resharded(unit: Any) -> list[tuple[Any, str, Any]]:
-    """What `set_reshard_after_forward` changes, with its values, which torch gives no other way to read.
+    """Return (owner, attribute, value) of the values that `set_reshard_after_forward` changes; torch has no getter.
 
-    They differ: the root keeps its weights after a forward pass. Newer versions have several groups in a unit.
+    Values differ between units: the root keeps its weights after a forward pass.
     """
     state = unit._get_fsdp_state()
     one = getattr(state, "_fsdp_param_group", None)

@@ -1,4 +1,4 @@
-"""What checkpoints hold of a model and its optimizer, by parameter name, whatever the strategy."""
+"""This module converts model and optimizer state to and from checkpoints, by parameter name, for all strategies."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 KERNEL = ("fused", "foreach", "capturable")
-"""What an optimizer's group says of the kernel that computes its step: this machine's choice, not the checkpoint's."""
+"""Options of an optimizer's groups that select a kernel: set by this machine, not by a checkpoint."""
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
-    """What checkpoints and weight files hold of a model: its state_dict, by name.
+    """Return the part of a model's state_dict that checkpoints and weight files hold.
 
-    A model with an attribute `saved_names` (a set of those names) is saved in that part only: the rest is frozen, and
-    Task.model makes it again, the same each time. So the adapters of a large model are saved without it.
+    A model's attribute `saved_names` (a set of names), if present, selects the tensors to save; Task.model must rebuild
+    all others identically. The adapters of a large model are saved without the model in this way.
     """
     state = model.state_dict()
     names = getattr(model, "saved_names", None)
@@ -23,12 +23,12 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_saved_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Take over what `saved_state` gave; names and shapes have been compared before."""
+    """Load a state from `saved_state`; the caller has compared names and shapes."""
     model.load_state_dict(state, strict=getattr(model, "saved_names", None) is None)
 
 
 def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state keyed by parameter name, which is what stays the same when wrapping and sharding change."""
+    """Return the optimizer's state keyed by parameter name, independent of wrapping and sharding."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         "state": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
@@ -43,10 +43,10 @@ def named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take over a state that `named_optimizer_state` gave.
+    """Load a state from `named_optimizer_state`.
 
     Raises:
-        ValueError: it is for other parameters than this optimizer's.
+        ValueError: the state has other parameters than this optimizer.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]

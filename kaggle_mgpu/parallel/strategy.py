@@ -1,8 +1,8 @@
-"""How one micro-batch becomes gradients, and gradients a step: what all strategies share, and which one a run takes.
+"""`Strategy` computes gradients and optimizer steps in one process, and is the base class of all strategies.
 
-All strategies give the same gradient: the sum of the loss over every term of the global batch, divided by how many
-terms that is. They hold the plain model, which checkpoints and evaluation use; what wraps it is used to call it only.
-`Strategy` itself is one process with one device; the others are data_parallel.py (dp, ddp), fsdp.py and zero.py.
+All strategies give the same gradient: the sum of the loss over every term of the global batch, divided by the number
+of terms. A strategy holds the plain model for checkpoints and evaluation, and calls it through a wrapper. Subclasses
+are in data_parallel.py (dp, ddp), fsdp.py and zero.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Call(nn.Module):
-    """Calls a function of (model, batch) as a forward pass, which is what torch's DDP and DataParallel wrap.
+    """Call is a module with Task.loss or Task.metrics as its forward pass, for torch's DDP and DataParallel to wrap.
 
-    The function sees the plain model, with its own attributes and methods. Autocast is entered here, in the thread that
-    computes: DataParallel hands its threads autocast's switch but not its dtype.
+    The task's functions get the plain model with its own attributes and methods. Autocast is entered here, in the
+    computing thread, since DataParallel passes to its threads whether autocast is on, but not the dtype.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Call(nn.Module):
             if not isinstance(loss, Tensor) or loss.ndim != 0:
                 got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
                 raise ValueError(f"Task.loss must return a scalar tensor, the sum over the batch's terms; got {got}")
-            # "losses", one row for each replica: gathering scalars makes DataParallel warn
+            # "losses" has one row per replica, since DataParallel warns when gathering scalars
             return loss if what == "loss" else loss.unsqueeze(0)
         rows = {}
         sums = self.metrics(self.model, batch)
@@ -60,29 +60,29 @@ class Call(nn.Module):
                 got = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
                 raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got {got} for {name!r}")
             total, count = pair
-            # float64 and one row per replica: what is added up later must not depend on how it was split
-            # a plain number too must be on the replica's GPU, or it could not be gathered
+            # float64 and one row per replica, so that sums do not depend on the split; on the replica's GPU, since only
+            # tensors there can be gathered
             total = torch.as_tensor(total, device=self.device_type).detach().double()
             rows[name] = (total.unsqueeze(0), torch.as_tensor(count, device=total.device).unsqueeze(0))
         return rows
 
 
 class Strategy:
-    """One process, one device; the base of the others.
+    """A Strategy trains in one process on one device; subclasses use several devices.
 
     A step is `micro_step` around `backward` for each micro-batch, then `step`.
 
     Args:
-        loss: sum of the loss over a batch's terms, `(model, batch) -> scalar`.
+        loss: `(model, batch) -> scalar`, the sum of the loss over a batch's terms (tokens, pixels or samples).
         metrics: `(model, batch) -> {name: (sum, count)}`; sums may be tensors of any shape.
         precision: fp32, fp16 (autocast with loss scaling) or bf16 (autocast).
         num_replicas: copies of the model in this process.
-        find_unused_parameters: under ddp, allow for parameters that a step does not use.
+        find_unused_parameters: under ddp, allow parameters without a gradient.
     """
 
     name = "single"
     alone = True
-    """Whether a rank can compute with the model without the others."""
+    """Whether a rank can compute with the model without other ranks."""
 
     def __init__(
         self,
@@ -105,11 +105,11 @@ class Strategy:
         """The part of a step that has begun. The weights are whole except during an update."""
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
-        """Around the making of the model, for `prepare`."""
+        """Return the context manager in which to build the model."""
         return _NOTHING
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Put the model on the device and wrap it for training; returns the plain one."""
+        """Move the model to the device, wrap the model for training, and return the plain model."""
         self.model = model.to(self.device)
         self.call: nn.Module = Call(self.model, self.loss, self.metrics, self.precision, self.device.type)
         self.parallel = self.wrap(self.call)
@@ -117,43 +117,43 @@ class Strategy:
         return self.model
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Take the optimizer made for the prepared model; returns the one to go on with."""
+        """Register the prepared model's optimizer and return the optimizer to use."""
         return optimizer
 
     def note_buffers(self) -> None:
-        """Make room for a copy of the buffers that checkpoints hold, for `begin_step`."""
+        """Allocate copies of the buffers that checkpoints hold, for `begin_step`."""
         saved = self.model.state_dict(keep_vars=True)
         self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
         self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
 
     def wrap(self, call: nn.Module) -> nn.Module:
-        """What a training step calls in place of `call`."""
+        """Return the module that training steps call in place of `call`."""
         return call
 
     @property
     def input_device(self) -> torch.device:
-        """Where the forward pass wants its batches."""
+        """The device on which `forward` expects its batches."""
         return self.device
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around one forward and backward pass; gradients are exchanged in the one with `sync`, the step's last."""
+        """Return a context manager for one forward and backward pass, with exchange of gradients if `sync`."""
         return _NOTHING
 
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
-        """Add this micro-batch's part of the gradient. Returns the sum of its loss, detached.
+        """Add this micro-batch's part of the gradient, and return the sum of its loss, detached.
 
-        Gradients are divided by the world size when they are added up over the ranks, hence the factor.
+        The loss is multiplied by the world size, since the exchange of gradients takes their mean over the ranks.
 
         Args:
-            weight: 0 for a micro-batch that only keeps this rank in step with the others, else 1.
-            terms: gives the number of terms in the global batch.
+            weight: 0 for a stand-in micro-batch, computed only because other ranks wait, else 1.
+            terms: returns the number of loss terms in the global batch.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the global batch has no terms.
         """
         loss = self.forward(batch)
-        distributed.alive()  # the ranks wait for each other in backward: the one behind has not come this far
-        # the terms are asked for after the forward pass: on their way, they had that long to arrive
+        distributed.alive()  # before backward, where ranks wait for each other, so that a late rank can be named
+        # after the forward pass, which overlaps with the communication of the number
         if not (number := terms()):
             raise ValueError(
                 "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
@@ -163,24 +163,24 @@ class Strategy:
         return loss.detach() if weight == 1 else loss.detach() * weight
 
     def backward_from(self, loss: Tensor, start: float) -> None:
-        """The backward pass, from `start` instead of 1: cheaper than to multiply the loss, and the same gradient."""
-        # a new tensor each time: autograd may hand it on as a parameter's gradient, which is then written to
+        """Run backward from the gradient `start` instead of 1, which is cheaper than multiplying the loss."""
+        # a new tensor each time, since autograd may reuse the tensor as a parameter's gradient
         loss.backward(self.scaler.scale(torch.full_like(loss, start)))
 
     def forward(self, batch: Any) -> Tensor:
-        """Sum of the loss over the batch's terms, ready for backward."""
+        """Return the sum of the loss over the batch's terms, with its graph for backward."""
         if self.parallel is self.call:
-            return self.call.forward(batch)  # what it wraps has the hooks, if there are any
+            return self.call.forward(batch)  # skips Module.__call__, since only the wrapped model has hooks
         return self.parallel(batch)
 
     def begin_step(self) -> None:
-        """Note the buffers as they are, for `undo_step`: running statistics move in each forward pass."""
+        """Copy the buffers for `undo_step`, since each forward pass changes running statistics."""
         if self.buffers:
             torch._foreach_copy_(self.buffers_before, self.buffers)
         self.within = "gradient"
 
     def undo_step(self) -> None:
-        """Forget the gradients and statistics of a step that broke off; its weights had not moved yet."""
+        """Discard the gradients and buffer changes of an aborted step, before any change of weights."""
         if self.buffers and self.within == "gradient":
             torch._foreach_copy_(self.buffers, self.buffers_before)
         self.within = ""
@@ -188,26 +188,26 @@ class Strategy:
             parameter.grad = None
 
     def try_step(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
-        """What a step needs in memory, without the other processes: forward, backward, the optimizer's own state."""
+        """Allocate the memory of a training step without other processes: forward, backward, optimizer step."""
         self.forward_alone(batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def forward_alone(self, batch: Any) -> Tensor:
-        """`forward` without the other processes."""
+        """Return the same as `forward`, without other processes."""
         return self.call(batch)
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
-        """Clip and take one optimizer step, unless the gradient is not finite. Returns its norm before clipping.
+        """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
-        Skipping is the same decision on every rank, since every rank has the same gradient. On a GPU it is made there:
-        nothing here waits for the device.
+        Every rank has the same gradient and so makes the same decision to skip. With a fused Adam on a GPU, the device
+        decides, and the CPU does not wait.
         """
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.whole_norm(nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
-        # a fused Adam divides by grad_scale as it reads the gradient: clipping then needs no pass of its own
+        norm = self.global_norm(nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
+        # a fused Adam divides gradients by grad_scale, so clipping needs no separate pass
         by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
         if max_norm is not None and not by_itself:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
@@ -226,7 +226,7 @@ class Strategy:
             value = norm.item()
             infinite = not math.isfinite(value)
             if max_norm is not None and by_itself:
-                # norm + 1e-6 as clip_grad_norm_ has it; float32 whatever the weights are, as the kernel has it
+                # norm + 1e-6 as in clip_grad_norm_; float32 for weights of any type, as in the kernel
                 scale = (value + 1e-6) / max_norm
                 clip = torch.tensor(scale, dtype=torch.float32, device=norm.device) if scale > 1 else None
                 optimizer.grad_scale = clip  # type: ignore[attr-defined]
@@ -235,17 +235,17 @@ class Strategy:
         if infinite is not False:
             self.skipped += infinite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
-        for parameter in parameters:  # what optimizer.zero_grad does, in a tenth of its time
+        for parameter in parameters:  # the same as optimizer.zero_grad in a tenth of the time
             parameter.grad = None
         return norm
 
-    def whole_norm(self, norm: Tensor) -> Tensor:
-        """Return the norm over all ranks from the norm of this rank's gradient. Here both are the same."""
+    def global_norm(self, norm: Tensor) -> Tensor:
+        """Return the norm over all ranks, given the norm of this rank's gradient; here both are equal."""
         return norm
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
-        """Sums and counts of the task's metrics over this rank's batches, on the CPU in float64."""
+        """Return sums (float64, on the CPU) and counts of the task's metrics over this rank's batches."""
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in self._in_step(batches):
             distributed.alive()
@@ -255,10 +255,9 @@ class Strategy:
         return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()}
 
     def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches; a rank that has had all of its own computes along while another has more to do.
+        """Yield the batches; a rank without further batches recomputes its last batch while other ranks continue.
 
-        For where weights are spread over the ranks, all gather them together. Where there are fewer batches than ranks,
-        rank 0's is lent.
+        All ranks must compute together to gather sharded weights. A rank without any batch uses rank 0's first batch.
         """
         if self.alone:
             yield from batches
@@ -277,41 +276,38 @@ class Strategy:
             coming = next(batches, None)
 
     def call_for_metrics(self, batch: Any) -> Any:
-        """{name: (sums, counts)}, one row of each for every replica in this process."""
+        """Return {name: (sums, counts)}, with one row per replica in this process."""
         return self.call(batch, "metrics")
 
     def sync_buffers(self) -> None:
-        """Give every rank rank 0's buffers (running statistics), as checkpoints hold those."""
+        """Copy rank 0's buffers (running statistics), which checkpoints hold, to every rank."""
         if self.world_size > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def communication(self) -> float | None:
-        """Seconds of a step in which gradients were sent and nothing computed, waiting for a slower rank included.
-
-        None where that is not known.
-        """
+        """Return the seconds per step spent only on exchanging gradients, waiting included; None if unknown."""
         return None
 
     # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """`model`: name -> tensor; `optimizer`: by parameter name; `scaler`: plain numbers; `skipped`: steps."""
+        """Return `model`: name -> tensor, `optimizer`: by parameter name, `scaler`: numbers, `skipped`: steps."""
         return self.whole(self.held_state(optimizer))
 
     def weights(self) -> dict[str, Tensor]:
-        """What a file of weights holds, whole; all ranks must ask for it, and rank 0's answer counts."""
+        """Return the full tensors of a weights file on rank 0; all ranks must call `weights`."""
         return cast(dict[str, Tensor], self.whole(saved_state(self.model)))
 
     def described(self) -> dict[str, Tensor]:
-        """The names and shapes of `weights`; what else these tensors are is no matter."""
+        """Return tensors with the names and shapes of `weights`; their values have no meaning."""
         return saved_state(self.model)
 
     def whole(self, tree: Any) -> Any:
-        """The same with each tensor that is spread over the ranks put together; all ranks must ask for it."""
+        """Return a tree with each sharded tensor gathered; all ranks must call `whole`."""
         return tree
 
     def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """`full_state`, with tensors that are spread over the ranks as they are."""
+        """Return `full_state` without gathering sharded tensors."""
         return {
             "model": saved_state(self.model),
             "optimizer": named_optimizer_state(self.model, optimizer),
@@ -320,7 +316,7 @@ class Strategy:
         }
 
     def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Take over what `full_state` gave, under this strategy or another."""
+        """Load a state from `full_state` of this or another strategy."""
         load_saved_state(self.model, state["model"])
         load_named_optimizer_state(self.model, optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():
@@ -329,6 +325,6 @@ class Strategy:
 
 
 def _clips_and_skips(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer's kernel divides gradients by `grad_scale`, and skips the step where `found_inf` is set."""
+    """Return whether the optimizer's kernel applies `grad_scale` to gradients and skips a step if `found_inf`."""
     # SGD's fused kernel too takes found_inf, but a skipped first step leaves its momentum uninitialised (torch 2.13)
     return isinstance(optimizer, torch.optim.Adam) and bool(optimizer.defaults.get("fused"))

@@ -1,13 +1,11 @@
-"""DeepSpeed's ZeRO, stages 1 to 3 and offload, behind the kit's loop: its optimizer, schedule, clipping, checkpoints.
+"""The deepspeed strategy runs DeepSpeed's ZeRO, stages 1 to 3 with offload, under the kit's training loop.
 
     launch(train, TrainConfig(strategy="deepspeed", deepspeed_config="zero3.json"), task)
 
-zero3.json is DeepSpeed's own: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. An engine is
-made with the task's optimizer; each backward pass and step goes through it. A checkpoint holds what every strategy's
-does, put together parameter by parameter, so that runs move between strategies here too.
-
-Imported by `choose` alone. Measured with DeepSpeed 0.19 on CPUs, where it compiles an extension at its first
-start (a minute or two; kept in TORCH_EXTENSIONS_DIR).
+zero3.json is DeepSpeed's own: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. A DeepSpeed
+engine with the task's optimizer runs each backward pass and step. Checkpoints are assembled parameter by parameter and
+have the same contents as under other strategies. On CPUs DeepSpeed 0.19 compiles an extension at its first start (a
+minute or two; kept in TORCH_EXTENSIONS_DIR).
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from . import distributed
 from .state import KERNEL, saved_state
 from .strategy import Strategy
 
-# What the kit decides; DeepSpeed's own defaults (a clipping at 1.0, say) must not
+# Settings that the kit sets in place of DeepSpeed's defaults (such as clipping at 1.0)
 OURS = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler gradient_clipping "
     "fp16 bf16"
@@ -37,10 +35,10 @@ OURS = (
 
 
 def settings(file: str | None, *, precision: str, max_norm: float | None) -> dict[str, Any]:
-    """DeepSpeed's configuration: the file's, or stage 2, with the kit's own settings.
+    """Return DeepSpeed's configuration: a file's settings, or stage 2, with the kit's own settings.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not JSON, or it holds what the kit decides.
+        FileNotFoundError, ValueError: the file is missing, not JSON, or contains the kit's settings.
     """
     found: Any = {"zero_optimization": {"stage": 2}}
     if file is not None:
@@ -63,13 +61,13 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         raise ValueError(f"deepspeed_config: {file}: zero_optimization.stage is {stage!r}: expected 1, 2 or 3")
     return {
         **found,
-        # one micro-batch at a time, with boundaries set by hand: the loss is scaled by the kit
+        # one micro-batch at a time: the kit scales the loss and sets accumulation boundaries
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "hysteresis": 1},
         "bf16": {"enabled": precision == "bf16"},
-        # the task's optimizer is taken as it is
+        # use the task's optimizer unchanged
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -80,8 +78,8 @@ def require(device: torch.device) -> Any:
     """Import DeepSpeed.
 
     Raises:
-        ImportError: it is not installed.
-        RuntimeError: there is no compiler for what it compiles.
+        ImportError: DeepSpeed is not installed.
+        RuntimeError: the C++ compiler that DeepSpeed needs on CPUs is missing.
     """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
@@ -103,12 +101,12 @@ def require(device: torch.device) -> Any:
 
 
 class ZeRO(Strategy):
-    """One process per GPU; optimizer state (stage 1), gradients (2) and weights (3) shared out among them.
+    """ZeRO runs one process per GPU and shards optimizer state (stage 1), gradients (2) and weights (3).
 
     Args:
         file: DeepSpeed's JSON.
-        max_norm: as `step` will be given it: DeepSpeed wants to know at the start.
-        averaged: whether the weights are to be averaged, which stage 3 cannot.
+        max_norm: the value that `step` will get, which DeepSpeed needs at the start.
+        averaged: whether weights will be averaged, which stage 3 does not support.
     """
 
     name = "deepspeed"
@@ -134,7 +132,7 @@ class ZeRO(Strategy):
         self.groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self.shapes = {name: torch.empty_like(t, device="meta") for name, t in saved_state(self.model).items()}
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0)  # DeepSpeed leaves those that are not in the optimizer as they are
+            dist.broadcast(tensor.detach(), src=0)  # DeepSpeed broadcasts only tensors in the optimizer
         self.engine, *_ = self.deepspeed.initialize(
             model=self.call, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -151,10 +149,10 @@ class ZeRO(Strategy):
         return loss
 
     def backward_from(self, loss: Tensor, start: float) -> None:
-        self.engine.backward(loss * start)  # which scales it, and knows of no other start than 1
+        self.engine.backward(loss * start)  # DeepSpeed has no other start than 1
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
-        """DeepSpeed clips and steps, or leaves out a step whose gradient is not finite."""
+        """Let DeepSpeed clip and step, or skip the step if the gradient is not finite."""
         assert max_norm == self.max_norm, (max_norm, self.max_norm)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
@@ -168,7 +166,7 @@ class ZeRO(Strategy):
         return self.shapes
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in the optimizer's precision, which is fp32, where it has them."""
+        """Return the weights, trainable weights in the optimizer's fp32 precision."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         own = self.model.state_dict()
         made: dict[Tensor, Tensor] = {}
@@ -191,7 +189,7 @@ class ZeRO(Strategy):
 
     @contextlib.contextmanager
     def _gathered(self, parameters: list[nn.Parameter], writer: int | None = None) -> Iterator[None]:
-        """Within it parameters that stage 3 has shared out are whole; with `writer`, that rank's values are kept."""
+        """Gather stage 3's parameters during a `with` block, then keep the values of rank `writer` if given."""
         if self.stage == 3:
             with self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
                 yield
@@ -199,7 +197,7 @@ class ZeRO(Strategy):
             yield
 
     def _partitions(self) -> list[Tensor]:
-        """This rank's flat pieces of the optimizer's weights."""
+        """Return this rank's flat shards of the optimizer's weights."""
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         return list(flat)
 
@@ -207,14 +205,14 @@ class ZeRO(Strategy):
         utils, parameters = self.deepspeed.utils, dict(self.model.named_parameters())
         moments: dict[str, dict[str, Any]] = {}
         states = [optimizer.state.get(piece, {}) for piece in self._partitions()]
-        # before the first step there are none, on every rank alike
+        # before the first step no rank has any state
         known: dict[str, Any] = next((state for state in states if state), {})
         if known:
             self._link()
         whole = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
         plain = {key: value for key, value in known.items() if not whole.get(key)}
         for name in (name for group in self.groups for name in group if known):
-            # the number of steps is one tensor for all here, elsewhere each parameter counts its own
+            # the number of steps is one tensor here; other strategies have one per parameter
             moments[name] = {k: value.clone() if isinstance(value, Tensor) else value for k, value in plain.items()}
             for key in (key for key in known if whole.get(key)):
                 full = utils.safe_get_full_optimizer_state(parameters[name], key)
@@ -234,15 +232,15 @@ class ZeRO(Strategy):
     def _link(self) -> None:
         """Let stages 1 and 2 find each parameter's moments in the flat pieces.
 
-        They do so once, in the first step, when it has reached the first of the optimizer's groups, and so never find
-        those of the others (DeepSpeed 0.19).
+        DeepSpeed 0.19 links moments once, in the first step after its first parameter group, and so misses those of all
+        later groups.
         """
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
     def _scaler_state(self) -> dict[str, Any]:
-        """As GradScaler has it. DeepSpeed counts iterations, and remembers the last one that was too much."""
+        """Return the loss scaler's state in GradScaler's format, computed from DeepSpeed's iteration counts."""
         if self.precision != "fp16":
             return {}
         scaler = self.zero.loss_scaler
@@ -285,7 +283,7 @@ class ZeRO(Strategy):
         if self.stage == 3:
             for index in range(len(self._partitions())):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if persistent := self.zero.persistent_parameters:  # small ones are kept whole: the old ones, until now
+            if persistent := self.zero.persistent_parameters:  # small parameters stay gathered, with old values so far
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
         else:
@@ -300,7 +298,7 @@ class ZeRO(Strategy):
         return self.shapes[name].shape
 
     def _put(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-        """Write a whole weight, or a moment of it, into the ranks' pieces."""
+        """Write a full weight, or its moment, into the ranks' shards."""
         utils = self.deepspeed.utils
         value = value.to(self.device, torch.float32 if parameter.requires_grad else parameter.dtype)
         if not parameter.requires_grad:

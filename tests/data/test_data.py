@@ -453,7 +453,7 @@ class TestFetch:
     def test_by_a_collate_of_ones_own(self) -> None:
         fetch = Fetch(Items(10, "tuple"), lambda rows: [y for _, y in rows])
         assert fetch[INDICES] == [40, 10, 80, 10]
-        assert fetch.whole is None
+        assert fetch.get_batch is None
 
     def test_a_batch_at_a_time(self) -> None:
         fetch = Fetch(Whole(10))
@@ -465,7 +465,7 @@ class TestFetch:
         tensors = (torch.randn(10, 3), torch.arange(10), torch.randn(10, 2, 2).to(torch.float16))
         dataset = TensorDataset(*tensors)
         fetch = Fetch(dataset)
-        assert fetch.whole is not None
+        assert fetch.get_batch is not None
         got = fetch[INDICES]
         assert equal(got, default_collate([dataset[i] for i in INDICES.tolist()]))
         got[0].zero_()

@@ -159,11 +159,11 @@ def test_pin_is_refused_once_protobuf_is_imported(place: Place) -> None:
 @pytest.mark.parametrize(
     ("code", "struct", "why"),
     [
-        (FUSSY, STRUCT, "a fresh interpreter could no longer import some_pb2; protobuf 6.33.6 is back"),
-        ("", "raise ImportError", "a fresh interpreter could not use it; protobuf 6.33.6 is back"),
+        (FUSSY, STRUCT, "a fresh interpreter could no longer import some_pb2; nothing was changed"),
+        ("", "raise ImportError", "a fresh interpreter could not use it; nothing was changed"),
     ],
 )
-def test_pin_puts_the_old_one_back_if_something_is_lost(place: Place, code: str, struct: str, why: str) -> None:
+def test_pin_changes_nothing_if_a_package_would_be_lost(place: Place, code: str, struct: str, why: str) -> None:
     before = place.files()
     (place.site / "some_pb2.py").write_text(code)
     (place.site / "some_broken_pb2.py").write_text("raise ImportError")  # it was no better before
