@@ -152,7 +152,7 @@ class CPUReplicas(nn.Module):
             try:
                 with torch.set_grad_enabled(grad):
                     outputs[index] = replicas[index](parts[index], what)
-            except Exception as error:
+            except BaseException as error:
                 outputs[index] = error
 
         for index in range(len(parts)):
@@ -160,7 +160,7 @@ class CPUReplicas(nn.Module):
             thread.start()
             thread.join()  # one after the other: they share the CPU's random generator, and dropout must repeat
         for output in outputs:
-            if isinstance(output, Exception):
+            if isinstance(output, BaseException):
                 raise output
         return _gather(outputs)
 
