@@ -47,7 +47,7 @@ class Config(TrainConfig):
     """The call of loss in training that breaks off, as if killed."""
 
 
-class Killed(BaseException):  # noqa: N818 (it is what happens)
+class Killed(BaseException):
     """Instead of a real kill, where one process goes on to look at what is left. Nothing is saved, as after a kill."""
 
 
