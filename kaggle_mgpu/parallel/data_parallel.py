@@ -147,7 +147,7 @@ class CPUReplicas(nn.Module):
             try:
                 with torch.set_grad_enabled(grad):
                     outputs[index] = replicas[index](parts[index], what)
-            except Exception as error:
+            except BaseException as error:
                 outputs[index] = error
 
         for index in range(len(parts)):
@@ -155,7 +155,7 @@ class CPUReplicas(nn.Module):
             thread.start()
             thread.join()  # one after the other, since dropout must repeat and the threads share one random generator
         for output in outputs:
-            if isinstance(output, Exception):
+            if isinstance(output, BaseException):
                 raise output
         return _gather(outputs)
 

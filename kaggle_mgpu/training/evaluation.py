@@ -96,7 +96,8 @@ class Evaluation:
             OutOfMemoryError: a single sample is too much; or any batch, where ranks compute together as under fsdp: the
                 other ranks wait inside a collective, and cannot begin again.
         """
-        first_size = min(_micro_batch_size(parts), self.batch_size or math.inf)
+        first_size = _micro_batch_size(parts)
+        first_size = min(first_size, self.batch_size or first_size)
         strategy, size = parts.strategy, first_size
         with parts.averaged_weights():
             strategy.sync_buffers()
