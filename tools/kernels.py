@@ -8,8 +8,8 @@
     python tools/kernels.py relay text_generation -p epochs=200         # as many sessions as it takes: tools/relay.py
     python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3]     # here, or with --push on Kaggle: tools/sweep.py
 
-`push` pushes one self-contained notebook, built in build/kernels/SLUG. Slug and title come from the notebook's name, and
-the rest from the top-level kernel-metadata.json and from the header of the notebook's source, which may have any
+`push` pushes one self-contained notebook, built in build/kernels/SLUG. Slug and title come from the notebook's name,
+and the rest from the top-level kernel-metadata.json and from the header of the notebook's source, which may have any
 `*_sources` of kernel-metadata.json, enable_internet, docker_image and machine_shape:
 
     # ---

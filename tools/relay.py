@@ -5,8 +5,8 @@
 build/kernels/SLUG/relay.json has the state, written before and after every push, so the relay can be stopped and
 started again at any time. A session has made progress if its newest checkpoints are of later steps, or if it predicted
 more after training, even if Kaggle killed it at the time limit. The relay stops, with the reason, when a session made
-no progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a foreign session. The
-same command continues it.
+no progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a foreign session.
+The same command continues it.
 """
 
 from __future__ import annotations
