@@ -10,16 +10,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import files, session
-from .checkpoint import Checkpoints
-from .checkpoint_files import CheckpointError, damage, other_model, read_facts, whose
-from .task import Result, TrainState
+from .checkpoint import MOST_FAILURES, Checkpoints
+from .checkpoint_files import CheckpointError, OtherRunError, damage, read_facts
+from .checkpoint_reader import Expected, examine
+from .data import BatchPlan
+from .files import DiskFullError
+from .optim import EMA
+from .task import Result
+
+
+def expected_by(strategy: Any, optimizer: torch.optim.Optimizer, ema: EMA | None, plan: BatchPlan) -> Expected:
+    """What a checkpoint has to hold for this run. Asks no other rank."""
+    names = {parameter: name for name, parameter in strategy.model.named_parameters()}
+    if (groups := getattr(strategy, "groups", None)) is None:  # ZeRO notes them, and then puts its own tensors there
+        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+    def samples_at(step: int) -> int:
+        epochs, steps = divmod(step, plan.steps_per_epoch)
+        return epochs * plan.dataset_size + steps * plan.global_batch_size
+
+    return Expected(strategy.described(), None if ema is None else ema.state_dict(), groups, optimizer, samples_at)
 
 
 def starting_point(
@@ -29,47 +47,81 @@ def starting_point(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
-    model: Mapping[str, Tensor] | None = None,
+    expected: Expected | None = None,
 ) -> Path | None:
     """The checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
+
+    What is damaged or says what cannot be is named and passed over for the one before it.
 
     Args:
         resume: auto; never (what is there is put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: what else makes it this run and no other.
-        model: the model's state; a checkpoint among the inputs with other names or shapes is another run's.
+        expected: what a checkpoint has to hold; None: only its checksums, settings and stamp are looked at.
 
     Raises:
-        CheckpointError: the checkpoint is another run's (the message lists each setting then and now), or damaged.
+        CheckpointError: all that could be used in this run's own folder is another run's (the message lists each
+            setting then and now), or the checkpoint that `resume` names cannot be used.
     """
+
+    def examined(path: Path) -> Path:
+        if problem := damage(path):
+            raise CheckpointError(problem)
+        if differ := _differences(read_facts(path), config, may_change, stamp):
+            raise OtherRunError(
+                f"{path} is from a run with other settings: {_listed(differ)}",
+                "Set them back to go on with that run; choose another output_dir, or resume='never', to start a new "
+                "one.",
+            )
+        if expected is not None:
+            examine(path, expected)
+        return path
+
     if resume == "never":
         if aside := checkpoints.put_aside():
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
         return None
-    if resume == "auto":
-        path = checkpoints.newest()
-        if path is None:
-            return _among_inputs(config, may_change, stamp, model)
-    else:
+    if resume != "auto":
         path = Path(resume)
-        if problem := damage(path):
-            raise CheckpointError(f"resume: {path.resolve()} is not a whole checkpoint: {problem}")
-    if differ := _differences(read_facts(path), config, may_change, stamp):
-        raise CheckpointError(
-            f"{path} is from a run with other settings: {_listed(differ)}. Set them back to go on with that run; "
-            f"choose another output_dir, or resume='never', to start a new one."
-        )
-    return path
+        try:
+            return examined(path)
+        except OtherRunError as error:
+            raise CheckpointError(str(error)) from None
+        except CheckpointError as error:
+            raise CheckpointError(f"resume: {path.resolve()} is not a whole checkpoint: {error}") from None
+    for line in checkpoints.put_right():
+        print(line, flush=True)
+    path, others = _first(checkpoints.all(), examined)
+    if path is None and others:  # a new run in this folder has to be asked for
+        raise CheckpointError(str(others[0]))
+    return path or _among_inputs(config, may_change, stamp, examined)
+
+
+def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
+    """The first that serves, and those of another run before it. Each that is passed over is named."""
+    others: list[OtherRunError] = []
+    for path in paths:
+        try:
+            path = examined(path)
+        except OtherRunError as error:
+            others.append(error)
+        except CheckpointError as error:
+            print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
+        else:
+            for other in others:
+                print(f"passed over: {other.problem}", flush=True)
+            return path, others
+    return None, others
 
 
 def _among_inputs(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
-    model: Mapping[str, Tensor] | None,
+    examined: Callable[[Path], Path],
 ) -> Path | None:
     """The newest of this run's; where there are only others', the newest of those is named with what is different."""
-    found: list[tuple[int, Path, dict[str, Any]]] = []
+    found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
         try:
@@ -77,41 +129,15 @@ def _among_inputs(
             if differ := _differences(facts, config, may_change, stamp):
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
             else:
-                found.append((facts["step"], path, facts))
+                found.append((facts["step"], path))
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     # newest first, and no further than the first that serves: a checksum reads the whole of it
-    for step, path, facts in sorted(found, key=lambda one: one[:2], reverse=True):
-        try:
-            broken = damage(path)  # before any other file of it is opened
-            weights = min((name for name in facts["files"] if whose(name) == "model"), default="")
-            if broken is None and not weights:
-                broken = "it holds no model.safetensors"
-            if broken is None and not any(whose(name) == "optimizer" for name in facts["files"]):
-                broken = "it holds no optimizer.safetensors"
-            broken = broken or _unsound(facts["state"])
-            if broken is not None:
-                print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
-            elif model is not None and (problem := other_model(files.shapes(path / weights), model)):
-                others.append((step, f"{path} is from another model: {problem}"))
-            else:
-                return path
-        except Exception as error:
-            print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
-    if others:
-        print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
-    return None
-
-
-def _unsound(state: Mapping[str, Any]) -> str | None:
-    """Why this cannot be a run's position; None where it can."""
-    if unknown := set(state) - {field.name for field in dataclasses.fields(TrainState)}:
-        return f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known"
-    for name in ("step", "samples_seen"):
-        value = state.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            return f"{name} in its state is {value!r}, expected a whole number of 0 or more"
-    return None
+    path, different = _first((path for _, path in sorted(found, reverse=True)), examined)
+    told = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
+    if path is None and told:
+        print(f"not resumed from the inputs: {told[0]}", flush=True)
+    return path
 
 
 def changes(
@@ -140,10 +166,75 @@ def _differences(
 
 
 def finished(out: Path, max_steps: int) -> Result | None:
-    """The result of a run that took all its steps, with the weights it left; None otherwise."""
+    """The result of a run that took all its steps, with the weights it left; None otherwise.
+
+    Where the weights are not the ones that were written, a line says so: they are then made again from the newest
+    checkpoint.
+    """
     try:
         document = json.loads((out / "result.json").read_text(encoding="utf-8"))
         result = Result(**document)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return result if result.finished and result.step == max_steps and (out / "model.safetensors").is_file() else None
+    path = out / "model.safetensors"
+    if not (result.finished is True and result.step == max_steps and path.is_file()):
+        return None
+    try:
+        files.read_tensors(path)
+        # an older version's says nothing of the weights
+        damaged = result.weights and result.weights != {"bytes": path.stat().st_size, "crc32": files.crc32(path)}
+        problem = "it does not have the checksum it was written with" if damaged else ""
+    except Exception as error:
+        problem = str(error)
+    if problem:
+        print(f"{path} is damaged: {problem}. It is made again from the newest checkpoint.", flush=True)
+    return None if problem else result
+
+
+def write_result(checkpoints: Checkpoints, out: Path, result: Result, weights: Mapping[str, Tensor]) -> str:
+    """Write the weights and then result.json. Returns what was done to make room for them, or why there are none.
+
+    On a full disk the oldest checkpoints make room. Without the weights a run that has not come to its end is no worse
+    off: it goes on from its checkpoint.
+
+    Raises:
+        DiskFullError: trained to the end, and there is no room.
+        OSError: trained to the end, and they could not be written three times.
+    """
+    path, notes = out / "model.safetensors", []
+    layout = files.Layout.of(weights)
+    try:
+        result.weights, note = _with_patience(lambda: checkpoints.write_with_room(path, layout.pieces, layout.nbytes))
+        notes.append(note)
+    except DiskFullError as error:
+        if result.finished:
+            raise DiskFullError(
+                error.errno,
+                f"trained to the end, but the disk has no room for {path}. Free some space and run the same again: it "
+                f"goes on from the last checkpoint.",
+            ) from error
+        notes.append(f"{path} could not be written: {error.strerror}")
+    except OSError as error:
+        if result.finished:
+            raise OSError(
+                error.errno,
+                f"trained to the end, but {path} could not be written: {error.strerror or error}. Run the same again: "
+                f"it goes on from the last checkpoint.",
+            ) from error
+        notes.append(f"{path} could not be written: {error.strerror or error}")
+    text = json.dumps(dataclasses.asdict(result), indent=1).encode()
+    _, note = _with_patience(lambda: checkpoints.write_with_room(out / "result.json", lambda: [text], len(text)))
+    return "; ".join(filter(None, [*notes, note]))
+
+
+def _with_patience(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
+    """Write, and once more and again where the disk fails for another reason than want of room."""
+    for left in reversed(range(MOST_FAILURES)):
+        try:
+            return write()
+        except DiskFullError:
+            raise
+        except OSError:
+            if not left:
+                raise
+    raise AssertionError("not reached")

@@ -38,11 +38,13 @@ from . import (
     session,
     strategy,
 )
-from .checkpoint import DiskFullError
 from .clock import Clock
 from .config import TrainConfig, parse_duration
 from .micro_batch import MicroBatchSizes
 from .task import Result, Task, TrainState
+
+RETRY_SECONDS = 60.0
+"""After a save that failed, the next one."""
 
 
 class Run:
@@ -194,7 +196,7 @@ class Run:
             config=config.to_dict(),
             may_change=config.MAY_CHANGE,
             stamp=self.stamp,
-            model=self.strategy.described(),
+            expected=resume.expected_by(self.strategy, self.optimizer, self.ema, self.plan),
         )
         aside = self.checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
         if aside is not None:
@@ -283,7 +285,12 @@ class Run:
         return self.deadline.remaining() <= self.clock.margin(self.poll.interval, evaluation_due)
 
     def save_is_due(self) -> bool:
-        return time.monotonic() - self.saved_at >= self.config.save_interval_minutes * 60
+        return time.monotonic() - self.saved_at >= self.save_interval
+
+    @property
+    def save_interval(self) -> float:
+        """Seconds between two saves."""
+        return self.config.save_interval_minutes * 60
 
     def evaluation_is_due(self, done: bool) -> bool:
         step = self.state.step
@@ -346,6 +353,8 @@ class Run:
             self.clock.saved(saved.seconds)
             if saved.note:
                 self.log.note(saved.note)
+            if saved.error is not None:  # what failed may pass soon: the next save is not a whole interval away
+                self.saved_at = min(self.saved_at, time.monotonic() + RETRY_SECONDS - self.save_interval)
             if saved.path is not None:
                 times = {"seconds": saved.seconds, "time": self.clock.seconds()}
                 self.log.record({"kind": "save", "step": saved.step, **times})
@@ -357,8 +366,8 @@ class Run:
             return True
         try:
             checkpoint.replace_tensors(path, weights)
-        except DiskFullError as error:
-            self.log.note(f"{path} could not be written: {error.strerror}")
+        except OSError as error:
+            self.log.note(f"{path} could not be written: {error.strerror or error}")
             return False
         return True
 
@@ -429,7 +438,9 @@ class Run:
         """Where the run ends with an error: wait for what rank 0 still writes; whether that failed, in words."""
         try:
             if self.main:
-                self.report_saves(self.checkpoints.wait())
+                self.report_saves(saves := self.checkpoints.wait())
+                if saves and saves[-1].error:
+                    return f" The last save failed: {saves[-1].error}."
         except OSError as error:  # of the writer; what the run ends with is what led to it all
             return f" The last save failed: {error}."
         return ""
@@ -475,10 +486,8 @@ class Run:
         finished = remaining <= 0 and not self.evaluation_is_due(done=True)
         if finished:
             reason = "finished"
-        if self.main:
-            self.report_saves(saves := self.checkpoints.wait())
-            if not finished and any(saved.path is None for saved in saves):
-                reason += f"; {saves[-1].note}"
+        if (note := self.last_save(finished)) and not finished:
+            reason += f"; {note}"
         result = Result(
             output_dir=str(self.out),
             finished=finished,
@@ -497,19 +506,40 @@ class Run:
             remaining_seconds=self.clock.left(remaining),
         )
         with self.averaged_weights():
-            written = self.write_weights(self.out / "model.safetensors")
-        if self.main:
-            if finished and not written:
-                raise DiskFullError(
-                    f"trained to the end, but the disk has no room for {self.out / 'model.safetensors'}. Free some "
-                    f"space and run the same again: it goes on from the last checkpoint."
-                )
-            checkpoint.write_text(self.out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+            weights = self.strategy.weights()
+            if self.main:
+                note = resume.write_result(self.checkpoints, self.out, result, weights)
+                if note:
+                    self.log.note(note)
         ended = {"finished": finished, "metrics": state.metrics, "seconds": state.seconds, **self.times()}
         self.log.record({"kind": "stop", "step": state.step, "reason": reason, **ended})
         self.log.close(dataclasses.asdict(result))
         distributed.barrier()  # nobody leaves, and nothing starts to read, before the files are there
         return result
+
+    def last_save(self, finished: bool) -> str:
+        """Wait for the last save; where it failed, save again. Why there is no checkpoint of this step, in words.
+
+        Raises:
+            OSError: it failed again and again, and the run has not come to its end, where the weights are what counts.
+        """
+        while True:
+            note, error, again = "", None, False
+            if self.main:
+                try:
+                    self.report_saves(saves := self.checkpoints.wait())
+                    again = self.checkpoints.may_try_again
+                    note = saves[-1].note if any(saved.path is None for saved in saves) else ""
+                except OSError as failed:
+                    note, error = str(failed), failed
+            if not distributed.agree(again):
+                break
+            self.save()
+        if error is not None and not finished:
+            raise error
+        if error is not None:
+            self.log.note(note)
+        return note
 
     def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Within it the model has its averaged weights, where the run averages them."""

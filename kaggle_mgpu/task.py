@@ -173,6 +173,8 @@ class Result:
     """What is left to do where it is not finished."""
     remaining_seconds: float | None = None
     """How long that will take, at this session's pace."""
+    weights: dict[str, int] = field(default_factory=dict)
+    """Length ("bytes") and checksum ("crc32") of model.safetensors, as it was written."""
 
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl, one dictionary a line."""

@@ -52,7 +52,8 @@ FLOORS: dict[str, set[str]] = {
     "micro_batch": {"config", "data", "devices", "distributed", "memory", "strategy"},
     "divergence": {"task", "data"},
     "sanity": {"task", "data", "randomness", "strategy"},
-    "resume": {"task", "checkpoint", "checkpoint_files", "files", "session"},
+    "checkpoint_reader": {"checkpoint_files", "shards"},
+    "resume": {"task", "checkpoint", "checkpoint_files", "checkpoint_reader", "data", "files", "optim", "session"},
     "build": {"task", "config", "data", "strategy"},
     "run": {
         "build",

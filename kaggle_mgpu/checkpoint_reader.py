@@ -1,0 +1,263 @@
+"""Whether a run can go on from a checkpoint: everything that a checkpoint says is checked before the run takes it.
+
+    examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
+
+A checksum shows that a file is as it was written, not that its content belongs to this run: a checkpoint among the
+inputs may be anybody's. So each value has to have its type and its range, and tensors have to have the names and shapes
+of this run's model, average and optimizer. The optimizer's state is tried with one step on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checkpoint_files, shards
+from .checkpoint_files import CheckpointError, OtherRunError
+
+STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "seconds")
+"""The fields of a run's position (`TrainState`)."""
+MOST_STEPS = 10**12
+"""More steps than a run takes."""
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_NUM_UPDATES = ".num_updates"
+_KERNEL = ("fused", "foreach", "capturable")
+_CHECKED_FOR_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint has to hold for a run to go on from it."""
+
+    model: Mapping[str, Tensor]
+    """The model's state by name; only shapes and types count."""
+    ema: Mapping[str, Tensor] | None
+    """The averaged weights in the same way; None where the run averages none."""
+    groups: Sequence[Sequence[str]]
+    """The names of the optimizer's parameters, group by group."""
+    optimizer: torch.optim.Optimizer
+    """This run's optimizer; nothing of it changes."""
+    samples_at: Callable[[int], int]
+    """The position in the data after so many steps."""
+
+
+def examine(path: Path, expected: Expected) -> dict[str, Any]:
+    """Read all of a checkpoint whose checksums are right, and compare it with what is expected. Returns its facts.
+
+    Raises:
+        OtherRunError: it is sound, but another model's or another optimizer's.
+        CheckpointError: a value in it cannot be; the message says which, and what was expected.
+    """
+    try:
+        facts = checkpoint_files.read_facts(path)
+        _position(facts, expected)
+        listed = {checkpoint_files.whose(name) for name in facts["files"]}
+        for kind in ("model", "optimizer", *(["ema"] if expected.ema is not None else [])):
+            if kind not in listed:
+                raise CheckpointError(f"it holds no {kind}.safetensors")
+        if unknown := listed - {"model", "optimizer", "ema"}:
+            raise CheckpointError(f"it lists files that no checkpoint has: {', '.join(sorted(unknown)[:5])}")
+        found = checkpoint_files.load_checked(path, facts, whole=False)
+        _tensors("model", path, found.tensors["model"], expected.model)
+        if expected.ema is not None:
+            # an average of another shape beside weights that fit is no other run's, it is broken
+            try:
+                _tensors("ema", path, found.tensors["ema"], expected.ema)
+            except OtherRunError as error:
+                raise CheckpointError(f"ema.safetensors does not fit the weights beside it: {error.problem}") from None
+            _whole(f"{_NUM_UPDATES} in ema.safetensors", found.tensors["ema"][_NUM_UPDATES].item(), MOST_STEPS)
+        _optimizer(path, found.state, facts["step"], expected)
+        for kind in ("model", "ema"):
+            for name in (name for group in expected.groups for name in group):
+                _finite(f"{name} in {kind}.safetensors", found.tensors.get(kind, {}).get(name))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever somebody else's file holds
+        raise CheckpointError(f"it cannot be read: {type(error).__name__}: {error}"[:500]) from error
+    return facts
+
+
+def _position(facts: Mapping[str, Any], expected: Expected) -> None:
+    state = facts.get("state", {})
+    if unknown := set(state) - set(STATE):
+        raise CheckpointError(f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known")
+    step = _whole("step in its state", state.get("step"), MOST_STEPS)
+    if step != facts["step"]:
+        raise CheckpointError(f"step in its state is {step}, expected {facts['step']}, as state.json says beside it")
+    samples = _whole("samples_seen in its state", state.get("samples_seen"), 10**30)
+    if samples != (there := expected.samples_at(step)):
+        raise CheckpointError(f"samples_seen in its state is {samples}, expected {there} after {step} steps")
+    _whole("evaluated in its state", state.get("evaluated", 0), step)
+    if not math.isfinite(seconds := _number("seconds in its state", state.get("seconds", 0.0))) or seconds < 0:
+        raise CheckpointError(f"seconds in its state is {seconds!r}, expected a number of 0 or more")
+    if state.get("best") is not None:
+        _number("best in its state", state["best"])
+    metrics = state.get("metrics", {})
+    if not isinstance(metrics, dict):
+        raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers by name")
+    for name, value in metrics.items():
+        _number(f"metrics[{name!r}] in its state", value)
+
+
+def _whole(what: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise CheckpointError(f"{what} is {value!r:.80}, expected a whole number from 0 to {most}")
+    return value
+
+
+def _number(what: str, value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, int | float):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise CheckpointError(f"{what} is {value!r:.80}, expected a number")
+
+
+def _tensors(kind: str, path: Path, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Compare names, shapes and types, and look whether every row is there."""
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    if problem := checkpoint_files.other_model(shapes, expected):
+        raise OtherRunError(
+            f"{path} is from another model: {problem}",
+            "Give this run another output_dir, or restore the settings the checkpoint was made with.",
+        )
+    for name, value in found.items():
+        for part in _parts(f"{name} in {kind}.safetensors", value):
+            if part.is_floating_point() != expected[name].is_floating_point():
+                raise CheckpointError(f"{name} in {kind}.safetensors is {part.dtype}, expected {expected[name].dtype}")
+
+
+def _parts(what: str, value: Any) -> list[Tensor]:
+    """The tensors that a value is made of, which have to cover it row by row."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = sorted(value.found, key=lambda part: part[0])
+    position = 0
+    for start, rows in parts:
+        if len(rows) and (start != position or rows.shape[1:] != value.shape[1:]):
+            break
+        position += len(rows)
+    else:
+        if position == value.shape[0]:
+            return [rows for _, rows in parts]
+    raise CheckpointError(f"{what} is not whole: some of its {value.shape[0]} rows are missing or twice there")
+
+
+def _finite(what: str, value: Any) -> None:
+    """Refuse weights that are nan or infinite: no training leads back from them."""
+    for part in [] if value is None else _parts(what, value):
+        if part.dtype in _CHECKED_FOR_NAN and not bool(part.isfinite().all()):
+            raise CheckpointError(f"{what} is nan or infinite")
+
+
+# The optimizer
+def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
+    if not isinstance(state, dict) or not {"optimizer", "scaler", "skipped"} <= state.keys():
+        raise CheckpointError("optimizer.safetensors is none of the kit's: it has no optimizer, scaler and skipped")
+    skipped, scaler, saved = _whole("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
+    if not isinstance(scaler, dict) or (scaler and not scaler.keys() >= _SCALER):
+        raise CheckpointError(f"the gradient scaler's state is {scaler!r:.80}, expected {', '.join(sorted(_SCALER))}")
+    for name in _SCALER & scaler.keys():
+        if not 0 <= _number(f"the gradient scaler's {name}", scaler[name]) < math.inf:
+            raise CheckpointError(f"the gradient scaler's {name} is {scaler[name]!r}, expected 0 or more")
+    groups, moments = saved["param_groups"], saved["state"]
+    theirs, mine = [list(group["params"]) for group in groups], [list(group) for group in expected.groups]
+    if theirs != mine:
+        differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
+        raise OtherRunError(
+            f"{path}: the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}"
+            if differ
+            else f"{path}: the checkpoint's optimizer has the parameters in other groups, or another order, than this "
+            f"one: groups of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now",
+            "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
+        )
+    if unknown := set(moments) - {name for group in mine for name in group}:
+        raise CheckpointError(f"the optimizer's state holds parameters it does not train: {sorted(unknown)[:5]}")
+    for name, values in moments.items():
+        if not isinstance(values, dict):
+            raise CheckpointError(f"the optimizer's state of {name} is {values!r:.80}, expected moments by name")
+        for key, value in values.items():
+            what = f"{key} of {name} in optimizer.safetensors"
+            if isinstance(value, Tensor | shards.Pieces):
+                for part in _parts(what, value):
+                    if part.dtype in _CHECKED_FOR_NAN and bool(part.isnan().any()):
+                        raise CheckpointError(f"{what} is nan")
+            if key == "step":
+                taken = _number(what, value.item() if isinstance(value, Tensor) else value)
+                if not 0 <= taken <= step:
+                    raise CheckpointError(f"{what} is {taken:g}, expected 0 to {step}")
+    _try(path, saved, step - skipped, expected)
+
+
+def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
+    """Take one step with the saved state on tensors without memory ("meta"), where that can be done.
+
+    Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it.
+    """
+    if not type(expected.optimizer).__module__.startswith("torch.optim."):
+        return
+    try:
+        fresh = _Trial(expected)
+        fresh.optimizer.step()
+        again = _Trial(expected)
+        again.optimizer.load_state_dict(fresh.optimizer.state_dict())
+        again.optimizer.step()
+    except Exception:  # it cannot be tried, whatever the checkpoint holds
+        return
+    needed = {key for values in fresh.optimizer.state.values() for key in values}
+    there = {key for values in saved["state"].values() for key in values}
+    if steps > 0 and (missing := needed - there):
+        raise OtherRunError(
+            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's "
+            f"{type(expected.optimizer).__name__} goes on from",
+            "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
+        )
+    trial = _Trial(expected)
+    try:
+        trial.load(saved)
+        trial.optimizer.step()
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(expected.optimizer).__name__} cannot go on from its state of the optimizer: "
+            f"{type(error).__name__}: {error}"[:500]
+        ) from error
+
+
+class _Trial:
+    """An optimizer of the run's type and groups, for tensors that have a shape and no memory."""
+
+    def __init__(self, expected: Expected) -> None:
+        groups = []
+        self.number: dict[str, int] = {}
+        for now, names in zip(expected.optimizer.param_groups, expected.groups, strict=True):
+            tensors = []
+            for name in names:
+                self.number[name] = len(self.number)
+                like = expected.model[name]
+                tensors.append(torch.empty(tuple(like.shape), dtype=like.dtype, device="meta", requires_grad=True))
+                tensors[-1].grad = torch.empty_like(tensors[-1])
+            self.kernel = {key: False for key in _KERNEL if key in now}
+            groups.append({**now, **self.kernel, "params": tensors})
+        self.optimizer = type(expected.optimizer)(groups)  # type: ignore[call-arg]
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        groups = [
+            {**group, **self.kernel, "params": [self.number[name] for name in group["params"]]}
+            for group in saved["param_groups"]
+        ]
+        state = {self.number[name]: {k: _meta(v) for k, v in values.items()} for name, values in saved["state"].items()}
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _meta(value: Any) -> Any:
+    """The shape and type of a tensor, as a tensor without memory; the value of a single number stays."""
+    if isinstance(value, shards.Pieces):
+        return torch.empty(tuple(value.shape), dtype=value.found[0][1].dtype, device="meta")
+    return value.to("meta") if isinstance(value, Tensor) and value.ndim else value
