@@ -10,7 +10,7 @@ of this run's model, average and optimizer. The optimizer's state is tried with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,14 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
         if unknown := listed - {"model", "optimizer", "ema"}:
             raise CheckpointError(f"it lists files that no checkpoint has: {', '.join(sorted(unknown)[:5])}")
         found = checkpoint_files.load_checked(path, facts, whole=False)
-        _tensors("model", path, found.tensors["model"], expected.model)
+        if problem := _tensors("model", found.tensors["model"], expected.model):
+            raise OtherRunError(
+                f"{path} is from another model: {problem}",
+                "Give this run another output_dir, or restore the settings the checkpoint was made with.",
+            )
         if expected.ema is not None:
-            # an average of another shape beside weights that fit is no other run's, it is broken
-            try:
-                _tensors("ema", path, found.tensors["ema"], expected.ema)
-            except OtherRunError as error:
-                raise CheckpointError(f"ema.safetensors does not fit the weights beside it: {error.problem}") from None
+            if problem := _tensors("ema", found.tensors["ema"], expected.ema):
+                raise CheckpointError(f"ema.safetensors does not fit the weights beside it: {problem}")
             _whole(f"{_NUM_UPDATES} in ema.safetensors", found.tensors["ema"][_NUM_UPDATES].item(), MOST_STEPS)
         _optimizer(path, found.state, facts["step"], expected)
         for kind in ("model", "ema"):
@@ -120,18 +121,16 @@ def _number(what: str, value: Any) -> float:
     raise CheckpointError(f"{what} is {value!r:.80}, expected a number")
 
 
-def _tensors(kind: str, path: Path, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Compare names, shapes and types, and look whether every row is there."""
+def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    """The differences of names and shapes; "" where there are none, and then every row has to be there."""
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     if problem := checkpoint_files.other_model(shapes, expected):
-        raise OtherRunError(
-            f"{path} is from another model: {problem}",
-            "Give this run another output_dir, or restore the settings the checkpoint was made with.",
-        )
+        return problem
     for name, value in found.items():
         for part in _parts(f"{name} in {kind}.safetensors", value):
             if part.is_floating_point() != expected[name].is_floating_point():
                 raise CheckpointError(f"{name} in {kind}.safetensors is {part.dtype}, expected {expected[name].dtype}")
+    return ""
 
 
 def _parts(what: str, value: Any) -> list[Tensor]:
@@ -167,7 +166,9 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     for name in _SCALER & scaler.keys():
         if not 0 <= _number(f"the gradient scaler's {name}", scaler[name]) < math.inf:
             raise CheckpointError(f"the gradient scaler's {name} is {scaler[name]!r}, expected 0 or more")
-    groups, moments = saved["param_groups"], saved["state"]
+    groups, moments = (saved["param_groups"], saved["state"]) if isinstance(saved, dict) else (None, None)
+    if not isinstance(groups, list) or not all(isinstance(it, dict) for it in [*groups, moments]):
+        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
     theirs, mine = [list(group["params"]) for group in groups], [list(group) for group in expected.groups]
     if theirs != mine:
         differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
@@ -178,6 +179,10 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
             f"one: groups of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now",
             "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
         )
+    for then, now in zip(groups, expected.optimizer.param_groups, strict=True):
+        for key in (then.keys() & now.keys()) - {*_KERNEL, "params"}:
+            if not _alike(then[key], now[key]):
+                raise CheckpointError(f"{key} of an optimizer's group is {then[key]!r:.80}, expected as {now[key]!r}")
     if unknown := set(moments) - {name for group in mine for name in group}:
         raise CheckpointError(f"the optimizer's state holds parameters it does not train: {sorted(unknown)[:5]}")
     for name, values in moments.items():
@@ -196,64 +201,98 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     _try(path, saved, step - skipped, expected)
 
 
-def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
-    """Take one step with the saved state on tensors without memory ("meta"), where that can be done.
+def _alike(then: Any, now: Any) -> bool:
+    """Whether two settings of an optimizer are of the same kind: both flags, both finite numbers, both as long."""
+    if isinstance(now, list | tuple):
+        return type(then) is type(now) and len(then) == len(now) and all(map(_alike, then, now))
+    if isinstance(now, int | float | Tensor) and not isinstance(now, bool):
+        number = then.item() if isinstance(then, Tensor) and then.numel() == 1 else then
+        return not isinstance(number, bool) and isinstance(number, int | float) and abs(number) < math.inf
+    return type(then) is type(now)
 
-    Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it.
+
+def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
+    """Compare the saved state with that of a step on tensors without memory ("meta"), and take one step with it.
+
+    Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it. Of the
+    parameters of a group that have the same shape one is enough.
     """
     if not type(expected.optimizer).__module__.startswith("torch.optim."):
         return
+    likes: dict[tuple[Any, ...], str] = {}
+    like: dict[str, str] = {}
+    for index, names in enumerate(expected.groups):
+        for name in names:
+            key = (index, tuple(expected.model[name].shape), expected.model[name].dtype)
+            like[name] = likes.setdefault(key, name)
+    chosen = set(likes.values())
     try:
-        fresh = _Trial(expected)
+        fresh, again = _Trial(expected, chosen), _Trial(expected, chosen)
         fresh.optimizer.step()
-        again = _Trial(expected)
         again.optimizer.load_state_dict(fresh.optimizer.state_dict())
         again.optimizer.step()
     except Exception:  # it cannot be tried, whatever the checkpoint holds
         return
-    needed = {key for values in fresh.optimizer.state.values() for key in values}
+    kind = type(expected.optimizer).__name__
+    needed = {name: fresh.optimizer.state[tensor] for name, tensor in fresh.tensors.items()}
     there = {key for values in saved["state"].values() for key in values}
-    if steps > 0 and (missing := needed - there):
+    if steps > 0 and (missing := {key for values in needed.values() for key in values} - there):
         raise OtherRunError(
-            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's "
-            f"{type(expected.optimizer).__name__} goes on from",
+            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's {kind} goes on "
+            f"from",
             "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
         )
-    trial = _Trial(expected)
+    for name, values in saved["state"].items():
+        for key, value in needed[like[name]].items():
+            if key not in values:
+                raise CheckpointError(f"the optimizer's state of {name} has no {key}, which {kind} goes on from")
+            if not isinstance(value, Tensor):
+                continue
+            shape, found = tuple(value.shape), tuple(getattr(values[key], "shape", ()))
+            if not isinstance(values[key], Tensor | shards.Pieces) or found != shape:
+                got = found if isinstance(values[key], Tensor | shards.Pieces) else repr(values[key])[:80]
+                raise CheckpointError(f"{key} of {name} in optimizer.safetensors: expected shape {shape}, got {got}")
     try:
-        trial.load(saved)
+        trial = _Trial(expected, chosen, saved)
         trial.optimizer.step()
     except Exception as error:
-        raise CheckpointError(
-            f"{type(expected.optimizer).__name__} cannot go on from its state of the optimizer: "
-            f"{type(error).__name__}: {error}"[:500]
-        ) from error
+        text = f"{kind} cannot go on from its state of the optimizer: {type(error).__name__}: {error}"
+        raise CheckpointError(text[:500]) from error
 
 
 class _Trial:
-    """An optimizer of the run's type and groups, for tensors that have a shape and no memory."""
+    """An optimizer of the run's type and groups, for tensors that have a shape and no memory.
 
-    def __init__(self, expected: Expected) -> None:
-        groups = []
-        self.number: dict[str, int] = {}
+    Args:
+        chosen: the names of the parameters that are in it.
+        saved: settings and state to go on from; else the run's settings, and no state.
+    """
+
+    def __init__(self, expected: Expected, chosen: Collection[str], saved: Mapping[str, Any] | None = None) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        groups, number = [], {}
         for now, names in zip(expected.optimizer.param_groups, expected.groups, strict=True):
-            tensors = []
-            for name in names:
-                self.number[name] = len(self.number)
+            inside = [name for name in names if name in chosen]
+            for name in inside:
                 like = expected.model[name]
-                tensors.append(torch.empty(tuple(like.shape), dtype=like.dtype, device="meta", requires_grad=True))
-                tensors[-1].grad = torch.empty_like(tensors[-1])
-            self.kernel = {key: False for key in _KERNEL if key in now}
-            groups.append({**now, **self.kernel, "params": tensors})
+                tensor = torch.empty(tuple(like.shape), dtype=like.dtype, device="meta", requires_grad=True)
+                tensor.grad = torch.empty_like(tensor)
+                self.tensors[name], number[name] = tensor, len(number)
+            kernel = dict.fromkeys((key for key in _KERNEL if key in now), False)
+            groups.append({**now, **kernel, "params": [self.tensors[name] for name in inside]})
         self.optimizer = type(expected.optimizer)(groups)  # type: ignore[call-arg]
-
-    def load(self, saved: Mapping[str, Any]) -> None:
-        groups = [
-            {**group, **self.kernel, "params": [self.number[name] for name in group["params"]]}
-            for group in saved["param_groups"]
+        if saved is None:
+            return
+        loaded = [
+            {**then, **dict.fromkeys(_KERNEL, False), "params": [number[n] for n in then["params"] if n in number]}
+            for then in saved["param_groups"]
         ]
-        state = {self.number[name]: {k: _meta(v) for k, v in values.items()} for name, values in saved["state"].items()}
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        state = {
+            number[name]: {key: _meta(value) for key, value in values.items()}
+            for name, values in saved["state"].items()
+            if name in number
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": loaded})
 
 
 def _meta(value: Any) -> Any:
