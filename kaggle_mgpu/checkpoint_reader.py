@@ -152,8 +152,15 @@ def _parts(what: str, value: Any) -> list[Tensor]:
 def _finite(what: str, value: Any) -> None:
     """Refuse weights that are nan or infinite: no training leads back from them."""
     for part in [] if value is None else _parts(what, value):
-        if part.dtype in _CHECKED_FOR_NAN and not bool(part.isfinite().all()):
+        if not all(math.isfinite(bound) for bound in _bounds(part)):
             raise CheckpointError(f"{what} is nan or infinite")
+
+
+def _bounds(part: Tensor) -> list[float]:
+    """The least and the greatest value, both nan where one is; in half the time that isfinite().all() takes."""
+    if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
+        return []
+    return [bound.item() for bound in torch.aminmax(part)]
 
 
 # The optimizer
@@ -192,7 +199,7 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
             what = f"{key} of {name} in optimizer.safetensors"
             if isinstance(value, Tensor | shards.Pieces):
                 for part in _parts(what, value):
-                    if part.dtype in _CHECKED_FOR_NAN and bool(part.isnan().any()):
+                    if any(map(math.isnan, _bounds(part))):
                         raise CheckpointError(f"{what} is nan")
             if key == "step":
                 taken = _number(what, value.item() if isinstance(value, Tensor) else value)

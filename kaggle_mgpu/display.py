@@ -176,7 +176,8 @@ class _Tail:
             file.seek(self.offset)
             *whole, self.rest = (self.rest + (added := file.read())).split(b"\n")
             self.offset += len(added)
-        self.new = parse(b"\n".join(whole).decode(errors="replace"))
+        last = self.records[-1]["step"] if self.records else 0
+        self.new = parse(b"\n".join(whole).decode(errors="replace"), last)
         self.records += self.new
         return anew
 

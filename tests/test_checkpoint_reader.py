@@ -20,11 +20,12 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from kaggle_mgpu import TrainConfig, checkpoint, files, optim, session, train
+from kaggle_mgpu import TrainConfig, checkpoint, files, optim, progress, records, session, train
 from kaggle_mgpu.checkpoint import CheckpointError
 from kaggle_mgpu.checkpoint_files import OtherRunError, load_checked
 from kaggle_mgpu.checkpoint_reader import STATE, examine
 from kaggle_mgpu.data import BatchPlan
+from kaggle_mgpu.panel import View, panel_html
 from kaggle_mgpu.resume import expected_by
 from kaggle_mgpu.strategy import Strategy
 from kaggle_mgpu.task import TrainState
@@ -388,3 +389,76 @@ def test_rows_that_are_missing_or_twice_there_are_refused(tmp_path: Path) -> Non
         cut(ranges)
         with pytest.raises(CheckpointError, match=r"0\.weight in model\.safetensors is not whole"):
             examine(path, bench.expected)
+
+
+# Records
+LINES = {
+    "400 digits": '{"kind": "train", "step": 3, "loss": 1%s}' % ("0" * 400),
+    "400 digits in what a task measures": '{"kind": "eval", "step": 3, "val_things": 1%s}' % ("0" * 400),
+    "a step of nan": '{"kind": "train", "step": NaN, "loss": 0.5}',
+    "an infinite step": '{"kind": "save", "step": Infinity}',
+    "no step": '{"kind": "save"}',
+    "null for a step": '{"kind": "eval", "step": null, "val_loss": 1.5}',
+    "no unit": '{"kind": "start", "step": 0, "max_steps": null, "unit": null, "epochs": NaN, "time_left": NaN}',
+    "a unit that is a number": '{"kind": "start", "step": 0, "unit": 3}',
+    "metrics that are a list": '{"kind": "stop", "step": 4, "metrics": [1], "reason": "x"}',
+}
+
+
+@pytest.mark.parametrize("kind", LINES)
+def test_a_record_that_cannot_be_ends_neither_a_run_nor_a_look_at_it(
+    kind: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:4], LINES[kind], *lines[4:], LINES[kind], ""]))
+    progress.attach(folder, follow=False, display="lines")
+    assert "step 4" in capsys.readouterr().out
+    view = View()
+    for record in progress.read(folder):
+        view.take(record)
+    assert "kaggle-mgpu" in panel_html(view, view.outcome(None))
+    progress.plot(folder, save=False)
+    assert train(config(folder, max_steps=6), Regression()).step == 6
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.just(10**400),
+    st.floats(),
+    st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.one_of(st.integers(), st.floats(), st.none(), st.text(max_size=2))),
+)
+NAMES = (
+    "step samples epoch time seconds time_left max_steps world_size epochs pid loss lr grad_norm val_loss gpus spent "
+    "unit device_line text reason finished metrics samples_per_s val_f1"
+).split()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["start", "train", "eval", "save", "gpus", "note", "stop"]),
+            st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6),
+        ),
+        max_size=8,
+    )
+)
+@examples(max_examples=150)
+def test_any_records_are_left_out_or_shown(given: list[tuple[str, dict[str, Any]]]) -> None:
+    text = "\n".join(json.dumps({"kind": kind, **values}) for kind, values in given)
+    view = View()
+    for record in records.parse(text):
+        assert isinstance(record["step"], int)
+        view.take(record)
+        panel_html(view)
+    view.outcome(view.latest.get("stop"))
+
+
+def test_a_setting_beyond_a_floats_range_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"TrainConfig\.save_interval_minutes: expected float, got 1000"):
+        TrainConfig(output_dir=str(tmp_path), save_interval_minutes=10**400)
