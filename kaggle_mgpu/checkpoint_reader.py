@@ -173,8 +173,10 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     for name in _SCALER & scaler.keys():
         if not 0 <= _number(f"the gradient scaler's {name}", scaler[name]) < math.inf:
             raise CheckpointError(f"the gradient scaler's {name} is {scaler[name]!r}, expected 0 or more")
-    groups, moments = (saved["param_groups"], saved["state"]) if isinstance(saved, dict) else (None, None)
-    if not isinstance(groups, list) or not all(isinstance(it, dict) for it in [*groups, moments]):
+    if not isinstance(saved, dict) or not isinstance(saved.get("param_groups"), list):
+        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
+    groups, moments = saved["param_groups"], saved["state"]
+    if not all(isinstance(it, dict) for it in [*groups, moments]):
         raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
     theirs, mine = [list(group["params"]) for group in groups], [list(group) for group in expected.groups]
     if theirs != mine:
@@ -277,7 +279,8 @@ class _Trial:
 
     def __init__(self, expected: Expected, chosen: Collection[str], saved: Mapping[str, Any] | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
-        groups, number = [], {}
+        groups: list[dict[str, Any]] = []
+        number: dict[str, int] = {}
         for now, names in zip(expected.optimizer.param_groups, expected.groups, strict=True):
             inside = [name for name in names if name in chosen]
             for name in inside:

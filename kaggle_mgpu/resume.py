@@ -82,13 +82,13 @@ def starting_point(
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
         return None
     if resume != "auto":
-        path = Path(resume)
+        named = Path(resume)
         try:
-            return examined(path)
+            return examined(named)
         except OtherRunError as error:
             raise CheckpointError(str(error)) from None
         except CheckpointError as error:
-            raise CheckpointError(f"resume: {path.resolve()} is not a whole checkpoint: {error}") from None
+            raise CheckpointError(f"resume: {named.resolve()} is not a whole checkpoint: {error}") from None
     for line in checkpoints.put_right():
         print(line, flush=True)
     path, others = _first(checkpoints.all(), examined)
@@ -105,7 +105,7 @@ def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Pat
             path = examined(path)
         except OtherRunError as error:
             others.append(error)
-        except CheckpointError as error:
+        except Exception as error:  # whatever is in it, or a disk that cannot read it
             print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
         else:
             for other in others:
@@ -133,11 +133,11 @@ def _among_inputs(
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     # newest first, and no further than the first that serves: a checksum reads the whole of it
-    path, different = _first((path for _, path in sorted(found, reverse=True)), examined)
+    newest, different = _first((path for _, path in sorted(found, reverse=True)), examined)
     told = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
-    if path is None and told:
+    if newest is None and told:
         print(f"not resumed from the inputs: {told[0]}", flush=True)
-    return path
+    return newest
 
 
 def changes(

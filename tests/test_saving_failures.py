@@ -60,7 +60,7 @@ def steps(folder: Path) -> list[int]:
 def test_one_rename_that_fails_is_noted_and_the_next_save_is_written(
     which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    calls: list[str] = []
 
     def wrong(source: str, target: str) -> OSError | None:
         if "checkpoints/step-" not in target:
@@ -81,7 +81,7 @@ def test_one_rename_that_fails_is_noted_and_the_next_save_is_written(
 
 
 def test_two_failures_and_a_save_and_two_again_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+    calls: list[str] = []
 
     def wrong(source: str, target: str) -> OSError | None:
         if "checkpoints/step-" not in target:
@@ -113,7 +113,7 @@ def test_a_failed_save_is_tried_again_before_the_interval_is_over(
     from kaggle_mgpu import run
 
     monkeypatch.setattr(run, "RETRY_SECONDS", 0.0)
-    calls = []
+    calls: list[str] = []
 
     def wrong(source: str, target: str) -> OSError | None:
         calls.extend([target] * ("step-" in target))
@@ -151,7 +151,7 @@ def test_what_is_trained_to_the_end_is_kept_where_only_checkpoints_fail(
 
 
 def test_the_best_weights_that_cannot_be_written_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = []
+    failed: list[str] = []
 
     def wrong(source: str, target: str) -> OSError | None:
         if target.endswith("best/model.safetensors") and not failed:
@@ -168,7 +168,7 @@ def test_the_best_weights_that_cannot_be_written_end_no_run(tmp_path: Path, monk
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_the_final_weights_are_tried_three_times(times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = []
+    failed: list[str] = []
 
     def wrong(source: str, target: str) -> OSError | None:
         if target == str(tmp_path / MODEL) and len(failed) < times:
@@ -233,7 +233,7 @@ def full(patch: pytest.MonkeyPatch, folder: Path, room: Callable[[], int]) -> No
     patch.setattr(files, "write", writing)
 
 
-def test_at_the_end_older_checkpoints_make_room(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_at_the_end_older_checkpoints_make_room(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real file system, filled up between the last save and the weights."""
     wait = Checkpoints.wait
 
