@@ -176,9 +176,11 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     if not isinstance(saved, dict) or not isinstance(saved.get("param_groups"), list):
         raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
     groups, moments = saved["param_groups"], saved["state"]
-    if not all(isinstance(it, dict) for it in [*groups, moments]):
+    if not all(isinstance(it, dict) for it in [*groups, moments]) or not all(
+        isinstance(group.get("params"), list) for group in groups
+    ):
         raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
-    theirs, mine = [list(group["params"]) for group in groups], [list(group) for group in expected.groups]
+    theirs, mine = [group["params"] for group in groups], [list(group) for group in expected.groups]
     if theirs != mine:
         differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
         raise OtherRunError(

@@ -189,7 +189,7 @@ def test_any_state_is_refused_or_gone_on_from(tmp_path_factory: pytest.TempPathF
 
 
 @given(st.data())
-@examples(max_examples=120)
+@examples(max_examples=100)
 def test_any_tensors_are_refused_or_gone_on_from(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     bench = Bench()
     contents = bench.contents()
@@ -275,6 +275,15 @@ def junk(folder: Path) -> None:
     )
 
 
+def tuple_for_a_list(tree: str) -> str:
+    """The names of a group's parameters as a tuple."""
+    document = json.loads(tree)
+    groups = dict(dict(document["dict"])["optimizer"]["dict"])["param_groups"]["list"]
+    pair = next(pair for pair in groups[0]["dict"] if pair[0] == "params")
+    pair[1] = {"tuple": pair[1]["list"]}
+    return json.dumps(document)
+
+
 def drop_moment(tree: str) -> str:
     """Without one parameter's second moment."""
     document = json.loads(tree)
@@ -298,6 +307,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a moment missing": (
         tensors(OPTIMIZER, lambda found: None, drop_moment), "has no exp_avg_sq, which AdamW goes on from"
     ),
+    "a tuple for a list": (tensors(OPTIMIZER, lambda found: None, tuple_for_a_list), "is none of the kit's"),
     "no average": (without_ema, "it holds no ema.safetensors"),
     "an average of another shape": (
         tensors(EMA, lambda found: found.update({"0.weight": torch.zeros(2, 2)})),

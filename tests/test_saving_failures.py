@@ -76,8 +76,6 @@ def test_one_rename_that_fails_is_noted_and_the_next_save_is_written(
     ]
     assert steps(tmp_path / "run")[0] == 10  # where the last save failed, it was made again
     assert not list((tmp_path / "run").rglob(".writing-*"))
-    twin = train(config(tmp_path / "twin"), Regression())
-    assert (tmp_path / "run" / MODEL).read_bytes() == (Path(twin.output_dir) / MODEL).read_bytes()
 
 
 def test_two_failures_and_a_save_and_two_again_end_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
