@@ -93,7 +93,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
             if not isinstance(value, bool) and isinstance(value, int | float | str):
                 try:
                     return float(value)
-                except ValueError:
+                except (ValueError, OverflowError):
                     pass
         elif choice is str:
             # papermill and YAML make a number of gpu_ids "0" and of time_limit "3600"
@@ -101,7 +101,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
                 return str(value)
         elif isinstance(value, origin or choice):
             return value
-    raise ValueError(f"{name}: expected {describe(annotation)}, got {value!r} ({type(value).__name__})")
+    raise ValueError(f"{name}: expected {describe(annotation)}, got {value!r:.200} ({type(value).__name__})")
 
 
 def plain(value: Any) -> Any:
