@@ -91,7 +91,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
             if not isinstance(value, bool) and isinstance(value, int | float | str):
                 try:
                     return float(value)
-                except ValueError:
+                except (ValueError, OverflowError):
                     pass
         elif choice is str:
             # papermill and YAML turn gpu_ids "0" and time_limit "3600" into numbers
@@ -99,7 +99,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
                 return str(value)
         elif isinstance(value, origin or choice):
             return value
-    raise ValueError(f"{name}: expected {describe(annotation)}, got {value!r} ({type(value).__name__})")
+    raise ValueError(f"{name}: expected {describe(annotation)}, got {value!r:.200} ({type(value).__name__})")
 
 
 def plain(value: Any) -> Any:

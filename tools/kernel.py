@@ -344,7 +344,9 @@ class Outcome:
             result = read_json(path)
             if result.get("finished"):
                 steps = {run: step for run, step in steps.items() if not run.is_relative_to(path.parent)}
-                steps[path.parent] = int(result.get("step") or 0)
+                # a file of somebody else's may say anything
+                step = result.get("step")
+                steps[path.parent] = step if isinstance(step, int) and not isinstance(step, bool) else 0
         results = {path.relative_to(folder).as_posix(): read_json(path) for path in paths}
         lines = [
             f"{name}: step {said.get('step')} of {said.get('max_steps')}, {said.get('reason')}, {said.get('metrics')}"

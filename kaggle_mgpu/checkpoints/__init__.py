@@ -9,5 +9,16 @@ from . import checkpoint, files, resume
 from .checkpoint import Checkpoints
 from .files import read_tensors, whole, write_text
 from .format import check_model
+from .reader import Expected
 
-__all__ = ["Checkpoints", "check_model", "checkpoint", "files", "read_tensors", "resume", "whole", "write_text"]
+__all__ = [
+    "Checkpoints",
+    "Expected",
+    "check_model",
+    "checkpoint",
+    "files",
+    "read_tensors",
+    "resume",
+    "whole",
+    "write_text",
+]

@@ -21,7 +21,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +41,8 @@ __all__ = [
 
 # state.json, the folder itself, and what rounding to the disk's blocks adds
 _SLACK = 1 << 20
+MOST_FAILURES = 3
+"""Saves in a row that an error of the disk may fail before the run ends: one alone passes, as a network's often do."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Saved:
 
     step: int
     path: Path | None
-    """None where the disk had no room for it."""
+    """None where it could not be written."""
     seconds: float
     """From its beginning to the last byte on the disk."""
     note: str = ""
-    """What there is to say about it: that the disk is full, and what was done."""
+    """What there is to say about it: that the disk is full, and what was done; or which error there was."""
+    error: OSError | None = None
+    """What writing failed with, where that was not want of room: the next save may well be written."""
 
 
 class Checkpoints:
@@ -72,6 +76,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
+        self._failed = 0  # saves in a row
         self.news = False
         """Whether a save has ended that `collect` has not told of yet."""
 
@@ -88,12 +93,13 @@ class Checkpoints:
 
         Raises:
             DiskFullError: there is no room, and removing the oldest would not make any. All that was there still is.
+            OSError: it could not be written for another reason.
             TypeError: the state holds what is neither a tensor nor plain.
         """
         self.begin(step, tensors=tensors, state=state, facts=facts)
         saved = self.wait()[-1]
         if saved.path is None:
-            raise DiskFullError(saved.note)
+            raise saved.error or DiskFullError(saved.note)
         return saved.path
 
     def begin(
@@ -126,9 +132,19 @@ class Checkpoints:
             for name, layout in format.layouts(tensors, state, main=rank == 0).items()
         }
         needed = distributed.sum(sum(layout.nbytes for layout in mine.values())) + _SLACK
-        temporary, note = distributed.from_main(lambda: self._open(step, needed))
+
+        def opened() -> tuple[Path | None, str, OSError | None]:
+            try:
+                return *self._open(step, needed), None
+            except OSError as error:
+                return None, "", error
+
+        temporary, note, failed = distributed.from_main(opened)
         if temporary is None:
-            self._saved.append(Saved(step, None, time.monotonic() - began, note))
+            if failed is not None:
+                self._failure(step, began, failed)
+            else:
+                self._saved.append(Saved(step, None, time.monotonic() - began, note))
             self.news = True
             return
         contents = self._buffer.hold(mine)
@@ -159,14 +175,20 @@ class Checkpoints:
         """The saves that have ended since this was last asked.
 
         Raises:
-            OSError: writing failed, and not for want of room.
+            OSError: this one and the two before it could not be written, and not for want of room.
         """
         self.news = False
         if self._error is not None:
+            self._saved.clear()
             error, self._error = self._error, None
             raise error
         # taken out one by one: the thread may be about to add one to this very list
         return [self._saved.pop(0) for _ in range(len(self._saved))]
+
+    @property
+    def may_try_again(self) -> bool:
+        """Whether the last save failed, for another reason than want of room, and a next one is not too many."""
+        return 0 < self._failed < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
         """`collect`, once nothing is being written any more."""
@@ -208,6 +230,26 @@ class Checkpoints:
             warn(f"checkpoint {path} cannot be used: {problem}. Trying the one before it.")
         return None
 
+    def put_right(self) -> list[str]:
+        """Give each checkpoint the name of the step that is in it: one that was copied or renamed has another's.
+
+        Where that name is taken it is moved out of the way. Returns what was done, in words.
+        """
+        done = []
+        for path in self.all():
+            try:
+                step = read_facts(path)["step"]
+            except CheckpointError:
+                continue  # `newest` says so
+            if step == step_of(path):
+                continue
+            if not (right := self._path(step)).exists():
+                os.replace(path, right)
+                done.append(f"checkpoint {path} is of step {step}: it is {right} now")
+            elif aside := self._move([path]):
+                done.append(f"checkpoint {path} is of step {step}, as {right} is: it is in {aside} now")
+        return done
+
     def put_aside(self, after: int = -1) -> Path | None:
         """Move the checkpoints of later steps than `after` out of the way; the folder they are in now.
 
@@ -215,16 +257,36 @@ class Checkpoints:
         what is saved from now on out of the folder.
         """
         later = [path for path in self.all() if step_of(path) > after]
-        if not later:
-            return None
+        return self._move(later) if later else None
+
+    def _move(self, paths: Sequence[Path]) -> Path:
         aside = next(p for i in range(1, 10**6) if not (p := Path(f"{self.folder}-before-{i}")).exists())
-        if len(later) == len(self.all()):
+        if len(paths) == len(self.all()):
             self.folder.rename(aside)
             return aside
         aside.mkdir()
-        for path in later:
+        for path in paths:
             path.rename(aside / path.name)
         return aside
+
+    def write_with_room(self, path: Path, pieces: Callable[[], Iterable[Any]], nbytes: int) -> tuple[Any, str]:
+        """Replace a file; on a full disk drop the oldest checkpoints first, where that makes room.
+
+        Returns its length and checksum, and what was dropped, in words.
+
+        Raises:
+            DiskFullError: there is no room, and dropping all but the newest would not make any.
+        """
+        try:
+            return files.replace(path, pieces(), nbytes), ""
+        except DiskFullError:
+            needed = nbytes + _SLACK
+            # a quota does not show in what the disk says is free
+            free = 0 if (said := files.free_bytes(path.parent)) >= needed else said
+            if not (dropped := self._make_room(needed, free)):
+                raise
+        note = f"the disk is full. Dropped to make room for {path}: {', '.join(folder.name for folder in dropped)}"
+        return files.replace(path, pieces(), nbytes), note
 
     # The writer's thread
     def _start(self, function: Callable[..., None], *args: Any) -> None:
@@ -265,14 +327,35 @@ class Checkpoints:
     def _finish(self, step: int, began: float, write: Callable[[], tuple[Path, str]]) -> None:
         try:
             path, note = write()
-            self._rotate()
-            self._saved.append(Saved(step, path, time.monotonic() - began, note))
         except DiskFullError as error:
             note = f"no checkpoint of step {step}: {error.strerror or error}"
             self._saved.append(Saved(step, None, time.monotonic() - began, note))
+        except OSError as error:
+            self._failure(step, began, error)
         except BaseException as error:
             self._error = error
+        else:
+            self._failed = 0
+            try:
+                self._rotate()
+            except OSError as error:  # the next one tries that again
+                note = "; ".join([note] * bool(note) + [f"older checkpoints could not be removed: {error}"])
+            self._saved.append(Saved(step, path, time.monotonic() - began, note))
         self.news = True
+
+    def _failure(self, step: int, began: float, error: OSError) -> None:
+        """Note a save that could not be written; the third in a row is an error that ends the run."""
+        self._failed += 1
+        if self._failed >= MOST_FAILURES:
+            newest = next(iter(self.all()), None)
+            there = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            text = (
+                f"{MOST_FAILURES} saves in a row failed, the last after step {step}: {error.strerror or error}; {there}"
+            )
+            self._error = OSError(error.errno, text, *([error.filename] if error.filename else []))
+            return
+        note = f"no checkpoint of step {step}: {error}; it is tried again"
+        self._saved.append(Saved(step, None, time.monotonic() - began, note, error))
 
     def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
         """Write the checkpoint; on a full disk drop the oldest ones first, where that makes room."""

@@ -246,13 +246,13 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def replace_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     """`write_tensors`, atomically: the old file stays until the new one is whole."""
     layout = Layout.of(named)
-    _replace(path, layout.pieces(), layout.nbytes)
+    replace(path, layout.pieces(), layout.nbytes)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically and flush it to disk."""
     content = text.encode()
-    _replace(path, [content], len(content))
+    replace(path, [content], len(content))
 
 
 _LEFT_BEHIND = 3600.0
@@ -278,10 +278,15 @@ def whole(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
-def _replace(path: Path, pieces: Iterable[Any], needed: int) -> None:
+def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
+    """`write`, atomically: the old file stays until the new one is whole. Returns its length and checksum.
+
+    Raises:
+        DiskFullError: there is no room for the `needed` bytes.
+    """
     try:
         with whole(path) as temporary:
-            write(temporary, pieces)
+            return write(temporary, pieces)
     except OSError as error:
         if full := no_room(path, error):
             full.strerror = f"the disk is full: {needed:,} bytes needed, {free_bytes(path.parent):,} free"

@@ -35,6 +35,14 @@ PART_SECONDS = 900.0
 """How long rank 0 waits for the other ranks' parts of a checkpoint after it has written its own."""
 
 
+class OtherRunError(CheckpointError):
+    """A sound checkpoint of another run: `problem` says what is different, `advice` what to do about it."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem}. {advice}")
+        self.problem, self.advice = problem, advice
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What was saved: weights by name, the rest of the state, and plain facts about the run."""
@@ -94,11 +102,15 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise CheckpointError("state.json is not a checkpoint's")
     step, listed = facts.get("step"), facts["files"]
     plain = all(
-        isinstance(about, dict) and {"bytes", "crc32"} <= about.keys() and name == Path(name).name and name[0] != "."
+        isinstance(about, dict)
+        and {"bytes", "crc32"} <= about.keys()
+        and name == Path(name).name
+        and not name.startswith((".", "state.json"))
+        and name
         for name, about in listed.items()
     )
     blocks = all(isinstance(facts.get(key, {}), dict) for key in ("config", "stamp", "state"))
-    if not (isinstance(step, int) and step >= 0 and plain and blocks):
+    if not (isinstance(step, int) and not isinstance(step, bool) and step >= 0 and plain and blocks):
         raise CheckpointError("state.json does not say what a checkpoint's does")
     if facts.get("format") != FORMAT:
         raise CheckpointError(f"it has format {facts.get('format')!r}; this version reads format {FORMAT}")
@@ -124,7 +136,24 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     problem = damage(path)
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-    facts = read_facts(path)
+    return load_checked(path, read_facts(path), whole=whole)
+
+
+def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoint:
+    """`load` without a look at the checksums.
+
+    Raises:
+        CheckpointError: what is in it is none of the kit's.
+    """
+    try:
+        return _load(path, facts, whole)
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be used: what it holds is none of the kit's: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load(path: Path, facts: dict[str, Any], whole: bool) -> Checkpoint:
     tensors: dict[str, dict[str, Any]] = {}
     tree = ""
     for name in facts["files"]:
@@ -141,13 +170,7 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     if whole:
         for found in tensors.values():
             found |= {name: value[:] for name, value in found.items() if isinstance(value, shards.Pieces)}
-    try:
-        return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be used: its optimizer state is not one of the kit's: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
 
 
 def whose(name: str) -> str:

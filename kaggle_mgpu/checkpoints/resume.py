@@ -9,17 +9,15 @@ anybody's and hold anything: a checkpoint that cannot be used is named and passe
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import CheckpointError
 from ..machine import session
-from . import files
 from .checkpoint import Checkpoints
-from .format import damage, other_model, read_facts, whose
+from .format import OtherRunError, damage, read_facts
+from .reader import Expected, examine
 
 
 def starting_point(
@@ -29,50 +27,81 @@ def starting_point(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
-    model: Mapping[str, Tensor] | None = None,
-    state_names: Collection[str] | None = None,
+    expected: Expected | None = None,
 ) -> Path | None:
     """Return the checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
+
+    What is damaged or says what cannot be is named and passed over for the one before it.
 
     Args:
         resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: identifies the run beside the settings.
-        model: the model's state; a checkpoint among the inputs with other names or shapes is another run's.
-        state_names: the fields of a run's state; a checkpoint among the inputs with others is passed over.
+        expected: what a checkpoint has to hold; None: only its checksums, settings and stamp are looked at.
 
     Raises:
-        CheckpointError: the checkpoint is another run's (the message lists each setting then and now), or damaged.
+        CheckpointError: all that could be used in this run's own folder is another run's (the message lists each
+            setting then and now), or the checkpoint that `resume` names cannot be used.
     """
+
+    def examined(path: Path) -> Path:
+        if problem := damage(path):
+            raise CheckpointError(problem)
+        if differ := _differences(read_facts(path), config, may_change, stamp):
+            raise OtherRunError(
+                f"{path} is from a run with other settings: {_listed(differ)}",
+                "Set them back to go on with that run; choose another output_dir, or resume='never', to start a new "
+                "one.",
+            )
+        if expected is not None:
+            examine(path, expected)
+        return path
+
     if resume == "never":
         if aside := checkpoints.put_aside():
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
         return None
-    if resume == "auto":
-        path = checkpoints.newest()
-        if path is None:
-            return _among_inputs(config, may_change, stamp, model, state_names)
-    else:
-        path = Path(resume)
-        if problem := damage(path):
-            raise CheckpointError(f"resume: {path.resolve()} is not a whole checkpoint: {problem}")
-    if differ := _differences(read_facts(path), config, may_change, stamp):
-        raise CheckpointError(
-            f"{path} is from a run with other settings: {_listed(differ)}. Set them back to go on with that run; "
-            f"choose another output_dir, or resume='never', to start a new one."
-        )
-    return path
+    if resume != "auto":
+        named = Path(resume)
+        try:
+            return examined(named)
+        except OtherRunError as error:
+            raise CheckpointError(str(error)) from None
+        except CheckpointError as error:
+            raise CheckpointError(f"resume: {named.resolve()} is not a whole checkpoint: {error}") from None
+    for line in checkpoints.put_right():
+        print(line, flush=True)
+    path, others = _first(checkpoints.all(), examined)
+    if path is None and others:  # a new run in this folder has to be asked for
+        raise CheckpointError(str(others[0]))
+    return path or _among_inputs(config, may_change, stamp, examined)
+
+
+def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
+    """The first that serves, and those of another run before it. Each that is passed over is named."""
+    others: list[OtherRunError] = []
+    for path in paths:
+        try:
+            path = examined(path)
+        except OtherRunError as error:
+            others.append(error)
+        except Exception as error:  # whatever is in it, or a disk that cannot read it
+            print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
+        else:
+            for other in others:
+                print(f"passed over: {other.problem}", flush=True)
+            return path, others
+    return None, others
 
 
 def _among_inputs(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
-    model: Mapping[str, Tensor] | None,
-    state_names: Collection[str] | None,
+    examined: Callable[[Path], Path],
 ) -> Path | None:
-    """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
-    found: list[tuple[int, Path, dict[str, Any]]] = []
+    """The newest of this run's; where there are only others', the newest of those is named with what is different."""
+    found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
         try:
@@ -80,41 +109,15 @@ def _among_inputs(
             if differ := _differences(facts, config, may_change, stamp):
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
             else:
-                found.append((facts["step"], path, facts))
+                found.append((facts["step"], path))
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     # newest first, and no further than the first that serves: a checksum reads the whole of it
-    for step, path, facts in sorted(found, key=lambda one: one[:2], reverse=True):
-        try:
-            broken = damage(path)  # before any other file of it is opened
-            weights = min((name for name in facts["files"] if whose(name) == "model"), default="")
-            if broken is None and not weights:
-                broken = "it holds no model.safetensors"
-            if broken is None and not any(whose(name) == "optimizer" for name in facts["files"]):
-                broken = "it holds no optimizer.safetensors"
-            broken = broken or _unsound(facts["state"], state_names)
-            if broken is not None:
-                print(f"checkpoint {path} cannot be used: {broken}. Trying the one before it.", flush=True)
-            elif model is not None and (problem := other_model(files.shapes(path / weights), model)):
-                others.append((step, f"{path} is from another model: {problem}"))
-            else:
-                return path
-        except Exception as error:
-            print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
-    if others:
-        print(f"not resumed from the inputs: {max(others)[1]}", flush=True)
-    return None
-
-
-def _unsound(state: Mapping[str, Any], names: Collection[str] | None) -> str | None:
-    """Return why this cannot be a run's position, or None."""
-    if unknown := set(state) - set(state if names is None else names):
-        return f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known"
-    for name in ("step", "samples_seen"):
-        value = state.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            return f"{name} in its state is {value!r}, expected a whole number of 0 or more"
-    return None
+    newest, different = _first((path for _, path in sorted(found, reverse=True)), examined)
+    told = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
+    if newest is None and told:
+        print(f"not resumed from the inputs: {told[0]}", flush=True)
+    return newest
 
 
 def changes(

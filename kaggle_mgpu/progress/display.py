@@ -181,7 +181,8 @@ class _RecordsFollower:
             file.seek(self.offset)
             *lines, self.incomplete_line = (self.incomplete_line + (added := file.read())).split(b"\n")
             self.offset += len(added)
-        self.new = parse(b"\n".join(lines).decode(errors="replace"))
+        last = self.records[-1]["step"] if self.records else 0
+        self.new = parse(b"\n".join(lines).decode(errors="replace"), last)
         self.records += self.new
         return replaced
 

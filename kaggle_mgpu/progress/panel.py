@@ -96,7 +96,8 @@ class View:
         if kind == "start":
             self.pace, self.gpus = None, []
             for name in ("max_steps", "unit", "world_size", "device_line", "epochs"):
-                setattr(self, name, record.get(name, getattr(self, name)))
+                if (value := record.get(name)) is not None:
+                    setattr(self, name, value)
             left = record.get("time_left")
             self.time_left = math.inf if left is None else now + left
         elif kind == "train":

@@ -30,18 +30,36 @@ def read(output_dir: str | os.PathLike[str]) -> list[Record]:
     return parse(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
 
 
-def parse(text: str) -> list[Record]:
-    """Return the valid records among the lines of a text."""
-    records = []
+def parse(text: str, step: int = 0) -> list[Record]:
+    """Return the valid records among the lines of a text, each with a whole "step": else that of the record before.
+
+    Args:
+        step: that of the record before the first.
+    """
+    records: list[Record] = []
     for line in text.splitlines():
         with suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and _is_valid(record)]
+            record = json.loads(line, parse_int=_int)
+            if isinstance(record, dict) and _is_valid(record):
+                found = record.get("step")
+                if found is not None and abs(found) <= _MOST_STEPS:  # nan is not
+                    step = int(found)
+                records.append({**record, "step": step})
+    return records
 
 
+_MOST_STEPS = 10**15
 _NUMBERS = (
     "step samples epoch time seconds time_left max_steps world_size epochs pid loss lr grad_norm val_loss".split()
 )
+_TEXTS = ("unit", "device_line")
+
+
+def _int(text: str) -> int:
+    """A whole number that is within a float's range, as what shows and draws it takes it to be."""
+    if len(text) > 300:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
 
 
 def _is_valid(record: Record) -> bool:
@@ -49,6 +67,10 @@ def _is_valid(record: Record) -> bool:
     gpus = record.get("gpus", [])
     numbers = [record.get(name) for name in _NUMBERS]
     if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
+        return False
+    if not all(isinstance(record.get(name) or {}, dict) for name in ("metrics", "spent")):
+        return False
+    if not all(isinstance(record.get(name, ""), str) for name in _TEXTS):
         return False
     numbers += [value for gpu in gpus for value in gpu.values()]
     return all(value is None or isinstance(value, int | float) for value in numbers)

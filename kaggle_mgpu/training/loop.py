@@ -12,8 +12,6 @@ save: they are seeded from (seed, step, rank) before each step, and from (seed, 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import signal
 import threading
@@ -148,7 +146,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             parts.strategy.within = ""  # the state tells again which step the weights are at
             clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
             if saving.checkpoints.news:
-                log.saves(saving.checkpoints.collect())
+                log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
                 loss = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
                 if loss is not None:
@@ -264,10 +262,8 @@ def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Sav
     finished = remaining <= 0 and state.step < evaluation.next_step
     if finished:
         reason = "finished"
-    if parts.is_main:
-        log.saves(saves := saving.checkpoints.wait())
-        if not finished and any(saved.path is None for saved in saves):
-            reason += f"; {saves[-1].note}"
+    if (note := _last_save(parts, state, saving, log, finished)) and not finished:
+        reason += f"; {note}"
     strategy = parts.strategy
     result = Result(
         output_dir=str(parts.output_dir), finished=finished, reason=reason, step=state.step,
@@ -275,19 +271,39 @@ def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Sav
         seconds=state.seconds, world_size=parts.world_size, strategy=strategy.name, precision=strategy.precision,
         skipped_steps=int(strategy.skipped), remaining_steps=remaining, remaining_seconds=log.clock.left(remaining),
     )  # fmt: skip
-    weights = parts.output_dir / "model.safetensors"
-    if failed := saving.write_weights(parts, weights):
-        log.note(failed)
-        if finished:
-            raise checkpoint.DiskFullError(
-                f"trained to the end, but the disk has no room for {weights}. Free some space and run the same again: "
-                f"it goes on from the last checkpoint."
-            )
-    if parts.is_main:
-        checkpoint.write_text(parts.output_dir / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
+    if note := saving.write_result(parts, result):
+        log.note(note)
     log.close(parts, state, result)
     distributed.barrier()  # no rank leaves, and nothing reads, before the files are there
     return result
+
+
+def _last_save(parts: Parts, state: TrainState, saving: Saving, log: Log, finished: bool) -> str:
+    """Wait for the last save, and save again if it failed; return why there is no checkpoint of this step, or "".
+
+    Every rank must call this.
+
+    Raises:
+        OSError: several saves in a row failed, and the run is not finished. A finished run needs its weights alone.
+    """
+    while True:
+        note, again = "", False
+        error: OSError | None = None
+        if parts.is_main:
+            try:
+                log.saves(saves := saving.checkpoints.wait())
+                again = saving.checkpoints.may_try_again
+                note = saves[-1].note if any(saved.path is None for saved in saves) else ""
+            except OSError as failed:
+                note, error = str(failed), failed
+        if not distributed.agree(again):
+            break
+        _save(parts, state, saving, log.clock)
+    if error is not None:
+        if not finished:
+            raise error
+        log.note(note)
+    return note
 
 
 @contextlib.contextmanager

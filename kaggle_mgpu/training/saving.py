@@ -7,16 +7,25 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .. import progress
-from ..checkpoints import checkpoint, resume
-from ..errors import DivergedError, RestartError
-from ..parallel import distributed
+from ..checkpoints import Checkpoints, Expected, checkpoint, files, resume
+from ..data import BatchPlan
+from ..errors import DiskFullError, DivergedError, RestartError
+from ..parallel import Strategy, distributed
 from . import task_checks
+from .optim import EMA
 from .parts import Parts
 from .task import Result, TrainState
+
+RETRY_SECONDS = 60.0
+"""Seconds from a failed save to the next."""
 
 
 def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
@@ -32,12 +41,27 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
         checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
-        model=parts.strategy.described(), state_names=[field.name for field in dataclasses.fields(TrainState)],
+        expected=expected_by(parts.strategy, parts.optimizer, parts.ema, parts.plan),
     )  # fmt: skip
     aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
     if aside is not None:
         print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
     return start
+
+
+def expected_by(strategy: Strategy, optimizer: torch.optim.Optimizer, ema: EMA | None, plan: BatchPlan) -> Expected:
+    """Return what a checkpoint has to hold for this run. Asks no other rank."""
+    names = {parameter: name for name, parameter in strategy.model.named_parameters()}
+    # ZeRO notes the groups before it puts its own tensors there
+    groups: list[list[str]] | None = getattr(strategy, "groups", None)
+    if groups is None:
+        groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+    def samples_at(step: int) -> int:
+        epochs, steps = divmod(step, plan.steps_per_epoch)
+        return epochs * plan.dataset_size + steps * plan.global_batch_size
+
+    return Expected(strategy.described(), None if ema is None else ema.state_dict(), groups, optimizer, samples_at)
 
 
 def finished_result(parts: Parts) -> Result | None:
@@ -56,12 +80,76 @@ def finished_result(parts: Parts) -> Result | None:
 
 
 def read_result(folder: Path, max_steps: int) -> Result | None:
-    """Return the result in a folder, if the run took all its steps and its weights are there."""
+    """Return the result in a folder, if the run took all its steps and its weights are there.
+
+    Weights that are not as they were written are named in a line: they are made again from the newest checkpoint.
+    """
     try:
         result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return result if result.finished and result.step == max_steps and (folder / "model.safetensors").is_file() else None
+    path = folder / "model.safetensors"
+    if not (result.finished is True and result.step == max_steps and path.is_file()):
+        return None
+    try:
+        files.read_tensors(path)
+        # an older version's result says nothing of the weights
+        damaged = result.weights and result.weights != {"bytes": path.stat().st_size, "crc32": files.crc32(path)}
+        problem = "it does not have the checksum it was written with" if damaged else ""
+    except Exception as error:
+        problem = str(error)
+    if problem:
+        print(f"{path} is damaged: {problem}. It is made again from the newest checkpoint.", flush=True)
+    return None if problem else result
+
+
+def write_result(checkpoints: Checkpoints, folder: Path, result: Result, weights: Mapping[str, Tensor]) -> str:
+    """Write the final weights and then result.json; return a note about failures or dropped checkpoints, or "".
+
+    On a full disk the oldest checkpoints make room. An unfinished run can do without the weights: it goes on from its
+    checkpoint.
+
+    Raises:
+        DiskFullError: the run is finished, and there is no room.
+        OSError: the run is finished, and its weights could not be written three times.
+    """
+    path, notes = folder / "model.safetensors", []
+    layout = files.Layout.of(weights)
+    try:
+        result.weights, note = _with_retries(lambda: checkpoints.write_with_room(path, layout.pieces, layout.nbytes))
+        notes.append(note)
+    except DiskFullError as error:
+        if result.finished:
+            raise DiskFullError(
+                error.errno,
+                f"trained to the end, but the disk has no room for {path}. Free some space and run the same again: it "
+                f"goes on from the last checkpoint.",
+            ) from error
+        notes.append(f"{path} could not be written: {error.strerror}")
+    except OSError as error:
+        if result.finished:
+            raise OSError(
+                error.errno,
+                f"trained to the end, but {path} could not be written: {error.strerror or error}. Run the same again: "
+                f"it goes on from the last checkpoint.",
+            ) from error
+        notes.append(f"{path} could not be written: {error.strerror or error}")
+    text = json.dumps(dataclasses.asdict(result), indent=1).encode()
+    _, note = _with_retries(lambda: checkpoints.write_with_room(folder / "result.json", lambda: [text], len(text)))
+    return "; ".join(filter(None, [*notes, note]))
+
+
+def _with_retries(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
+    """Write, and try again after an error of the disk other than want of room."""
+    for left in reversed(range(checkpoint.MOST_FAILURES)):
+        try:
+            return write()
+        except DiskFullError:
+            raise
+        except OSError:
+            if not left:
+                raise
+    raise AssertionError("not reached")
 
 
 def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> tuple[TrainState, list[str]]:
@@ -132,6 +220,12 @@ class Saving:
             self.checkpoints.begin(state.step, **contents)
         self._schedule(state.step)
 
+    def ended(self, saves: list[checkpoint.Saved]) -> list[checkpoint.Saved]:
+        """Return these saves; if one of them failed, the next save is due soon. Its cause may have passed by then."""
+        if any(saved.error is not None for saved in saves):
+            self.next_time = min(self.next_time, time.monotonic() + RETRY_SECONDS)
+        return saves
+
     def checkpoint_contents(self, parts: Parts, state: TrainState) -> dict[str, Any]:
         """Return the tensors, the state and the facts of a checkpoint: the only list of its contents."""
         held = parts.strategy.held_state(parts.optimizer)
@@ -146,18 +240,28 @@ class Saving:
         return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
 
     def write_weights(self, parts: Parts, path: Path) -> str:
-        """Write the weights, averaged if the run averages; return a note if the disk is full, or "".
+        """Write the weights, averaged if the run averages; return a note if that failed, or "".
 
-        Every rank must call this; rank 0 alone knows the outcome. The file keeps its old content on a full disk.
+        Every rank must call this; rank 0 alone knows the outcome. After a failure the file has its old content.
         """
         with parts.averaged_weights():
             weights = parts.strategy.weights()
             if parts.is_main:
                 try:
                     checkpoint.replace_tensors(path, weights)
-                except checkpoint.DiskFullError as error:
-                    return f"{path} could not be written: {error.strerror}"
+                except OSError as error:
+                    return f"{path} could not be written: {error.strerror or error}"
         return ""
+
+    def write_result(self, parts: Parts, result: Result) -> str:
+        """Write the final weights, averaged if the run averages, and result.json. Every rank must call this.
+
+        Raises:
+            OSError: the run is finished, and its weights could not be written.
+        """
+        with parts.averaged_weights():
+            weights = parts.strategy.weights()
+            return write_result(self.checkpoints, parts.output_dir, result, weights) if parts.is_main else ""
 
     def rescue(self, parts: Parts, state: TrainState) -> str:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
@@ -202,7 +306,9 @@ class Saving:
         """Wait for the last save before an error ends the run; return a sentence if the save failed."""
         try:
             if parts.is_main:
-                self.written += self.checkpoints.wait()
+                self.written += (saves := self.checkpoints.wait())
+                if saves and saves[-1].error:
+                    return f" The last save failed: {saves[-1].error}."
         except OSError as error:  # the run's own error matters more
             return f" The last save failed: {error}."
         return ""

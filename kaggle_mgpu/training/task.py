@@ -177,6 +177,8 @@ class Result:
     """Steps left to take, if not finished."""
     remaining_seconds: float | None = None
     """Seconds for the remaining steps at this session's pace."""
+    weights: dict[str, int] = field(default_factory=dict)
+    """Length ("bytes") and checksum ("crc32") of model.safetensors, as it was written."""
 
     def records(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl, each as a dictionary."""

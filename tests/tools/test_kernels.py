@@ -396,6 +396,9 @@ def test_the_runs_own_result_decides(tmp_path: Path) -> None:
     outcome = kernels.Outcome.of(tmp_path)
     assert (outcome.finished, outcome.step) == (True, 10)
     assert list(outcome.results) == ["run/result.json", "run/stage1/result.json"]
+    for wrong in ("x", "NaN", [1], 1e400, None, True):  # a file of somebody else's may say anything
+        said(tmp_path / "run" / "other" / "stage", True, wrong)  # type: ignore[arg-type]
+        assert kernels.Outcome.of(tmp_path).step == 10
     said(tmp_path / "run" / "compare", False, 3)
     assert kernels.Outcome.of(tmp_path).finished
     said(tmp_path / "other", False, 1)

@@ -1,0 +1,316 @@
+"""Whether a run can go on from a checkpoint: everything that a checkpoint says is checked before the run takes it.
+
+    examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
+
+A checksum shows that a file is as it was written, not that its content belongs to this run: a checkpoint among the
+inputs may be anybody's. So each value has to have its type and its range, and tensors have to have the names and shapes
+of this run's model, average and optimizer. The optimizer's state is tried with one step on tensors without memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..parallel import shards
+from . import format
+from .format import OtherRunError
+
+STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "seconds")
+"""The fields of a run's position (`TrainState`)."""
+MOST_STEPS = 10**12
+"""More steps than a run takes."""
+_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+_NUM_UPDATES = ".num_updates"
+_KERNEL = ("fused", "foreach", "capturable")
+_CHECKED_FOR_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a checkpoint has to hold for a run to go on from it."""
+
+    model: Mapping[str, Tensor]
+    """The model's state by name; only shapes and types count."""
+    ema: Mapping[str, Tensor] | None
+    """The averaged weights in the same way; None where the run averages none."""
+    groups: Sequence[Sequence[str]]
+    """The names of the optimizer's parameters, group by group."""
+    optimizer: torch.optim.Optimizer
+    """This run's optimizer; nothing of it changes."""
+    samples_at: Callable[[int], int]
+    """The position in the data after so many steps."""
+
+
+def examine(path: Path, expected: Expected) -> dict[str, Any]:
+    """Read all of a checkpoint whose checksums are right, and compare it with what is expected. Returns its facts.
+
+    Raises:
+        OtherRunError: it is sound, but another model's or another optimizer's.
+        CheckpointError: a value in it cannot be; the message says which, and what was expected.
+    """
+    try:
+        facts = format.read_facts(path)
+        _position(facts, expected)
+        listed = {format.whose(name) for name in facts["files"]}
+        for kind in ("model", "optimizer", *(["ema"] if expected.ema is not None else [])):
+            if kind not in listed:
+                raise CheckpointError(f"it holds no {kind}.safetensors")
+        if unknown := listed - {"model", "optimizer", "ema"}:
+            raise CheckpointError(f"it lists files that no checkpoint has: {', '.join(sorted(unknown)[:5])}")
+        found = format.load_checked(path, facts, whole=False)
+        if problem := _tensors("model", found.tensors["model"], expected.model):
+            raise OtherRunError(
+                f"{path} is from another model: {problem}",
+                "Give this run another output_dir, or restore the settings the checkpoint was made with.",
+            )
+        if expected.ema is not None:
+            if problem := _tensors("ema", found.tensors["ema"], expected.ema):
+                raise CheckpointError(f"ema.safetensors does not fit the weights beside it: {problem}")
+            _whole(f"{_NUM_UPDATES} in ema.safetensors", found.tensors["ema"][_NUM_UPDATES].item(), MOST_STEPS)
+        _optimizer(path, found.state, facts["step"], expected)
+        for kind in ("model", "ema"):
+            for name in (name for group in expected.groups for name in group):
+                _finite(f"{name} in {kind}.safetensors", found.tensors.get(kind, {}).get(name))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever somebody else's file holds
+        raise CheckpointError(f"it cannot be read: {type(error).__name__}: {error}"[:500]) from error
+    return facts
+
+
+def _position(facts: Mapping[str, Any], expected: Expected) -> None:
+    state = facts.get("state", {})
+    if unknown := set(state) - set(STATE):
+        raise CheckpointError(f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known")
+    step = _whole("step in its state", state.get("step"), MOST_STEPS)
+    if step != facts["step"]:
+        raise CheckpointError(f"step in its state is {step}, expected {facts['step']}, as state.json says beside it")
+    samples = _whole("samples_seen in its state", state.get("samples_seen"), 10**30)
+    if samples != (there := expected.samples_at(step)):
+        raise CheckpointError(f"samples_seen in its state is {samples}, expected {there} after {step} steps")
+    _whole("evaluated in its state", state.get("evaluated", 0), step)
+    if not math.isfinite(seconds := _number("seconds in its state", state.get("seconds", 0.0))) or seconds < 0:
+        raise CheckpointError(f"seconds in its state is {seconds!r}, expected a number of 0 or more")
+    if state.get("best") is not None:
+        _number("best in its state", state["best"])
+    metrics = state.get("metrics", {})
+    if not isinstance(metrics, dict):
+        raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers by name")
+    for name, value in metrics.items():
+        _number(f"metrics[{name!r}] in its state", value)
+
+
+def _whole(what: str, value: Any, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise CheckpointError(f"{what} is {value!r:.80}, expected a whole number from 0 to {most}")
+    return value
+
+
+def _number(what: str, value: Any) -> float:
+    if not isinstance(value, bool) and isinstance(value, int | float):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    raise CheckpointError(f"{what} is {value!r:.80}, expected a number")
+
+
+def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
+    """The differences of names and shapes; "" where there are none, and then every row has to be there."""
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    if problem := format.other_model(shapes, expected):
+        return problem
+    for name, value in found.items():
+        for part in _parts(f"{name} in {kind}.safetensors", value):
+            if part.is_floating_point() != expected[name].is_floating_point():
+                raise CheckpointError(f"{name} in {kind}.safetensors is {part.dtype}, expected {expected[name].dtype}")
+    return ""
+
+
+def _parts(what: str, value: Any) -> list[Tensor]:
+    """The tensors that a value is made of, which have to cover it row by row."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = sorted(value.found, key=lambda part: part[0])
+    position = 0
+    for start, rows in parts:
+        if len(rows) and (start != position or rows.shape[1:] != value.shape[1:]):
+            break
+        position += len(rows)
+    else:
+        if position == value.shape[0]:
+            return [rows for _, rows in parts]
+    raise CheckpointError(f"{what} is not whole: some of its {value.shape[0]} rows are missing or twice there")
+
+
+def _finite(what: str, value: Any) -> None:
+    """Refuse weights that are nan or infinite: no training leads back from them."""
+    for part in [] if value is None else _parts(what, value):
+        if not all(math.isfinite(bound) for bound in _bounds(part)):
+            raise CheckpointError(f"{what} is nan or infinite")
+
+
+def _bounds(part: Tensor) -> list[float]:
+    """The least and the greatest value, both nan where one is; in half the time that isfinite().all() takes."""
+    if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
+        return []
+    return [bound.item() for bound in torch.aminmax(part)]
+
+
+# The optimizer
+def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
+    if not isinstance(state, dict) or not {"optimizer", "scaler", "skipped"} <= state.keys():
+        raise CheckpointError("optimizer.safetensors is none of the kit's: it has no optimizer, scaler and skipped")
+    skipped, scaler, saved = _whole("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
+    if not isinstance(scaler, dict) or (scaler and not scaler.keys() >= _SCALER):
+        raise CheckpointError(f"the gradient scaler's state is {scaler!r:.80}, expected {', '.join(sorted(_SCALER))}")
+    for name in _SCALER & scaler.keys():
+        if not 0 <= _number(f"the gradient scaler's {name}", scaler[name]) < math.inf:
+            raise CheckpointError(f"the gradient scaler's {name} is {scaler[name]!r}, expected 0 or more")
+    if not isinstance(saved, dict) or not isinstance(saved.get("param_groups"), list):
+        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
+    groups, moments = saved["param_groups"], saved["state"]
+    if not all(isinstance(it, dict) for it in [*groups, moments]) or not all(
+        isinstance(group.get("params"), list) for group in groups
+    ):
+        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
+    theirs, mine = [group["params"] for group in groups], [list(group) for group in expected.groups]
+    if theirs != mine:
+        differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
+        raise OtherRunError(
+            f"{path}: the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}"
+            if differ
+            else f"{path}: the checkpoint's optimizer has the parameters in other groups, or another order, than this "
+            f"one: groups of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now",
+            "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
+        )
+    for then, now in zip(groups, expected.optimizer.param_groups, strict=True):
+        for key in (then.keys() & now.keys()) - {*_KERNEL, "params"}:
+            if not _alike(then[key], now[key]):
+                raise CheckpointError(f"{key} of an optimizer's group is {then[key]!r:.80}, expected as {now[key]!r}")
+    if unknown := set(moments) - {name for group in mine for name in group}:
+        raise CheckpointError(f"the optimizer's state holds parameters it does not train: {sorted(unknown)[:5]}")
+    for name, values in moments.items():
+        if not isinstance(values, dict):
+            raise CheckpointError(f"the optimizer's state of {name} is {values!r:.80}, expected moments by name")
+        for key, value in values.items():
+            what = f"{key} of {name} in optimizer.safetensors"
+            if isinstance(value, Tensor | shards.Pieces):
+                for part in _parts(what, value):
+                    if any(map(math.isnan, _bounds(part))):
+                        raise CheckpointError(f"{what} is nan")
+            if key == "step":
+                taken = _number(what, value.item() if isinstance(value, Tensor) else value)
+                if not 0 <= taken <= step:
+                    raise CheckpointError(f"{what} is {taken:g}, expected 0 to {step}")
+    _try(path, saved, step - skipped, expected)
+
+
+def _alike(then: Any, now: Any) -> bool:
+    """Whether two settings of an optimizer are of the same kind: both flags, both finite numbers, both as long."""
+    if isinstance(now, list | tuple):
+        return type(then) is type(now) and len(then) == len(now) and all(map(_alike, then, now))
+    if isinstance(now, int | float | Tensor) and not isinstance(now, bool):
+        number = then.item() if isinstance(then, Tensor) and then.numel() == 1 else then
+        return not isinstance(number, bool) and isinstance(number, int | float) and abs(number) < math.inf
+    return type(then) is type(now)
+
+
+def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
+    """Compare the saved state with that of a step on tensors without memory ("meta"), and take one step with it.
+
+    Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it. Of the
+    parameters of a group that have the same shape one is enough.
+    """
+    if not type(expected.optimizer).__module__.startswith("torch.optim."):
+        return
+    likes: dict[tuple[Any, ...], str] = {}
+    like: dict[str, str] = {}
+    for index, names in enumerate(expected.groups):
+        for name in names:
+            key = (index, tuple(expected.model[name].shape), expected.model[name].dtype)
+            like[name] = likes.setdefault(key, name)
+    chosen = set(likes.values())
+    try:
+        fresh, again = _Trial(expected, chosen), _Trial(expected, chosen)
+        fresh.optimizer.step()
+        again.optimizer.load_state_dict(fresh.optimizer.state_dict())
+        again.optimizer.step()
+    except Exception:  # it cannot be tried, whatever the checkpoint holds
+        return
+    kind = type(expected.optimizer).__name__
+    needed = {name: fresh.optimizer.state[tensor] for name, tensor in fresh.tensors.items()}
+    there = {key for values in saved["state"].values() for key in values}
+    if steps > 0 and (missing := {key for values in needed.values() for key in values} - there):
+        raise OtherRunError(
+            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's {kind} goes on "
+            f"from",
+            "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
+        )
+    for name, values in saved["state"].items():
+        for key, value in needed[like[name]].items():
+            if key not in values:
+                raise CheckpointError(f"the optimizer's state of {name} has no {key}, which {kind} goes on from")
+            if not isinstance(value, Tensor):
+                continue
+            shape, found = tuple(value.shape), tuple(getattr(values[key], "shape", ()))
+            if not isinstance(values[key], Tensor | shards.Pieces) or found != shape:
+                got = found if isinstance(values[key], Tensor | shards.Pieces) else repr(values[key])[:80]
+                raise CheckpointError(f"{key} of {name} in optimizer.safetensors: expected shape {shape}, got {got}")
+    try:
+        trial = _Trial(expected, chosen, saved)
+        trial.optimizer.step()
+    except Exception as error:
+        text = f"{kind} cannot go on from its state of the optimizer: {type(error).__name__}: {error}"
+        raise CheckpointError(text[:500]) from error
+
+
+class _Trial:
+    """An optimizer of the run's type and groups, for tensors that have a shape and no memory.
+
+    Args:
+        chosen: the names of the parameters that are in it.
+        saved: settings and state to go on from; else the run's settings, and no state.
+    """
+
+    def __init__(self, expected: Expected, chosen: Collection[str], saved: Mapping[str, Any] | None = None) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        groups: list[dict[str, Any]] = []
+        number: dict[str, int] = {}
+        for now, names in zip(expected.optimizer.param_groups, expected.groups, strict=True):
+            inside = [name for name in names if name in chosen]
+            for name in inside:
+                like = expected.model[name]
+                tensor = torch.empty(tuple(like.shape), dtype=like.dtype, device="meta", requires_grad=True)
+                tensor.grad = torch.empty_like(tensor)
+                self.tensors[name], number[name] = tensor, len(number)
+            kernel = dict.fromkeys((key for key in _KERNEL if key in now), False)
+            groups.append({**now, **kernel, "params": [self.tensors[name] for name in inside]})
+        self.optimizer = type(expected.optimizer)(groups)  # type: ignore[call-arg]
+        if saved is None:
+            return
+        loaded = [
+            {**then, **dict.fromkeys(_KERNEL, False), "params": [number[n] for n in then["params"] if n in number]}
+            for then in saved["param_groups"]
+        ]
+        state = {
+            number[name]: {key: _meta(value) for key, value in values.items()}
+            for name, values in saved["state"].items()
+            if name in number
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": loaded})
+
+
+def _meta(value: Any) -> Any:
+    """The shape and type of a tensor, as a tensor without memory; the value of a single number stays."""
+    if isinstance(value, shards.Pieces):
+        return torch.empty(tuple(value.shape), dtype=value.found[0][1].dtype, device="meta")
+    return value.to("meta") if isinstance(value, Tensor) and value.ndim else value
