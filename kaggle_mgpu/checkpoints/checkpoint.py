@@ -1,4 +1,4 @@
-"""Checkpoints that are there or not there, never half there, and written while training goes on.
+"""Write and find checkpoints: complete or absent, never half, and written while training continues.
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
@@ -47,7 +47,7 @@ MOST_FAILURES = 3
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save."""
+    """Report the outcome of a save."""
 
     step: int
     path: Path | None
@@ -61,7 +61,7 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`. Only one process may write there.
+    """Manage the checkpoints of one run in `folder`; only one process may write there.
 
     Used as a context, it waits for the last save on the way out, also when an error ends the run.
 
@@ -105,7 +105,7 @@ class Checkpoints:
     def begin(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> None:
-        """The same, behind the training: copy everything to host memory, hand it to a thread and return.
+        """Save in the background: copy everything to host memory, hand the copy to a thread and return.
 
         One is written at a time, so a second call waits for the first. What came of it is told by `collect`.
         """
@@ -119,7 +119,7 @@ class Checkpoints:
     def begin_together(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> None:
-        """The same by all ranks, each of which writes its rows of the tensors that are spread over them.
+        """Save on all ranks in the background; each rank writes its rows of sharded tensors.
 
         Rank 0 gives the checkpoint its name, and so its being, when it has heard from every rank that its part is on
         the disk, which all of them must see.
@@ -154,7 +154,7 @@ class Checkpoints:
             self._start(format.write_part, temporary, contents, rank)
 
     def _open(self, step: int, needed: int) -> tuple[Path | None, str]:
-        """A temporary folder for all ranks, with room for what they will write, and what was done to make it."""
+        """Make a temporary folder with room for all ranks' files; return the folder and a note of dropped ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*-step-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -172,7 +172,7 @@ class Checkpoints:
         return temporary, note
 
     def collect(self) -> list[Saved]:
-        """The saves that have ended since this was last asked.
+        """Return the saves that ended since the last call.
 
         Raises:
             OSError: this one and the two before it could not be written, and not for want of room.
@@ -187,7 +187,7 @@ class Checkpoints:
 
     @property
     def may_try_again(self) -> bool:
-        """Whether the last save failed, for another reason than want of room, and a next one is not too many."""
+        """Return whether to retry: the last save failed, not for a full disk, and few failed in a row."""
         return 0 < self._failed < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
@@ -198,7 +198,7 @@ class Checkpoints:
     def rescue(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> Path:
-        """`save` by a process that is not the one that writes here, which may be writing at this moment."""
+        """Save from a process other than rank 0, which may be writing at the same moment."""
         final = self._path(step)
         contents = {f"{name}.safetensors": layout.pieces() for name, layout in format.layouts(tensors, state).items()}
         temporary = self.folder.parent / f".rescue-{final.name}-{os.getpid()}"
@@ -222,7 +222,7 @@ class Checkpoints:
         return all_in(self.folder)
 
     def newest(self, warn: Callable[[str], None] = print) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are named through `warn` and passed over."""
+        """Return the newest undamaged checkpoint; skip damaged ones and name them through `warn`."""
         for path in self.all():
             problem = damage(path)
             if problem is None:
@@ -231,7 +231,7 @@ class Checkpoints:
         return None
 
     def put_right(self) -> list[str]:
-        """Give each checkpoint the name of the step that is in it: one that was copied or renamed has another's.
+        """Rename each checkpoint after the step in its state.json; a copied or renamed folder has a wrong name.
 
         Where that name is taken it is moved out of the way. Returns what was done, in words.
         """
@@ -251,7 +251,7 @@ class Checkpoints:
         return done
 
     def put_aside(self, after: int = -1) -> Path | None:
-        """Move the checkpoints of later steps than `after` out of the way; the folder they are in now.
+        """Move the checkpoints of steps later than `after` into another folder; return this folder.
 
         They are damaged, or a future that the run has been taken back from: counted as the newest, they would push
         what is saved from now on out of the folder.
@@ -270,7 +270,7 @@ class Checkpoints:
         return aside
 
     def write_with_room(self, path: Path, pieces: Callable[[], Iterable[Any]], nbytes: int) -> tuple[Any, str]:
-        """Replace a file; on a full disk drop the oldest checkpoints first, where that makes room.
+        """Replace a file; on a full disk drop the oldest checkpoints first, if this makes room.
 
         Returns its length and checksum, and what was dropped, in words.
 
@@ -344,7 +344,7 @@ class Checkpoints:
         self.news = True
 
     def _failure(self, step: int, began: float, error: OSError) -> None:
-        """Note a save that could not be written; the third in a row is an error that ends the run."""
+        """Record a failed save; raise the error at the third failure in a row."""
         self._failed += 1
         if self._failed >= MOST_FAILURES:
             newest = next(iter(self.all()), None)
@@ -358,7 +358,7 @@ class Checkpoints:
         self._saved.append(Saved(step, None, time.monotonic() - began, note, error))
 
     def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
-        """Write the checkpoint; on a full disk drop the oldest ones first, where that makes room."""
+        """Write the checkpoint; on a full disk drop the oldest checkpoints first, if this makes room."""
         final = self._path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*-step-*"):  # by a process that was killed

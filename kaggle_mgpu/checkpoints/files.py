@@ -1,4 +1,4 @@
-"""Files that are whole or not there: tensors and text, flushed to disk, with checksums.
+"""Write tensors and text atomically, flushed to disk, with checksums.
 
     write_tensors(path, {"weight": tensor})      # the .safetensors layout; read_tensors(path) gives them back
     replace_tensors(path, model.state_dict())    # the same, atomically
@@ -40,7 +40,7 @@ _PIECE = 1 << 23
 
 @dataclass(frozen=True)
 class Layout:
-    """A .safetensors file before its content: the header, and which tensor goes where after it."""
+    """Describe a .safetensors file before its content: the header, and each tensor's place."""
 
     header: bytes
     tensors: list[Tensor]
@@ -51,7 +51,7 @@ class Layout:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
-        """Lay tensors out; names that share one tensor (tied weights) are written once.
+        """Lay tensors out; tied weights, which share a tensor, are written once.
 
         The names left out are noted in the file's metadata, and `read_tensors` puts them back.
         """
@@ -98,7 +98,7 @@ class Layout:
 
 
 class Buffer:
-    """Host memory that is used again for every save: fresh memory costs more than the copy into it.
+    """Reuse host memory for every save, since fresh memory costs more than the copy.
 
     Page-locked for a GPU's tensors, which then come at the bus' full speed.
     """
@@ -107,7 +107,7 @@ class Buffer:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def hold(self, layouts: Mapping[str, Layout]) -> dict[str, memoryview]:
-        """Copy the files' content in; what this returns is valid until the next call."""
+        """Copy the files' content into the buffer; the returned views are valid until the next call."""
         starts: dict[str, int] = {}
         size = 0
         for name, layout in layouts.items():
@@ -168,7 +168,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def write(path: Path, pieces: Iterable[Any]) -> dict[str, int]:
-    """Write a file and flush it to disk. Returns its length and checksum.
+    """Write a file and flush the content to disk; return length and checksum.
 
     Raises:
         DiskFullError: there is no room.
@@ -193,7 +193,7 @@ def write(path: Path, pieces: Iterable[Any]) -> dict[str, int]:
 
 
 def no_room(path: Path, error: OSError, needed: int | None = None) -> DiskFullError | None:
-    """The error as one that says how much room there is, if want of room is what it is about."""
+    """Convert a disk-full OSError to DiskFullError, with the free space; otherwise return None."""
     if isinstance(error, DiskFullError):
         return error
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -208,17 +208,17 @@ def free_bytes(folder: Path) -> int:
 
 
 def write_tensors(path: Path, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one .safetensors file (see `Layout.of`) and flush it."""
+    """Write tensors as a single .safetensors file (see `Layout.of`), flushed to disk."""
     write(path, Layout.of(named, metadata).pieces())
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .safetensors file that `write_tensors` wrote, on the CPU."""
+    """Read every tensor of a .safetensors file from `write_tensors`, on the CPU."""
     return read_with_metadata(path)[0]
 
 
 def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a .safetensors file, and the text that was written with them."""
+    """Read the tensors of a .safetensors file, and the text in its header."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -244,13 +244,13 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def replace_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
-    """`write_tensors`, atomically: the old file stays until the new one is whole."""
+    """Write tensors atomically: the old file stays until the new file is complete."""
     layout = Layout.of(named)
     replace(path, layout.pieces(), layout.nbytes)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically and flush it to disk."""
+    """Write a text file atomically, flushed to disk."""
     content = text.encode()
     replace(path, [content], len(content))
 
@@ -261,7 +261,7 @@ _LEFT_BEHIND = 3600.0
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Within it a temporary file's name beside `path`; the file then takes its place, flushed: whole or not at all."""
+    """Give a temporary file beside `path`, flushed and renamed to `path` when the `with` block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # a name of this process's own: two that write the same file at the same time would take each other's away
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
@@ -279,7 +279,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
-    """`write`, atomically: the old file stays until the new one is whole. Returns its length and checksum.
+    """Write a file atomically: the old file stays until the new file is complete; return length and checksum.
 
     Raises:
         DiskFullError: there is no room for the `needed` bytes.
@@ -346,7 +346,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
 
 
 def unpack(tensors: Mapping[str, Tensor], text: str) -> Any:
-    """What `pack` was given."""
+    """Return the value given to `pack`."""
 
     def restored(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk: how its files are laid out, and whether they are as they were written.
+"""Lay out the files of a checkpoint, and detect damage by checksums.
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
@@ -36,7 +36,7 @@ PART_SECONDS = 900.0
 
 
 class OtherRunError(CheckpointError):
-    """A sound checkpoint of another run: `problem` says what is different, `advice` what to do about it."""
+    """Report an undamaged checkpoint of another run: `problem` is the difference, `advice` the next step."""
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(f"{problem}. {advice}")
@@ -45,7 +45,7 @@ class OtherRunError(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved: weights by name, the rest of the state, and plain facts about the run."""
+    """Hold the content of a checkpoint: weights by name, the rest of the state, and plain values about the run."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name says."""
+    """Return the step in a checkpoint folder's name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -69,7 +69,7 @@ def all_in(folder: Path) -> list[Path]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None where they are as they were written."""
+    """Return a description of the damage to a checkpoint's files, or None for undamaged files."""
     try:
         facts = read_facts(path)
     except CheckpointError as error:
@@ -124,7 +124,7 @@ def _crc32_of(document: Mapping[str, Any]) -> int:
 
 
 def load(path: Path, *, whole: bool = True) -> Checkpoint:
-    """Read a checkpoint: its tensors are maps of the files, which are read as they are used.
+    """Read a checkpoint; its tensors are memory maps of the files, read on use.
 
     Args:
         whole: put tensors together whose rows lie in several files; else they are `shards.Pieces`, for callers that
@@ -208,7 +208,7 @@ def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor
 
 # Writing
 def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bool = True) -> dict[str, files.Layout]:
-    """What goes into each file: of spread tensors this rank's rows; of all else, everything on `main`, else nothing."""
+    """Choose each file's content: this rank's rows of sharded tensors; all other values on `main` only."""
 
     def layout(named: Mapping[str, Tensor], notes: Mapping[str, str]) -> files.Layout:
         cut = {name: shards.shard_of(tensor) for name, tensor in named.items() if shards.is_sharded(tensor)}
@@ -235,7 +235,7 @@ def write_facts(folder: Path, written: dict[str, Any], facts: dict[str, Any]) ->
 
 
 def write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
-    """Write this rank's files, and then, for rank 0 to see, what they are, or why they are not there."""
+    """Write this rank's files, then a note for rank 0 with the names and checksums, or the error."""
     note: dict[str, Any]
     try:
         note = {"files": write_files(temporary, contents)}
@@ -248,7 +248,7 @@ def write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
 
 
 def part_of(temporary: Path, rank: int) -> dict[str, Any]:
-    """The files that another rank has written, once it has. They may be on another machine's way to the disk."""
+    """Wait for another rank's note, which may come from another machine, and return the rank's files."""
     path = temporary / f".part-{rank}.json"
     deadline = time.monotonic() + PART_SECONDS
     while True:

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: everything that a checkpoint says is checked before the run takes it.
+"""Check all the content of a checkpoint before a run continues from this checkpoint.
 
     examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
 
@@ -35,7 +35,7 @@ _CHECKED_FOR_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Expected:
-    """What a checkpoint has to hold for a run to go on from it."""
+    """Describe the content a checkpoint must have for a run to continue."""
 
     model: Mapping[str, Tensor]
     """The model's state by name; only shapes and types count."""
@@ -50,7 +50,7 @@ class Expected:
 
 
 def examine(path: Path, expected: Expected) -> dict[str, Any]:
-    """Read all of a checkpoint whose checksums are right, and compare it with what is expected. Returns its facts.
+    """Read a whole checkpoint with valid checksums, compare the content with `expected`, and return its facts.
 
     Raises:
         OtherRunError: it is sound, but another model's or another optimizer's.
@@ -136,7 +136,7 @@ def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]
 
 
 def _parts(what: str, value: Any) -> list[Tensor]:
-    """The tensors that a value is made of, which have to cover it row by row."""
+    """Return the tensors of a sharded value, which must cover all rows."""
     if isinstance(value, Tensor):
         return [value]
     parts = sorted(value.found, key=lambda part: part[0])
@@ -152,14 +152,14 @@ def _parts(what: str, value: Any) -> list[Tensor]:
 
 
 def _finite(what: str, value: Any) -> None:
-    """Refuse weights that are nan or infinite: no training leads back from them."""
+    """Refuse weights with nan or infinite values, since training cannot recover."""
     for part in [] if value is None else _parts(what, value):
         if not all(math.isfinite(bound) for bound in _bounds(part)):
             raise CheckpointError(f"{what} is nan or infinite")
 
 
 def _bounds(part: Tensor) -> list[float]:
-    """The least and the greatest value, both nan where one is; in half the time that isfinite().all() takes."""
+    """Return the least and greatest value, nan if any value is; takes half the time of isfinite().all()."""
     if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
         return []
     return [bound.item() for bound in torch.aminmax(part)]
@@ -225,7 +225,7 @@ def _alike(then: Any, now: Any) -> bool:
 
 
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
-    """Compare the saved state with that of a step on tensors without memory ("meta"), and take one step with it.
+    """Compare the saved state with a step's state on meta tensors (no memory), and try a step from the saved state.
 
     Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it. Of the
     parameters of a group that have the same shape one is enough.
@@ -274,7 +274,7 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
 
 
 class _Trial:
-    """An optimizer of the run's type and groups, for tensors that have a shape and no memory.
+    """Return an optimizer of the run's type and groups for tensors on the meta device.
 
     Args:
         chosen: the names of the parameters that are in it.

@@ -78,7 +78,7 @@ def starting_point(
 
 
 def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
-    """The first that serves, and those of another run before it. Each that is passed over is named."""
+    """Return the first usable checkpoint, and earlier ones of other runs; print the reason for each skipped one."""
     others: list[OtherRunError] = []
     for path in paths:
         try:
@@ -100,7 +100,7 @@ def _among_inputs(
     stamp: Mapping[str, Any],
     examined: Callable[[Path], Path],
 ) -> Path | None:
-    """The newest of this run's; where there are only others', the newest of those is named with what is different."""
+    """Return the newest usable checkpoint of this run; else print how the newest of another run differs."""
     found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):

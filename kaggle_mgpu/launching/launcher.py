@@ -44,7 +44,7 @@ def launch(
     in_worker: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Call `function(*args, **kwargs)` on every worker; the list of their values, or for `train` the one result.
+    """Call `function(*args, **kwargs)` on every worker; return the list of values, for `train` the single result.
 
     An interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second one ends them at once.
 
@@ -134,7 +134,7 @@ def _number_of_processes(nproc: int | str | None, config: RunSettings | None, gp
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[float]]:
-    """Within it interrupts are collected in a list, instead of raised wherever this process happens to be."""
+    """Collect interrupts in a list inside the `with` block instead of raising KeyboardInterrupt at any line."""
     times: list[float] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
@@ -148,13 +148,13 @@ def _interrupts() -> Iterator[list[float]]:
 
 
 def _saved(config: RunSettings | None) -> set[tuple[int, int]]:
-    """Return what tells the checkpoints in the run's folder apart: inode and time of each one's state.json."""
+    """Return the inode and modification time of every checkpoint's state.json, to notice new checkpoints."""
     found = Path(config.output_dir).glob("checkpoints/*/state.json") if config else ()
     return {(status.st_ino, status.st_mtime_ns) for path in found for status in [path.stat()]}
 
 
 def _resumed(call: Any, config: RunSettings | None, before: set[tuple[int, int]]) -> Any:
-    """The call for a restart: a run that began anew, or from a given checkpoint, goes on from what it has saved."""
+    """Return the call for a restart: resume="never" or a path becomes "auto" once the run has saved a checkpoint."""
     if config is None or config.resume == "auto":
         return call
     if not _saved(config) - before:

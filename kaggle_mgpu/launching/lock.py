@@ -1,4 +1,4 @@
-"""One run at a time in a folder: two would write over each other's checkpoints and records.
+"""Lock a run's folder, since two runs would overwrite each other's checkpoints and records.
 
     with held(output_dir): …      # LockedError where another run has it
 
@@ -38,7 +38,7 @@ _held: set[BinaryIO] = set()
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within it the folder is this run's.
+    """Hold the lock of a folder inside the `with` block.
 
     Where there is nothing to lock with, nothing is locked, and nothing said: in a folder that cannot be written to no
     run does harm, and a file system that knows no locks (some network ones do not) is no reason not to train.
@@ -122,7 +122,7 @@ def _release(folder: Path, file: BinaryIO) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open to write, as NFS wants it for a lock; another user's only to read, which is enough on a local disk.
+    """Open for writing, as a lock on NFS requires; open another user's file for reading, enough on a local disk.
 
     Raises:
         OSError: it cannot be made, or is a link or no file: what it leads to is not ours to write to.
@@ -150,7 +150,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def _leave_to_parent() -> None:
-    """In a forked process (a loader's, say): its copy of the lock must not outlive a parent that is killed."""
+    """Close a forked process's copy of the lock, so the copy cannot outlive a killed parent."""
     for file in _held:
         file.close()
     _held.clear()

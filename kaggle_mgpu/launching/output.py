@@ -1,4 +1,4 @@
-"""What rank 0 prints, shown in the notebook's cell as far as there is room."""
+"""Show rank 0's output in the notebook's cell, up to a limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELL_CHARACTERS = 100_000
 
 
 class Output:
-    """Rank 0's log as it grows, shown in the cell: the worker never waits for the notebook, and nothing comes twice."""
+    """Show rank 0's growing log in the cell; the worker never waits for the notebook, and no line appears twice."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
@@ -39,7 +39,7 @@ class Output:
         return os.fstat(self.file.fileno()).st_size
 
     def show(self, size: int) -> None:
-        """Show what is new in the first `size` bytes, as long as the cell has room."""
+        """Show the new part of the log's first `size` bytes, unless the cell is full."""
         if self.shown >= CELL_CHARACTERS:
             return
         room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())

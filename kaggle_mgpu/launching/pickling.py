@@ -1,4 +1,4 @@
-"""What travels between a notebook and its workers: functions and classes of cells, tensors, values, exceptions.
+"""Pickle functions and classes from cells, tensors, values and exceptions for the way to the workers and back.
 
 data = pickling.dumps(value, "the value")  # a TypeError names the part that cannot travel
 value = pickle.loads(data)
@@ -50,7 +50,7 @@ def _pickled(value: Any) -> bytes:
 
 
 def _code(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
-    """Make a code object that names its file. cloudpickle from 3.1.3 on sends "<dynamic-code>" in place of the name.
+    """Make a code object with its file name; cloudpickle from 3.1.3 on sends "<dynamic-code>" instead of the name.
 
     Tracebacks find the source line by that name.
     """
@@ -58,7 +58,7 @@ def _code(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ..
 
 
 def _travelling(tensor: Any) -> Any:
-    """The tensor without what must not travel: its GPU, its graph, the rest of a storage that it is a part of."""
+    """Return the tensor on the CPU, without its graph and without the rest of a shared storage."""
     import torch
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
@@ -70,7 +70,7 @@ def _travelling(tensor: Any) -> Any:
 
 
 def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
-    """The smallest part that cannot be pickled, and how to reach it."""
+    """Find the smallest part of a value that pickle refuses, and the expression for this part."""
     parts: dict[str, Any] = {}
     if isinstance(value, dict):
         parts = {f"{name}[{key!r}]": item for key, item in value.items()}
@@ -92,7 +92,7 @@ def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
 
 
 class _Rebuilt:
-    """An exception whose own way to pickle fails, most often for want of arguments to __init__."""
+    """Wrap an exception whose own pickling fails, most often because __init__ needs more arguments."""
 
     def __init__(self, error: BaseException) -> None:
         self.parts = (type(error), error.args, dict(error.__dict__))
@@ -108,7 +108,7 @@ def _rebuild(kind: type[BaseException], args: tuple[Any, ...], state: dict[str, 
 
 
 def dumps_error(error: BaseException) -> bytes | None:
-    """Pickle an exception so that it is read as itself; None where that cannot be."""
+    """Pickle an exception so that unpickling gives the same type and text; return None if impossible."""
     for form in (error, _Rebuilt(error)):
         with contextlib.suppress(Exception):
             data = _pickled(form)

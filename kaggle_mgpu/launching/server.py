@@ -1,4 +1,4 @@
-"""The processes behind `launch`: a server that has imported torch, and forks workers that have it too.
+"""Run the worker server: a process with torch imported forks the workers of each `launch`.
 
     the notebook ── server ── one supervisor for each launch ── its workers
 
@@ -61,7 +61,7 @@ SWEEP_SECONDS = 2.0
 
 @dataclass
 class Request:
-    """What a launch asks for, beside the pickled call: the state of the notebook's process at that moment."""
+    """Hold the state of the notebook's process at the time of a launch; the call travels separately."""
 
     count: int
     variables: dict[str, str]
@@ -126,7 +126,7 @@ def main(control_fd: int) -> NoReturn:
 
 
 def _end_orphans(supervisors: set[int]) -> bool:
-    """Kill what a supervisor that was killed had under it; whether there is any process left."""
+    """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
     # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
     supervisors -= {pid for pid in supervisors - children if not _exists(pid)}
@@ -137,7 +137,7 @@ def _end_orphans(supervisors: set[int]) -> bool:
 
 
 def _watched() -> dict[str, tuple[str, int]]:
-    """The files whose change makes this process out of date: this package's, and one of every other package."""
+    """List the files whose change makes this server outdated: all of this package, one of every other package."""
     found = {}
     for name, module in sys.modules.items():
         top = name.partition(".")[0]
@@ -150,7 +150,7 @@ def _watched() -> dict[str, tuple[str, int]]:
 
 
 def _never_return(function: Callable[..., None], *args: Any) -> NoReturn:
-    """Whatever happens in a forked process, it must not go on with what its parent was about to do."""
+    """Call a function in a forked process and exit, so the process never continues with the parent's code."""
     code = 70
     try:
         function(*args)
@@ -169,7 +169,7 @@ def _die_with(parent: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of every process below this one whose own parent ends."""
+    """Become the parent of every descendant whose own parent ends."""
     ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
@@ -240,7 +240,7 @@ def _reap() -> Iterator[tuple[int, int]]:
 
 
 def _sweep() -> None:
-    """End what the workers' children are still there."""
+    """End the workers' remaining child processes."""
     start = time.monotonic()
     while (children := _children()) or _is_parent():
         waited = time.monotonic() - start
@@ -255,13 +255,13 @@ def _sweep() -> None:
 
 
 def remove_semaphores(prefix: str) -> None:
-    """Those that processes of a launch have created, and no one is left to remove."""
+    """Remove the semaphores of a launch's processes after their end."""
     for path in Path("/dev/shm").glob(f"sem.{prefix.lstrip('/')}-*"):
         path.unlink(missing_ok=True)
 
 
 def _children() -> list[int]:
-    """This process's children; one may be left out when another ends while the kernel lists them (proc(5))."""
+    """List this process's children; the kernel may omit a child while another ends (proc(5))."""
     for _ in _reap():
         pass
     try:
@@ -303,7 +303,7 @@ def _work(
     log_fd: int,
     others: list[int],
 ) -> None:
-    """Become the process that the notebook's would have started now; make the call; send its value or its error."""
+    """Take over the notebook's state, make the call, and send the value or the error."""
     _die_with(parent)
     os.setsid()
     os.dup2(log_fd, 1)
@@ -363,7 +363,7 @@ def _work(
 
 
 def _become(rank: int, request: Request) -> None:
-    """Take over the notebook's state at the time of the launch, and what tells this worker from the others."""
+    """Take over the notebook's state at the time of the launch, and set this worker's rank."""
     mark = os.environ[worker_server.MARK]
     os.environ.clear()
     os.environ.update({**request.variables, "RANK": str(rank), "LOCAL_RANK": str(rank), worker_server.MARK: mark})
@@ -382,7 +382,7 @@ def _become(rank: int, request: Request) -> None:
 
 
 def _leave(send: Callable[..., None], answer: tuple[Any, ...], trace: str = "") -> NoReturn:
-    """Send the answer, then write the traceback to the log: so the notebook knows not to show it a second time."""
+    """Send the answer, then write the traceback to the log, so the notebook can avoid showing the traceback twice."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or the disk is full
             stream.flush()
@@ -394,13 +394,13 @@ def _leave(send: Callable[..., None], answer: tuple[Any, ...], trace: str = "") 
 
 
 def _came_from_a_collective(error: BaseException) -> bool:
-    """Whether torch.distributed raised the error, so that the end of another rank may explain it."""
+    """Return whether torch.distributed raised the error, which the end of another rank may explain."""
     frames = traceback.extract_tb(error.__traceback__)
     places = (os.path.join("torch", "distributed", ""), os.path.join("torch", "nn", "parallel", "distributed.py"))
     return isinstance(error, RuntimeError | OSError) and bool(frames) and any(p in frames[-1].filename for p in places)
 
 
 def _traceback(error: BaseException) -> str:
-    """As the user's function sees it: without the frame that called it, which is the first."""
+    """Format the traceback without its first frame, the kit's call of the user's function."""
     where = error.__traceback__.tb_next if error.__traceback__ and error.__traceback__.tb_next else error.__traceback__
     return "".join(traceback.format_exception(type(error), error, where))

@@ -1,4 +1,4 @@
-"""What `launch` reads of a run's settings: plain values, whatever object they come from."""
+"""Read a run's process settings as plain values from a TrainConfig or a similar object."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, Self, TypeGuard
 
 
 class RunSettings(Protocol):
-    """A run's settings as `launch` sees them among its arguments: a TrainConfig, or any object with these attributes.
+    """Describe the attributes by which `launch` recognises a config among its arguments, such as a TrainConfig.
 
     `replace` returns a copy with some values changed; `workers_wanted` is a number of processes, or None for one on
     each GPU.
@@ -34,7 +34,7 @@ class RunSettings(Protocol):
 
 @dataclass(frozen=True)
 class ProcessSettings:
-    """What the worker processes of one launch take from a run's settings; the defaults are those of a TrainConfig."""
+    """Hold the settings of one launch's worker processes; the defaults equal TrainConfig's."""
 
     gpu_ids: str | None = None
     max_restarts: int = 0

@@ -1,4 +1,4 @@
-"""One set of workers: a call made on each of them, and what became of it.
+"""Make one call on a set of workers, and collect the values or the error.
 
     workers = Workers((function, args, kwargs), count=2, gpus=[], logs=Path("logs"), settings=settings, attempt=0)
     values = workers.run(interrupts=[], limit=1800.0, from_start=False)
@@ -89,7 +89,7 @@ class Workers:
                     log.write(f"--- restart {attempt} ---\n")
 
     def run(self, interrupts: list[float], limit: float, from_start: bool) -> list[Any]:
-        """Have the workers make the call and see it through. Nothing of theirs is left when this returns.
+        """Run the call on the workers until every value has arrived; leave no process behind.
 
         Args:
             interrupts: grows by one with each interrupt. The first is passed on to the workers.
@@ -173,7 +173,7 @@ class Workers:
         self._show_output()
 
     def _show_output(self) -> None:
-        """What rank 0 has written; but not the traceback of its error, which it announces before it writes it."""
+        """Show rank 0's new output, except the traceback of its error, which the exception shows."""
         size = self.output.size()
         while not self.links[0].closed and self.links[0].poll():
             self._receive(0)
@@ -227,7 +227,7 @@ class Workers:
         return error
 
     def _hear_them_out(self) -> None:
-        """The failed write their tracebacks; and what came first may follow from another's failure, still to come."""
+        """Wait for the failed ranks' tracebacks, and for a failure of another rank that may explain the first."""
         until = time.monotonic() + GRACE_SECONDS
         while (left := until - time.monotonic()) > 0:
             known = not all(is_consequence(error) for error in self.failures.values())
@@ -237,10 +237,10 @@ class Workers:
             self._next(min(left, 0.1))
 
     def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
-        """Wait for what the next start goes on from.
+        """Wait until the checkpoint and records for the next start are written.
 
-        That is a checkpoint that is being written; and where the start comes now, the record of the step before. Then
-        the others end by themselves, most often: a rank is missing in their next collective.
+        Before a restart this includes the record of the step before. The other ranks mostly end by themselves, since
+        their next collective misses a rank.
 
         Args:
             asked: how many interrupts there were when the failure was heard of; one more ends this.
@@ -255,7 +255,7 @@ class Workers:
             self._next(0.1)
 
     def _first_failure(self) -> BaseException:
-        """The likeliest cause: when one rank fails, the others' collectives do, and those say nothing."""
+        """Return the likeliest cause: an error that no other rank's end explains comes first."""
         ranked = sorted(self.failures.items(), key=lambda item: (is_consequence(item[1]), item[0]))
         return ranked[0][1]
 
@@ -307,7 +307,7 @@ class Workers:
         )
 
     def _stack(self, rank: int) -> str:
-        """What faulthandler writes into the rank's log when asked to."""
+        """Ask a rank for its Python stack, which faulthandler writes into the log; return the text."""
         text = ""
         with contextlib.suppress(OSError), open(self.log_paths[rank], "rb") as log:
             before = log.seek(0, os.SEEK_END)
@@ -327,7 +327,7 @@ class Workers:
             self.channel.send(SIGNAL.pack(number, rank))
 
     def _wait_for_the_end(self, seconds: float) -> None:
-        """Until the supervisor has gone, and with it everything it watches over; at most so long."""
+        """Wait, at most `seconds`, for the end of the supervisor and all its workers."""
         until = time.monotonic() + seconds
         with contextlib.suppress(OSError):
             while (left := until - time.monotonic()) > 0:
@@ -336,7 +336,7 @@ class Workers:
 
 
 def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
-    """This process's environment variables, with what the workers need beside."""
+    """Return this process's environment variables plus the variables for the workers."""
     variables = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONUNBUFFERED": "1"}
     # what workers start as programs finds what they find
     variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
@@ -357,7 +357,7 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
 
 
 def visible(gpus: list[devices.GPU]) -> dict[str, str]:
-    """The environment variables by which a process sees these GPUs alone, as nvidia-smi numbers them; {} for none."""
+    """Return the environment variables that limit a process to these GPUs, numbered as by nvidia-smi; {} for none."""
     if not gpus:
         return {}
     return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu.index) for gpu in gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -371,7 +371,7 @@ def _folder() -> str | None:
 
 
 def _file_in_memory(content: bytes) -> Any:
-    """A nameless file in memory, which can be handed to other processes."""
+    """Create a nameless file in memory whose descriptor other processes can receive."""
     file = os.fdopen(os.memfd_create("kaggle_mgpu"), "w+b")
     file.write(content)
     file.seek(0)
@@ -382,7 +382,7 @@ _COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken 
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether another rank's end explains the error: it came out of torch.distributed, or its text is about sending.
+    """Return whether another rank's end explains the error, by its origin in torch.distributed or by its text.
 
     torch words these errors differently from version to version; where they come from stays. Those of backward and of
     a wait for a collective come from no Python code of torch.distributed, and are known by their text.
