@@ -101,12 +101,8 @@ def test_three_failures_in_a_row_end_the_run_and_say_what_there_is(
         train(config(tmp_path), Regression())
     assert f"the newest checkpoint is {tmp_path}/checkpoints/step-00000003" in str(caught.value)
     assert caught.value.errno == errno.EIO
-    assert steps(tmp_path) == [
-        7,
-        3,
-        2,
-        1,
-    ]  # the error is met after step 7, and the state in memory is saved before it ends the run
+    # the error is met after step 7, and the state in memory is saved before it ends the run
+    assert steps(tmp_path) == [7, 3, 2, 1]
     monkeypatch.undo()
     assert train(config(tmp_path), Regression()).finished
 
