@@ -42,7 +42,7 @@ __all__ = [
 # state.json, the folder itself, and what rounding to the disk's blocks adds
 _SLACK = 1 << 20
 MOST_FAILURES = 3
-"""Saves in a row that an error of the disk may fail before the run ends: one alone passes, as a network's often do."""
+"""Failed saves in a row that end a run. A single error of a disk often passes, as on a network."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +231,9 @@ class Checkpoints:
         return None
 
     def put_right(self) -> list[str]:
-        """Rename each checkpoint after the step in its state.json; a copied or renamed folder has a wrong name.
+        """Rename each checkpoint after the step in it; a copied or renamed folder has another step's name.
 
-        Where that name is taken it is moved out of the way. Returns what was done, in words.
+        If that name is taken, the folder is moved out of the way. Returns a line for each change.
         """
         done = []
         for path in self.all():

@@ -36,7 +36,7 @@ PART_SECONDS = 900.0
 
 
 class OtherRunError(CheckpointError):
-    """Report an undamaged checkpoint of another run: `problem` is the difference, `advice` the next step."""
+    """A sound checkpoint belongs to another run: `problem` names the difference, `advice` a way out."""
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(f"{problem}. {advice}")
@@ -140,7 +140,7 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
 
 
 def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoint:
-    """`load` without a look at the checksums.
+    """Load a checkpoint as `load` does, without looking at the checksums.
 
     Raises:
         CheckpointError: what is in it is none of the kit's.

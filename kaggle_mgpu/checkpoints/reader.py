@@ -1,4 +1,4 @@
-"""Check all the content of a checkpoint before a run continues from this checkpoint.
+"""Check everything that a checkpoint says, before a run goes on from it.
 
     examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
 
@@ -35,7 +35,7 @@ _CHECKED_FOR_NAN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Expected:
-    """Describe the content a checkpoint must have for a run to continue."""
+    """The content that a checkpoint must have for a run to go on from it."""
 
     model: Mapping[str, Tensor]
     """The model's state by name; only shapes and types count."""
@@ -50,7 +50,7 @@ class Expected:
 
 
 def examine(path: Path, expected: Expected) -> dict[str, Any]:
-    """Read a whole checkpoint with valid checksums, compare the content with `expected`, and return its facts.
+    """Read all of a checkpoint whose checksums are right, and compare it with the expected; return its facts.
 
     Raises:
         OtherRunError: it is sound, but another model's or another optimizer's.
@@ -124,7 +124,7 @@ def _number(what: str, value: Any) -> float:
 
 
 def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """The differences of names and shapes; "" where there are none, and then every row has to be there."""
+    """Return the differences of names and shapes, or "". Without differences every row has to be there."""
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     if problem := format.other_model(shapes, expected):
         return problem
@@ -136,7 +136,7 @@ def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]
 
 
 def _parts(what: str, value: Any) -> list[Tensor]:
-    """Return the tensors of a sharded value, which must cover all rows."""
+    """Return the tensors that make up a value. They have to cover all its rows."""
     if isinstance(value, Tensor):
         return [value]
     parts = sorted(value.found, key=lambda part: part[0])
@@ -159,7 +159,7 @@ def _finite(what: str, value: Any) -> None:
 
 
 def _bounds(part: Tensor) -> list[float]:
-    """Return the least and greatest value, nan if any value is; takes half the time of isfinite().all()."""
+    """Return the least and the greatest value, both nan if any is; takes half the time of isfinite().all()."""
     if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
         return []
     return [bound.item() for bound in torch.aminmax(part)]
@@ -215,7 +215,7 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
 
 
 def _alike(then: Any, now: Any) -> bool:
-    """Whether two settings of an optimizer are of the same kind: both flags, both finite numbers, both as long."""
+    """Return whether two settings of an optimizer are of one kind: flags, finite numbers, lists of one length."""
     if isinstance(now, list | tuple):
         return type(then) is type(now) and len(then) == len(now) and all(map(_alike, then, now))
     if isinstance(now, int | float | Tensor) and not isinstance(now, bool):
@@ -310,7 +310,7 @@ class _Trial:
 
 
 def _meta(value: Any) -> Any:
-    """The shape and type of a tensor, as a tensor without memory; the value of a single number stays."""
+    """Return a tensor without memory of the same shape and type; a single number keeps its value."""
     if isinstance(value, shards.Pieces):
         return torch.empty(tuple(value.shape), dtype=value.found[0][1].dtype, device="meta")
     return value.to("meta") if isinstance(value, Tensor) and value.ndim else value

@@ -31,7 +31,7 @@ def starting_point(
 ) -> Path | None:
     """Return the checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
 
-    What is damaged or says what cannot be is named and passed over for the one before it.
+    A checkpoint that is damaged or holds impossible values is named, and the one before it is tried.
 
     Args:
         resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
@@ -78,7 +78,7 @@ def starting_point(
 
 
 def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
-    """Return the first usable checkpoint, and earlier ones of other runs; print the reason for each skipped one."""
+    """Return the first usable checkpoint and the other runs' before it; print each that is passed over."""
     others: list[OtherRunError] = []
     for path in paths:
         try:
@@ -100,7 +100,7 @@ def _among_inputs(
     stamp: Mapping[str, Any],
     examined: Callable[[Path], Path],
 ) -> Path | None:
-    """Return the newest usable checkpoint of this run; else print how the newest of another run differs."""
+    """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
     found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):

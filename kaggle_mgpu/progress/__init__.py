@@ -8,7 +8,7 @@ from . import plots
 from .display import attach
 from .panel import View, format_count, format_duration, panel_html
 from .plots import compare_plot, pixels, plot
-from .progress import Progress
+from .progress import Progress, stop
 from .records import METRICS, Record, numbers, read, texts
 
 __all__ = [
@@ -26,5 +26,6 @@ __all__ = [
     "plot",
     "plots",
     "read",
+    "stop",
     "texts",
 ]

@@ -34,7 +34,7 @@ def parse(text: str, step: int = 0) -> list[Record]:
     """Return the valid records among the lines of a text, each with a whole "step": else that of the record before.
 
     Args:
-        step: that of the record before the first.
+        step: the step of the record before the first.
     """
     records: list[Record] = []
     for line in text.splitlines():
@@ -56,7 +56,7 @@ _TEXTS = ("unit", "device_line")
 
 
 def _int(text: str) -> int:
-    """A whole number that is within a float's range, as what shows and draws it takes it to be."""
+    """Return a whole number in the range of a float, since plots and the panel compute in floats."""
     if len(text) > 300:
         raise ValueError(f"a whole number of {len(text)} digits")
     return int(text)
