@@ -52,6 +52,7 @@ step = max((int(path.parent.name[5:]) for path in found), default=0)
 print("inputs", sorted(path.relative_to(root / "input").as_posix() for path in root.glob("input/*/*")))
 print("going on from" if found else "starting at", step, flush=True)
 import kaggle_mgpu.config
+import kaggle_mgpu.recipes.counting
 
 while gate and not os.path.exists(gate):
     time.sleep(0.02)
@@ -85,9 +86,9 @@ def root(tmp_path: Path) -> Path:
     (folder / "kaggle_mgpu" / "recipes").mkdir(parents=True)
     (folder / "kaggle_mgpu" / "__init__.py").write_text('__version__ = "9.8.7"\n')
     (folder / "kaggle_mgpu" / "config.py").write_text("class TrainConfig:\n    epochs: int = 1\n")
-    (folder / "kaggle_mgpu" / "recipes" / "__init__.py").write_text(
-        "class Config:\n    save_every: int | None = None\n"
-    )
+    (folder / "kaggle_mgpu" / "recipes" / "__init__.py").touch()
+    recipe = "class Config:\n    save_every: int | None = None\n"
+    (folder / "kaggle_mgpu" / "recipes" / "counting.py").write_text(recipe)
     (folder / "notebooks").mkdir()
     (folder / "notebooks" / "counting_kaggle_multigpu.py").write_text(COUNTING)
     shutil.copy(ROOT / "kernel-metadata.json", folder)
