@@ -51,7 +51,7 @@ def test_it_holds_the_package_and_no_more(root: Path, wheel: Path, version: str)
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if not name.startswith(f"kaggle_mgpu-{version}.dist-info/")}
     package = root / "kaggle_mgpu"
-    there = {path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    there = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".md")}
     assert held == {str(path.relative_to(root)) for path in there}
 
 

@@ -66,6 +66,10 @@ class Evaluation:
         assert parts.val_fetch is not None
         fetch, strategy, rows = parts.val_fetch, parts.strategy, min(_micro_batch_size(parts), parts.val_samples)
         buffers = [(buffer, buffer.detach().clone()) for buffer in strategy.model.buffers()]
+        # bitsandbytes lays out a CPU's 4-bit weights anew, and rounds them, in the first forward pass in eval mode
+        packing = [m for m in strategy.model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+        for module in packing:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         began = time.monotonic()
         try:
             with randomness.undisturbed():
@@ -77,11 +81,14 @@ class Evaluation:
                 found = distributed.gather(sums)
                 if all(part is not None for part in found):  # else memory ran out: `run` will take fewer samples
                     metrics = _try(parts, "summary", lambda: _numbers(_merge(parts.task, cast(Any, found))))
-                    is_best(parts.config, dataclasses.replace(state, metrics=metrics))
+                    if metrics is not None:
+                        is_best(parts.config, dataclasses.replace(state, metrics=metrics))
         finally:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
+            for module in packing:
+                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
             strategy.model.zero_grad(set_to_none=True)
             strategy.model.train()
         return pace * math.ceil(parts.val_samples / (rows * parts.world_size))
@@ -159,9 +166,12 @@ def _numbers(metrics: Any) -> dict[str, float]:
 def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
     """Return the action's value; where the action fails on a rank, raise one error on every rank.
 
+    A task without metrics of its own is evaluated by its loss. An error of that loss is raised as itself, by the rank
+    that meets the error; of a sum that the default summary cannot take, the first training step says more.
+
     Raises:
         RuntimeError: the action failed. The text says in which method and line of the task, and what to do.
-        Exception: the task's loss failed, which is all that the default metrics call.
+        Exception: the task's loss failed.
     """
     value, failure = None, None
     try:
@@ -173,11 +183,16 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
     texts = ["" if failure is None else _explained(parts, method, failure)]
     if parts.strategy.alone or method != "metrics":  # else the other ranks may wait inside a collective
         texts = distributed.gather(texts[0])
-    loss_failed = method == "metrics" and type(parts.task).metrics is Task.metrics
+    kind = type(parts.task)
+    by_loss = kind.metrics is Task.metrics and (
+        method == "metrics" or (method == "summary" and kind.summary is Task.summary)
+    )
     for rank, text in enumerate(texts):
         if text:
-            if failure is not None and loss_failed and NO_GRADIENT not in str(failure):
-                raise failure  # the loss fails in training too, and the traceback says where
+            if by_loss and NO_GRADIENT not in text:
+                if failure is not None and method == "metrics":
+                    raise failure
+                continue  # the failed rank's error is the one to see; this rank's next collective ends with it
             raise RuntimeError(text if parts.world_size == 1 else f"rank {rank}: {text}") from failure
     return cast(T, value)
 

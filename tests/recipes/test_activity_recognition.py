@@ -490,7 +490,7 @@ def test_a_window_is_augmented_alike_in_any_split_and_otherwise_in_another_epoch
     assert not torch.equal(fetch[1, np.arange(20)][2], whole[2])
     # validation is fetched in whole batches, and nothing about it is random
     val = Fetch(task.val_data(), seed=3)
-    assert val.whole is not None
+    assert val.get_batch is not None
     assert len(val[0, np.arange(5)]) == 2
 
 

@@ -29,7 +29,7 @@ from kaggle_mgpu import optim, session
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
-from kaggle_mgpu.progress.progress import progress
+from kaggle_mgpu.progress import progress
 from kaggle_mgpu.recipes.camouflage_segmentation import (
     PRESETS,
     CamouflageSegmentation,
