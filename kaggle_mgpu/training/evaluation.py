@@ -36,7 +36,8 @@ class Evaluation:
     def __init__(self, parts: Parts, state: TrainState) -> None:
         every = parts.config.eval_every
         self.last = parts.plan.max_steps
-        self.every = {"epoch": parts.plan.steps_per_epoch, "end": self.last}[every] if isinstance(every, str) else every
+        named = {"epoch": parts.plan.steps_per_epoch, "end": self.last, None: self.last}
+        self.every = every if isinstance(every, int) else named[every]
         self.rng_key = randomness.key(parts.config.seed, "metrics")
         self.batch_size: int | None = None
         """Samples that a rank takes at a time, once an evaluation has run out of memory with more."""
