@@ -1,13 +1,13 @@
-"""From calling a launcher in a notebook to the first training step of its workers, beside the launchers there are.
+"""Time the launch of two workers from a notebook until their first training step, for this and other launchers.
 
     python tools/bench/launch.py
     python tools/bench/launch.py --rounds 9 --peers torchrun,spawn
 
-Each contender has a real Jupyter kernel of its own, where two workers (gloo, CPU) take one DistributedDataParallel step
-of a small model with AdamW. A round is one launch of each contender in turn; the time is from the call to the end of
-the step on the slower rank. The first rounds are warm-up, the figure is the median of the others; times are those of a
-noisy machine: read the ratios. Then fresh kernels of this project's launcher: the first launch against the second, with
-the server started a cell before the call and by the call itself. The peers are those of `pip install -e '.[bench]'`.
+Each launcher has a Jupyter kernel, where two workers (gloo, CPU) take a DistributedDataParallel step of a small model
+with AdamW. A round is a launch of each in turn; the time is from the call to the end of the step on the slower rank.
+Figures are medians after some rounds of warm-up; on a noisy machine read the ratios. A second table compares the first
+launch of a fresh kernel with the second, with the server started a cell before the call and by the call itself.
+`pip install -e '.[bench]'` installs the other launchers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jupyter_client.manager import KernelManager
 
 ROOT = Path(__file__).parents[2]
 
-# What every worker does once it is in a process group; in a module, since spawn cannot take functions from cells.
+# The code of the workers; in a module, since spawn cannot take functions from cells.
 STEP = """
 import os, time
 
@@ -47,7 +47,7 @@ def join(rank, count, port):
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
 
-def leave():  # otherwise one may abort as it exits, since the other is gone
+def leave():  # without the barrier a rank may abort because the other is gone
     import torch.distributed as dist
     dist.barrier()
     dist.destroy_process_group()
@@ -71,7 +71,7 @@ if __name__ == "__main__":
     leave()
 """
 
-# contender -> (its cell before the launches, the launch)
+# launcher -> (a cell before the launches, the launch)
 CONTENDERS = {
     "kaggle_mgpu": (
         "from kaggle_mgpu import env, launch\nenv.fix(verbose=False, start_workers=True)",
@@ -106,7 +106,7 @@ import launch_step
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-def step(folder):  # a cell's own function; spawn and torchrun cannot have it
+def step(folder):  # a function of a cell, which spawn and torchrun cannot run
     return launch_step.step(folder)
 """
 
@@ -121,7 +121,7 @@ MEMORY = 'print("RESULT", int(open("/proc/self/statm").read().split()[1]) * os.s
 
 
 class Kernel:
-    """A Jupyter kernel that runs cells."""
+    """Run cells in a Jupyter kernel."""
 
     def __init__(self, folder: str) -> None:
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -134,7 +134,7 @@ class Kernel:
         self.client.wait_for_ready(120)
 
     def run(self, code: str) -> float:
-        """The number that the cell prints after "RESULT", or nan."""
+        """Run a cell; return the number printed after "RESULT", or nan."""
         said: list[str] = []
 
         def hear(message: Any) -> None:
@@ -162,7 +162,7 @@ def kernel(folder: str) -> Iterator[Kernel]:
 
 
 def compare(names: list[str], rounds: int, warmup: int, folder: str) -> None:
-    """Launches of all contenders in turn, each in its own kernel."""
+    """Print the times of all launchers in turn, each in its own kernel."""
     with contextlib.ExitStack() as stack:
         kernels = {name: stack.enter_context(kernel(folder)) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
@@ -189,10 +189,10 @@ def compare(names: list[str], rounds: int, warmup: int, folder: str) -> None:
 
 
 def first_and_second(rounds: int, folder: str) -> None:
-    """Fresh kernels: the first launch beside the second."""
+    """Print the times of the first and the second launch in fresh kernels."""
     prelude = CONTENDERS["kaggle_mgpu"][0]
     timed = TIMED.format(launch=CONTENDERS["kaggle_mgpu"][1])
-    # the user's own cells go on until the server is ready, however busy the machine
+    # stands for the user's other cells: waits until the server is ready
     ready = (
         "from multiprocessing import connection\n"
         "from kaggle_mgpu.env import worker_server\n"

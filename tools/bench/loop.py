@@ -1,12 +1,12 @@
-"""What a training step costs here, beside a loop written by hand, the loop people write, and the libraries there are.
+"""Time a training step of the kit, of a loop written by hand, of a usual loop, and of other libraries.
 
     python tools/bench/loop.py                  # both models, one process and two
     python tools/bench/loop.py --rounds 9 --peers hand,people
 
-Every contender trains the same model on the same data with clipping and a cosine schedule, a block of steps at a time,
-in turn, in one process group; each figure is the median over rounds of the time per step. Times are CPU times of a
-noisy machine: read the ratios. `hand` is the loop with the same optimizer as the kit's (fused AdamW, the learning rate
-written into the groups); `people` is the usual one (AdamW, LambdaLR, loss.item() each step).
+All train the same model on the same data with clipping and a cosine schedule, a block of steps at a time, in turn, in
+one process group; a figure is the median over rounds of the time per step. On a noisy machine read the ratios. `hand`
+is a loop with the kit's optimizer (fused AdamW, the learning rate written into the groups); `people` is the usual loop
+(AdamW, LambdaLR, loss.item() each step).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, in
 from kaggle_mgpu import Task, TrainConfig, distributed, launch, optim, train
 
 SAMPLES, LR, LOG_EVERY = 4096, 1e-3, 50
-# a contender that starts a new run for each block is timed from here on: the first steps allocate
+# steps before the timing of a library that starts a new run for each block: the first steps allocate
 WARM_UP = 10
 
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Two layers of 64: about 4 ms a step on one core."""
+    """A GPT of two layers of width 64: about 4 ms a step on one core."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class GPT(nn.Module):
 
 
 class MLPTask(Task):
-    """About 0.5 ms a step."""
+    """Train an MLP: about 0.5 ms a step."""
 
     batch = 64
 
@@ -109,8 +109,12 @@ def rate(step: int, steps: int) -> float:
     return optim.lr_at(step, schedule="cosine", lr=LR, max_steps=steps)
 
 
+def cosine(optimizer: Any, steps: int) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+
+
 def loader(task: Any, batch: int) -> Any:
-    """Endless batches of this rank's share, as people load them."""
+    """Yield batches of this rank's share without end, from a usual DataLoader."""
     data = task.train_data()
     sampler: Any = torch.utils.data.DistributedSampler(data) if distributed.active() else None
     batches = DataLoader(data, batch_size=batch, sampler=sampler, shuffle=sampler is None, drop_last=True)
@@ -126,13 +130,13 @@ def seconds_per_step(run: Callable[[], None], steps: int) -> float:
 
 
 def pace(times: list[float]) -> float:
-    """Seconds per step from the moments at which each step's loss was asked for."""
+    """Return the seconds per step, given the moment of the loss computation in each step."""
     return (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
 
 
 def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
     class Timed(type(task)):  # type: ignore[misc]
-        """Notes when each step's loss is asked for: the time between two is a whole step of the loop."""
+        """The task, with a record of the moment of each loss computation."""
 
         def loss(self, model: nn.Module, batch: Any) -> Tensor:
             times.append(time.perf_counter())
@@ -145,13 +149,9 @@ def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
         # all ranks must have the same folder
         with tempfile.TemporaryDirectory() as own, contextlib.redirect_stdout(io.StringIO()):
             config = TrainConfig(
-                max_steps=steps + WARM_UP,
-                global_batch_size=batch * distributed.world_size(),
-                lr=LR,
-                log_every=LOG_EVERY,
-                resume="never",
-                output_dir=distributed.broadcast(own),
-            )
+                max_steps=steps + WARM_UP, global_batch_size=batch * distributed.world_size(), lr=LR,
+                log_every=LOG_EVERY, resume="never", output_dir=distributed.broadcast(own),
+            )  # fmt: skip
             train(config, Timed())
         return pace(times)
 
@@ -163,7 +163,7 @@ def hand(task: Any, steps: int, batch: int) -> Callable[[], float]:
     call = model
     if distributed.active():
         call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = optim.adamw(model, LR, weight_decay=0.1)  # fused, in two groups, as the kit's
+    optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
     rank, world = distributed.rank(), distributed.world_size()
 
     def run() -> None:
@@ -189,7 +189,7 @@ def people(task: Any, steps: int, batch: int) -> Callable[[], float]:
     call = nn.parallel.DistributedDataParallel(model) if distributed.active() else model
     batches = loader(task, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+    schedule = cosine(optimizer, steps)
 
     def run() -> None:
         total = 0.0
@@ -213,8 +213,7 @@ def accelerate(task: Any, steps: int, batch: int) -> Callable[[], float]:
     data = DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True)
     raw = task.model()
     optimizer = torch.optim.AdamW(raw.parameters(), lr=LR, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
-    model, optimizer, data, schedule = accelerator.prepare(raw, optimizer, data, schedule)
+    model, optimizer, data, schedule = accelerator.prepare(raw, optimizer, data, cosine(optimizer, steps))
 
     def endless() -> Any:
         while True:
@@ -254,23 +253,19 @@ def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": cosine(optimizer, steps), "interval": "step"},
+            }
 
     def measure() -> float:
         times.clear()
         with tempfile.TemporaryDirectory() as folder:
             trainer = library.Trainer(
-                max_steps=steps + WARM_UP,
-                accelerator="cpu",
-                devices=1,
-                gradient_clip_val=1.0,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
+                max_steps=steps + WARM_UP, accelerator="cpu", devices=1, gradient_clip_val=1.0, logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                 default_root_dir=folder,
-            )
+            )  # fmt: skip
             trainer.fit(Module(), DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True))
         return pace(times)
 
@@ -299,38 +294,22 @@ def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
         times.clear()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
-                output_dir=distributed.broadcast(folder),
-                max_steps=steps + WARM_UP,
-                per_device_train_batch_size=batch,
-                learning_rate=LR,
-                lr_scheduler_type="cosine",
-                optim="adamw_torch_fused",
-                logging_steps=LOG_EVERY,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=not torch.cuda.is_available(),
-                disable_tqdm=True,
-                dataloader_drop_last=True,
-                remove_unused_columns=False,
-            )
+                output_dir=distributed.broadcast(folder), max_steps=steps + WARM_UP, learning_rate=LR,
+                per_device_train_batch_size=batch, lr_scheduler_type="cosine", optim="adamw_torch_fused",
+                logging_steps=LOG_EVERY, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True, dataloader_drop_last=True, remove_unused_columns=False,
+            )  # fmt: skip
             Trainer(Wrapped(), arguments, train_dataset=task.train_data(), data_collator=collate).train()
         return pace(times)
 
     return measure
 
 
-CONTENDERS: dict[str, Any] = {
-    "kit": kit,
-    "hand": hand,
-    "people": people,
-    "accelerate": accelerate,
-    "transformers": transformers,
-    "lightning": lightning,
-}
+CONTENDERS: dict[str, Any] = {f.__name__: f for f in (kit, hand, people, accelerate, transformers, lightning)}
 
 
 def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Medians of seconds per step, for each model and contender; runs on every rank."""
+    """Return the median seconds per step for each model and contender; every rank must call this."""
     torch.set_num_threads(1)
     results: dict[str, dict[str, float]] = {}
     for task in (MLPTask(), GPTTask()):
@@ -344,7 +323,7 @@ def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dic
         times: dict[str, list[float]] = {name: [] for name in measures}
         names_in_turn = list(measures)
         for turn in range(rounds + 1):  # the first round warms up
-            names_in_turn.append(names_in_turn.pop(0))  # who comes first pays for what the last one left in memory
+            names_in_turn.append(names_in_turn.pop(0))  # the first in a round pays for leftovers in memory
             for name in names_in_turn:
                 took = measures[name]()
                 if turn:

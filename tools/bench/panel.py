@@ -1,13 +1,12 @@
-"""What the live panel costs training: one run, in which the panel is switched on and off every half second.
+"""Measure the cost of the live panel: a run switches the panel on and off every half second.
 
     python tools/bench/panel.py                        # 150 pairs of half seconds
     python tools/bench/panel.py --pairs 400 --seconds 1
 
-On: the panel is drawn at its twice a second and sent through a pipe, as a worker sends it; in every tenth such half
-second nvidia-smi is asked by a thread (the machine's own, or a stand-in that answers for two T4), as it is every 5 s.
-Off: lines into the void. A pair's figure is the ratio of CPU time per step, that of threads and started programs
-included; halves follow each other so closely that what else the machine does touches both. The last lines say what a
-drawing and a look at the GPUs cost by themselves, and so what they are of a second.
+On: the panel is drawn twice a second and sent through a pipe, as in a worker; in every tenth such half second a thread
+calls nvidia-smi (the machine's own, or a stand-in that answers for two T4s): every 5 s, as in a real run. Off: lines
+are discarded. A pair's figure is the ratio of CPU time per step, threads and started programs included; other load on
+the machine affects both halves of a pair. The last lines give the cost of a drawing and of a sample of the GPUs.
 """
 
 from __future__ import annotations
@@ -47,13 +46,13 @@ WARM_UP = 20
 
 
 def cpu_seconds() -> float:
-    """Of this process, its threads, and the processes it has started and waited for."""
+    """Return the CPU seconds of this process, its threads and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(part.ru_utime + part.ru_stime for part in used)
 
 
 class Switched(progress.Progress):
-    """A Progress that changes its display at a record, every so many seconds, and notes what each span cost."""
+    """A Progress with a display that changes every `seconds`, and the CPU time per step of each span."""
 
     seconds, pairs = 0.5, 150
 
@@ -65,7 +64,7 @@ class Switched(progress.Progress):
         self.begin(0)
 
     def begin(self, step: int) -> None:
-        # off on, on off: what drifts cancels out
+        # off on, on off: a drift cancels out
         self.on = (self.turn + 1) // 2 % 2
         self._display = self.displays[self.on]
         if self.on and self.turn % 20 in (1, 2):
@@ -94,7 +93,7 @@ def drain(link: Any) -> None:
 
 
 def each(function: Any, count: int) -> float:
-    """CPU milliseconds of a call."""
+    """Return the CPU milliseconds of a call."""
     began = cpu_seconds()
     for _ in range(count):
         function()

@@ -1,9 +1,9 @@
-"""What a notebook's payload costs: the notebook's size, and the time to unpack it into a fresh temporary folder.
+"""Measure the cost of a notebook's payload: the notebook's size, and the time to unpack the package.
 
     python tools/bench/payload.py
 
-The payload cell itself, in an interpreter of its own without site-packages; medians. A busy machine changes the CPU's
-share least. `again` is with a folder that is there already.
+Each payload cell runs in an interpreter without site-packages and unpacks into a fresh temporary folder; figures are
+medians. On a busy machine the CPU time is the steadiest. `again` is the time with an existing folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def seconds():
     return time.perf_counter() - began
 first, again, cpu = [], [], []
 for _ in range(ROUNDS):
-    tempfile.tempdir = tempfile.mkdtemp(dir=ROOM)
+    tempfile.tempdir = tempfile.mkdtemp(dir=FOLDER)
     before = time.process_time()
     first.append(seconds())
     cpu.append(time.process_time() - before)
@@ -43,19 +43,14 @@ def main() -> int:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         (payload,) = ("".join(c["source"]) for c in cells if "payload" in c["metadata"].get("tags", []))
-        with tempfile.TemporaryDirectory() as room:
-            source = payload.rpartition("\n")[0] + MEASURE.replace("ROUNDS", str(given.rounds)).replace(
-                "ROOM", repr(room)
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            measure = MEASURE.replace("ROUNDS", str(given.rounds)).replace("FOLDER", repr(folder))
+            source = payload.rpartition("\n")[0] + measure
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             done = subprocess.run(
-                [sys.executable, "-S", "-c", source],
-                cwd=room,
-                env=environment,
-                capture_output=True,
-                text=True,
+                [sys.executable, "-S", "-c", source], cwd=folder, env=environment, capture_output=True, text=True,
                 check=True,
-            )
+            )  # fmt: skip
         first, again, cpu = json.loads(done.stdout)
         print(f"{path.name:44}  {path.stat().st_size:7}  {first:10.1f}  {cpu:9.1f}  {again:9.1f}")
     return 0

@@ -1,9 +1,9 @@
-"""What it costs to start in the middle of the data: the time to the first batches at sample 0 and at sample 10 000 000.
+"""Measure the cost of a resume in the middle of the data: the time to the first batches from sample 0 and 10 000 000.
 
     python tools/bench/resume.py
-    python tools/bench/resume.py --workers 2 --peer     # beside skipping to it, on a hundredth of the way
+    python tools/bench/resume.py --workers 2 --peer     # compare with skipping, over a hundredth of the way
 
-Both starts in turn, medians over rounds; read the ratio.
+The two starts take turns; figures are medians over rounds; read the ratio.
 """
 
 from __future__ import annotations

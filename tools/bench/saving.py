@@ -1,11 +1,11 @@
-"""What a save costs the training: how long it stalls, and how much longer steps take while it is written.
+"""Measure the cost of a save: the stall of the training, and the slowdown of steps during the writing.
 
     python tools/bench/saving.py                     # 50 M parameters with AdamW's state: 600 MB
     python tools/bench/saving.py --rounds 9 --folder /kaggle/working/bench
 
-Two ways in turn, in one process, each on the same state: the kit's save behind the training, and torch.save in its way
-(without the fsync and rename that make it a checkpoint: with them it only takes longer). Steps are timed without a save
-and while one is being written. Medians over rounds; read the ratios.
+The kit's save in the background and a blocking torch.save (without fsync and rename, which would take longer) take
+turns in one process with the same state. Steps are timed without a save and during the writing. Figures are medians
+over rounds; read the ratios.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def main() -> None:
         alone_now += [timed(step) for _ in range(8)]
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         torch_now = timed(lambda state=state: torch.save(state, folder / "plain.pt"))  # type: ignore[misc]
-        os.sync()  # the next round does not pay for this one's pages
-        if turn == 0:  # the buffer is made, the files are there
-            print(f"first save, whose buffer is new: stall {stall_now:.3f} s")
+        os.sync()  # the next round must not pay for these pages
+        if turn == 0:
+            print(f"first save, with a new buffer: stall {stall_now:.3f} s")
             continue
         stall.append(stall_now)
         torch_save.append(torch_now)

@@ -1,11 +1,11 @@
-"""Fine-tuning beside transformers' Trainer: answer tokens a second and peak memory, for lora, qlora and full.
+"""Compare fine-tuning with transformers' Trainer: answer tokens per second and peak memory for lora, qlora and full.
 
     python tools/bench/sft.py --size 0.5b                  # on a GPU: 494 M random parameters, shaped like Qwen2.5-0.5B
-    python tools/bench/sft.py --size tiny --steps 12       # on a CPU: that it runs; memory is then the whole process'
+    python tools/bench/sft.py --size tiny --steps 12       # on a CPU, to see it run; memory is the whole process's
 
-Both see the same conversations (docstrings of the standard library) and the same model, with fused AdamW and clipping;
-the Trainer pads its batches, as it does, with about as many tokens at a time as ours has packed. Each runs in a process
-of its own. What counts is the median over the steps after the first three.
+Both train the same model on the same conversations (docstrings of the standard library) with fused AdamW and clipping.
+The Trainer pads its batches; they have about as many tokens as our packed ones. Each runs in its own process. Figures
+are medians over the steps after the first three.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def settings(arguments: argparse.Namespace, mode: str) -> Any:
 
 
 def make_model(arguments: argparse.Namespace) -> None:
-    """A model of the wanted size, and a tokenizer that knows the docstrings' words."""
+    """Write a random model of the chosen size, and a tokenizer for the docstrings' words."""
     from kaggle_mgpu.recipes.sft import models, reading
 
     models.TINY.update(SIZES[arguments.size])
