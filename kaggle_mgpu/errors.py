@@ -1,6 +1,15 @@
-"""This module defines exception classes shared by several packages."""
+"""This module defines exception classes shared by several packages, and recognises errors of communication."""
 
 from __future__ import annotations
+
+import re
+
+_COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Return whether an error's text is about sending between ranks, as of a collective that another rank has left."""
+    return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None
 
 
 class RestartError(RuntimeError):

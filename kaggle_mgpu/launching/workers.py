@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..env import worker_server
-from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
+from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback, is_communication_error
 from ..machine import cpu, devices, session
 from . import pickling, server
 from .output import Output
@@ -378,9 +378,6 @@ def _file_in_memory(content: bytes) -> Any:
     return file
 
 
-_COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe", re.IGNORECASE)
-
-
 def is_consequence(error: BaseException) -> bool:
     """Return whether another rank's end explains the error, by its origin in torch.distributed or by its text.
 
@@ -391,4 +388,4 @@ def is_consequence(error: BaseException) -> bool:
         return False  # its text ends with lines of the worker's log, where gloo may have printed
     if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
         return True
-    return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None
+    return is_communication_error(error)

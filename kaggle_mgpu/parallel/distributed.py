@@ -20,6 +20,8 @@ from typing import Any, TypeVar, cast, overload
 import torch
 import torch.distributed as dist
 
+from ..errors import is_communication_error
+
 T = TypeVar("T")
 
 # Longer than rank 0 takes to tokenize a corpus or to write a checkpoint to a slow disk.
@@ -220,8 +222,7 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 def lost_a_rank(error: BaseException) -> bool:
     """Return whether an error means that another rank has ended, by the text of the error."""
-    words = ("gloo", "nccl", "connection closed", "connection was closed", "connection reset", "broken pipe")
-    return active() and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return active() and is_communication_error(error)
 
 
 class RankVote:

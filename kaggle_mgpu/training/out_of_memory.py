@@ -1,7 +1,7 @@
 """Recognise an out-of-memory error, and end a run after such an error with advice.
 
 The micro-batch is halved and the same samples are tried again. With several ranks the others wait in a collective that
-never completes, so the run is started again in fresh processes. `trainer` decides which of the two.
+never completes, so the run is started again in fresh processes. loop.py decides which of the two.
 """
 
 from __future__ import annotations
