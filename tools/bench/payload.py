@@ -48,7 +48,7 @@ def main() -> int:
             source = payload.rpartition("\n")[0] + measure
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             done = subprocess.run(
-                [sys.executable, "-S", "-c", source], cwd=folder, env=environment, capture_output=True, text=True,
+                [sys.executable, "-S", "-"], input=source, cwd=folder, env=environment, capture_output=True, text=True,
                 check=True,
             )  # fmt: skip
         first, again, cpu = json.loads(done.stdout)
