@@ -99,11 +99,6 @@ class Sharded(Strategy):
             param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # in the first evaluation bitsandbytes would change the layout of gathered 4-bit weights in place, but
-                # not of this rank's shards
-                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         units = self.units(model)
         # only one block at a time is unsharded on the device; the root with all other modules comes last
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:

@@ -67,10 +67,6 @@ class Evaluation:
         assert parts.val_fetch is not None
         fetch, strategy, rows = parts.val_fetch, parts.strategy, min(_micro_batch_size(parts), parts.val_samples)
         buffers = [(buffer, buffer.detach().clone()) for buffer in strategy.model.buffers()]
-        # bitsandbytes lays out a CPU's 4-bit weights anew, and rounds them, in the first forward pass in eval mode
-        packing = [m for m in strategy.model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-        for module in packing:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         began = time.monotonic()
         try:
             with randomness.undisturbed():
@@ -88,8 +84,6 @@ class Evaluation:
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
-            for module in packing:
-                module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
             strategy.model.zero_grad(set_to_none=True)
             strategy.model.train()
         return pace * math.ceil(parts.val_samples / (rows * parts.world_size))

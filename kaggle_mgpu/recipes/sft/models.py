@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kaggle_mgpu.checkpoints import files
 from kaggle_mgpu.machine import session
+from kaggle_mgpu.training import keep_4bit_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTRA = {"transformers": "sft", "peft": "sft", "bitsandbytes": "qlora"}
@@ -272,11 +273,7 @@ def load(
         )
         options["device_map"] = {"": device}
     model = _from_pretrained(transformers.AutoModelForCausalLM, path, **options)
-    for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes 0.50 packs a layer's weights for good when it is first called in eval
-        # mode, for a bf16 kernel that passes no gradient on: training after an evaluation would learn the wrong thing.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_layout(model)
     return model
 
 
