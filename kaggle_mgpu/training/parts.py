@@ -213,8 +213,8 @@ def keep_4bit_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew on CPUs with AVX512-BF16.
 
     bitsandbytes 0.50 packs and rounds a layer's weights for good when the layer is first called in eval mode, for a
-    bf16 kernel that passes no gradient on. Training after an evaluation would then compute something else, and under fsdp
-    the gathered weights would change but not this rank's shards.
+    bf16 kernel that passes no gradient on. Training after an evaluation would then compute something else, and under
+    fsdp the gathered weights would change but not this rank's shards.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
