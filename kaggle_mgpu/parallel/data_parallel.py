@@ -51,9 +51,11 @@ class Distributed(Strategy):
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
             wrapped.register_comm_hook(None, fp16_compress_hook)
-        elif not on_gpu and self.world_size > 2:
+        elif self.precision == "fp16" or (not on_gpu and self.world_size > 2):
+            self.loss_multiplier = 1
             # a lambda, since torch rejects this file's string annotations
-            wrapped.register_comm_hook(None, lambda state, bucket: _mean_in_rank_order(bucket))
+            add = _sum if on_gpu or self.world_size == 2 else _sum_in_rank_order
+            wrapped.register_comm_hook(None, lambda state, bucket: add(bucket))
         return wrapped
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
@@ -84,8 +86,17 @@ class Distributed(Strategy):
         return None
 
 
-def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients over the ranks in a fixed order, independent of the layout of the bucket.
+def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Add gradients over the ranks.
+
+    A mean would need a loss multiplied by the world size, so fp16 would overflow in other steps than on one GPU.
+    """
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def _sum_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Add gradients over the ranks in a fixed order, independent of the layout of the bucket.
 
     DistributedDataParallel changes its buckets after its first step, and gloo's order of adding three or more numbers
     depends on their position, so a resumed run would differ in the last bit. Two ranks have only one order; NCCL on
@@ -98,7 +109,7 @@ def _mean_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]
         total = own.copy_(parts[0])
         for part in parts[1:]:
             total.add_(part)
-        return total.div_(len(parts))
+        return total
 
     gathered = dist.all_gather(parts, own, async_op=True)
     return gathered.get_future().then(added)

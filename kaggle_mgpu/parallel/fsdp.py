@@ -105,6 +105,10 @@ class Sharded(Strategy):
             self._materialise(unit)
             with _integer_parameters():
                 self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            if self.precision == "fp16":  # a sum, as in ddp, so that fp16 overflows in the same steps as on one GPU
+                self._root.set_force_sum_reduction_for_comms(True)
+                self._root.set_gradient_divide_factor(1.0)
+                self.loss_multiplier = 1
         self.note_buffers()
         return model
 

@@ -98,6 +98,8 @@ class Strategy:
         self.loss, self.metrics, self.precision, self.device = loss, metrics, precision, device
         self.num_replicas = num_replicas
         self.world_size = distributed.world_size()
+        self.loss_multiplier = self.world_size
+        """The world size where the exchange of gradients takes their mean over the ranks, and 1 where it sums them."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
@@ -142,8 +144,6 @@ class Strategy:
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
         """Add this micro-batch's part of the gradient, and return the sum of its loss, detached.
 
-        The loss is multiplied by the world size, since the exchange of gradients takes their mean over the ranks.
-
         Args:
             weight: 0 for a stand-in micro-batch, computed only because other ranks wait, else 1.
             terms: returns the number of loss terms in the global batch.
@@ -159,7 +159,7 @@ class Strategy:
                 "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
                 "term (all of it masked, say) out of the training data."
             )
-        self.backward_from(loss, weight * self.world_size / number)
+        self.backward_from(loss, weight * self.loss_multiplier / number)
         return loss.detach() if weight == 1 else loss.detach() * weight
 
     def backward_from(self, loss: Tensor, start: float) -> None:
