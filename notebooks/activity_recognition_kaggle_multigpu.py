@@ -18,7 +18,6 @@ from kaggle_mgpu import env
 
 env.fix()  # before anything else is imported
 
-from pathlib import Path
 
 from kaggle_mgpu import devices, launch, notebook_parameters, train
 from kaggle_mgpu.recipes.activity_recognition import ActivityRecognition, Config, comparison, measure, side_by_side
@@ -118,17 +117,13 @@ if compare:
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%
-print(f"{result.output_dir}:")
-for name, what in {
-    "model.safetensors": "the final weights, with the mean and standard deviation that signals are normalised by",
-    "best/model.safetensors": "the weights with the lowest validation loss",
-    "test.json": "what the test gave: scores, confusion matrix, classes in their order, accuracy by subject",
-    "confusion.png": "the confusion matrix",
-    "checkpoints": "where a run that was stopped goes on from",
-    "metrics.jsonl": "every number that was logged",
-    "tensorboard": "for TensorBoard",
-    "config.json": "all parameters",
-    "result.json": "how the run ended",
-}.items():
-    if Path(result.output_dir, name).exists():
-        print(f"  {name:24} {what}")
+print(
+    result.files(
+        {
+            "model.safetensors": "the final weights, with the signals' mean and standard deviation",
+            "best/model.safetensors": "the weights with the lowest validation loss",
+            "test.json": "what the test gave: scores, confusion matrix, classes in their order, accuracy by subject",
+            "confusion.png": "the confusion matrix",
+        }
+    )
+)

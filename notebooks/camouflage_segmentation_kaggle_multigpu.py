@@ -124,15 +124,15 @@ if task.found.val is not None:
 # working folder: add this notebook's own earlier output as an input, and the stages are found there.
 
 # %%
-print(f"{result.output_dir}:")
-for name, what in {
-    "model.safetensors": "the weights of the last stage",
-    "best/model.safetensors": "the weights with the best S-measure",
-    "predictions.zip": "the held-out images' predictions, as the field's evaluation tools read them",
-    "predictions.png": "the figure above",
-    "metrics.jsonl": "every number that was logged, all stages",
-    "result.json": "how the run ended",
-    "stage1": "stage 1: its own checkpoints, records and weights; so for the others",
-}.items():
-    if Path(result.output_dir, name).exists():
-        print(f"  {name:24} {what}")
+print(
+    result.files(
+        {
+            "model.safetensors": "the weights of the last stage",
+            "best/model.safetensors": "the weights with the best S-measure",
+            "predictions.zip": "the held-out images' predictions, as the field's evaluation tools read them",
+            "predictions.png": "the figure above",
+            "metrics.jsonl": "every number that was logged, all stages",
+            "stage1": "stage 1: its own checkpoints, records and weights; so for the others",
+        }
+    )
+)

@@ -19,7 +19,6 @@ from kaggle_mgpu import env
 
 env.fix()  # before anything else is imported
 
-from pathlib import Path
 
 import torch
 
@@ -124,14 +123,13 @@ for (question, expected, earlier), (_, _, now) in list(zip(answers_before, task.
 # %%
 folder = task.export(result)
 print((folder / "README.md").read_text())
-for name, what in {
-    "adapter": "the adapter, tokenizer and model card, for plain peft",
-    "README.md": "the model card",
-    "model.safetensors": "the final weights that were trained",
-    "best/model.safetensors": "those with the lowest held-out loss",
-    "checkpoints": "where a run that was stopped goes on from",
-    "metrics.jsonl": "every number that was logged",
-    "result.json": "how the run ended",
-}.items():
-    if Path(result.output_dir, name).exists():
-        print(f"  {name:24} {what}")
+print(
+    result.files(
+        {
+            "adapter": "the adapter, tokenizer and model card, for plain peft",
+            "README.md": "the model card",
+            "model.safetensors": "the final weights that were trained",
+            "best/model.safetensors": "those with the lowest held-out loss",
+        }
+    )
+)

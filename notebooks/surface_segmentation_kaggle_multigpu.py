@@ -108,17 +108,13 @@ Image(str(slices)) if result.finished and slices.exists() else None
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%
-print(f"{result.output_dir}:")
-for name, what in {
-    "submission.zip": "one TIFF a test volume, checked; on Kaggle also in /kaggle/working",
-    "predictions": "every predicted volume, held out or test",
-    "slices.png": "image, label and prediction",
-    "best/model.safetensors": "the weights with the highest validation Dice, which predict",
-    "model.safetensors": "the final weights",
-    "checkpoints": "where a run that was stopped goes on from",
-    "metrics.jsonl": "every number that was logged",
-    "config.json": "all parameters",
-    "result.json": "how the run ended",
-}.items():
-    if Path(result.output_dir, name).exists():
-        print(f"  {name:24} {what}")
+print(
+    result.files(
+        {
+            "submission.zip": "one TIFF a test volume, checked; on Kaggle also in /kaggle/working",
+            "predictions": "every predicted volume, held out or test",
+            "slices.png": "image, label and prediction",
+            "best/model.safetensors": "the weights with the highest validation Dice, which predict",
+        }
+    )
+)

@@ -17,7 +17,6 @@ from kaggle_mgpu import env
 env.fix()  # before anything else is imported
 
 import math
-from pathlib import Path
 
 from kaggle_mgpu import compare_strategies, devices, launch, notebook_parameters, train
 from kaggle_mgpu.recipes.text_generation import Config, TextGeneration, baselines
@@ -116,14 +115,4 @@ for number, prompt in enumerate(prompts):
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%
-print(f"{result.output_dir}:")
-for name, what in {
-    "model.safetensors": "the final weights",
-    "best/model.safetensors": "the weights with the lowest validation loss",
-    "checkpoints": "where a run that was stopped goes on from",
-    "metrics.jsonl": "every number that was logged",
-    "config.json": "all parameters",
-    "result.json": "how the run ended",
-}.items():
-    if Path(result.output_dir, name).exists():
-        print(f"  {name:24} {what}")
+print(result.files({"best/model.safetensors": "the weights with the lowest validation loss"}))

@@ -152,6 +152,18 @@ def _expect_no_misspelt_method(task: Task) -> None:
             )
 
 
+FILES = {
+    "model.safetensors": "the final weights",
+    "best/model.safetensors": "the weights of the best evaluation",
+    "checkpoints": "where a run that was stopped goes on from",
+    "metrics.jsonl": "every number that was logged",
+    "tensorboard": "for TensorBoard",
+    "config.json": "all parameters",
+    "result.json": "how the run ended",
+}
+"""The meanings of the files in a run's output_dir."""
+
+
 @dataclass
 class Result:
     """The outcome of a run, also written to output_dir/result.json."""
@@ -187,6 +199,17 @@ class Result:
     def plot(self) -> Figure:
         """Draw loss, learning rate, throughput and use of time; also write run.png and run.svg."""
         return progress.plot(self.output_dir)
+
+    def files(self, others: dict[str, str] | None = None) -> str:
+        """Return a list of the files in output_dir, a line each with its meaning.
+
+        Args:
+            others: the meanings of further files by name; an own meaning replaces the usual one.
+        """
+        own = others or {}
+        meanings = own | {name: meaning for name, meaning in FILES.items() if name not in own}
+        there = [name for name in meanings if (Path(self.output_dir) / name).exists()]
+        return "\n".join([f"{self.output_dir}:", *(f"  {name:24} {meanings[name]}" for name in there)])
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
         """Load the trained weights ("final", or the "best" by validation); return the model in eval mode."""

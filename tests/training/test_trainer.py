@@ -209,6 +209,15 @@ def test_two_processes_learn(two: Path) -> None:
     assert run.metrics["loss"] == pytest.approx(loss_by_hand(Regression(), run.load(Regression().model())), rel=1e-6)
 
 
+def test_a_result_lists_the_files_that_are_there(two: Path) -> None:
+    run = result(two / "full")
+    lines = run.files({"result.json": "the end", "notes.txt": "not written"}).splitlines()
+    assert lines[0] == f"{run.output_dir}:"
+    assert "  model.safetensors        the final weights" in lines
+    assert "  result.json              the end" in lines
+    assert all((Path(run.output_dir) / line.split()[0]).exists() for line in lines[1:])
+
+
 def test_two_processes_stopped_in_mid_epoch_end_with_the_same_bits(two: Path) -> None:
     outcomes = [Result(**outcome) for outcome in json.loads((two / "outcomes.json").read_text())]
     stopped, timed = outcomes[1], outcomes[3]
