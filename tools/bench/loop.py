@@ -4,9 +4,10 @@
     python tools/bench/loop.py --rounds 9 --peers hand,people
 
 All train the same model on the same data with clipping and a cosine schedule, a block of steps at a time, in turn, in
-one process group; a figure is the median over rounds of the time per step. On a noisy machine read the ratios. `hand`
-is a loop with the kit's optimizer (fused AdamW, the learning rate written into the groups); `people` is the usual loop
-(AdamW, LambdaLR, loss.item() each step).
+one process group. A step is timed from one computation of the loss to the next, for all alike. Each round gives a
+ratio to the loop by hand; printed are their median and the interval that holds it in 95 % of 2000 bootstrap samples.
+`hand` is a loop with the kit's optimizer (fused AdamW, the learning rate written into the groups); `people` is the
+usual loop (AdamW, LambdaLR, loss.item() each step).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import contextlib
 import io
 import math
+import random
 import statistics
 import sys
 import tempfile
@@ -33,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, in
 from kaggle_mgpu import Task, TrainConfig, distributed, launch, optim, train
 
 SAMPLES, LR, LOG_EVERY = 4096, 1e-3, 50
-# steps before the timing of a library that starts a new run for each block: the first steps allocate
+# untimed steps at the start of each block: some contenders start a new run for a block, whose first steps allocate
 WARM_UP = 10
+MOMENTS: list[float] = []
+"""When each loss of the block was computed."""
 
 
 class Block(nn.Module):
@@ -102,6 +106,7 @@ class GPTTask(Task):
 
 
 def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    MOMENTS.append(time.perf_counter())
     return nn.functional.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
@@ -109,8 +114,8 @@ def rate(step: int, steps: int) -> float:
     return optim.lr_at(step, schedule="cosine", lr=LR, max_steps=steps)
 
 
-def cosine(optimizer: Any, steps: int) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / steps))
+def cosine(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(step / 1000))
 
 
 def loader(task: Any, batch: int) -> Any:
@@ -122,43 +127,33 @@ def loader(task: Any, batch: int) -> Any:
         yield from batches
 
 
-def seconds_per_step(run: Callable[[], None], steps: int) -> float:
+def seconds_per_step(run: Callable[[int], None], steps: int) -> float:
+    """Return the seconds per step of a block that ends with `steps` timed steps."""
     distributed.barrier()
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) / steps
+    MOMENTS.clear()
+    run(steps + WARM_UP)
+    return (MOMENTS[-1] - MOMENTS[WARM_UP]) / (len(MOMENTS) - 1 - WARM_UP)
 
 
-def pace(times: list[float]) -> float:
-    """Return the seconds per step, given the moment of the loss computation in each step."""
-    return (times[-1] - times[WARM_UP]) / (len(times) - 1 - WARM_UP)
-
-
-def kit(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def kit(task: Any, batch: int) -> Callable[[int], None]:
     class Timed(type(task)):  # type: ignore[misc]
-        """The task, with a record of the moment of each loss computation."""
-
         def loss(self, model: nn.Module, batch: Any) -> Tensor:
-            times.append(time.perf_counter())
+            MOMENTS.append(time.perf_counter())
             return super().loss(model, batch)
 
-    times: list[float] = []
-
-    def measure() -> float:
-        times.clear()
+    def run(steps: int) -> None:
         # all ranks must have the same folder
         with tempfile.TemporaryDirectory() as own, contextlib.redirect_stdout(io.StringIO()):
             config = TrainConfig(
-                max_steps=steps + WARM_UP, global_batch_size=batch * distributed.world_size(), lr=LR,
+                max_steps=steps, global_batch_size=batch * distributed.world_size(), lr=LR,
                 log_every=LOG_EVERY, resume="never", output_dir=distributed.broadcast(own),
             )  # fmt: skip
             train(config, Timed())
-        return pace(times)
 
-    return measure
+    return run
 
 
-def hand(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def hand(task: Any, batch: int) -> Callable[[int], None]:
     model, data = task.model(), task.train_data()
     call = model
     if distributed.active():
@@ -166,7 +161,7 @@ def hand(task: Any, steps: int, batch: int) -> Callable[[], float]:
     optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
     rank, world = distributed.rank(), distributed.world_size()
 
-    def run() -> None:
+    def run(steps: int) -> None:
         order = torch.randperm(SAMPLES)
         for step in range(steps):
             start = step * batch * world % (SAMPLES - batch * world) + rank * batch
@@ -181,17 +176,17 @@ def hand(task: Any, steps: int, batch: int) -> Callable[[], float]:
             if step % LOG_EVERY == 0:
                 loss.item()
 
-    return lambda: seconds_per_step(run, steps)
+    return run
 
 
-def people(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def people(task: Any, batch: int) -> Callable[[int], None]:
     model = task.model()
     call = nn.parallel.DistributedDataParallel(model) if distributed.active() else model
     batches = loader(task, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    schedule = cosine(optimizer, steps)
+    schedule = cosine(optimizer)
 
-    def run() -> None:
+    def run(steps: int) -> None:
         total = 0.0
         for _ in range(steps):
             x, y = next(batches)
@@ -203,17 +198,17 @@ def people(task: Any, steps: int, batch: int) -> Callable[[], float]:
             schedule.step()
             total += loss.item()
 
-    return lambda: seconds_per_step(run, steps)
+    return run
 
 
-def accelerate(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def accelerate(task: Any, batch: int) -> Callable[[int], None]:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     data = DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True)
     raw = task.model()
     optimizer = torch.optim.AdamW(raw.parameters(), lr=LR, fused=True)
-    model, optimizer, data, schedule = accelerator.prepare(raw, optimizer, data, cosine(optimizer, steps))
+    model, optimizer, data, schedule = accelerator.prepare(raw, optimizer, data, cosine(optimizer))
 
     def endless() -> Any:
         while True:
@@ -221,7 +216,7 @@ def accelerate(task: Any, steps: int, batch: int) -> Callable[[], float]:
 
     batches = endless()
 
-    def run() -> None:
+    def run(steps: int) -> None:
         for step in range(steps):
             x, y = next(batches)
             with accelerator.accumulate(model):
@@ -234,13 +229,11 @@ def accelerate(task: Any, steps: int, batch: int) -> Callable[[], float]:
             if step % LOG_EVERY == 0:
                 loss.item()
 
-    return lambda: seconds_per_step(run, steps)
+    return run
 
 
-def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def lightning(task: Any, batch: int) -> Callable[[int], None]:
     import lightning as library
-
-    times: list[float] = []
 
     class Module(library.LightningModule):
         def __init__(self) -> None:
@@ -248,34 +241,29 @@ def lightning(task: Any, steps: int, batch: int) -> Callable[[], float]:
             self.model = task.model()
 
         def training_step(self, batch: Any, index: int) -> Tensor:
-            times.append(time.perf_counter())
             return mean_loss(self.model, *batch)
 
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
             return {
                 "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": cosine(optimizer, steps), "interval": "step"},
+                "lr_scheduler": {"scheduler": cosine(optimizer), "interval": "step"},
             }
 
-    def measure() -> float:
-        times.clear()
+    def run(steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             trainer = library.Trainer(
-                max_steps=steps + WARM_UP, accelerator="cpu", devices=1, gradient_clip_val=1.0, logger=False,
+                max_steps=steps, accelerator="cpu", devices=1, gradient_clip_val=1.0, logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                 default_root_dir=folder,
             )  # fmt: skip
             trainer.fit(Module(), DataLoader(task.train_data(), batch_size=batch, shuffle=True, drop_last=True))
-        return pace(times)
 
-    return measure
+    return run
 
 
-def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
+def transformers(task: Any, batch: int) -> Callable[[int], None]:
     from transformers import Trainer, TrainingArguments
-
-    times: list[float] = []
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -283,35 +271,32 @@ def transformers(task: Any, steps: int, batch: int) -> Callable[[], float]:
             self.model = task.model()
 
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            times.append(time.perf_counter())
             return {"loss": mean_loss(self.model, x, y)}
 
     def collate(samples: list[Any]) -> dict[str, Tensor]:
         xs, ys = zip(*samples, strict=True)
         return {"x": torch.stack(xs), "y": torch.stack(ys)}
 
-    def measure() -> float:
-        times.clear()
+    def run(steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             arguments = TrainingArguments(
-                output_dir=distributed.broadcast(folder), max_steps=steps + WARM_UP, learning_rate=LR,
+                output_dir=distributed.broadcast(folder), max_steps=steps, learning_rate=LR,
                 per_device_train_batch_size=batch, lr_scheduler_type="cosine", optim="adamw_torch_fused",
                 logging_steps=LOG_EVERY, save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(),
                 disable_tqdm=True, dataloader_drop_last=True, remove_unused_columns=False,
             )  # fmt: skip
             Trainer(Wrapped(), arguments, train_dataset=task.train_data(), data_collator=collate).train()
-        return pace(times)
 
-    return measure
+    return run
 
 
 CONTENDERS: dict[str, Any] = {f.__name__: f for f in (kit, hand, people, accelerate, transformers, lightning)}
 
 
-def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Return the median seconds per step for each model and contender; every rank must call this."""
+def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds per step of each model, contender and round; every rank must call this."""
     torch.set_num_threads(1)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, list[float]]] = {}
     for task in (MLPTask(), GPTTask()):
         label = "MLP" if isinstance(task, MLPTask) else "GPT"
         measures = {}
@@ -319,31 +304,41 @@ def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dic
             if name == "lightning" and dist.is_initialized():
                 continue  # starts its own processes
             with contextlib.suppress(ImportError):
-                measures[name] = CONTENDERS[name](task, steps[label], task.batch)
+                measures[name] = CONTENDERS[name](task, task.batch)
         times: dict[str, list[float]] = {name: [] for name in measures}
         names_in_turn = list(measures)
         for turn in range(rounds + 1):  # the first round warms up
             names_in_turn.append(names_in_turn.pop(0))  # the first in a round pays for leftovers in memory
             for name in names_in_turn:
-                took = measures[name]()
+                took = seconds_per_step(measures[name], steps[label])
                 if turn:
                     times[name].append(took)
-        results[label] = {name: statistics.median(values) for name, values in times.items()}
+        results[label] = times
     return results
 
 
-def report(results: dict[str, dict[str, float]], processes: int) -> None:
-    for label, medians in results.items():
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Return the bounds of the median: the 2.5th and 97.5th percentile of 2000 bootstrap medians."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return medians[50], medians[-51]
+
+
+def report(results: dict[str, dict[str, list[float]]], processes: int) -> None:
+    for label, times in results.items():
         print(f"\n{label}, {processes} process{'es' if processes > 1 else ''}: ms per step, ratio to the loop by hand")
-        for name, value in medians.items():
-            print(f"  {name:<13} {1e3 * value:8.3f}  {value / medians['hand']:6.3f}")
+        for name, values in times.items():
+            ratios = [value / by_hand for value, by_hand in zip(values, times["hand"], strict=True)]
+            low, high = interval(ratios)
+            middle = statistics.median(ratios)
+            print(f"  {name:<13} {1e3 * statistics.median(values):8.3f}  {middle:6.3f}  ({low:.3f} to {high:.3f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=None, help="steps per block; default 200 (MLP) and 50 (GPT)")
-    parser.add_argument("--nproc", default="1,2")
+    parser.add_argument("--nproc", default="1,2", help="numbers of processes, as 1,2,3")
     parser.add_argument("--peers", default=",".join(name for name in CONTENDERS if name != "kit"))
     given = parser.parse_args()
     names = ["kit", *given.peers.split(",")]
