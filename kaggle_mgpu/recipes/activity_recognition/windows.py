@@ -1,4 +1,4 @@
-"""Signals cut into windows: what every source of data gives."""
+"""Signals cut into windows, the common form of every source of data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Windows:
     y: NDArray[np.int64]
     """(windows,), an index into classes."""
     subject: NDArray[np.str_] | None
-    """(windows,), whose each is; None where the data does not say."""
+    """(windows,), the subject of each; None where the data names none."""
     test: NDArray[np.bool_] | None
-    """(windows,), whether it belongs to the published test set; None where none was published."""
+    """(windows,), True in the published test set; None where none was published."""
     classes: tuple[str, ...]
     channels: tuple[str, ...]
     source: str

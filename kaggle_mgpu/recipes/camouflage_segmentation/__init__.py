@@ -1,4 +1,4 @@
-"""Camouflage segmentation: find the animal that hides (COD10K), in two stages: backbone frozen, then unfrozen.
+"""Segment hidden animals (COD10K) in two stages: with the backbone frozen, then unfrozen.
 
     from kaggle_mgpu.recipes.camouflage_segmentation import CamouflageSegmentation, Config, run
     config = Config(preset="high_resolution", backbone="edgenext_base", epochs=40)
@@ -22,5 +22,5 @@ __all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", 
 
 
 def task(config: Config) -> Task:
-    """All of the model trained at once, in one run. The command line trains in stages: see `run`."""
+    """Return the task of one run of the whole model; `run` trains in stages."""
     return CamouflageSegmentation(config)

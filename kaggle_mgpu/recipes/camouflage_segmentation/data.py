@@ -1,4 +1,4 @@
-"""Camouflaged objects: image and mask files in the layouts of COD10K, or scenes that are drawn here.
+"""Images and masks of camouflaged objects: files in the layouts of COD10K, or drawn scenes.
 
     found = prepare(data_path=None)   # searched among Kaggle's inputs; every pair is checked; no files: drawn scenes
     train = Samples(found.train, size=256, augment=True)
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""What such a file may hold: Pillow goes by the content, and would hand a PostScript file to a program of its own."""
+"""Formats that Pillow may read. Pillow goes by the content, and would run a program for a PostScript file."""
 FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
-"""Names of the folders of images and masks: COD10K's own, that of SINet's and its followers' archives, two common."""
+"""Names of the folders of images and masks: COD10K's own, the name in SINet's and later archives, two common names."""
 SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
 NOT_CAMOUFLAGED = "COD10K-NonCAM-"
-"""COD10K's images without a hidden object begin so; the field trains and tests without them."""
+"""Prefix of COD10K's images without a hidden object; the field trains and tests without such images."""
 SOFT_EDGE = 0.05
-"""Share of a mask's pixels that may lie between 0 and 255: masks that were resized have soft edges."""
+"""Largest share of a mask's pixels between 0 and 255: resized masks have soft edges."""
 EXPECTED = (
     "expected Train/Image and Train/GT_Object (with Test beside it: COD10K-v3), TrainDataset/Imgs and "
     "TrainDataset/GT (with TestDataset), or Imgs and GT"
@@ -47,7 +47,7 @@ EXPECTED = (
 Pair = tuple[str, str]
 SCENE_SIZE = 96
 VAL_SCENES = 10**9
-"""Number of the first scene that is held out."""
+"""Number of the first held-out scene."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ Source = Scenes | Files
 
 
 def distinct_names(source: Source) -> list[str]:
-    """The name of each image, by which a file may be called; where some are equal, each with its test set's: SET/NAME.
+    """Return a name for each image, usable as a file name; equal names get their test set's: SET/NAME.
 
     Images of one name in one folder (a.jpg and a.png) are numbered.
     """
@@ -110,14 +110,14 @@ def distinct_names(source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to train on."""
+    """The data of a run."""
 
     train: Source
     val: Source | None
     where: str
     reason: str
     digest: str
-    """Of names and sizes: what a checkpoint must have been trained on to be gone on with."""
+    """A digest of names and sizes; a run continues only on data with the same digest."""
 
     @property
     def drawn(self) -> bool:
@@ -125,7 +125,7 @@ class Found:
 
 
 def pillow() -> Any:
-    """Pillow's module Image, imported when it is needed.
+    """Import and return Pillow's module Image.
 
     Raises:
         ImportError: it is not installed.
@@ -138,7 +138,7 @@ def pillow() -> Any:
 
 
 def grey(mask: Image) -> Image:
-    """A mask in 8 bits; what is transparent is background."""
+    """Return a mask in 8 bits; transparent pixels are background."""
     if mask.mode not in ("LA", "PA", "RGBA") and "transparency" not in mask.info:
         return mask.convert("L")
     from PIL import ImageChops
@@ -187,7 +187,7 @@ def prepare(
 
 
 def _root(data_path: str | None) -> tuple[Path | None, str]:
-    """The folder that holds one of the layouts, and why this one."""
+    """Return the folder with one of the layouts, and the reason for the choice."""
     patterns = [f"{train}/{masks}" for train, _ in SPLITS for masks in dict.fromkeys(masks for _, masks in FOLDERS)]
     if data_path is None:
         # only with a split: folders called images and masks may be anything's
@@ -232,7 +232,7 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
 
 
 def _folder_pairs(folder: Path) -> list[Pair] | None:
-    """The pairs in a folder; None where it holds no folder of masks."""
+    """Return the pairs of files in a folder; None without a folder of masks."""
     for image_name, mask_name in FOLDERS:
         images, masks = folder / image_name, folder / mask_name
         if not masks.is_dir():
@@ -257,7 +257,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
-    """By the digest of the name, so that an image stays on its side when others are added; at least one."""
+    """Choose pairs by the digest of their names, at least one: an image stays on its side when others are added."""
     place = {pair: int(hashlib.sha256(Path(pair[0]).name.encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs}
     first = [min(pairs, key=lambda pair: place[pair])] if len(pairs) > 1 else []
     return {pair for pair in pairs if place[pair] < fraction} | set(first)
@@ -314,7 +314,7 @@ def _by(size: tuple[int, int]) -> str:
 
 # Samples
 class Samples(Dataset[dict[str, Tensor]]):
-    """A source's images, resized; augmented by torch's global generator, which is seeded for each sample."""
+    """A source's images, resized, and augmented with random numbers seeded for each sample."""
 
     def __init__(self, source: Source, size: int, augment: bool) -> None:
         self.source, self.size, self.augment = source, size, augment

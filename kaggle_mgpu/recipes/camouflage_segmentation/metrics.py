@@ -1,4 +1,4 @@
-"""The measures of camouflaged object detection, one image at a time, as PySODMetrics 1.6 computes them.
+"""The measures of camouflaged object detection for one image, equal to PySODMetrics 1.6.
 
     measure(prediction, mask)  # both (height, width); a dictionary of numbers and one curve
     report(means)              # from the means over all images to the names that papers use
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 
 def measure(prediction: NDArray[np.uint8], mask: NDArray[Any]) -> dict[str, Any]:
-    """All measures of one image.
+    """Return all measures of one image.
 
     Args:
         prediction: (height, width) uint8, 255 where the object is surely.
@@ -61,7 +61,7 @@ def measure(prediction: NDArray[np.uint8], mask: NDArray[Any]) -> dict[str, Any]
 
 
 def report(means: Mapping[str, Any]) -> dict[str, float]:
-    """What is reported of the means over the images: e_curve becomes e_mean and e_max, all else stays as it is."""
+    """Return the reported numbers of the means over images: e_curve becomes e_mean and e_max."""
     numbers: dict[str, float] = {}
     for name, value in means.items():
         if name == "e_curve":
@@ -72,8 +72,9 @@ def report(means: Mapping[str, Any]) -> dict[str, float]:
 
 
 def s_measure(values: Floats, truth: NDArray[np.bool_]) -> float:
-    """Structure measure, alpha 0.5 (Fan et al. 2017): how alike object and background are, and the four parts that the
-    object's centre cuts the image into.
+    """Return the structure measure, alpha 0.5 (Fan et al. 2017).
+
+    The measure compares object and background, and the four parts of the image around the object's centre.
     """
     share = truth.mean()
     if share in (0, 1):
@@ -164,7 +165,7 @@ def _gaussian(values: Floats, truth: NDArray[np.bool_]) -> Floats:
 
 
 def nearest(truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """For each pixel its squared distance to the nearest True pixel, and that one's row and column; exact.
+    """Return each pixel's exact squared distance to the nearest True pixel, and the row and column of the nearest.
 
     Where several are equally near it is the one with the smallest column, then the smallest row, as
     scipy.ndimage.distance_transform_edt has it. The method is that of Maurer, Qi and Raghavan 2003, all rows at a time.

@@ -1,4 +1,4 @@
-"""What a camouflage run is made of: its config, the presets that fill in what the config leaves open, its stages."""
+"""The config of a camouflage run, its presets and its stages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PRESETS: dict[str, dict[str, int]] = {
     "fast": {"image_size": 320, "global_batch_size": 48, "width": 24, "decoder_width": 32, "num_experts": 2},
     "high_resolution": {"image_size": 352, "global_batch_size": 24, "width": 40, "decoder_width": 64, "num_experts": 4},
 }
-"""Values of each preset for fields that are None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
+"""Values of each preset for fields left None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
 SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
-"""global_batch_size of each preset on synthetic scenes, which are 200: larger batches would leave few steps."""
+"""global_batch_size of each preset on the 200 synthetic scenes: larger batches would leave few steps."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config(TrainConfig):
     """A folder with Train/Image and Train/GT_Object (COD10K-v3), TrainDataset/Imgs and TrainDataset/GT, or Imgs and
     GT. None: searched among the Kaggle inputs; else synthetic scenes are drawn."""
     test_set: str | None = None
-    """Which folder in TestDataset to evaluate on. None: COD10K, or all where there is none of that name."""
+    """The folder in TestDataset to evaluate on. None: COD10K, or all folders where COD10K is missing."""
     val_fraction: float = 0.1
     """Share of the images held out where the data have no test folder. 0: none."""
     scenes: int = 200
@@ -48,11 +48,11 @@ class Config(TrainConfig):
     """How many others to hold out."""
 
     preset: Preset = "balanced"
-    """Sets image_size, global_batch_size, width, decoder_width and num_experts where they are None. fast: a smaller
+    """Values for image_size, global_batch_size, width, decoder_width and num_experts left None. fast: a smaller
     model and a larger batch; high_resolution: 352 pixels instead of 320."""
     image_size: int | None = None
-    """Pixels of each side that images are resized to, a multiple of 32. None: the preset's (synthetic scenes: 96,
-    which they have)."""
+    """Side of the resized images in pixels, a multiple of 32. None: the preset's (synthetic scenes: 96, their own
+    size)."""
     backbone: str = "compact"
     """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
     backbone_weights: str | None = None
@@ -70,7 +70,7 @@ class Config(TrainConfig):
     top_k: int = 2
     """Experts a pixel uses where routing is topk."""
     balance_weight: float = 0.01
-    """Weight of the term that keeps the experts in even use, computed for each image by itself."""
+    """Weight of the term for even use of the experts, computed for each image by itself."""
 
     frozen_epochs: int = 2
     """Stage 1: epochs with the backbone frozen. 0: no stage 1."""
@@ -81,15 +81,15 @@ class Config(TrainConfig):
     frozen_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Its schedule, after the warm-up."""
     unfreeze_parts: int = 3
-    """Stage 2 unfreezes the backbone from the top in so many parts, each a run of its own; in the last one
-    everything is trained."""
+    """Number of parts of stage 2, each a run that unfreezes more of the backbone from the top; the last part trains
+    everything."""
     partial_epochs: int = 1
-    """Epochs of each part before the last. 0: there is only the last one."""
+    """Epochs of each part before the last. 0: only the last part."""
     backbone_lr_scale: float | None = None
     """The backbone's learning rate, as a multiple of the decoder's. None: 1 for compact, which begins with random
     weights, 0.1 for timm's."""
     layer_decay: float | None = None
-    """Each block of the backbone has so much of the rate of the one above it. None: 1 for compact, 0.8 for timm's."""
+    """Ratio of a backbone block's learning rate to the next higher block's. None: 1 for compact, 0.8 for timm's."""
 
     epochs: int = 30
     """Passes over the training data in the last part."""
@@ -100,14 +100,14 @@ class Config(TrainConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float = 0.05
-    """Steps of linear warm-up in each stage and part; below 1 it is a fraction of it."""
+    """Steps of linear warm-up in each stage and part; below 1, a fraction of the stage or part."""
     ema_decay: float | None = 0.999
-    """Average the weights with this decay; evaluation, and the stage that comes next, then use the average."""
+    """Average the weights with this decay; evaluation and the next stage then use the average."""
     eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
     """When to evaluate in the last part (the others: at their end). None: ten times on synthetic scenes, four times
     on files: the measures are exact, at the masks' own size, and take 0.35 s for an image of COD10K's size."""
     best_metric: str = "s_measure"
-    """The validation metric that decides which weights are kept in best/."""
+    """The validation metric for the choice of the weights in best/."""
     best_mode: Literal["min", "max"] = "max"
     """Whether best_metric is better when smaller or larger."""
     tta: bool = False
@@ -116,7 +116,7 @@ class Config(TrainConfig):
     """auto: go on from the newest checkpoint of each stage, here or among the inputs; never: begin anew; or the folder
     of an earlier run of the same settings, whose stages are gone on with."""
     output_dir: str = "camouflage_segmentation"
-    """The run's folder: a folder for each stage and part, and what they came to together."""
+    """The run's folder: a folder for each stage and part, and the results of all together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +159,7 @@ class Config(TrainConfig):
 
 
 def _zero_stage(file: str | None) -> Any:
-    """What a DeepSpeed file asks for; None where it does not say, which zero.py reports."""
+    """Return the ZeRO stage of a DeepSpeed file; None where the file names none (zero.py reports that)."""
     try:
         return json.loads(Path(file or "").read_text(encoding="utf-8"))["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -211,7 +211,7 @@ def stages(config: Config, found: Found) -> list[Stage]:
 
 
 def _resume(config: Config, stage: str) -> str:
-    """The setting `resume` of one stage: where it names an earlier run, that run's newest checkpoint of the stage.
+    """Return one stage's `resume`: for the folder of an earlier run, the newest checkpoint of the stage there.
 
     Raises:
         FileNotFoundError: there is no run of this recipe in the folder.

@@ -1,4 +1,4 @@
-"""Stages: runs one after the other, each from the weights of the one before, and what they came to together."""
+"""Train stages one after the other, each from the weights of the stage before, and join their results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .settings import Config, Stage, stages
 
 
 def run(config: Config, found: data.Found | None = None) -> Result:
-    """Train stage after stage; what they came to together is in output_dir, as of one run.
+    """Train stage after stage, and write one result for all stages into output_dir.
 
     A stage that stops early (time limit, or asked to) ends it; run the same again and it goes on there.
     time_limit is that of all stages together.
@@ -66,7 +66,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
 
 
 def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> None:
-    """Until all stages are done, result.json says so: who looks for one must not take a finished stage's for it."""
+    """Write a result.json that is not finished, so that no finished stage's is taken for the whole run's."""
     if not distributed.is_main():
         return
     of_last = dataclasses.asdict(results[-1]) if results else {}
@@ -91,7 +91,7 @@ def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> N
 
 
 def combine(config: Config, planned: list[Stage], results: list[Result], weights_source: str = "") -> Result:
-    """Write the stages' results into output_dir, as if they had been one run, and return them.
+    """Write the stages' results into output_dir as the result of one run, and return the result.
 
     metrics.jsonl has all stages' records, steps counted on; the weights are those of the last stage that ran, and the
     best of all stages. result.json also says, as `backbone_weights`, where the first stage's weights came from.
