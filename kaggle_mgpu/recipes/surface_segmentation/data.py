@@ -39,31 +39,31 @@ MAX_POINTS = 4096
 
 @dataclass(frozen=True)
 class Volume:
-    """One volume of a data set: where its files are."""
+    """The files of one volume of a data set."""
 
     id: str
     image: str
     label: str | None = None
     scroll: str = ""
-    """What train.csv says in scroll_id; volumes of one scroll look alike."""
+    """The scroll_id of train.csv; volumes of one scroll look alike."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What a data folder holds, by names alone."""
+    """The contents of a data folder, by names alone."""
 
     source: str
     reason: str
     train: tuple[Volume, ...]
     test: tuple[Volume, ...]
     digest: str
-    """Of names and file sizes: what a checkpoint must have been trained on to be gone on with."""
+    """A digest of names and file sizes; a run continues only on data with the same digest."""
     synthetic: bool = False
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one reading of a volume told."""
+    """The statistics of one volume, from one reading."""
 
     shape: tuple[int, int, int]
     mean: float
@@ -128,7 +128,7 @@ def _catalogue(root: Path, reason: str) -> Catalogue:
 
 
 def stacks_in(folder: Path) -> dict[str, Path]:
-    """The volumes' files in a folder, by id. Raises ValueError where two have one."""
+    """Return the volumes' files in a folder by id. Raises ValueError for two files with one id."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         # a name that begins with a dot is no data: macOS leaves ._NAME beside each file that it copies
@@ -154,7 +154,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
-    """Volumes to train on, volumes held out, and how they were chosen. Depends on names alone.
+    """Return the volumes to train on, the held-out volumes, and a sentence about the split. Depends on names alone.
 
     Whole scrolls are held out where some are small enough, smallest first, up to `val_fraction` of the volumes (and at
     least one): volumes of one scroll are neighbours, and a neighbour is no unseen volume. Else single volumes are,
@@ -180,7 +180,7 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
 # What is kept of a volume once it was decoded
 @dataclass
 class Cache:
-    """Decoded volumes as .npy files that every process maps: they take disk, and of memory only what is free.
+    """Decoded volumes as .npy files, mapped into memory by every process: they need disk and only free memory.
 
     Measured on one core: 128 pages of 320 x 320 take 0.26 s to decode, and a patch needs those of image and label; a
     patch of 128^3 cut out of mapped files and standardised takes 5 ms in all. A pair of 320^3 is surveyed in 1.3 s.
@@ -188,9 +188,9 @@ class Cache:
 
     folder: str
     max_bytes: int
-    """Of all .npy files together. Volumes beyond it are decoded for each patch, only the pages it needs."""
+    """Limit for all .npy files together. Further volumes are decoded for each patch, only the needed pages."""
     held: set[str] = field(default_factory=set)
-    """The ids of the volumes that there is room for."""
+    """Return the ids of the volumes with room in the cache."""
 
     @classmethod
     def at(cls, folder: str | None, max_gb: float) -> Cache:
@@ -238,7 +238,7 @@ class Cache:
         os.replace(temporary, path)
 
     def read(self, volume: Volume, what: str, start: int, stop: int) -> Array:
-        """Pages start ... stop - 1 of "image" or "label": mapped where they are kept, else decoded."""
+        """Return pages start ... stop - 1 of "image" or "label", from the cache or decoded."""
         path = self.path(volume, f"{what}.npy")
         if path.exists():
             pages: Array = np.load(path, mmap_mode="r")[start:stop]
@@ -246,7 +246,7 @@ class Cache:
         return read_stack(volume.image if what == "image" else str(volume.label), start, stop)
 
     def points(self, volume: Volume) -> NDArray[np.uint16]:
-        """Up to MAX_POINTS voxels of the sheet, (points, 3), drawn once from all of them."""
+        """Return up to MAX_POINTS voxels of the sheet, (points, 3), drawn once from all sheet voxels."""
         path = self.path(volume, "points.npy")
         if not path.exists():
             survey(volume, self)
@@ -255,7 +255,7 @@ class Cache:
 
 
 def survey(volume: Volume, cache: Cache) -> Facts:
-    """Decode a volume once, check it, and keep what training needs of it: `Facts`, sheet points, the decoded arrays.
+    """Decode and check a volume once, and keep its `Facts`, sheet points and decoded arrays for training.
 
     Raises:
         ValueError: image or label unreadable or of different shapes, or a label that is not 0, 1 or 2; each named with
@@ -295,7 +295,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
 
 
 def look_through(volume: Volume, cache: Cache) -> None:
-    """Decode an image that is to be predicted once, as `survey` does with those that are trained on.
+    """Decode an image for prediction once, as `survey` does with training volumes.
 
     Raises:
         ValueError: it is unreadable; named with its path.
@@ -311,7 +311,7 @@ def _shape(array: Array) -> str:
 
 # Patches
 def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) -> Array:
-    """A box of a volume; `start` may be negative and the box may reach beyond: what is outside is `fill`."""
+    """Return a box of a volume; voxels outside the volume are `fill`, and `start` may be negative."""
     out = np.full(tuple(size), fill, volume.dtype)
     low = [max(0, s) for s in start]
     high = [min(n, s + p) for n, s, p in zip(volume.shape, start, size, strict=True)]
@@ -366,7 +366,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class Tiles(Dataset[tuple[Tensor, Tensor]]):
-    """Cubes that cover each volume exactly once; what reaches beyond it is unlabelled."""
+    """Cubes covering each volume exactly once; voxels beyond the volume are unlabelled."""
 
     def __init__(self, volumes: Sequence[Volume], facts: dict[str, Facts], cache: Cache, *, size: int) -> None:
         self.volumes, self.facts, self.cache, self.size = list(volumes), facts, cache, size
@@ -403,7 +403,7 @@ def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: 
 
 
 def augmented(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """One of the cube's 48 flips and rotations, then contrast, brightness and noise, drawn from torch's generator."""
+    """Apply one of the cube's 48 flips and rotations, then contrast, brightness and noise, from torch's generator."""
     axes = torch.randperm(3).tolist()
     flips = [axis for axis in range(3) if float(torch.rand(())) < 0.5]
     image = image[0].permute(axes).flip(flips)[None]

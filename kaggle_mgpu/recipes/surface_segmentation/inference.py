@@ -1,4 +1,4 @@
-"""Whole volumes: a Gaussian-blended sliding window, predictions that a killed session goes on with, submission.zip.
+"""Predict whole volumes by a Gaussian-blended sliding window, across killed sessions, and write submission.zip.
 
 for start, logits in sliding_window(forward, volume, size=128): ...   # planes that are final, first to last
 left = predict(forward, jobs, size=128, ...)                          # on every rank, each its share
@@ -45,8 +45,8 @@ def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
 
 
 def starts(length: int, size: int, overlap: float) -> list[int]:
-    """Where windows begin along an axis of length >= size: every size * (1 - overlap), the last one moved back to fit
-    (as monai.data.utils.dense_patch_slices does)."""
+    """Return the windows' starts along an axis of length >= size: every size * (1 - overlap), and the last fitting
+    start (as monai.data.utils.dense_patch_slices does)."""
     return [*range(0, length - size, max(1, int(size * (1 - overlap)))), length - size]
 
 
@@ -59,7 +59,7 @@ def sliding_window(
     overlap: float = 0.5,
     together: bool = False,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Blended logits of a volume, as (first plane, planes): each plane once, as soon as no window is left that sees it.
+    """Yield blended logits of a volume as (first plane, planes), each plane once, after its last window.
 
     So memory beyond the volume is seven slabs of size x height x width float32 (`together`: nine), whatever the depth:
     356 MB measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
@@ -126,7 +126,7 @@ def predict(
     seconds_left: float = math.inf,
     count: Path | None = None,
 ) -> int:
-    """Predict, on every rank, the volumes that have no prediction yet; how many are left when the time is up.
+    """Predict the volumes without a prediction on every rank; return the number left when the time is up.
 
     Whole volumes are shared out, so what comes out is what one rank alone would give; only where there are fewer
     volumes than ranks all of them work on each. A prediction is written whole or not at all: a killed session goes on
@@ -167,7 +167,7 @@ def predict(
 
 # submission.zip
 def write_submission(path: Path, predictions: dict[str, Path]) -> None:
-    """Pack one `<id>.tif` a volume, as they are: whole or not at all, the same predictions giving the same bytes."""
+    """Pack one `<id>.tif` per volume atomically; the same predictions give the same bytes."""
     with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in sorted(predictions):
             entry = zipfile.ZipInfo(f"{name}.tif", date_time=(1980, 1, 1, 0, 0, 0))
@@ -176,7 +176,7 @@ def write_submission(path: Path, predictions: dict[str, Path]) -> None:
 
 
 def validate_submission(path: str | Path, test_images: str | Path) -> int:
-    """Read every byte of a submission.zip; how many volumes it has.
+    """Read every byte of a submission.zip, and return its number of volumes.
 
     Raises:
         ValueError: it is not one LZW-packed uint8 stack `<id>.tif` of 0 and 1 for each stack in the folder test_images,

@@ -22,7 +22,7 @@ IGNORED = 2
 
 
 def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[str, float]:
-    """Figures of one volume, all 0 (bad) to 1 (good).
+    """Return the figures of one volume, all 0 (bad) to 1 (good).
 
     Args:
         prediction: (D, H, W), nonzero is sheet.
@@ -82,7 +82,7 @@ def _surface(mask: Array) -> Array:
 
 
 def _near(surface: Array, tolerance: float) -> Array:
-    """Corners within `tolerance` of a marked one."""
+    """Return the corners within `tolerance` of a marked corner."""
     reach = int(tolerance)
     n = surface.shape
     out = np.zeros(n, bool)
@@ -94,7 +94,7 @@ def _near(surface: Array, tolerance: float) -> Array:
 
 
 def surface_dice(p: Array, q: Array, tolerance: float = 2.0) -> float:
-    """The share of both surfaces' area that lies within `tolerance` voxels of the other one.
+    """Return the share of both surfaces' area within `tolerance` voxels of the other surface.
 
     Both empty: 1; one of them: 0.
     """

@@ -1,4 +1,4 @@
-"""A residual 3-D U-Net whose normalisation does not care about the batch size, and its loss.
+"""A residual 3-D U-Net with normalisation independent of the batch size, and its loss.
 
 model = UNet(width=32, levels=5)
 logits = model(image)                                # (B, 1, D, H, W) -> (B, 1, D, H, W); each side a multiple of 16

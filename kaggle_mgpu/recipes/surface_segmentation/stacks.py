@@ -1,4 +1,4 @@
-"""Volumes as TIFF stacks of 8-bit pages, packed by LZW, through pillow: tifffile would need imagecodecs for them."""
+"""Read and write volumes as TIFF stacks of 8-bit LZW pages through pillow; tifffile would need imagecodecs for LZW."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stage after the other: train, predict whole volumes on all GPUs, measure the held-out ones, pack the submission.
+"""Train, predict whole volumes on all GPUs, measure the held-out volumes, and pack the submission.
 
 result = run(config)            # all of it; called again it goes on where it was
 rows = baselines(task)          # what a model has to beat
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
-    """Train, then predict the held-out volumes and the test images on all GPUs. Called again it goes on where it was.
+    """Train, then predict the held-out volumes and the test images on all GPUs. A second call continues the first.
 
     Until the predictions are whole, result.json says `finished: false`.
     """
@@ -66,7 +66,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
 
 @distributed.returns_rank0
 def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math.inf) -> Result:
-    """On every rank: predict what has no prediction yet, measure the held-out volumes, pack submission.zip.
+    """Predict missing predictions on every rank, measure the held-out volumes, and pack submission.zip.
 
     Predictions are stamped with the checksum of the weights and with all that shapes them: others start anew.
     Those of an earlier session are taken over from the inputs where their stamp is the same.
@@ -146,7 +146,7 @@ def _write(out: Path, result: Result) -> None:
 
 
 def _given(config: Config) -> Path | None:
-    """The file of weights that the config names; None where it takes those of the run.
+    """Return the file of weights named by the config; None for the run's own weights.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,7 +159,7 @@ def _given(config: Config) -> Path | None:
 
 
 def _untrained(config: Config) -> Result:
-    """The result of a run that trains nothing, since its weights are given."""
+    """Return the result of a run without training, for given weights."""
     _given(config)
     if distributed.is_main():
         print(f"nothing is trained: the weights are {config.weights}", flush=True)
@@ -184,7 +184,7 @@ def _unpredicted(result: Result) -> Result:
 
 
 def _copied(source: Path, target: Path) -> Path:
-    """Copy a file, whole or not at all, unless it is there already; where it is then."""
+    """Copy a file atomically unless the copy exists, and return the copy's path."""
     if not (target.exists() and target.samefile(source)):
         with whole(target) as temporary:
             shutil.copyfile(source, temporary)
@@ -192,7 +192,7 @@ def _copied(source: Path, target: Path) -> Path:
 
 
 def _carry_over(folder: Path, stamp: dict[str, Any], wanted: list[Path]) -> None:
-    """Copy what an earlier session among the inputs has predicted with these very weights and settings."""
+    """Copy the predictions of an earlier session among the inputs, made with the same weights and settings."""
     copied = 0
     for path in session.find("predictions/stamp.json"):
         if path.parent.resolve() == folder.resolve() or read_json(path) != stamp:
@@ -208,7 +208,7 @@ def _carry_over(folder: Path, stamp: dict[str, Any], wanted: list[Path]) -> None
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
-    """A picture at the end of hours of work must not make them a failed run."""
+    """Draw slices; an error of the picture after hours of work is a warning, and no failed run."""
     try:
         figure(surface).savefig(path, dpi=110)
     except Exception as error:
@@ -221,7 +221,7 @@ def _digest(volumes: list[Volume]) -> str:
 
 
 def _forward(config: Config, model: nn.Module, weights: Path) -> Callable[[Tensor], Tensor]:
-    """The trained model as `sliding_window` wants it, on this rank's device and in the run's precision."""
+    """Return the trained model for `sliding_window`, on this rank's device and in the run's precision."""
     device = distributed.device()
     tensors = read_tensors(weights)
     check_model(tensors, model.state_dict(), str(weights))
@@ -239,7 +239,7 @@ def _forward(config: Config, model: nn.Module, weights: Path) -> Callable[[Tenso
 
 
 def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
-    """`measures` of the held-out volumes, averaged over volumes; all of them in folder/figures.json."""
+    """Return the mean `measures` of the held-out volumes, and write each volume's into folder/figures.json."""
     mine: dict[str, dict[str, float]] = {}
     for volume in held[distributed.rank() :: distributed.world_size()]:
         mine[volume.id] = measures(
@@ -254,7 +254,7 @@ def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
 
 
 def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[str, float]]:
-    """`measures` of two trivial answers, and of the model where it has predicted, on the first few held-out volumes.
+    """Return `measures` of two trivial answers and of the model's predictions on the first few held-out volumes.
 
     The answers: all is sheet; what is brighter than a threshold is, the one with the best Dice on the first few
     training volumes. About 12 s for a held-out volume of 320^3, hence not all of them.

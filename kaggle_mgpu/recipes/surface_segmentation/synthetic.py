@@ -17,8 +17,10 @@ IGNORED = 2
 
 
 def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> None:
-    """Write made-up volumes of size^3 voxels in the competition's format, unless they are there: rolled sheets that
-    wave, in noise and uneven light. They show that the machinery works; what is learnt from them is worth nothing.
+    """Write synthetic volumes of size^3 voxels in the competition's format, unless they exist.
+
+    The volumes hold rolled, wavy sheets in noise and uneven light. They show that the machinery works; a model
+    trained on them is worth nothing.
 
     A corner of each volume is unlabelled. The labels of the test volumes are written nowhere.
     """
@@ -45,7 +47,7 @@ def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> N
 
 
 def synthetic_volume(seed: int, size: int, pitch: float = 10.0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One made-up volume: image and label, both (size, size, size) uint8.
+    """Return the image and the label of a synthetic volume, both (size, size, size) uint8.
 
     Args:
         pitch: voxels from one turn of the sheet to the next.

@@ -1,4 +1,4 @@
-"""What is trained: `Config`, and `SurfaceSegmentation`, the task of telling sheet from the rest in patches."""
+"""The settings `Config` and the task `SurfaceSegmentation`: sheet or background for each voxel of a patch."""
 
 from __future__ import annotations
 
@@ -37,38 +37,38 @@ class Config(TrainConfig):
     """The folder with train_images/, train_labels/ and test_images/. None: found among the Kaggle inputs, else
     synthetic volumes (no download)."""
     cache_dir: str | None = None
-    """Where decoded volumes are kept. None: the temporary folder, which Kaggle gives 60 GB and forgets."""
+    """Folder for decoded volumes. None: the temporary folder (60 GB on Kaggle, lost with the session)."""
     cache_gb: float = 40.0
-    """Disk for decoded volumes (and never more than half of what is free): 2 bytes a voxel, so 600 pairs of 320^3. They
+    """Disk for decoded volumes (at most half of the free space): 2 bytes a voxel, so 600 pairs of 320^3. They
     are memory-mapped and shared by all loader processes, which so hold a patch each and nothing else in memory. What
     does not fit is decoded again for each patch: 0.5 s instead of 5 ms."""
     val_fraction: float = 0.05
-    """Share of the volumes held out: whole scrolls where they are small enough, else single volumes. 0: none."""
+    """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
     patch_size: int | Literal["auto"] = "auto"
-    """Side of the cubes that are trained on, and of the sliding window. auto: 128; on synthetic volumes 32."""
+    """Side of the training cubes and of the sliding window. auto: 128; on synthetic volumes 32."""
     patches_per_volume: int = 4
     """Patches of each volume in an epoch."""
     sheet_fraction: float = 0.67
-    """Share of the patches that are centred on a sheet; the others lie anywhere."""
+    """Share of the patches centred on a sheet; the others lie anywhere."""
     augment: bool = True
     """Flip, rotate and change the intensities of training patches."""
     width: int | Literal["auto"] = "auto"
-    """Channels at full resolution; they double with each halving, up to 320. auto: 32; on synthetic volumes 8."""
+    """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
     weights: str = "best"
-    """Which weights predict: best by best_metric, final, or a .safetensors file: then nothing is trained."""
+    """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained)."""
     overlap: float = 0.5
     """Of neighbouring windows when a volume is predicted."""
     threshold: float = 0.5
-    """Probability from which a voxel is sheet."""
+    """Lowest probability of a sheet voxel."""
     min_component: int = 0
     """Remove predicted parts of fewer voxels. 0: keep all."""
 
     global_batch_size: int | None = 8
     """Patches per optimizer step over all GPUs."""
     micro_batch_size: int | Literal["auto"] | None = "auto"
-    """Patches per forward pass on one GPU; the rest of the global batch is accumulation. auto: as many as fit."""
+    """Patches per forward pass on one GPU; accumulation makes up the global batch. auto: as many as fit."""
     epochs: int = 40
     """Passes over the volumes, patches_per_volume patches of each. Ignored when max_steps is given."""
     lr: float = 1e-3
@@ -76,11 +76,11 @@ class Config(TrainConfig):
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine_restarts"
     """Shape of the learning rate after warm-up."""
     warmup_steps: int | float = 0.05
-    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-6
     """Where each cycle of the schedule ends."""
     best_metric: str = "dice"
-    """The validation metric that decides which weights are kept in best/."""
+    """The validation metric for the choice of the weights in best/."""
     best_mode: Literal["min", "max"] = "max"
     """Whether best_metric is better when smaller or larger."""
     output_dir: str = "surface_segmentation"
@@ -129,7 +129,7 @@ class SurfaceSegmentation(Task):
 
     @property
     def catalogue(self) -> Catalogue:
-        """The volumes there are. At first all ranks ask for it together: rank 0 looks, the others wait."""
+        """The volumes. All ranks must ask for them together at first: rank 0 searches while the others wait."""
         if self._catalogue is None:
             components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
             found: Callable[[], Catalogue] = lambda: data.find_volumes(  # noqa: E731
@@ -153,12 +153,12 @@ class SurfaceSegmentation(Task):
 
     @property
     def split(self) -> tuple[list[Volume], list[Volume], str]:
-        """Volumes to train on, volumes held out, and how they were chosen."""
+        """Return the volumes to train on, the held-out volumes, and a sentence about the split."""
         train_volumes, held, how = data.split(self.catalogue.train, self.config.val_fraction)
         return train_volumes, held, how
 
     def describe(self) -> str:
-        """Source, why it was chosen, volumes, split, patches and model, in three lines."""
+        """Describe the source, the reason for the source, volumes, split, patches and model in three lines."""
         c, (train_volumes, held, how) = self.catalogue, self.split
         parameters = sum(p.numel() for p in self.model().parameters())
         return (
@@ -169,7 +169,7 @@ class SurfaceSegmentation(Task):
         )
 
     def prepare(self) -> None:
-        """Read every volume once, each rank its share: errors; of those with a label statistics and decoded copies.
+        """Read and check every volume once, each rank its share; keep statistics and copies of labelled volumes.
 
         1.3 s a pair of 320^3, half of it an image to predict, unless an earlier call has left its notes. A run that has
         been trained, here or in an earlier output among the inputs, needs none of it.
@@ -203,7 +203,7 @@ class SurfaceSegmentation(Task):
             self._facts |= theirs
 
     def _trained(self) -> bool:
-        """Whether there is nothing left to train: what `train` will find is the last step of this very run."""
+        """Return whether this run's training has finished, from its checkpoints."""
         c, patches = self.config, len(self.split[0]) * self.config.patches_per_volume
         if c.resume != "auto":
             return False
@@ -262,12 +262,12 @@ class SurfaceSegmentation(Task):
 
 
 def task(config: Config) -> SurfaceSegmentation:
-    """What the command line trains."""
+    """Return the task of a config."""
     return SurfaceSegmentation(config)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None where there is none, or half of one."""
+    """Return the contents of a JSON file; None if the file is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

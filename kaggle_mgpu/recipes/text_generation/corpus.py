@@ -1,4 +1,4 @@
-"""Text made ready for training: two memory-mapped files of tokens, written once, and the blocks cut from them.
+"""Prepare text for training: two memory-mapped files of tokens, written once, and blocks cut from the files.
 
     corpus = prepare(config)
     inputs, targets = corpus.blocks("train", 512).batch(torch.arange(8))
@@ -33,7 +33,7 @@ from .settings import Config
 from .tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, tokenizers_package
 
 IGNORED = -100
-"""A target that is not there: torch's cross_entropy passes it over."""
+"""The target of a missing token, ignored by torch's cross_entropy."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Corpus:
     reason: str
     """Why this source."""
     digest: str
-    """Of the tokens and the split: what a checkpoint must have been trained on to be gone on with."""
+    """A digest of the tokens and the split; a run continues only on data with the same digest."""
     kind: str
     """Of the tokenizer: byte or bpe."""
     n_vocab: int
@@ -138,7 +138,7 @@ def _has_text(file: Path, text_field: str) -> bool:
 
 
 def prepare(config: Config) -> Corpus:
-    """Write the token files under output_dir/data, or find them there. One process at a time.
+    """Write the token files under output_dir/data unless they exist. One process at a time may call this.
 
     The folder's name is a digest of the text and of all settings that matter, so a second run reuses it and a
     changed text is not mistaken for the old one. Each split is `separator document separator document ...

@@ -1,4 +1,4 @@
-"""Where the text is from: .txt, .jsonl and .parquet files, or Python's help; and which of it is held out."""
+"""Read text from .txt, .jsonl and .parquet files, or Python's help, and hold out a part."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> lis
 
 
 def cut_text(text: str, cut: int) -> tuple[str, str]:
-    """The text in two at byte `cut` or a little before: at a line if one ends near, in no character."""
+    """Cut the text in two at byte `cut` or a little before: at the end of a line nearby, never within a character."""
     data = text.encode("utf-8")
     if 0 < cut < len(data):
         line = data.rfind(b"\n", max(0, cut - 1000), cut) + 1

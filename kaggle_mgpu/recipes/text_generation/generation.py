@@ -11,8 +11,8 @@ from .tokenizer import Tokenizer
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """What to sample from: softmax(logits / temperature) over the top_k likeliest tokens, then over the
-    smallest set of likeliest tokens that holds top_p of it (Holtzman et al. 2020, arXiv 1904.09751).
+    """Return the probabilities of the next token: softmax(logits / temperature) over the top_k likeliest tokens, then
+    over the smallest set of likeliest tokens with top_p of the sum (Holtzman et al. 2020, arXiv 1904.09751).
     Temperature 0: the likeliest.
 
     Args:
@@ -52,7 +52,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> str:
-    """The prompt and what the model makes follow it, up to the end of the document or max_new_tokens.
+    """Return the prompt and the model's continuation, up to the end of the document or max_new_tokens.
 
     Keys and values are cached. When block_size tokens are full, the older half is forgotten and the rest is
     read anew from position 0, so what the model sees is always between half a block and a block of the latest

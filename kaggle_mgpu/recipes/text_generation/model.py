@@ -1,4 +1,4 @@
-"""The model: a GPT with rotary positions, and the cache of keys and values that generation reads."""
+"""The model: a GPT with rotary positions, and its cache of keys and values for generation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class KVCache:
-    """Keys and values of `length` tokens so far; room for block_size of them, allocated once.
+    """Keys and values of the first `length` tokens, with room for block_size tokens, allocated once.
 
     `data` is (n_layer, 2, batch_size, n_head, block_size, n_embd // n_head): keys, then values.
     """
@@ -92,7 +92,7 @@ class GPT(nn.Module):
         self.checkpointing = True
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, n_vocab) for tokens (B, T); with a cache the tokens follow those already in it.
+        """Return logits (B, T, n_vocab) for tokens (B, T); with a cache the tokens follow the cached tokens.
 
         Raises:
             ValueError: more than block_size tokens.

@@ -1,4 +1,4 @@
-"""What the model has to beat: tables of how often each token, and each pair of tokens, occurs."""
+"""The baselines: tables of the frequencies of single tokens and of pairs of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of text generation: which text and tokenizer, how large a model."""
+"""The settings of text generation: text, tokenizer and size of the model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Config(TrainConfig):
     """How to train a GPT on text. A sample is a block of block_size tokens."""
 
     data_path: str | None = None
-    """A .txt (one document), .jsonl or .parquet (one per row) file, or a folder of them. None: the largest
+    """A .txt (one document), .jsonl or .parquet (one document per row) file, or a folder of files. None: the largest
     folder of such files among the Kaggle inputs, else the text of Python's own help topics (no download)."""
     text_field: str = "text"
-    """The field of .jsonl rows, or column of .parquet files, that holds the text."""
+    """The field of .jsonl rows, or the column of .parquet files, with the text."""
     val_fraction: float = 0.1
-    """Share of the bytes held out: whole documents, or the text's tail where they are too few. 0: none."""
+    """Share of the bytes held out: whole documents, or the text's tail where documents are too few. 0: none."""
     tokenizer: Literal["auto", "byte", "bpe"] = "auto"
     """byte: UTF-8 bytes; bpe: trained on the training split; auto: bpe where `tokenizers` is installed.
     Measured on the embedded text, 4 layers x 128, 150 s of one CPU core each, best of three evaluations, bits
@@ -37,14 +37,14 @@ class Config(TrainConfig):
     dropout: float = 0.0
     """Dropout after attention and MLP. Above 0 the weights depend on the number of GPUs."""
     random_shift: bool = False
-    """Cut each training block at a random place of its stretch, another one in each epoch: more different contexts
+    """Cut each training block at a random place of its stretch, different in each epoch: more different contexts
     from the same text. The cuts depend on how the batch is split."""
     global_batch_size: int | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
     """Passes over the training data. Ignored when max_steps is given."""
     warmup_steps: int | float = 0.03
-    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-4
     """Where the schedule ends."""
     output_dir: str = "text_generation"

@@ -72,7 +72,7 @@ class BPETokenizer:
 
 
 def tokenizers_package() -> Any:
-    """The package `tokenizers`, imported where it is first needed.
+    """Import and return the package `tokenizers`.
 
     Raises:
         ImportError: it is not installed.

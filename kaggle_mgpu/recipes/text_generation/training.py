@@ -29,7 +29,7 @@ class TextGeneration(Task):
 
     @property
     def corpus(self) -> Corpus:
-        """The prepared text. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
+        """The prepared text. All ranks must ask for the text together at first: rank 0 prepares, the others wait."""
         if self._corpus is None:
             self._corpus = distributed.from_main(lambda: prepare(self.config))
             # Stamps the checkpoints: another text or tokenizer gives the same ids another meaning
@@ -37,7 +37,7 @@ class TextGeneration(Task):
         return self._corpus
 
     def describe(self) -> str:
-        """Source, why it was chosen, documents, bytes, tokens, split and tokenizer, in three lines."""
+        """Describe source, reason for the source, documents, bytes, tokens, split and tokenizer in three lines."""
         c = self.corpus
         ratio = c.train_bytes / (c.train_tokens - 1)
         return (
@@ -65,7 +65,7 @@ class TextGeneration(Task):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=IGNORED)
 
     def count(self, batch: tuple[Tensor, Tensor]) -> int:
-        """Targets that are not ignored."""
+        """Return the number of targets, ignored targets left out."""
         return int((batch[1] != IGNORED).sum())
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -80,5 +80,5 @@ class TextGeneration(Task):
 
 
 def task(config: Config) -> Task:
-    """What the command line trains."""
+    """Return the task of a config."""
     return TextGeneration(config)
