@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -200,8 +199,3 @@ def table(rows: Sequence[Row], unit: str = "samples") -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(cells, [*widths, 0], strict=False)).rstrip()
         for cells in lines
     )
-
-
-def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the rows as plain dictionaries, for JSON."""
-    return [dataclasses.asdict(row) for row in rows]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kaggle_mgpu import TrainConfig, compare_strategies, devices, launch, plan, train
-from kaggle_mgpu.planning.compare import Row, as_dicts, measure, same_micro_batch, table
+from kaggle_mgpu.planning.compare import Row, measure, same_micro_batch, table
 from tasks import Language, Regression
 
 
@@ -115,7 +115,6 @@ def test_a_table_reads_in_columns() -> None:
         "ddp       2         190.0      260.0      1.90   25           1.00 GiB, 0.50 GiB",
         "dp        2         out of memory",
     ]
-    assert as_dicts(rows)[1]["memory_bytes"] == (2**30, 2**29)
 
 
 @pytest.mark.parametrize("changes", [{"gradient_compression": "fp16"}, {"bucket_mb": 1}])
