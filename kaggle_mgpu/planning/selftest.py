@@ -115,7 +115,7 @@ def gradients() -> dict[str, float]:
     def gradient(kind: type[Strategy], micro_batches: list[Any], on: torch.device, replicas: int = 1) -> Tensor:
         strategy = kind(_loss, None, precision="fp32", device=on, num_replicas=replicas)
         if kind is not Distributed:
-            strategy.world_size = 1  # the other ranks take no part
+            strategy.world_size = strategy.loss_multiplier = 1  # the other ranks take no part
         torch.manual_seed(3)
         model = strategy.prepare(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4)))
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
