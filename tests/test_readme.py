@@ -1,10 +1,11 @@
-"""The README's commands run, and the page for developers names files and functions that exist."""
+"""The pages' commands run, their links lead somewhere, and what they name exists."""
 
 from __future__ import annotations
 
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -13,13 +14,21 @@ from pathlib import Path
 import pytest
 
 import test_floors
+from kaggle_mgpu import __main__ as command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = [ROOT / folder for folder in (".", "notebooks", "tools", "tools/bench", "kaggle_mgpu", "tests")]
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for f in FOLDERS for path in f.glob("*.md")}
+PACKAGE = sorted((ROOT / "kaggle_mgpu").rglob("*.py"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1500
 
 
 def test_the_example_trains(tmp_path: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    found = re.search(r"```python\n([^`]*class Sine.*?)```", README, re.DOTALL)
     assert found is not None
     code = found[1].replace('output_dir="sine"', f"output_dir={str(tmp_path / 'sine')!r}, nproc=2")
     code += (
@@ -38,87 +47,87 @@ def test_the_example_trains(tmp_path: Path) -> None:
     assert float(done.stdout.rsplit("error", 1)[1]) < 0.05
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", README))))
+def commands(text: str) -> list[str]:
+    """The lines of a page's shell blocks, without comments, joined where a backslash ends them."""
+    blocks = [code for language, code in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+              if language in ("", "bash", "sh")]  # fmt: skip
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def of_the_package() -> list[str]:
+    """The distinct `kaggle_mgpu` commands in the shell blocks of all pages, from the subcommand on."""
+    found = [re.search(r"-m kaggle_mgpu (.+)", line) for text in PAGES.values() for line in commands(text)]
+    return sorted({each[1] for each in found if each is not None})
+
+
+@pytest.mark.parametrize("command", of_the_package())
+def test_a_command_has_the_flags_it_is_shown_with(command: str) -> None:
+    parser, _ = command_line.parser()
+    parser.parse_args(shlex.split(command))
+
+
+def test_the_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = [re.search(r"^python -m kaggle_mgpu (.+)", line) for line in commands(README)]
+    shown = [each[1] for each in found if each is not None]
+    assert len(shown) >= 2, "check and plan"
+    monkeypatch.chdir(tmp_path)
+    for command in shown:
+        assert command_line.main(shlex.split(command)) == 0, command
+
+
+@pytest.mark.parametrize(
+    "target", sorted({m for text in PAGES.values() for m in re.findall(r"(?:`|^)make ([a-z-]+)", text, re.M)})
+)
 def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(
+    "script",
+    sorted({s for text in PAGES.values() for s in re.findall(r"(?:python|pytest) ((?:tools|tests)/[\w/]+\.py)", text)}),
+)
+def test_a_script_on_a_page_exists(script: str) -> None:
+    assert (ROOT / script).is_file()
 
 
-def test_nothing_is_left_to_fill_in() -> None:
-    assert "@@" not in README
-    assert "TODO" not in README
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_notebook_is_in_the_table() -> None:
+def links() -> list[tuple[str, str]]:
+    """(page, target) of every link and picture on the pages that leads into this repository."""
+    found = [(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    found += [
+        (page, target) for page, text in PAGES.items() for target in re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    ]
+    return sorted({(page, target) for page, target in found if "://" not in target})
+
+
+@pytest.mark.parametrize(("page", "link"), links())
+def test_links_lead_somewhere(page: str, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_nothing_is_left_to_fill_in(page: str) -> None:
+    assert "@@" not in PAGES[page]
+    assert "TODO" not in PAGES[page]
+
+
+def test_every_notebook_is_in_the_tables() -> None:
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         assert f"(notebooks/{notebook.name})" in README
-
-
-# Troubleshooting: what is quoted as the kit's can be met, and what can be met is there
-ROWS = re.findall(
-    r"^\| (?!\*\*)(.+?) \| (.+) \|$", README.split("## Troubleshooting, by message")[1].split("\nBy default")[0], re.M
-)
-QUOTES = [quote for message, _ in ROWS for quote in re.findall(r"`([^`]+)`", message) if message != "message"]
-PACKAGE = sorted((ROOT / "kaggle_mgpu").rglob("*.py"))
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
-
-
-def pieces(text: str) -> list[str]:
-    """What is left of a message without values, longest first: values differ from one time to the next."""
-    words = re.split(r"[…\d\"'`():;,=]+", text)
-    return sorted((" ".join(word.split()) for word in words), key=len, reverse=True)
-
-
-def constants(node: ast.AST) -> str:
-    """The fixed text in an expression, a gap between the parts."""
-    found = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-    return " ".join("\0".join(found).split())
-
-
-def raised() -> list[str]:
-    """The fixed text of every error that the package raises with words of its own, a template's own apart."""
-    texts = []
-    for path in PACKAGE:
-        if "recipes" in path.parts:
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-                kind, text = ast.unparse(node.exc.func), constants(ast.Tuple(elts=node.exc.args, ctx=ast.Load()))
-                # those that are caught within the package, and those of a class that a user has not finished
-                if len(pieces(text)[0]) > 5 and kind not in ("_SmiError", "NotImplementedError", "AssertionError"):
-                    texts.append(f"{path.name}:{node.lineno}: {text}")
-    return texts
-
-
-SOURCE = "\n".join(constants(ast.parse(path.read_text(encoding="utf-8"))) for path in [*PACKAGE, *TOOLS])
-
-
-@pytest.mark.parametrize("quote", QUOTES)
-def test_a_message_in_the_table_is_one_of_the_kits(quote: str) -> None:
-    assert pieces(quote)[0] in SOURCE, "shorten it with …, or set it in *italics* if it is torch's"
-
-
-def test_every_message_is_in_the_table() -> None:
-    wanted = [pieces(quote)[0] for quote in QUOTES]
-    missing = [text for text in raised() if not any(piece in text for piece in wanted)]
-    assert not missing, "add a row to Troubleshooting, or words of one that is there:\n" + "\n".join(missing)
-
-
-@pytest.mark.parametrize(
-    "folk",
-    ["only one GPU", "CUDA out of memory", "NCCL timeout", "address already in use", "process group has not been init",
-     "uneven utilisation", "slow loading", "different accuracy with more GPUs"],
-)  # fmt: skip
-def test_folk_errors_are_in_the_table(folk: str) -> None:
-    assert any(folk in message for message, _ in ROWS)
+        assert f"({notebook.name})" in PAGES["notebooks/README.md"]
 
 
 # kaggle_mgpu/README.md: the arrows, files and names are those of the code
-PAGE = (ROOT / "kaggle_mgpu" / "README.md").read_text(encoding="utf-8")
+PAGE = PAGES["kaggle_mgpu/README.md"]
 TOKENS = sorted(set(re.findall(r"`([^`\n]+)`", PAGE)))
 
 
