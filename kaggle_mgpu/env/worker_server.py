@@ -146,13 +146,13 @@ def ready(interrupts: Sequence[float]) -> Server:
 def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) -> bool:
     """Wait for the server's list of imported files; return False if the server was killed."""
     import pickle
-    import select
+    from multiprocessing import connection
 
     deadline = time.monotonic() + START_SECONDS
     while server.watched is None:
         if interrupts:
             raise KeyboardInterrupt
-        if select.select([server.control], [], [], 0.1)[0]:
+        if connection.wait([server.control], 0.1):
             if message := server.control.recv(1 << 20):
                 server.watched = pickle.loads(message)
                 break
