@@ -55,6 +55,11 @@ class Server:
     watched: dict[str, tuple[str, int]] | None = None
     """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
+    def said(self) -> str:
+        """Return the server's output."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace").strip()
+
     def stop(self) -> None:
         """Kill the server and every process below it."""
         if self.owner == os.getpid():
@@ -159,9 +164,7 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
             code = server.process.wait(10)
             if code < 0 and patient:
                 return False
-            server.log.seek(0)
-            said = server.log.read().decode(errors="replace").strip()
-            raise WorkerError(f"the worker server ended with code {code}:\n{said}")
+            raise WorkerError(f"the worker server ended with code {code}:\n{server.said()}")
         if time.monotonic() > deadline:
             raise WorkerError(
                 f"the worker server has not imported torch within {START_SECONDS:g} s: the machine or its disk is very "

@@ -163,12 +163,13 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
     if config is not None:
         yield Path(config.output_dir) / "logs"
         return
-    for old in sorted(Path(tempfile.gettempdir()).glob("kaggle_mgpu-logs-*"))[: 1 - KEPT_LOGS]:
+    for old in sorted(Path(tempfile.gettempdir()).glob("kaggle_mgpu-logs-*-*"))[: 1 - KEPT_LOGS]:
         shutil.rmtree(old, ignore_errors=True)
     logs = Path(tempfile.mkdtemp(prefix=f"kaggle_mgpu-logs-{time.strftime('%Y%m%d-%H%M%S')}-"))
     yield logs
-    if (logs / "rank0.log").stat().st_size < CELL_CHARACTERS:  # else the cell names the file for what it does not show
-        shutil.rmtree(logs, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # else the cell names the file for the rest
+            shutil.rmtree(logs)
 
 
 @contextlib.contextmanager

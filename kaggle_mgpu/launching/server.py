@@ -55,10 +55,8 @@ SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
 SIZE = struct.Struct("q")  # worker to notebook: bytes of the message that follows, (kind, size of the log, *content)
 PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
 
-MOST_DESCRIPTORS = 253
-"""How many descriptors a message may carry (the kernel's SCM_MAX_FD)."""
-MOST_WORKERS = (MOST_DESCRIPTORS - 4) // 2
-"""A launch's message carries four descriptors and two for each worker."""
+MOST_WORKERS = 124
+"""A launch's message carries four descriptors and two for each worker, of 253 that the kernel allows (SCM_MAX_FD)."""
 SWEEP_SECONDS = 2.0
 """How long what the workers have left behind may take to end when asked."""
 
@@ -113,7 +111,7 @@ def main(control_fd: int) -> NoReturn:
         control.send(pickle.dumps(_watched()))
         while os.getppid() == parent:
             if connection.wait([control], 1.0):
-                message, fds, _, _ = socket.recv_fds(control, 1, MOST_DESCRIPTORS)
+                message, fds, _, _ = socket.recv_fds(control, 1, 4 + 2 * MOST_WORKERS)
                 if not message:
                     break
                 if (pid := os.fork()) == 0:
@@ -133,7 +131,7 @@ def _end_orphans(supervisors: set[int]) -> bool:
     """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
     # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
-    supervisors -= {pid for pid in supervisors - children if not _exists(pid)}
+    supervisors -= {pid for pid in supervisors - children if not os.path.exists(f"/proc/{pid}")}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -283,16 +281,6 @@ def _is_parent() -> bool:
         return False
 
 
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return True
-    except PermissionError:
-        return True
-    except ProcessLookupError:
-        return False
-
-
 # --- a worker ---------------------------------------------------------------------------------------
 
 
@@ -323,6 +311,7 @@ def _work(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the notebook was started in a background
     multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
     link, lock = socket.socket(fileno=link_fd), threading.Lock()
+    link.setblocking(True)  # it is not, if the notebook has a default timeout
 
     def send(kind: str, *content: Any) -> None:
         # with the size of the log, so that the lines before it are shown before it, and none that follow

@@ -32,6 +32,8 @@ from .output import Output
 from .server import END, PULSE, SIGNAL, SIZE
 from .settings import ProcessSettings
 
+START_ATTEMPTS = 3
+"""How many servers are asked to start the workers."""
 GRACE_SECONDS = 10.0
 """How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
 busy machine the word that a rank was killed may come seconds after what the others make of it."""
@@ -144,24 +146,26 @@ class Workers:
             given: list[Any] = [request, call, pulse]
             for path in self.log_paths:
                 ours, link = socket.socketpair()
+                ours.setblocking(False)
                 self.links.append(stack.enter_context(ours))
                 given += [link, open(path, "ab")]  # noqa: SIM115
             for item in given:
                 theirs.enter_context(item)
-            for _ in range(3):
-                control = worker_server.ready(interrupts).control
+            for _ in range(START_ATTEMPTS):
+                current = worker_server.ready(interrupts)
                 self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 stack.enter_context(self.channel)
                 with channel, contextlib.suppress(ConnectionError):
-                    socket.send_fds(control, [b"launch"], [item.fileno() for item in [channel, *given]])
+                    socket.send_fds(current.control, [b"launch"], [item.fileno() for item in [channel, *given]])
                 while not connection.wait([self.channel], 0.1):
                     if interrupts:
                         raise KeyboardInterrupt
                 if self.channel.recv(END.size):
                     self.started = time.monotonic_ns()
                     return
-                worker_server.start()  # the one before was killed just now
-        raise WorkerError("the worker server was killed three times before it had started a worker")
+                said = current.said()
+                worker_server.start()  # the one before was killed just now, or could not start a worker
+        raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
 
     def _next(self, timeout: float) -> None:
         """Deal with whatever comes next from any worker."""
@@ -195,7 +199,7 @@ class Workers:
         """Read without waiting, since a worker may stop within a message; return whether there was anything to read."""
         link, unread = self.links[rank], self.unread[rank]
         try:
-            read = link.recv(1 << 20, socket.MSG_DONTWAIT)
+            read = link.recv(1 << 20)
         except BlockingIOError:
             return False
         except OSError:

@@ -132,6 +132,13 @@ def test_a_value_that_cannot_be_read_here_is_an_error() -> None:
         launch(parent_trap, os.getpid(), nproc=2)
 
 
+def test_a_large_value_comes_back_also_where_sockets_have_a_default_timeout() -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, None)
+        socket.setdefaulttimeout(0.01)
+        assert launch(lambda: bytes(10**7) + b"x", nproc=2) == [bytes(10**7) + b"x"] * 2
+
+
 def test_one_process_runs_in_place() -> None:
     assert launch(os.getpid, nproc=1) == [os.getpid()]
 
@@ -354,6 +361,16 @@ def test_a_full_shared_memory_is_named(tmp_path: Path) -> None:
         pytest.skip("mounting a small /dev/shm takes root")
     expected = "No space left on device /dev/shm, the memory that processes share, is full: 0.0 of 0.1 MiB are free"
     assert expected in done.stdout, done.stderr
+
+
+def test_a_server_that_can_start_no_worker_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(distributed.rank, nproc=2)
+    assert worker_server.current is not None
+    limit = resource.prlimit(worker_server.current.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker_server.current.process.pid, resource.RLIMIT_NOFILE, (20, limit[1]))
+    monkeypatch.setattr(workers, "START_ATTEMPTS", 1)
+    with pytest.raises(WorkerError, match=r"no worker could be started by 1 servers; the last said: Traceback"):
+        launch(distributed.rank, nproc=20)
 
 
 def test_more_processes_than_a_launch_can_start_are_refused_at_once() -> None:
