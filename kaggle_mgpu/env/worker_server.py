@@ -55,6 +55,11 @@ class Server:
     watched: dict[str, tuple[str, int]] | None = None
     """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
+    def said(self) -> str:
+        """Return the server's output."""
+        self.log.seek(0)
+        return self.log.read().decode(errors="replace").strip()
+
     def stop(self) -> None:
         """Kill the server and every process below it."""
         if self.owner == os.getpid():
@@ -146,22 +151,20 @@ def ready(interrupts: Sequence[float]) -> Server:
 def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) -> bool:
     """Wait for the server's list of imported files; return False if the server was killed."""
     import pickle
-    import select
+    from multiprocessing import connection
 
     deadline = time.monotonic() + START_SECONDS
     while server.watched is None:
         if interrupts:
             raise KeyboardInterrupt
-        if select.select([server.control], [], [], 0.1)[0]:
+        if connection.wait([server.control], 0.1):
             if message := server.control.recv(1 << 20):
                 server.watched = pickle.loads(message)
                 break
             code = server.process.wait(10)
             if code < 0 and patient:
                 return False
-            server.log.seek(0)
-            said = server.log.read().decode(errors="replace").strip()
-            raise WorkerError(f"the worker server ended with code {code}:\n{said}")
+            raise WorkerError(f"the worker server ended with code {code}:\n{server.said()}")
         if time.monotonic() > deadline:
             raise WorkerError(
                 f"the worker server has not imported torch within {START_SECONDS:g} s: the machine or its disk is very "

@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import itertools
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -27,13 +28,35 @@ from typing import Any, Literal
 from .. import env
 from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
 from ..machine import devices
-from . import lock
+from . import lock, server
+from .output import CELL_CHARACTERS
 from .settings import ProcessSettings, RunSettings, is_run_settings
 from .workers import Workers, is_consequence, visible
 
 __all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
+KEPT_LOGS = 10
+"""How many folders with logs of failed launches stay among the temporary files."""
 
+
+@contextlib.contextmanager
+def _shared_memory_is_named() -> Iterator[None]:
+    """Add a note to an error while /dev/shm is full, where "No space left on device" sounds like a disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # there is no /dev/shm
+            status = os.statvfs("/dev/shm")
+            free, total = (blocks * status.f_frsize / 2**20 for blocks in (status.f_bavail, status.f_blocks))
+            if free < total / 20:
+                error.add_note(
+                    f"/dev/shm, the memory that processes share, is full: {free:.1f} of {total:.1f} MiB are free. "
+                    f"Remove what other programs have left there, or set data_workers=0."
+                )
+        raise
+
+
+@_shared_memory_is_named()
 def launch(
     function: Callable[..., Any],
     *args: Any,
@@ -87,12 +110,11 @@ def launch(
     if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone
         with lock.held(config.output_dir):
             pass
-    logs = Path(config.output_dir) / "logs" if config else Path(tempfile.mkdtemp(prefix="kaggle_mgpu-logs-"))
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts
     died = 0
     before = _saved(config)
-    with _interrupts() as interrupts:
+    with _logs(config) as logs, _interrupts() as interrupts:
         for attempt in itertools.count():
             call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, before)
             workers = Workers(call, count, gpus, logs, settings, attempt)
@@ -107,7 +129,8 @@ def launch(
                     again, which = died <= restarts, f": restart {died} of {restarts}"
                 if interrupts or not again:
                     raise
-                print(f"{str(error).splitlines()[0]}\nstarting again{which}", flush=True)
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{said}\nstarting again{which}", flush=True)
     raise AssertionError("not reached")
 
 
@@ -123,13 +146,30 @@ def _number_of_processes(nproc: int | str | None, config: RunSettings | None, gp
     except ValueError:
         count = 0
     if count < 1:
-        raise ValueError(f"nproc: expected 1 or more, or 'auto', got {nproc!r}")
+        raise ValueError(f"nproc: expected 1 or more, or 'auto', got {wanted!r}")
+    if count > server.MOST_WORKERS:
+        raise ValueError(f"nproc={count}: expected at most {server.MOST_WORKERS} processes in a launch")
     if gpus and count > gpus:
         raise ValueError(
             f"nproc={count}, but there {'is 1 GPU' if gpus == 1 else f'are {gpus} GPUs'}: expected at most {gpus}, one "
             f"process per GPU. Use nproc='auto', or choose 'GPU T4 x2' in the notebook's Settings > Accelerator."
         )
     return count
+
+
+@contextlib.contextmanager
+def _logs(config: RunSettings | None) -> Iterator[Path]:
+    """Give the folder for the logs of a launch: the run's, or a temporary folder, which stays if the launch fails."""
+    if config is not None:
+        yield Path(config.output_dir) / "logs"
+        return
+    for old in sorted(Path(tempfile.gettempdir()).glob("kaggle_mgpu-logs-*-*"))[: 1 - KEPT_LOGS]:
+        shutil.rmtree(old, ignore_errors=True)
+    logs = Path(tempfile.mkdtemp(prefix=f"kaggle_mgpu-logs-{time.strftime('%Y%m%d-%H%M%S')}-"))
+    yield logs
+    with contextlib.suppress(OSError):
+        if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # else the cell names the file for the rest
+            shutil.rmtree(logs)
 
 
 @contextlib.contextmanager

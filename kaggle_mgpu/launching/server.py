@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import select
 import signal
 import socket
 import struct
@@ -33,7 +32,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,8 +52,11 @@ PRELOAD = (
 
 END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
+SIZE = struct.Struct("q")  # worker to notebook: bytes of the message that follows, (kind, size of the log, *content)
 PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
 
+MOST_WORKERS = 124
+"""A launch's message carries four descriptors and two for each worker, of 253 that the kernel allows (SCM_MAX_FD)."""
 SWEEP_SECONDS = 2.0
 """How long what the workers have left behind may take to end when asked."""
 
@@ -108,8 +110,8 @@ def main(control_fd: int) -> NoReturn:
     with contextlib.suppress(ConnectionError):
         control.send(pickle.dumps(_watched()))
         while os.getppid() == parent:
-            if select.select([control], [], [], 1.0)[0]:
-                message, fds, _, _ = socket.recv_fds(control, 1, 250)
+            if connection.wait([control], 1.0):
+                message, fds, _, _ = socket.recv_fds(control, 1, 4 + 2 * MOST_WORKERS)
                 if not message:
                     break
                 if (pid := os.fork()) == 0:
@@ -129,7 +131,7 @@ def _end_orphans(supervisors: set[int]) -> bool:
     """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
     # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
-    supervisors -= {pid for pid in supervisors - children if not _exists(pid)}
+    supervisors -= {pid for pid in supervisors - children if not os.path.exists(f"/proc/{pid}")}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -211,7 +213,7 @@ def _supervise(parent: int, fds: list[int]) -> None:
         channel.send(END.pack(-1, 0))  # they are on their way
     watched: list[Any] = [channel, wake]
     while workers:
-        ready = select.select(watched, [], [])[0]
+        ready = connection.wait(watched)
         if wake in ready:
             os.read(wake, 4096)
             for pid, status in _reap():
@@ -279,16 +281,6 @@ def _is_parent() -> bool:
         return False
 
 
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-        return True
-    except PermissionError:
-        return True
-    except ProcessLookupError:
-        return False
-
-
 # --- a worker ---------------------------------------------------------------------------------------
 
 
@@ -309,26 +301,29 @@ def _work(
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     for fd in others:
-        if fd != link_fd:
+        if fd not in (link_fd, log_fd):
             os.close(fd)
     sys.stdout.reconfigure(line_buffering=True, encoding="utf-8")  # type: ignore[union-attr]
     sys.stderr.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    faulthandler.enable(all_threads=True)
-    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    faulthandler.enable(log_fd, all_threads=True)  # the function may close 1 and 2
+    faulthandler.register(signal.SIGQUIT, log_fd, all_threads=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the notebook was started in a background
     multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
-    link, lock = Connection(link_fd), threading.Lock()
+    link, lock = socket.socket(fileno=link_fd), threading.Lock()
+    link.setblocking(True)  # it is not, if the notebook has a default timeout
 
-    def send(*message: Any) -> None:
+    def send(kind: str, *content: Any) -> None:
+        # with the size of the log, so that the lines before it are shown before it, and none that follow
+        message = pickle.dumps((kind, os.fstat(log_fd).st_size, *content))
         with lock, contextlib.suppress(OSError):  # the notebook is gone: so is anybody who would listen
-            link.send(message)
+            link.sendall(SIZE.pack(len(message)))
+            link.sendall(message)
 
     try:
         _become(rank, request)
         if request.can_draw:
-            # with the size of the log, so that the lines before it are shown before it, and none that follow
-            session.set_channel(lambda *shown: send("show", os.fstat(1).st_size, *shown), live=request.can_show)
+            session.set_channel(lambda *shown: send("show", *shown), live=request.can_show)
         import torch.distributed as dist
 
         from ..parallel import distributed
@@ -354,12 +349,13 @@ def _work(
             value = None
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
         distributed.barrier()  # nobody leaves while another still talks to it
-        _leave(send, answer)
+        _leave(send, answer, log_fd)
     except BaseException as error:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         trace = _traceback(error)
-        line, in_collective = f"{type(error).__name__}: {error}", _came_from_a_collective(error)
-        _leave(send, ("error", pickling.dumps_error(error), line, trace, in_collective), trace)
+        line = "".join(traceback.format_exception_only(error)).strip()  # also where the error's __str__ fails
+        in_collective = _came_from_a_collective(error)
+        _leave(send, ("error", pickling.dumps_error(error), line, trace, in_collective), log_fd, trace)
 
 
 def _become(rank: int, request: Request) -> None:
@@ -381,14 +377,14 @@ def _become(rank: int, request: Request) -> None:
     torch.set_num_threads(request.threads)
 
 
-def _leave(send: Callable[..., None], answer: tuple[Any, ...], trace: str = "") -> NoReturn:
+def _leave(send: Callable[..., None], answer: tuple[Any, ...], log_fd: int, trace: str = "") -> NoReturn:
     """Send the answer, then write the traceback to the log, so the notebook can avoid showing the traceback twice."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or the disk is full
             stream.flush()
-    send(*answer, os.fstat(1).st_size)
+    send(*answer)
     with contextlib.suppress(OSError):
-        os.write(2, trace.encode(errors="backslashreplace"))
+        os.write(log_fd, trace.encode(errors="backslashreplace"))
     # not sys.exit: destructors of a broken process group may hang, and there is nothing left to do
     os._exit(0)
 

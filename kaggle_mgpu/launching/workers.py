@@ -29,9 +29,11 @@ from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, Work
 from ..machine import cpu, devices, session
 from . import pickling, server
 from .output import Output
-from .server import END, PULSE, SIGNAL
+from .server import END, PULSE, SIGNAL, SIZE
 from .settings import ProcessSettings
 
+START_ATTEMPTS = 3
+"""How many servers are asked to start the workers."""
 GRACE_SECONDS = 10.0
 """How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
 busy machine the word that a rank was killed may come seconds after what the others make of it."""
@@ -78,6 +80,7 @@ class Workers:
         self.values: dict[int, Any] = {}
         self.failures: dict[int, BaseException] = {}
         self.ended: set[int] = set()
+        self.unread = [bytearray() for _ in range(count)]
         self.log_sizes: list[int] = []
         self.log_grew = time.monotonic()
         logs.mkdir(parents=True, exist_ok=True)
@@ -135,36 +138,38 @@ class Workers:
         return [self.values[rank] for rank in range(self.count)]
 
     def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
-        self.links: list[connection.Connection] = []
+        self.links: list[socket.socket] = []
         with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
             call, request = _file_in_memory(self.call), _file_in_memory(pickle.dumps(self.request))
             pulse = _file_in_memory(PULSE.pack(-1, 0, 0, 0) * self.count)
             self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
             given: list[Any] = [request, call, pulse]
             for path in self.log_paths:
-                ours, link = connection.Pipe()
+                ours, link = socket.socketpair()
+                ours.setblocking(False)
                 self.links.append(stack.enter_context(ours))
                 given += [link, open(path, "ab")]  # noqa: SIM115
             for item in given:
                 theirs.enter_context(item)
-            for _ in range(3):
-                control = worker_server.ready(interrupts).control
+            for _ in range(START_ATTEMPTS):
+                current = worker_server.ready(interrupts)
                 self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 stack.enter_context(self.channel)
-                with channel, contextlib.suppress(OSError):
-                    socket.send_fds(control, [b"launch"], [item.fileno() for item in [channel, *given]])
+                with channel, contextlib.suppress(ConnectionError):
+                    socket.send_fds(current.control, [b"launch"], [item.fileno() for item in [channel, *given]])
                 while not connection.wait([self.channel], 0.1):
                     if interrupts:
                         raise KeyboardInterrupt
                 if self.channel.recv(END.size):
                     self.started = time.monotonic_ns()
                     return
-                worker_server.start()  # the one before was killed just now
-        raise WorkerError("the worker server was killed three times before it had started a worker")
+                said = current.said()
+                worker_server.start()  # the one before was killed just now, or could not start a worker
+        raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
 
     def _next(self, timeout: float) -> None:
         """Deal with whatever comes next from any worker."""
-        waiting: list[Any] = [self.channel, *(link for link in self.links if not link.closed)]
+        waiting = [self.channel, *(link for link in self.links if link.fileno() >= 0)]
         for ready in connection.wait(waiting, timeout):
             if ready is self.channel:
                 self._hear_of_an_end()
@@ -175,8 +180,7 @@ class Workers:
     def _show_output(self) -> None:
         """Show rank 0's new output, except the traceback of its error, which the exception shows."""
         size = self.output.size()
-        while not self.links[0].closed and self.links[0].poll():
-            self._receive(0)
+        self._receive(0)  # all that its link can hold
         self.output.show(size)
 
     def _hear_of_an_end(self) -> None:
@@ -185,25 +189,36 @@ class Workers:
         except ConnectionError:  # it has left a signal of ours unread; what it had to say is still to come
             return
         for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
-            while not self.links[rank].closed and self.links[rank].poll():  # its last words may not be read yet
-                self._receive(rank)
+            while self._receive(rank):  # its last words may not be read yet
+                pass
             if rank not in self.values and rank not in self.failures and rank not in self.ended:
                 self.failures[rank] = WorkerDiedError(self._death(rank, status))
             self.ended.add(rank)
 
-    def _receive(self, rank: int) -> None:
-        link = self.links[rank]
+    def _receive(self, rank: int) -> bool:
+        """Read without waiting, since a worker may stop within a message; return whether there was anything to read."""
+        link, unread = self.links[rank], self.unread[rank]
         try:
-            kind, *content = link.recv()
-        except (EOFError, OSError):
+            read = link.recv(1 << 20)
+        except BlockingIOError:
+            return False
+        except OSError:
+            read = b""
+        if not read:
             link.close()
-            return
+        unread += read
+        while len(unread) >= SIZE.size and len(unread) >= (end := SIZE.size + SIZE.unpack_from(unread)[0]):
+            message = pickle.loads(unread[SIZE.size : end])
+            del unread[:end]
+            self._take(rank, *message)
+        return bool(read)
+
+    def _take(self, rank: int, kind: str, log_size: int, *content: Any) -> None:
         if kind == "show":
-            log_size, *shown = content
             if rank == 0:
                 self.output.show(log_size)
             with contextlib.suppress(Exception):  # whatever the front end does, training goes on
-                session.show(*shown)
+                session.show(*content)
         elif kind == "value":
             try:
                 self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
@@ -211,13 +226,11 @@ class Workers:
                 what = f"rank {rank}'s return value cannot be read here: {type(error).__name__}: {error}"
                 self.failures[rank] = TypeError(f"{what}. Return plain values, tensors or a path.")
         elif kind == "error":
+            if rank == 0:
+                self.output.end = log_size  # the traceback that follows is shown with the exception
             self.failures[rank] = self._error(rank, *content)
 
-    def _error(
-        self, rank: int, pickled: bytes | None, line: str, trace: str, in_collective: bool, log_size: int
-    ) -> BaseException:
-        if rank == 0:
-            self.output.end = log_size  # the traceback that follows is shown with the exception
+    def _error(self, rank: int, pickled: bytes | None, line: str, trace: str, in_collective: bool) -> BaseException:
         error: BaseException = WorkerError(f"rank {rank}: {line}")
         with contextlib.suppress(Exception):  # its class may not unpickle here
             error = error if pickled is None else pickle.loads(pickled)

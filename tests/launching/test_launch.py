@@ -6,9 +6,9 @@ import contextlib
 import ctypes
 import datetime
 import json
-import multiprocessing
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -130,6 +130,13 @@ def test_a_value_that_cannot_be_read_here_is_an_error() -> None:
 
     with pytest.raises(TypeError, match=r"rank \d's return value cannot be read here: ZeroDivisionError"):
         launch(parent_trap, os.getpid(), nproc=2)
+
+
+def test_a_large_value_comes_back_also_where_sockets_have_a_default_timeout() -> None:
+    with contextlib.ExitStack() as stack:
+        stack.callback(socket.setdefaulttimeout, None)
+        socket.setdefaulttimeout(0.01)
+        assert launch(lambda: bytes(10**7) + b"x", nproc=2) == [bytes(10**7) + b"x"] * 2
 
 
 def test_one_process_runs_in_place() -> None:
@@ -305,6 +312,86 @@ def test_an_exception_that_does_not_pickle_is_told_with_its_text() -> None:
         launch(function, nproc=2)
 
 
+class NoTextError(Exception):
+    def __str__(self) -> str:
+        raise KeyError("text")
+
+
+class EmptyTextError(RuntimeError):
+    """One whose text is empty, raised as by a collective, and so explained by another rank's end."""
+
+
+def test_an_error_without_a_text_is_told_by_its_type() -> None:
+    def function(error: type[Exception]) -> None:
+        error_of = {"NoTextError": "", "EmptyTextError": "/site/torch/distributed/distributed_c10d.py"}
+        exec(compile("raise error", error_of[error.__name__] or "cell", "exec"), {"error": error()})
+
+    with pytest.raises(WorkerError, match=r"rank \d: .*NoTextError: <exception str\(\) failed>"):
+        launch(function, NoTextError, nproc=2)
+    with pytest.raises(EmptyTextError, match=r"^$"):
+        launch(function, EmptyTextError, nproc=2, max_restarts=1)
+
+
+def test_a_function_may_close_its_output() -> None:
+    def function(fails: bool) -> int:
+        os.close(1)
+        os.close(2)
+        return 1 // (not fails)
+
+    assert launch(function, False, nproc=2) == [1, 1]
+    with pytest.raises(ZeroDivisionError):
+        launch(function, True, nproc=2)
+
+
+def test_a_full_shared_memory_is_named(tmp_path: Path) -> None:
+    code = """
+        import ctypes, multiprocessing, os
+        ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS: what is mounted is mounted for this process alone
+        if os.system("mount --make-rprivate / && mount -t tmpfs -o size=64k tmpfs /dev/shm"):
+            raise SystemExit("mounting a small /dev/shm takes root")
+        open("/dev/shm/filler", "wb").write(bytes(2**16))
+        from kaggle_mgpu import launch
+        try:
+            launch(lambda: multiprocessing.Semaphore(), nproc=2)
+        except OSError as error:
+            print(error, *error.__notes__)
+    """
+    done = run_script(tmp_path, code, {**os.environ, "PYTHONPATH": str(ROOT)})
+    if "takes root" in done.stderr:
+        pytest.skip("mounting a small /dev/shm takes root")
+    expected = "No space left on device /dev/shm, the memory that processes share, is full: 0.0 of 0.1 MiB are free"
+    assert expected in done.stdout, done.stderr
+
+
+def test_a_server_that_can_start_no_worker_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(distributed.rank, nproc=2)
+    assert worker_server.current is not None
+    limit = resource.prlimit(worker_server.current.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker_server.current.process.pid, resource.RLIMIT_NOFILE, (20, limit[1]))
+    monkeypatch.setattr(workers, "START_ATTEMPTS", 1)
+    with pytest.raises(WorkerError, match=r"no worker could be started by 1 servers; the last said: Traceback"):
+        launch(distributed.rank, nproc=20)
+
+
+def test_more_processes_than_a_launch_can_start_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="nproc=125: expected at most 124"):
+        launch(os.getpid, nproc=125)
+
+
+def test_a_process_with_many_open_files_launches() -> None:
+    """select() takes no descriptor above 1023."""
+    if worker_server.current is not None:
+        worker_server.current.stop()  # the next server's socket is to have a high number too
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(1024):
+            stack.enter_context(open(os.devnull))
+        assert launch(distributed.rank, nproc=2) == [0, 1]
+        assert worker_server.current is not None and worker_server.current.control.fileno() > 1023
+
+
 @pytest.mark.parametrize(
     ("end", "text"),
     [
@@ -393,7 +480,7 @@ def test_a_supervisor_that_the_kernel_leaves_out_of_its_list_is_no_orphan(monkey
 def test_a_signal_that_a_supervisor_has_left_unread_hides_no_end(tmp_path: Path) -> None:
     """The kernel then tells of a connection that was reset before it hands over what was sent."""
     ended = Workers((print, (), {}), 2, [], tmp_path, ProcessSettings(), 0)
-    ended.links = [multiprocessing.Pipe()[0] for _ in range(2)]
+    ended.links = [socket.socketpair()[0] for _ in range(2)]
     ended.channel, supervisors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for rank in range(2):
         supervisors.send(server.END.pack(rank, signal.SIGKILL))
@@ -493,6 +580,49 @@ def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypa
     patience(stopped)
     with pytest.raises(HangError, match=r"rank 1 is behind(?s:.*)Stack of rank 1:\n\(it does not answer"):
         launch(function, nproc=2, timeout=1.0)
+
+
+def stop_within_the_next_message() -> None:
+    """In a worker: stop this process when it has written the size of a message and not yet its content."""
+    writes: list[Any] = []
+
+    def watch(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and function.__name__ in ("write", "sendall"):
+            writes.append(function)
+            if len(writes) == 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.setprofile(watch)
+
+
+def test_a_process_that_stops_within_a_message_blocks_nothing(
+    tmp_path: Path, patience: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def function(folder: Path) -> bytes:
+        (folder / f"pid-{os.getpid()}").touch()
+        distributed.barrier()
+        stop_within_the_next_message()
+        return bytes(100_000)
+
+    def stopped(folder: Path) -> bool:
+        ids = [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+        return len(ids) == 2 and all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in ids)
+
+    def interrupt_once_stopped() -> bool:
+        if stopped(interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    monkeypatch.setattr(workers, "STACK_SECONDS", 0.1)  # none will come
+    hanging, interrupted = tmp_path / "hanging", tmp_path / "interrupted"
+    hanging.mkdir()
+    patience(lambda: stopped(hanging))
+    with pytest.raises(HangError, match=r"Stack of rank 1:\n\(it does not answer"):
+        launch(function, hanging, nproc=2, timeout=1.0)
+    interrupted.mkdir()
+    patience(interrupt_once_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        launch(function, interrupted, nproc=2)
 
 
 def test_work_without_signs_of_life_is_no_hang_unless_asked_for(tmp_path: Path) -> None:
@@ -630,10 +760,10 @@ def test_what_follows_a_display_is_not_shown_with_it(
     monkeypatch.setattr(session, "_channel", lambda html, text, display_id: shown.append(text))
     receive = Workers._receive
 
-    def late(self: Workers, rank: int) -> None:
+    def late(self: Workers, rank: int) -> bool:
         log = self.log_paths[0]
         assert soon(lambda: "ZeroDivisionError: oh" in log.read_text())
-        receive(self, rank)
+        return receive(self, rank)
 
     monkeypatch.setattr(Workers, "_receive", late)
 
@@ -647,6 +777,21 @@ def test_what_follows_a_display_is_not_shown_with_it(
     with pytest.raises(ZeroDivisionError):
         launch(function, TrainConfig(output_dir=str(tmp_path), nproc=2))
     assert (capsys.readouterr().out, shown) == ("before\n", ["panel"])
+
+
+def test_temporary_logs_go_with_a_launch_that_ends_well_and_few_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for number in range(15):
+        (tmp_path / f"kaggle_mgpu-logs-20260101-0000{number:02}-abc").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        launch(lambda: 1 // 0, nproc=2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert len(kept) == 10 and kept[0].endswith("-000006-abc")
+    assert "ZeroDivisionError" in (tmp_path / kept[-1] / "rank0.log").read_text()
+    assert launch(distributed.rank, nproc=2) == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept[1:]
 
 
 # --- settings ---------------------------------------------------------------------------------------
