@@ -75,7 +75,7 @@ class TrainConfig:
     """Under fsdp, keep weights, gradients and optimizer state in main memory, and run the optimizer on the CPU."""
     deepspeed_config: str | None = None
     """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …). Sizes, precision,
-    clipping, optimizer and schedule are the run's own settings: absent from the file, "auto" or equal. None: stage 2."""
+    clipping, optimizer and schedule are the run's: absent from the file, "auto" or equal. None: ZeRO stage 2."""
     meta_init: bool = False
     """Under fsdp, build the weights on rank 0 alone, for N times less main memory; other ranks receive their shards."""
     gradient_checkpointing: bool = False
