@@ -100,7 +100,8 @@ class TrainConfig:
     global_batch_size: int | None = None
     """Samples per optimizer step over all GPUs, independent of the number of GPUs."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU."""
+    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
+    under fsdp and deepspeed the largest there is, halved when memory runs out."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"
