@@ -131,6 +131,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     lr_at(0)  # reports an impossible schedule now
     with strategy.building():
         model = _model(task, config)
+    number = count_parameters(model)
     strategy.prepare(model)
     stamp: dict[str, Any] = {"task": task.name or type(task).__name__, "backend": task.backend}
     stamp |= {"global_batch_size": plan.global_batch_size, "dataset_size": plan.dataset_size}
@@ -138,7 +139,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     header = (
         f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
         f"learning rate {lr:g}{scaled}, {config.schedule}, {warmup_steps} warm-up steps; "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {workers} loader processes per rank",
+        f"{number:,} parameters; {workers} loader processes per rank",
     )
     optimizer = strategy.attach(task.optimizer(model, config.replace(lr=lr)))
     return Parts(
@@ -202,6 +203,12 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
     if config.compile:
         model.compile()
     return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return a model's number of parameters; weights that bitsandbytes packs, two in a byte, count unpacked."""
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
