@@ -74,8 +74,8 @@ class TrainConfig:
     cpu_offload: bool = False
     """Under fsdp, keep weights, gradients and optimizer state in main memory, and run the optimizer on the CPU."""
     deepspeed_config: str | None = None
-    """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …), but without sizes,
-    precision, clipping, optimizer and schedule, which the run's own settings decide. None: ZeRO stage 2."""
+    """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …). Sizes, precision,
+    clipping, optimizer and schedule are the run's: absent from the file, "auto" or equal. None: ZeRO stage 2."""
     meta_init: bool = False
     """Under fsdp, build the weights on rank 0 alone, for N times less main memory; other ranks receive their shards."""
     gradient_checkpointing: bool = False
@@ -100,7 +100,8 @@ class TrainConfig:
     global_batch_size: int | None = None
     """Samples per optimizer step over all GPUs, independent of the number of GPUs."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU."""
+    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
+    under fsdp and deepspeed the largest there is, halved when memory runs out."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"

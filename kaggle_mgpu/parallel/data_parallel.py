@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ class Distributed(Strategy):
 
     def wrap(self, call: nn.Module) -> nn.Module:
         on_gpu = self.device.type == "cuda"
+        for parameter in call.parameters():
+            # strides of dimensions of size 1 are arbitrary; torch compares them with the buckets', and warns
+            if parameter.requires_grad and parameter.ndim > 2 and 1 in parameter.shape:
+                parameter.register_hook(partial(_with_strides_of, parameter))
         # sync_buffers broadcasts buffers when needed, not each forward pass (option renamed in torch 2.13)
         accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
@@ -84,6 +89,13 @@ class Distributed(Strategy):
             apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
             return max(0, apart) / 1e9 if found["avg_backward_comm_time"] > 0 else None
         return None
+
+
+def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with its parameter's strides, where only dimensions of size 1 have others."""
+    if any(a != b for a, b, n in zip(gradient.stride(), parameter.stride(), gradient.shape, strict=True) if n > 1):
+        return gradient  # torch copies such a gradient
+    return gradient.as_strided(parameter.shape, parameter.stride())
 
 
 def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from . import distributed
 from .state import KERNEL, saved_state
 from .strategy import Strategy
 
-# Settings that the kit sets in place of DeepSpeed's defaults (such as clipping at 1.0)
+# Settings that the run decides; a file may say "auto" or the same
 OURS = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler gradient_clipping "
     "fp16 bf16"
@@ -35,10 +36,13 @@ OURS = (
 
 
 def settings(file: str | None, *, precision: str, max_norm: float | None) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: a file's settings, or stage 2, with the kit's own settings.
+    """Return DeepSpeed's configuration: a file's settings, or stage 2, with the run's own settings.
+
+    "auto" anywhere in the file means the run's setting, or else DeepSpeed's default, as in transformers' Trainer. The
+    run's optimizer, schedule and loss scaling are used whatever type the file names. The file may have // comments.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, not JSON, or contains the kit's settings.
+        FileNotFoundError, ValueError: the file is missing, not JSON, or contradicts the run's settings.
     """
     found: Any = {"zero_optimization": {"stage": 2}}
     if file is not None:
@@ -46,21 +50,34 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         if not path.is_file():
             raise FileNotFoundError(f"deepspeed_config: no such file: {path.resolve()}")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(re.sub(r'//[^"\n]*$', "", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
         except ValueError as error:
             raise ValueError(f"deepspeed_config: {path}: not valid JSON: {error}") from None
         if not isinstance(found, dict):
             raise ValueError(f"deepspeed_config: {path}: expected a mapping, got {type(found).__name__}")
-    if ours := [name for name in OURS if found.get(name, "auto") != "auto"]:
+    decided = {"gradient_clipping": max_norm or 0.0}
+    decided |= {f"{kind}.enabled": precision == kind for kind in ("fp16", "bf16")}
+    given = dict(_leaves({name: found[name] for name in OURS if name in found}))
+    unused = [name for name in given if name.endswith(".type") or re.match(r"(fp16|bf16)\.(?!enabled$)", name)]
+    wrong = [
+        f"{name}={value!r}" + (f" (the run: {decided[name]!r})" if name in decided else "")
+        for name, value in given.items()
+        if name not in unused and (name not in decided or decided[name] != value)
+    ]
+    if wrong:
         raise ValueError(
-            f"deepspeed_config: {file} sets {', '.join(ours)}, which the run's own settings decide "
-            f"(global_batch_size, micro_batch_size, precision, max_norm, lr, schedule). Take them out of the file."
+            f"deepspeed_config: {file} sets {', '.join(wrong)}, which the run's own settings decide "
+            f'(global_batch_size, micro_batch_size, precision, max_norm, lr, schedule). Write "auto" in the file.'
+        )
+    if unused and distributed.is_main():
+        print(
+            f"deepspeed_config: the run's optimizer, schedule and loss scaling replace {', '.join(unused)}", flush=True
         )
     stage = found.get("zero_optimization", {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise ValueError(f"deepspeed_config: {file}: zero_optimization.stage is {stage!r}: expected 1, 2 or 3")
     return {
-        **found,
+        **_without_auto({name: value for name, value in found.items() if name not in OURS}),
         # one micro-batch at a time: the kit scales the loss and sets accumulation boundaries
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -72,6 +89,22 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values below a mapping that are not "auto", with their full names: ("fp16.enabled", True)."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        elif value != "auto":
+            yield above + name, value
+
+
+def _without_auto(tree: Any) -> Any:
+    """Return a tree of mappings without its "auto" values."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_auto(value) for name, value in tree.items() if value != "auto"}
 
 
 def require(device: torch.device) -> Any:

@@ -10,7 +10,6 @@ voxels is counted in seconds. A loss that looks at values (`.item()`, numpy) can
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from ..config import TrainConfig
 from ..launching import launch
 from ..machine import devices
 from ..parallel import distributed
-from ..training import Parts, Task, build_parts, is_out_of_memory, release
+from ..training import Parts, Task, build_parts, count_parameters, is_out_of_memory, release
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     return Facts(
         dataset_size=size,
         val_samples=parts.val_samples,
-        parameters=parameters(model),
+        parameters=count_parameters(model),
         weight_bytes=sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]),
         gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer_bytes=sum(tensor.nbytes for tensor in moments),
@@ -162,12 +161,6 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
         fixed_bytes=max(0.0, last.kept - last.samples * per_sample),
         sample_bytes=max(0.0, per_sample),
     )
-
-
-def parameters(model: nn.Module) -> int:
-    """Count a model's parameters: the weights that bitsandbytes packs, two of 4 bits in a byte, by their own shape."""
-    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
-    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 @contextlib.contextmanager

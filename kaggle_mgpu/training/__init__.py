@@ -7,7 +7,7 @@ from . import optim
 from .loop import take_step, train
 from .micro_batch import settle_micro_batch
 from .out_of_memory import is_out_of_memory, release
-from .parts import Parts, StepParts, build_parts, keep_4bit_layout
+from .parts import Parts, StepParts, build_parts, count_parameters, keep_4bit_layout
 from .task import Result, Task, TrainState, expect
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Task",
     "TrainState",
     "build_parts",
+    "count_parameters",
     "expect",
     "is_out_of_memory",
     "keep_4bit_layout",

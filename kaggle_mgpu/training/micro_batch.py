@@ -47,6 +47,8 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
         return replace(parts, plan=plan.with_micro_batch_size(known[0]), micro_batch_reason=known[1])
     if not auto:
         return parts
+    if not parts.strategy.alone:  # a rank that fails would leave the others waiting in a collective
+        return replace(parts, micro_batch_reason="all of a GPU's share; halved, with a restart, if memory runs out")
     with unchanged(parts.strategy.model, parts.optimizer):
         size = largest_that_fits(plan.micro_batch_sizes, lambda size: _fits(parts, size))
     if size is None:

@@ -108,7 +108,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
 
     randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
     train_set, val_set = task.train_data(), task.val_data()
-    plan = _batch_plan(config, data.size_of(train_set, "train_data()"), kind, replicas)
+    plan = _batch_plan(config, data.size_of(train_set, "train_data()"), replicas)
     val_samples = 0 if val_set is None else data.size_of(val_set, "val_data()")
     if val_set is not None and val_samples == 0:
         raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
@@ -131,6 +131,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     lr_at(0)  # reports an impossible schedule now
     with strategy.building():
         model = _model(task, config)
+    number = count_parameters(model)
     strategy.prepare(model)
     stamp: dict[str, Any] = {"task": task.name or type(task).__name__, "backend": task.backend}
     stamp |= {"global_batch_size": plan.global_batch_size, "dataset_size": plan.dataset_size}
@@ -138,7 +139,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     header = (
         f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
         f"learning rate {lr:g}{scaled}, {config.schedule}, {warmup_steps} warm-up steps; "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters; {workers} loader processes per rank",
+        f"{number:,} parameters; {workers} loader processes per rank",
     )
     optimizer = strategy.attach(task.optimizer(model, config.replace(lr=lr)))
     return Parts(
@@ -150,21 +151,16 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     )  # fmt: skip
 
 
-def _batch_plan(config: TrainConfig, dataset_size: int, kind: type[Strategy], num_replicas: int) -> data.BatchPlan:
+def _batch_plan(config: TrainConfig, dataset_size: int, num_replicas: int) -> data.BatchPlan:
     """Split each global batch over the replicas.
 
     Raises:
-        ValueError: settings do not fit each other, the data or the strategy.
+        ValueError: settings do not fit each other or the data.
     """
     if config.micro_batch_size == "auto" and config.gradient_accumulation_steps:
         raise ValueError(
             f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
             f"one follows from the other. Give global_batch_size instead."
-        )
-    if config.micro_batch_size == "auto" and not kind.alone:
-        raise ValueError(
-            f"micro_batch_size='auto' tries steps on each GPU by itself, which strategy {kind.name!r} cannot: give "
-            f"a number. One that is too large is halved, and the run starts again from its newest checkpoint."
         )
     return data.BatchPlan.make(
         dataset_size=dataset_size, num_replicas=num_replicas, epochs=config.epochs, max_steps=config.max_steps,
@@ -207,6 +203,12 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
     if config.compile:
         model.compile()
     return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return a model's number of parameters; weights that bitsandbytes packs, two in a byte, count unpacked."""
+    states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
+    return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:

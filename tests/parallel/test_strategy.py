@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections import namedtuple
 from typing import Any
 
@@ -577,6 +578,14 @@ def in_two_processes() -> dict[str, Any]:
         one_step(strategy, optimizer, samples(4, seed=10 * step + rank), 8, 1.0)
     found["frozen"] = (torch.equal(model.body[1][0].weight, Net().body[1][0].weight), flat(model))
 
+    # Images in channels_last: a depthwise convolution, whose gradient may have other strides than the weight
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    strategy = make(Distributed, conv, loss=lambda model, x: model(x).square().sum())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy.backward(torch.ones(2, 8, 6, 6).to(memory_format=torch.channels_last), 1.0, lambda: 4)
+    found["warnings"] = [str(each.message) for each in caught]
+
     # Errors of the loss
     strategy = make(Distributed, Net(), loss=lambda model, batch: model(batch[0]).square().sum(1))
     try:
@@ -628,6 +637,11 @@ class TestTwoProcesses:
         assert [found["frozen"][0] for found in ranks] == [True, True]
         assert torch.equal(ranks[0]["frozen"][1], ranks[1]["frozen"][1])
         assert not torch.equal(ranks[0]["frozen"][1], flat(Net()))
+
+    def test_gradients_of_images_in_channels_last_have_the_layout_of_their_weights(
+        self, ranks: list[dict[str, Any]]
+    ) -> None:
+        assert [found["warnings"] for found in ranks] == [[], []]
 
     def test_a_loss_that_is_no_scalar(self, ranks: list[dict[str, Any]]) -> None:
         for found in ranks:

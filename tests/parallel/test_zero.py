@@ -58,6 +58,28 @@ def test_the_file_is_deepspeeds_and_the_rest_is_the_kits(tmp_path: Path) -> None
     assert settings(None, precision="fp32", max_norm=0.5)["zero_optimization"] == {"stage": 2}
 
 
+def test_auto_is_the_runs_setting_at_every_depth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers' integration takes it: the file is the zero3 example of its documentation, with a comment."""
+    params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    content: dict[str, Any] = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 2},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": params},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+        "zero_optimization": {"stage": 3, "cpu_offload": True, "reduce_bucket_size": "auto"},
+        **dict.fromkeys(["gradient_accumulation_steps", "gradient_clipping", "train_batch_size"], "auto"),
+    }
+    text = json.dumps(content, indent=1).replace('"stage": 3,', '"stage": 3,   // more aggressive')
+    found = settings(write(tmp_path, text), precision="fp16", max_norm=0.5)
+    assert found["zero_optimization"] == {"stage": 3, "cpu_offload": True}
+    assert (found["fp16"]["enabled"], found["bf16"], found["gradient_clipping"]) == (True, {"enabled": False}, 0.5)
+    assert not {"optimizer", "scheduler", "train_batch_size"} & found.keys()
+    said = capsys.readouterr().out
+    assert "replace optimizer.type, scheduler.type, fp16.loss_scale, fp16.initial_scale_power, fp16.hysteresis" in said
+    same = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
+    assert settings(write(tmp_path, same), precision="bf16", max_norm=1.0)["bf16"] == {"enabled": True}
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -65,7 +87,11 @@ def test_the_file_is_deepspeeds_and_the_rest_is_the_kits(tmp_path: Path) -> None
         ("[]", "expected a mapping, got list"),
         (
             {"optimizer": {"type": "Adam"}, "fp16": {"enabled": True}},
-            "sets optimizer, fp16, which the run's own settings",
+            r"sets fp16.enabled=True \(the run: False\), which the run's own settings",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 0.1}}, "train_batch_size": 8},
+            "sets train_batch_size=8, optimizer.params.lr=0.1",
         ),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: expected 1, 2 or 3"),
         ({}, "zero_optimization.stage is 0: expected 1, 2 or 3"),

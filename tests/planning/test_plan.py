@@ -15,9 +15,10 @@ from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.planning import Target, compare, planner
 from kaggle_mgpu.planning.compare import Measured
-from kaggle_mgpu.planning.counts import Facts, count, parameters
+from kaggle_mgpu.planning.counts import Facts, count
 from kaggle_mgpu.planning.estimate import BUCKET, PUBLISHED, REACHED, exchange
 from kaggle_mgpu.planning.selftest import all_reduce_bandwidth
+from kaggle_mgpu.training import count_parameters
 from tasks import Regression
 
 WIDTH, SAMPLES, VAL = 64, 1000, 300
@@ -95,7 +96,7 @@ def test_weights_of_four_bits_are_counted_by_their_own_shape() -> None:
     layer = layer.to("cpu")
     packed = sum(p.numel() for p in layer.parameters())
     assert packed < 2 * WIDTH * WIDTH, "two weights in a byte"
-    assert parameters(layer) == 2 * WIDTH * WIDTH + 2 * WIDTH
+    assert count_parameters(layer) == 2 * WIDTH * WIDTH + 2 * WIDTH
 
 
 class Normed(Wide):

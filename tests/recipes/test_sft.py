@@ -22,7 +22,7 @@ from kaggle_mgpu.data import Batches, BatchPlan, Fetch, Sampler
 from kaggle_mgpu.errors import CheckpointError, WorkerDiedError
 from kaggle_mgpu.parallel import shards
 from kaggle_mgpu.recipes.sft import Config, Finetune, data, generation, models, output
-from kaggle_mgpu.training import Result
+from kaggle_mgpu.training import Result, build_parts
 
 MODES = ("lora", "qlora", "full")
 KINDS = ("ddp", "fsdp")
@@ -159,6 +159,8 @@ def test_only_adapters_are_trained_and_saved(single: dict[str, tuple[Finetune, R
     )
     frozen = model.get_parameter("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     assert (frozen.dtype == torch.uint8) == (mode == "qlora"), "4-bit weights by bitsandbytes, two in a byte"
+    number = task.plan()[0].parameters + sum(p.numel() for p in trainable.values())
+    assert f"; {number:,} parameters;" in build_parts(task.config, task).header[1], "unpacked"
     after = task.load(result)
     for name, parameter in after.named_parameters():
         if name not in trainable:

@@ -273,9 +273,12 @@ def test_an_evaluation_without_room_for_one_sample_loses_nothing(tmp_path: Path)
 def test_an_evaluation_of_ranks_that_compute_together_starts_again_with_smaller_micro_batches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(tmp_path / "tight", strategy="fsdp", nproc=2, eval_every=7, save_every=4, max_steps=10)
+    settings = config(
+        tmp_path / "tight", strategy="fsdp", nproc=2, eval_every=7, save_every=4, max_steps=10, micro_batch_size="auto"
+    )  # where ranks compute together, auto begins with the largest
     assert launch(train, settings, TightEvaluation(6, rank=1)).finished
     said = capsys.readouterr().out
+    assert "micro_batch_size 12: all of a GPU's share; halved, with a restart, if memory runs out" in said
     assert "rank 1 ran out of memory with micro_batch_size 12 in the evaluation after step 7: 6 from here on" in said
     assert "The newest checkpoint is from before that evaluation: run the same again and it goes on from there" in said
     assert [(r["step"], r["micro_batch_size"]) for r in trained(tmp_path / "tight", "start")] == [(0, 12), (4, 6)]
