@@ -1,6 +1,7 @@
 """What is on the disk after each kind of failure: `pytest -s` of this file prints the table.
 
-Ten steps; a save after every second one, an evaluation after every fifth. "After step 7" is between two saves.
+Each run has ten steps, with a save after every second step and an evaluation after every fifth. A failure in step 8
+comes after one step that no save has. "step 7" on the disk is an undamaged checkpoint of that step, the newest.
 """
 
 from __future__ import annotations
