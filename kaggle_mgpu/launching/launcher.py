@@ -82,7 +82,7 @@ def launch(
 
     Raises:
         TypeError: `function` is none.
-        ValueError: more processes than there are GPUs.
+        ValueError: more processes than there are GPUs, or than a launch can start.
         WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
     """
