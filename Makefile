@@ -46,6 +46,8 @@ INSTALL := pip install --quiet --disable-pip-version-check
 # each file of tests in one of two processes, the longest first
 PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 KIT := $(BIN)/python -m kaggle_mgpu
+# TensorBoard beside a run, until the run ends. It prints its address, and takes another port where 6006 is in use.
+BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE)) & trap "kill $$!" EXIT; trap : INT TERM;
 # a file of settings, and flags that override it
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
@@ -57,14 +59,11 @@ install: $(VENV)/installed
 setup-accelerate:
 	@echo "nothing to set up: every GPU of the machine is used. NUM_GPUS=1 takes fewer; make gpu-info shows them."
 
-train-deepspeed-tb:
-	$(MAKE) train-deepspeed ARGS="--tensorboard $(ARGS)"
-
 help:
 	@sed -n '/^[^#]/q;s/^# \{0,1\}//p' Makefile
 
-.PHONY: install setup-accelerate train-deepspeed-tb help
-.PHONY: gpu-info memory-check train-distributed train-distributed-tb train-deepspeed tensorboard
+.PHONY: install setup-accelerate help gpu-info memory-check tensorboard
+.PHONY: train-distributed train-distributed-tb train-deepspeed train-deepspeed-tb
 
 $(VENV)/installed: requirements.txt tests/requirements.txt $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -85,10 +84,14 @@ train-distributed: $(VENV)/installed
 	$(KIT) train $(RECIPE) $(SETTINGS)
 
 train-distributed-tb: $(VENV)/installed
-	$(KIT) train $(RECIPE) --tensorboard $(SETTINGS)
+	$(BOARD) $(KIT) train $(RECIPE) --tensorboard $(SETTINGS)
 
+ZERO = --strategy deepspeed $(if $(DEEPSPEED_CONFIG),--deepspeed-config $(DEEPSPEED_CONFIG))
 train-deepspeed: $(VENV)/installed
-	$(KIT) train $(RECIPE) --strategy deepspeed $(if $(DEEPSPEED_CONFIG),--deepspeed-config $(DEEPSPEED_CONFIG)) $(SETTINGS)
+	$(KIT) train $(RECIPE) $(ZERO) $(SETTINGS)
+
+train-deepspeed-tb: $(VENV)/installed
+	$(BOARD) $(KIT) train $(RECIPE) --tensorboard $(ZERO) $(SETTINGS)
 
 tensorboard: $(VENV)/installed
 	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))

@@ -100,9 +100,9 @@ def find(
 ) -> list[Path]:
     """Return files and folders whose last path parts match ``pattern``: ``"train.csv"``, ``"step-*/state.json"``.
 
-    Results are ordered by root, then depth, then name. A folder with several links is searched once; unreadable folders
-    and folders such as ``.git`` and ``__MACOSX`` are skipped. The search reads about ``MOST_ENTRIES`` entries of each
-    input (or given root), shallow entries first, and warns if an input has more.
+    Results are ordered by root, then depth, then name. A folder with several links is searched once; unreadable
+    folders, folders such as ``.git`` and ``__MACOSX``, and files ``._NAME`` from macOS are skipped. The search reads
+    about ``MOST_ENTRIES`` entries of each input (or given root), shallow entries first, and warns if an input has more.
 
     Args:
         pattern: ``*`` and ``?`` do not cross a ``/``.
@@ -158,7 +158,7 @@ def _scan(
             # only few entries become paths, since a path for each entry would take ten times as long
             for entry in entries:
                 count += 1
-                if matches is not None and matches(entry.name):
+                if matches is not None and matches(entry.name) and not entry.name.startswith("._"):
                     names.append(entry.name)
                 if entry.name not in _NOTHING_IN and _is_folder(entry):
                     folders.append(entry.name)

@@ -45,6 +45,8 @@ class Plan:
     """Bytes on one GPU, by their use."""
     measured_memory: int | None
     """Peak bytes on the fullest GPU, if steps were measured on GPUs."""
+    in_use: list[dict[str, int | None]]
+    """What `devices.sample` says of each GPU of this machine before the measurement; [] for other GPUs."""
     step_seconds: float | None
     seconds: float | None
     """Of the run, evaluations included."""
@@ -70,6 +72,8 @@ class Plan:
         available = f" of {estimate.size(self.target.memory_bytes)}" if self.target.memory_bytes else ""
         peak = f"; measured peak {estimate.size(self.measured_memory)}" if self.measured_memory else ""
         rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{available}{peak}, without CUDA's own")]
+        used = [f"GPU {gpu['index']} {estimate.size(gpu['memory_used'] or 0)}" for gpu in self.in_use]
+        rows += [("in use now", ", ".join(used))] if used else []
         if self.seconds is None or self.step_seconds is None:
             rows.append(("time", f"unknown: {self.source}"))
         else:
@@ -119,6 +123,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     evaluated = _evaluations(config, batch) * facts.val_samples
 
     measured, step_seconds, at_best, link = None, None, None, None
+    in_use = devices.sample() if gpus else []
     too_long = _too_long_to_measure(facts, batch, steps) if target.on_cpu else None
     if too_long is not None:
         step_seconds, source = too_long
@@ -155,6 +160,7 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         max_steps=batch.max_steps,
         memory=facts.memory(batch.micro_batch_size, config.ema_decay is not None, _shards(config, replicas)),
         measured_memory=max(measured.memory_bytes, default=None) if measured else None,
+        in_use=in_use,
         step_seconds=step_seconds,
         seconds=None,
         at_best=None,

@@ -146,6 +146,12 @@ def test_a_huge_input_neither_takes_forever_nor_hides_another(kaggle: Path, monk
     ]
 
 
+def test_find_passes_over_the_companions_of_files_copied_by_macos(tmp_path: Path) -> None:
+    for name in ("._a.csv", "a.csv", ".hidden.csv"):
+        (tmp_path / name).touch()
+    assert names(session.find("*.csv", [tmp_path]), tmp_path) == [".hidden.csv", "a.csv"]
+
+
 def test_what_a_pattern_of_several_parts_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/b/c.txt", "x/b/c.txt", "c.txt", "b/c.txt", "b/C.txt", "__MACOSX/b/c.txt", ".git/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

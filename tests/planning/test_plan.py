@@ -301,6 +301,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Measured([0.2, 0.1, 0.1], 60, 60, [3 << 30, 4 << 30], micro_batch_size=5)
     rate = {"gigabytes_per_s": 0.01, "peers": False}
     monkeypatch.setattr(devices, "select", lambda _: gpus)
+    monkeypatch.setattr(devices, "sample", lambda: [{"index": i, "memory_used": i << 30} for i in (0, 1)])
     monkeypatch.setattr(compare, "measure", lambda config, task, steps: measured)
     monkeypatch.setattr(planner, "launch", lambda function, **_: [rate] if function is all_reduce_bandwidth else None)
     found = plan(TrainConfig(global_batch_size=20), Wide())
@@ -312,6 +313,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
     text = str(found)
     assert "measured peak 4.0 GiB" in text
+    assert "in use now      GPU 0 0 B, GPU 1 1.0 GiB" in text
     assert "2 GPUs over 1   1.93x expected\n" in text
     assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +27,6 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["memory-check", "ON=T4x2", "CONFIG=a.yaml"], "-m kaggle_mgpu plan text_generation --config a.yaml --on T4x2"),
         (["train-distributed", "CONFIG=a.yaml", "NPROC=2", "OUTPUT_DIR=out", "ARGS=--epochs 3"],
          "-m kaggle_mgpu train text_generation --config a.yaml --nproc 2 --output-dir out --epochs 3"),
-        (["train-distributed-tb", "RECIPE=sft"], "-m kaggle_mgpu train sft --tensorboard"),
         (["train-deepspeed", "RECIPE=sft", "DEEPSPEED_CONFIG=zero2.json"],
          "-m kaggle_mgpu train sft --strategy deepspeed --deepspeed-config zero2.json"),
         (["train-distributed", "RECIPE=sft", "TRAIN_BATCH_SIZE=1", "TRAIN_GRAD_ACCUM=32", "NUM_GPUS=1"],
@@ -59,7 +60,30 @@ def test_the_guides_other_targets() -> None:
     assert "nothing to set up" in make("setup-accelerate").stdout
     assert "make demo" in make("help").stdout
     done = make("-n", "train-deepspeed-tb", "RECIPE=sft")
-    assert "train sft --strategy deepspeed --tensorboard" in " ".join(done.stdout.split())
+    assert "train sft --tensorboard --strategy deepspeed" in " ".join(done.stdout.split())
+
+
+def test_tensorboard_runs_beside_a_run_and_ends_with_it(tmp_path: Path) -> None:
+    """A stand-in for python: TensorBoard serves until it is ended, and the run takes until TensorBoard serves."""
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*tensorboard.main*) echo "$@ at http://localhost:6006/"; echo $$ > {pid}; exec sleep 600 ;;
+*) until test -s {pid}; do sleep 0.1; done; echo "$@"; exit 3 ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    done = make("train-distributed-tb", "RECIPE=sft", "OUTPUT_DIR=out", f"BIN={tmp_path}")
+    said = [line for line in done.stdout.splitlines() if line.startswith("-m")]
+    assert said == [
+        "-m tensorboard.main --logdir out at http://localhost:6006/",
+        "-m kaggle_mgpu train sft --tensorboard --output-dir out",
+    ]
+    assert done.returncode != 0, "as the run ended"
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(pid.read_text())).wait(60)
 
 
 def test_gpu_info() -> None:

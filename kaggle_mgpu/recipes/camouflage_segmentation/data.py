@@ -252,8 +252,8 @@ def _folder_pairs(folder: Path) -> list[Pair] | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    # a name that begins with a dot is no image: macOS leaves ._NAME beside each file that it copies
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES and path.name[0] != ".")
+    found = session.find("*", [folder], max_depth=1, limit=session.MOST_ENTRIES)
+    return [path for path in found if path.suffix.lower() in IMAGES]
 
 
 def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:

@@ -146,8 +146,8 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
         ValueError: a row of no kind, or of another kind than the first, with its file and line.
     """
     if path.is_dir():
-        # a name that begins with a dot is no data: macOS leaves ._NAME beside each file that it copies
-        files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+        listed = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
+        files = sorted(file for files in listed for file in files)
         if not files:
             raise FileNotFoundError(f"data_path: no {' or '.join(SUFFIXES)} file in {path}")
     elif path.is_file():

@@ -130,9 +130,8 @@ def _catalogue(root: Path, reason: str) -> Catalogue:
 def stacks_in(folder: Path) -> dict[str, Path]:
     """Return the volumes' files in a folder by id. Raises ValueError for two files with one id."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        # a name that begins with a dot is no data: macOS leaves ._NAME beside each file that it copies
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+    for path in session.find("*", [folder], max_depth=1, limit=session.MOST_ENTRIES):
+        if path.suffix.lower() not in SUFFIXES:
             continue
         if path.stem in found:
             raise ValueError(f"{path}: {found[path.stem].name} is there too; expected one stack of a name")

@@ -121,7 +121,7 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
     sizes: dict[Path, int] = {}
     for suffix in SUFFIXES:
         for file in session.find(f"*{suffix}", limit=100_000, ignore_case=True):
-            if file.is_file() and not file.name.startswith("._") and _has_text(file, config.text_field):
+            if file.is_file() and _has_text(file, config.text_field):
                 sizes[file.parent] = sizes.get(file.parent, 0) + file.stat().st_size
     if sizes:
         folder = max(sorted(sizes), key=lambda folder: sizes[folder])

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kaggle_mgpu.machine import session
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -38,12 +40,8 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
         FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
     """
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            # macOS leaves a ._name beside each file that it copies
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith("._") and file.is_file()
-        )
+        found = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
+        files = sorted(file for files in found for file in files if file.is_file())
         if not files:
             raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
     elif path.is_file():
