@@ -31,6 +31,7 @@ from ..machine import devices
 from . import lock, server
 from .output import CELL_CHARACTERS
 from .settings import ProcessSettings, RunSettings, is_run_settings
+from .tracebacks import folded
 from .workers import Workers, is_consequence, visible
 
 __all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
@@ -57,6 +58,7 @@ def _shared_memory_is_named() -> Iterator[None]:
 
 
 @_shared_memory_is_named()
+@folded
 def launch(
     function: Callable[..., Any],
     *args: Any,

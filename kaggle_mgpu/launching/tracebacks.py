@@ -1,0 +1,88 @@
+"""Show an error in a notebook without this package's frames, which hide the user's own.
+
+The exception keeps its whole traceback: only the text that IPython prints below the cell is shorter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+from ..errors import WorkerTraceback
+
+_Given = ParamSpec("_Given")
+_Value = TypeVar("_Value")
+
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
+_WRAPPERS = ("contextlib.py", os.path.join("torch", "nn", "modules", "module.py"))
+_ENTRY = re.compile(r'  File "(.+)", line \d+.*\n(?:    .*\n|  \[Previous.*\n)*')
+
+
+def folded(function: Callable[_Given, _Value]) -> Callable[_Given, _Value]:
+    """Return the function; a notebook shows its exceptions without frames of this package."""
+
+    @functools.wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Value:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            with contextlib.suppress(AttributeError):  # an exception with __slots__
+                # IPython asks an exception for this method
+                error._render_traceback_ = functools.partial(_rendered, error)  # type: ignore[attr-defined]
+            raise
+
+    return call
+
+
+def _rendered(error: Exception) -> list[str]:
+    """Return the lines that IPython shows for the error."""
+    import IPython
+
+    whole = error.__cause__
+    if isinstance(whole, WorkerTraceback):
+        error.__cause__ = WorkerTraceback(_shortened(str(whole.args[0])), whole.in_collective)
+    try:
+        tools = IPython.get_ipython().InteractiveTB
+        lines: list[str] = tools.structured_traceback(type(error), error, _users(error.__traceback__), tb_offset=0)
+    finally:
+        error.__cause__ = whole
+    return lines
+
+
+def _hidden(file: str) -> bool:
+    """Return whether a frame belongs to this package, to IPython, or to a wrapper that calls the next function."""
+    return file.startswith(PACKAGE) or f"{os.sep}IPython{os.sep}core{os.sep}" in file or file.endswith(_WRAPPERS)
+
+
+def _users(trace: TracebackType | None) -> TracebackType | None:
+    """Return a traceback without the hidden frames."""
+    if trace is None:
+        return None
+    rest = _users(trace.tb_next)
+    if _hidden(trace.tb_frame.f_code.co_filename):
+        return rest
+    return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+
+
+def _shortened(text: str) -> str:
+    """Return a worker's traceback without the hidden frames, and with a last line that says where all are."""
+    rank = re.match(r"rank (\d+)", text)
+    left_out = 0
+
+    def entry(found: re.Match[str]) -> str:
+        nonlocal left_out
+        hidden = _hidden(found[1])
+        left_out += hidden
+        return "" if hidden else found[0]
+
+    shown = _ENTRY.sub(entry, text)
+    where = f"logs/rank{rank[1]}.log" if rank else "logs"
+    if not left_out:
+        return text
+    return f"{shown.rstrip()}\n\n{left_out} frames of kaggle_mgpu and of wrappers are left out: all are in {where}"
