@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from kaggle_server.at_work import house, kaggle, root  # noqa: F401 - fixtures of several files
 
-pytest_plugins = ["quick", "at_the_end"]
+pytest_plugins = ["quick", "at_the_end", "pretend_cuda.fixtures"]
 # the same examples each time, however long a busy machine takes for one
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("same")

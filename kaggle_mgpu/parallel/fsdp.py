@@ -83,6 +83,11 @@ class Sharded(Strategy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.units, self.cpu_offload, self.meta_init = units, cpu_offload, meta_init
+        if cpu_offload and self.scaler.is_enabled():
+            # The optimizer's part of a step is the CPU's. A GradScaler of the GPU would send its scale and found_inf to
+            # the CPU without waiting for them to arrive (torch 2.13), and an infinite gradient might be applied.
+            self.scaler = torch.amp.GradScaler("cpu")
+            self.scaler.scale(torch.zeros(()))  # makes the scale's tensor, on the CPU
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
         if self.meta_init and not distributed.is_main():

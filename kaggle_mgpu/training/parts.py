@@ -105,6 +105,11 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     replicas = (len(gpus) or 1) if config.nproc == "auto" else int(config.nproc)
     kind, reason = choose(config.strategy, num_gpus=len(gpus), num_replicas=replicas, world_size=world_size)
     replicas = replicas if kind.name == "dp" else world_size
+    if config.compile and kind.name == "dp":
+        raise ValueError(
+            "compile=True with strategy='dp': a compiled model stays on its first GPU, so the replicas would compute with "
+            "weights of another. Use strategy='ddp', which is faster too, or compile=False."
+        )
 
     randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
     train_set, val_set = task.train_data(), task.val_data()
