@@ -16,20 +16,17 @@ import ast
 import base64
 import bz2
 import difflib
+import glob
 import hashlib
 import importlib.util
 import inspect
-import io
 import json
 import os
 import re
-import shutil
-import stat
 import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -57,94 +54,43 @@ class NotebookError(Exception):
     """Something is wrong with a notebook; the message says what, where and what to do."""
 
 
-# The package inside the notebook. The functions whose names begin with an underscore are copied into the payload cell
-# as they stand here: they may use the standard library and one another, and nothing else of this file.
-def _content_sha256(files: dict[str, bytes]) -> str:
+# The package inside the notebook: one line of text that holds its files and this function, which may use the standard
+# library only. A saved page shows the cell even where Kaggle hides it, so all of it is in that line.
+def _carry(files: dict[str, str]) -> str:
+    """Make kaggle_mgpu importable, here and in subprocesses, and return its folder.
+
+    An install, a checkout above the notebook and a package among the inputs win, in this order.
+    """
+    # A copy that another notebook has left in PYTHONPATH may be older
+    sys.path[:] = [path for path in sys.path if "kaggle_mgpu" in sys.modules or "/kaggle_mgpu-copy/" not in path]
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec("kaggle_mgpu")
+    if spec is not None and spec.origin is not None:
+        return os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
+    inputs = os.environ.get("KAGGLE_MGPU_KAGGLE_ROOT", "/kaggle") + "/input"
+    folders = ["..", *sorted(glob.glob(f"{inputs}/*s/*/*")), *sorted(glob.glob(f"{inputs}/*"))]
+    near = [folder for folder in folders if os.path.isfile(f"{folder}/kaggle_mgpu/__init__.py")]
+    # dill pickles modules by value unless their folder is called site-packages
+    folder = os.path.abspath(near[0]) if near else f"{tempfile.mkdtemp()}/kaggle_mgpu-copy/site-packages"
+    for name, text in () if near else files.items():
+        os.makedirs(os.path.dirname(f"{folder}/{name}"), exist_ok=True)
+        with open(f"{folder}/{name}", "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    sys.path.append(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    importlib.invalidate_caches()
+    return folder
+
+
+_DATA = re.compile(r'b85decode\("([^"\n]*)"\)')
+
+
+def content_sha256(files: dict[str, bytes]) -> str:
     """sha256 over the files' names, sizes and contents: it does not depend on how they were packed."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{len(files[name])}\0".encode() + files[name])
     return digest.hexdigest()
-
-
-def _unpack(payload: str, expected: str) -> dict[str, bytes]:
-    """The files in a zip, packed by bzip2 and written in base85, if their content is the expected one."""
-    try:
-        packed = bz2.decompress(base64.b85decode("".join(payload.split())))
-        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
-            files = {name: archive.read(name) for name in archive.namelist()}
-        got = _content_sha256(files)
-    except Exception as error:  # bz2, zipfile and base64 each have their own
-        got = f"no readable zip ({error})"
-    if got != expected:
-        raise RuntimeError(
-            "The copy of kaggle_mgpu inside this notebook is damaged: expected content with sha256 "
-            f"{expected}, got {got}. Download the notebook again (or, in a checkout: python tools/notebooks.py build)."
-        )
-    return files
-
-
-def _intact(folder: str, files: dict[str, bytes]) -> bool:
-    """Whether the folder is this user's alone and has these very files (and Python's caches of them)."""
-    try:
-        state = os.lstat(folder)
-        if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o077:
-            return False
-        found = {}
-        for where, _, names in os.walk(os.path.join(folder, "site-packages")):
-            for name in names if os.path.basename(where) != "__pycache__" else ():
-                path = os.path.join(where, name)
-                with open(path, "rb") as file:
-                    found[os.path.relpath(path, os.path.join(folder, "site-packages"))] = file.read()
-        return found == files
-    except OSError:
-        return False
-
-
-def _use_payload(payload: str, expected: str) -> str:
-    """Make kaggle_mgpu importable, here and in subprocesses, and say where it is.
-
-    A checkout or an install wins over the payload. The payload goes to a folder of this user's alone; several kernels
-    may do that at once. The folder is called site-packages, since dill pickles modules from elsewhere by value.
-    """
-
-    def append(folder: str) -> None:
-        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        paths = [path for path in paths if path and not path.startswith(ours)]
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, folder])
-        sys.path.append(folder)
-        importlib.invalidate_caches()
-
-    if "kaggle_mgpu" in sys.modules:
-        return os.path.dirname(os.path.dirname(os.path.abspath(str(sys.modules["kaggle_mgpu"].__file__))))
-    ours = os.path.join(tempfile.gettempdir(), "kaggle_mgpu-")
-    # Another notebook's payload, inherited through PYTHONPATH, is neither a checkout nor an install
-    sys.path[:] = [path for path in sys.path if not path.startswith(ours)]
-    importlib.invalidate_caches()
-    found = importlib.util.find_spec("kaggle_mgpu")
-    if found is not None and found.origin is not None:
-        return os.path.dirname(os.path.dirname(os.path.abspath(found.origin)))
-    if os.path.isfile("../kaggle_mgpu/__init__.py") and os.path.isfile("../tools/notebooks.py"):
-        append(os.path.abspath(".."))  # a checkout, seen from its notebooks folder
-        return os.path.abspath("..")
-    files = _unpack(payload, expected)
-    home = f"{ours}{expected[:16]}-{os.getuid()}"
-    if not _intact(home, files):
-        fresh = tempfile.mkdtemp(prefix=f"{os.path.basename(home)}.", dir=os.path.dirname(home))
-        for name, content in files.items():
-            path = os.path.join(fresh, "site-packages", name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "wb") as file:
-                file.write(content)
-        try:
-            os.rename(fresh, home)
-        except OSError:  # something has that name: another kernel was first, or it is not to be trusted
-            if _intact(home, files):
-                shutil.rmtree(fresh)
-            else:
-                home = fresh
-    append(os.path.join(home, "site-packages"))
-    return os.path.join(home, "site-packages")
 
 
 def package_files(package: Path) -> dict[str, bytes]:
@@ -155,35 +101,26 @@ def package_files(package: Path) -> dict[str, bytes]:
     return {path.relative_to(package.parent).as_posix(): path.read_bytes() for path in paths}
 
 
-def payload_source(files: dict[str, bytes]) -> str:
-    """The source of the payload cell. The same files make the same bytes: sorted, with one time and one mode.
-
-    The zip only holds the files; compressed as a whole they take a sixth less than each by itself.
-    """
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name in sorted(files):
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system, entry.external_attr = 3, 0o644 << 16
-            archive.writestr(entry, files[name])
-    # of 350 kB: bzip2 85, xz 92; with base64 in place of base85 6 % more. The notebook must stay small enough to push
-    text = base64.b85encode(bz2.compress(packed.getvalue(), 9)).decode()
-    wrapped = "\n".join(text[i : i + 200] for i in range(0, len(text), 200))
+def version_of(files: dict[str, bytes]) -> str:
+    """The package's version, as its __init__.py has it."""
     init = files.get("kaggle_mgpu/__init__.py", b"").decode()
     version = re.search(r"^__version__ = [\"'](.+?)[\"']", init, re.MULTILINE)
-    names = " ".join(name.removeprefix("kaggle_mgpu/") for name in sorted(files))
-    digest = _content_sha256(files)
-    functions = [inspect.getsource(f).rstrip() for f in (_content_sha256, _unpack, _intact, _use_payload)]
-    used = ("base64", "bz2", "hashlib", "importlib.util", "io", "os", "shutil", "stat", "sys", "tempfile", "zipfile")
-    return "\n\n\n".join(
-        [
-            f"# kaggle_mgpu {version[1] if version else 'unknown'}, {len(files)} files, sha256 {digest}: {names}\n"
-            + "# This cell makes the package importable; there is nothing to edit in it. Comments are left out.\n"
-            + "\n".join(f"import {module}" for module in used),
-            *functions,
-            f'_payload = """\n{wrapped}\n"""\n_sha256 = "{digest}"\n'
-            + 'print("kaggle_mgpu from", _use_payload(_payload, _sha256))',
-        ]
+    return version[1] if version else "unknown"
+
+
+def payload_source(files: dict[str, bytes]) -> str:
+    """The source of the payload cell; the same files make the same text."""
+    texts = {name: files[name].decode() for name in sorted(files)}
+    modules = "glob", "importlib.util", "os", "sys", "tempfile"
+    program = [f"files = {texts!a}", *(f"import {name}" for name in modules), inspect.getsource(_carry)]
+    program += ['print("kaggle_mgpu from", _carry(files))']
+    # of 350 kB: bzip2 85, xz 92; with base64 in place of base85 6 % more. The notebook must stay small enough to push
+    data = base64.b85encode(bz2.compress("\n".join(program).encode(), 9)).decode()
+    return (
+        f"# kaggle_mgpu {version_of(files)}: all {len(files)} files of its wheel, sha256 {content_sha256(files)}\n"
+        "# An installed or attached kaggle_mgpu is used instead. Its source: in the folder that this cell prints.\n"
+        "import base64, bz2  # an error in the next line: the copy is damaged, download the notebook again\n"
+        f'exec(bz2.decompress(base64.b85decode("{data}")), {{}})'
     )
 
 
@@ -191,11 +128,15 @@ def payload_files(source: str) -> dict[str, bytes]:
     """The files that a payload cell carries.
 
     Raises:
-        RuntimeError: they are not the ones whose sha256 the cell names, or there are none.
+        NotebookError: the cell carries none, or is damaged.
     """
-    payload = re.search(r'_payload = """\n(.*?)\n"""', source, re.DOTALL)
-    expected = re.search(r'_sha256 = "(.*?)"', source)
-    return _unpack(payload[1] if payload else "", expected[1] if expected else "(none named)")
+    try:
+        data = _DATA.search(source)
+        program = bz2.decompress(base64.b85decode(data[1] if data else ""))
+        texts: dict[str, str] = ast.literal_eval(program.decode().partition("\n")[0].removeprefix("files = "))
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise NotebookError(f"the copy of kaggle_mgpu in the notebook is damaged ({error})") from None
+    return {name: text.encode() for name, text in texts.items()}
 
 
 # Building and checking
@@ -283,7 +224,7 @@ def differences(path: Path, expected: Any) -> list[str]:
 def _payload_differences(cell: Any, wanted: Any) -> list[str]:
     try:
         got = payload_files(cell.source)
-    except RuntimeError as error:
+    except NotebookError as error:
         return [str(error)]
     files = payload_files(wanted.source)
     lines = [f"{name} is missing" for name in sorted(files.keys() - got.keys())]
@@ -291,8 +232,7 @@ def _payload_differences(cell: Any, wanted: Any) -> list[str]:
     lines += [
         f"{name} differs from the package" for name in sorted(files.keys() & got.keys()) if files[name] != got[name]
     ]
-    base64_text = r'(?s)(?<=_payload = """\n).*?(?=\n""")'
-    if re.sub(base64_text, "", cell.source) != re.sub(base64_text, "", payload_source(got)):
+    if _DATA.sub("", cell.source) != _DATA.sub("", payload_source(got)):
         lines.append("the code around the payload differs")
     return lines
 
@@ -419,8 +359,11 @@ def sources(root: Path, names: list[str]) -> list[Path]:
         stem = Path(name).stem
         hits = [path for path in found if path.stem == stem] or [path for path in found if path.stem.startswith(stem)]
         if len(hits) != 1:
-            known = ", ".join(path.stem for path in found)
-            raise NotebookError(f"{name!r}: expected the name of one notebook, got {len(hits)}. There are: {known}")
+            known = [path.stem.removesuffix("_kaggle_multigpu") for path in found]
+            near = [known[found.index(path)] for path in hits] or difflib.get_close_matches(stem, known, n=1)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            what = "no notebook" if not hits else "several notebooks begin with"
+            raise NotebookError(f"{what} {name}.{hint} There are: {', '.join(known)}")
         chosen += hits
     return chosen or found
 
@@ -502,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
             _run_command(arguments.root, arguments)
         else:
             (_build_command if arguments.command == "build" else _check_command)(arguments.root, arguments.names)
-    except (NotebookError, RuntimeError) as error:
+    except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

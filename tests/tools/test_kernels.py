@@ -295,7 +295,7 @@ def test_the_stand_in_ends_a_session_as_a_container_ends(
     assert session.processes() == []
     assert "'KAGGLE_KERNEL_RUN_TYPE'" in said["kaggle"]
     # what was on the pusher's machine is not there, and the kit came out of the notebook
-    assert said["planted"].startswith(f"False path True {session.temporary.name}/kaggle_mgpu-")
+    assert said["planted"].startswith(f"False path True {session.temporary.name}/")
     assert said["time"] == "left True\n"
     assert "__notebook__.ipynb" in session.outputs()
     assert "ERROR: Your notebook was stopped" in tool(kaggle, root, "status", "ann/escaping", code=1)
