@@ -107,8 +107,8 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     replicas = replicas if kind.name == "dp" else world_size
     if config.compile and kind.name == "dp":
         raise ValueError(
-            "compile=True with strategy='dp': a compiled model stays on its first GPU, so the replicas would compute with "
-            "weights of another. Use strategy='ddp', which is faster too, or compile=False."
+            "compile=True with strategy='dp': a compiled model stays on its first GPU, so the replicas would compute "
+            "with another's weights. Use strategy='ddp', which is faster too, or compile=False."
         )
 
     randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
