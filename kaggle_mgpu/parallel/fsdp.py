@@ -121,10 +121,12 @@ class Sharded(Strategy):
         """Return whether weights may be gathered in half precision; otherwise autocast casts them, as in ddp.
 
         torch's BatchNorm needs weights of the type of its statistics, fp32. On CPUs, where autocast skips
-        normalisations, LayerNorm and GroupNorm need weights of their input's type.
+        normalisations, LayerNorm and GroupNorm need weights of their input's type. A module with a true attribute
+        `computes_in_fp32` turns autocast off.
         """
         on_cpu = (nn.LayerNorm, nn.GroupNorm) if self.device.type == "cpu" else ()
-        return not any(isinstance(m, (nn.modules.batchnorm._NormBase, *on_cpu)) for m in model.modules())
+        kinds = (nn.modules.batchnorm._NormBase, *on_cpu)
+        return not any(isinstance(m, kinds) or getattr(m, "computes_in_fp32", False) for m in model.modules())
 
     @torch.no_grad()
     def _materialise(self, unit: nn.Module) -> None:

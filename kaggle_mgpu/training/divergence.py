@@ -33,7 +33,16 @@ def samples_of(step: int, plan: data.BatchPlan, seed: int) -> list[int]:
 
 
 def diverged_error(
-    step: int, first: int, samples: list[int], *, skipped: int, loss: float, lr: float, norm: float, good: Path | None
+    step: int,
+    first: int,
+    samples: list[int],
+    *,
+    skipped: int,
+    loss: float,
+    lr: float,
+    norm: float,
+    good: Path | None,
+    precision: str,
 ) -> DivergedError:
     """Return the error to end a run after `step`.
 
@@ -53,4 +62,6 @@ def diverged_error(
         + f"Step {first} had the samples {shown}. "
         + (f"The last checkpoint from before is {good}. " if good else "There is no checkpoint from before. ")
         + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
+        + " In fp16 values above 65504 are infinite: precision='fp32' shows whether that is why."
+        * (precision == "fp16")
     )

@@ -251,8 +251,9 @@ def _raise_diverged(
     distributed.barrier()  # a rank that raised sooner would end rank 0 before its checkpoint and record are written
     good = next((path for path in saving.checkpoints.all() if checkpoint.step_of(path) < first), None)
     raise divergence.diverged_error(
-        state.step, first, samples, skipped=skipped, loss=loss, lr=outcome.lr, norm=float(outcome.norm), good=good
-    )
+        state.step, first, samples, skipped=skipped, loss=loss, lr=outcome.lr, norm=float(outcome.norm), good=good,
+        precision=parts.strategy.precision,
+    )  # fmt: skip
 
 
 def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log, reason: str) -> Result:

@@ -16,7 +16,7 @@ from kaggle_mgpu.machine import devices
 from kaggle_mgpu.parallel import distributed, shards
 from kaggle_mgpu.training import Result, Task
 
-from . import data, generation, models, output, rouge
+from . import data, generation, models, output, overflow, rouge
 from .config import Config
 from .prepare import Prepared, prepare
 
@@ -114,7 +114,30 @@ class Finetune(Task):
             model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
         models.checkpoint_activations(model)
         model.picks = picks
+        # unsloth has its own remedies, and deepspeed makes all weights fp16
+        if self.precision == "fp16" and self.config.library != "unsloth" and self.config.strategy != "deepspeed":
+            self._mend_overflows(model)
         return model
+
+    def _mend_overflows(self, model: nn.Module) -> None:
+        """Let modules that overflow in fp16 compute in fp32, and print their names.
+
+        The trial runs on the first two packs, where a process has the whole model: the same for all ranks and sessions.
+        """
+        device, packs = distributed.device(), self._packs("train")
+        first = packs.batch(torch.arange(min(2, len(packs))))
+        batch = {name: values.to(device) for name, values in first.items()}
+
+        def trial() -> None:
+            model.to(device)
+            with self._as_in_training(device):
+                self.logits(model, batch)
+
+        names = overflow.mend(model, None if self.config.strategy == "fsdp" else trial)
+        if names and distributed.is_main():
+            shown = ", ".join(name.removeprefix("base_model.model.") for name in names[:8])
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            print(f"beyond fp16's range, so computed in fp32: {shown}{more}", flush=True)
 
     # The loss
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
