@@ -318,18 +318,19 @@ class NoTextError(Exception):
 
 
 class EmptyTextError(RuntimeError):
-    """One whose text is empty, raised as by a collective, and so explained by another rank's end."""
+    """An error with an empty text. Raised by a collective, it starts a restart, which is told in a line."""
 
 
-def test_an_error_without_a_text_is_told_by_its_type() -> None:
-    def function(error: type[Exception]) -> None:
-        error_of = {"NoTextError": "", "EmptyTextError": "/site/torch/distributed/distributed_c10d.py"}
-        exec(compile("raise error", error_of[error.__name__] or "cell", "exec"), {"error": error()})
+def test_an_error_without_a_text_is_told_by_its_type(capsys: pytest.CaptureFixture[str]) -> None:
+    def function(error: type[Exception], file: str) -> None:
+        exec(compile("raise error", file, "exec"), {"error": error()})
 
     with pytest.raises(WorkerError, match=r"rank \d: .*NoTextError: <exception str\(\) failed>"):
-        launch(function, NoTextError, nproc=2)
+        launch(function, NoTextError, "cell", nproc=2)
+    capsys.readouterr()
     with pytest.raises(EmptyTextError, match=r"^$"):
-        launch(function, EmptyTextError, nproc=2, max_restarts=1)
+        launch(function, EmptyTextError, "/site/torch/distributed/distributed_c10d.py", nproc=2, max_restarts=1)
+    assert capsys.readouterr().out == "EmptyTextError: \nstarting again: restart 1 of 1\n"
 
 
 def test_a_function_may_close_its_output() -> None:
