@@ -320,10 +320,15 @@ def _work(
             link.sendall(SIZE.pack(len(message)))
             link.sendall(message)
 
+    def show(*content: Any) -> None:  # in a thread: an interrupt of this one would leave half of a message
+        sender = threading.Thread(target=send, args=("show", *content), daemon=True)
+        sender.start()
+        sender.join()
+
     try:
         _become(rank, request)
         if request.can_draw:
-            session.set_channel(lambda *shown: send("show", *shown), live=request.can_show)
+            session.set_channel(show, live=request.can_show)
         import torch.distributed as dist
 
         from ..parallel import distributed
@@ -344,14 +349,14 @@ def _work(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # one that came too early is delivered here
         function, args, kwargs = pickle.loads(call)
         value = function(*args, **kwargs)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the work is done: too late to interrupt it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: too late to interrupt it
         if getattr(function, "returns_rank0", False) and rank != 0:
             value = None
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
         distributed.barrier()  # nobody leaves while another still talks to it
         _leave(send, answer, log_fd)
     except BaseException as error:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         trace = _traceback(error)
         line = "".join(traceback.format_exception_only(error)).strip()  # also where the error's __str__ fails
         in_collective = _came_from_a_collective(error)

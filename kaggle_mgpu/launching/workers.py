@@ -208,7 +208,7 @@ class Workers:
             link.close()
         unread += read
         while len(unread) >= SIZE.size and len(unread) >= (end := SIZE.size + SIZE.unpack_from(unread)[0]):
-            message = pickle.loads(unread[SIZE.size : end])
+            message = pickle.loads(memoryview(unread)[SIZE.size : end])
             del unread[:end]
             self._take(rank, *message)
         return bool(read)

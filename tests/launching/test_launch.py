@@ -318,18 +318,19 @@ class NoTextError(Exception):
 
 
 class EmptyTextError(RuntimeError):
-    """One whose text is empty, raised as by a collective, and so explained by another rank's end."""
+    """An error with an empty text. Raised by a collective, it starts a restart, which is told in a line."""
 
 
-def test_an_error_without_a_text_is_told_by_its_type() -> None:
-    def function(error: type[Exception]) -> None:
-        error_of = {"NoTextError": "", "EmptyTextError": "/site/torch/distributed/distributed_c10d.py"}
-        exec(compile("raise error", error_of[error.__name__] or "cell", "exec"), {"error": error()})
+def test_an_error_without_a_text_is_told_by_its_type(capsys: pytest.CaptureFixture[str]) -> None:
+    def function(error: type[Exception], file: str) -> None:
+        exec(compile("raise error", file, "exec"), {"error": error()})
 
     with pytest.raises(WorkerError, match=r"rank \d: .*NoTextError: <exception str\(\) failed>"):
-        launch(function, NoTextError, nproc=2)
+        launch(function, NoTextError, "cell", nproc=2)
+    capsys.readouterr()
     with pytest.raises(EmptyTextError, match=r"^$"):
-        launch(function, EmptyTextError, nproc=2, max_restarts=1)
+        launch(function, EmptyTextError, "/site/torch/distributed/distributed_c10d.py", nproc=2, max_restarts=1)
+    assert capsys.readouterr().out == "EmptyTextError: \nstarting again: restart 1 of 1\n"
 
 
 def test_a_function_may_close_its_output() -> None:
@@ -582,17 +583,18 @@ def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypa
         launch(function, nproc=2, timeout=1.0)
 
 
-def stop_within_the_next_message() -> None:
-    """In a worker: stop this process when it has written the size of a message and not yet its content."""
+def signal_within_the_next_message(number: signal.Signals) -> None:
+    """In a worker: send this process a signal when it has written the size of a message and not yet its content."""
     writes: list[Any] = []
 
     def watch(frame: Any, event: str, function: Any) -> None:
         if event == "c_call" and function.__name__ in ("write", "sendall"):
             writes.append(function)
             if len(writes) == 2:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), number)
 
     sys.setprofile(watch)
+    threading.setprofile(watch)
 
 
 def test_a_process_that_stops_within_a_message_blocks_nothing(
@@ -601,7 +603,7 @@ def test_a_process_that_stops_within_a_message_blocks_nothing(
     def function(folder: Path) -> bytes:
         (folder / f"pid-{os.getpid()}").touch()
         distributed.barrier()
-        stop_within_the_next_message()
+        signal_within_the_next_message(signal.SIGSTOP)
         return bytes(100_000)
 
     def stopped(folder: Path) -> bool:
@@ -623,6 +625,23 @@ def test_a_process_that_stops_within_a_message_blocks_nothing(
     patience(interrupt_once_stopped)
     with pytest.raises(KeyboardInterrupt):
         launch(function, interrupted, nproc=2)
+
+
+def test_an_interrupt_leaves_no_half_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(session, "_channel", lambda html, text, display_id: shown.append(text))
+
+    def function() -> str:
+        distributed.barrier()
+        signal_within_the_next_message(signal.SIGINT)
+        try:
+            session.show("x" * 100_000, "panel", "id")
+        except KeyboardInterrupt:
+            return "interrupted"
+        return "not interrupted"
+
+    assert launch(function, nproc=2) == ["interrupted"] * 2
+    assert shown == ["panel"] * 2
 
 
 def test_work_without_signs_of_life_is_no_hang_unless_asked_for(tmp_path: Path) -> None:
