@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import symtable
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -22,8 +22,22 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if cell.startswith("# Parameters of this notebook"):
             names = []  # the newest run counts
         if names is not None and cell.startswith("# Parameters"):
-            symbols = symtable.symtable(cell, "<parameters>", "exec").get_symbols()
-            names += [symbol.get_name() for symbol in symbols if symbol.is_assigned() and not symbol.is_namespace()]
+            names += _assigned(ast.parse(cell))
     if names is None:
         raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
     return {name: namespace[name] for name in names if name in namespace}
+
+
+_OWN_NAMES = (
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda,
+    ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp,
+)  # fmt: skip
+
+
+def _assigned(node: ast.AST) -> Iterator[str]:
+    """Yield the names that a cell assigns, in order. (symtable of Python 3.12 counts a comprehension's names too.)"""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, _OWN_NAMES):
+            yield from _assigned(child)

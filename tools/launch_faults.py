@@ -120,7 +120,8 @@ def _is_server(process: psutil.Process) -> bool:
 
 def _sockets(process: psutil.Process) -> list[Any]:
     try:
-        return list(process.net_connections())
+        # psutil 6 has renamed it; Kaggle's image has 5.9
+        return list((getattr(process, "net_connections", None) or process.connections)())
     except psutil.Error:
         return []
 

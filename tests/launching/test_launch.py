@@ -724,6 +724,12 @@ def test_lines_are_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # --- output -----------------------------------------------------------------------------------------
 
 
+def logged(folder: Path, rank: int) -> str:
+    """Return a rank's log without the lines of gloo, which torch 2.10 writes."""
+    lines = (folder / "logs" / f"rank{rank}.log").read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("[Gloo]"))
+
+
 def test_rank_0_is_shown_and_each_rank_has_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def function(config: TrainConfig) -> None:
         for i in range(500):
@@ -733,7 +739,7 @@ def test_rank_0_is_shown_and_each_rank_has_its_log(tmp_path: Path, capfd: pytest
     launch(function, TrainConfig(output_dir=str(tmp_path), nproc=2))
     expected = [[f"rank {rank} line {i} é" for i in range(500)] + ["from below"] for rank in range(2)]
     assert capfd.readouterr().out.splitlines() == expected[0]
-    assert [(tmp_path / "logs" / f"rank{rank}.log").read_text().splitlines() for rank in range(2)] == expected
+    assert [logged(tmp_path, rank).splitlines() for rank in range(2)] == expected
 
 
 def test_a_flood_of_lines_is_cut_in_the_cell_and_whole_in_the_log(
@@ -753,7 +759,7 @@ def test_a_flood_of_lines_is_cut_in_the_cell_and_whole_in_the_log(
     assert lines[-1] == f"line {count - 1}"
     assert str(tmp_path / "logs" / "rank0.log") in shown
     for rank in range(2):
-        assert (tmp_path / "logs" / f"rank{rank}.log").read_text() == "".join(f"line {i}\n" for i in range(count))
+        assert logged(tmp_path, rank) == "".join(f"line {i}\n" for i in range(count))
 
 
 def test_an_errors_traceback_is_in_the_log_and_once_in_the_cell(
@@ -1195,8 +1201,11 @@ def test_in_a_notebook_an_interrupt_saves_and_the_next_launch_goes_on(notebook: 
 
 
 def test_in_a_notebook_a_second_interrupt_ends_workers_that_ignore_the_first(notebook: Notebook) -> None:
+    waited_for = ["ignored", "ready"]  # a third interrupt might reach the next cell
+
     def interrupt(text: str) -> None:
-        if "ready" in text or "ignored" in text:
+        if waited_for and waited_for[-1] in text:
+            waited_for.pop()
             notebook.manager.interrupt_kernel()
 
     shown = notebook.run(

@@ -256,4 +256,5 @@ def test_under_real_torchrun(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["rank 0 of 2: 3", "rank 1 of 2: 3"]
+    said = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # torch 2.10
+    assert said == ["rank 0 of 2: 3", "rank 1 of 2: 3"]

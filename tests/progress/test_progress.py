@@ -354,7 +354,7 @@ class TestTensorBoard:
             for tag, data in events.summary_metadata.items():
                 if data.plugin_data.plugin_name == "hparams" and tag == metadata.SESSION_START_INFO_TAG:
                     content = metadata.parse_session_start_info_plugin_data(data.plugin_data.content)
-                    print("SETTINGS", {k: v.string_value or v.number_value for k, v in content.hparams.items()})
+                    print("SETTINGS", {k: v.string_value or v.number_value for k, v in sorted(content.hparams.items())})
         """
         environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path / 'fake'}"}
         ended = subprocess.run(
@@ -374,7 +374,7 @@ class TestTensorBoard:
         assert rest == [
             "TEXT 2 [b'Once upon a time']",
             "IMAGE True True b'\\x89PNG'",
-            "SETTINGS {'lr': 0.5, 'schedule': 'cosine', 'layers': '(1, 2)'}",
+            "SETTINGS {'layers': '(1, 2)', 'lr': 0.5, 'schedule': 'cosine'}",
         ]
 
     def test_a_missing_package_is_named_before_anything_is_trained(self, tmp_path, monkeypatch):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-import torch
 
+from kaggle_mgpu import train
 from kaggle_mgpu.__main__ import main
-from kaggle_mgpu.recipes.sft import Config, models
+from kaggle_mgpu.recipes.sft import Config, Finetune, models
 
 GUIDE = """
 model:
@@ -79,10 +80,14 @@ def test_a_make_variable_that_the_guide_does_not_have_is_an_error(capsys: pytest
     assert "which RECIPE=text_generation does not have" in capsys.readouterr().err
 
 
-def test_of_a_model_that_also_sees_only_the_language_model_gets_adapters() -> None:
+def test_of_a_model_that_also_sees_only_the_language_model_gets_adapters(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
+    rows = [f'{{"user": "Say {word}.", "assistant": "{word}, and {word} again."}}' for word in ("one", "two", "three")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    models.make_tiny(tmp_path / "gemma", rows, seed=1)  # for its tokenizer
+    vocab_size = json.loads((tmp_path / "gemma" / "config.json").read_text())["vocab_size"]
     text = {
-        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16,
     }  # fmt: skip
     vision = {
@@ -90,13 +95,12 @@ def test_of_a_model_that_also_sees_only_the_language_model_gets_adapters() -> No
         "image_size": 32, "patch_size": 16,
     }  # fmt: skip
     about = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    model = transformers.Gemma3ForConditionalGeneration(about)
-    names = models.targets(model, "auto")
-    adapted = models.adapt(model, names, Config(model="x"), "hf", "x")
-    ids = torch.randint(0, 500, (1, 8))
-    adapted(
-        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-    ).logits.float().square().sum().backward()
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(trained) == 2 * 2 * 7, "seven layers in each of two blocks, two matrices each"
-    assert all("language_model" in name and p.grad is not None for name, p in trained.items())
+    transformers.Gemma3ForConditionalGeneration(about).save_pretrained(tmp_path / "gemma")
+    settings = Config(
+        model=str(tmp_path / "gemma"), data_path=str(tmp_path / "rows.jsonl"), output_dir=str(tmp_path / "run"),
+        tuning="lora", packing=False, val_fraction=0, max_length=64, global_batch_size=2, max_steps=2, warmup_steps=0,
+    )  # fmt: skip
+    trained = train(settings, Finetune(settings)).load(Finetune(settings).model())
+    moved = [name for name, p in trained.named_parameters() if "lora_B" in name and p.any()]
+    assert len(moved) == 2 * 7, "seven layers in each of two blocks"
+    assert all("language_model" in name for name in moved)

@@ -151,6 +151,8 @@ class Finetune(Task):
             inputs = {"attention_mask": mask, "position_ids": batch["positions"]}
         else:
             inputs = {"attention_mask": (segments > 0).long()}
+        if model.config.model_type == "gemma3":  # type: ignore[union-attr]
+            inputs["token_type_ids"] = torch.zeros_like(batch["ids"])  # all text; transformers 5.0 asks for them
         head = models.head_of(model) if at is not None and model.picks else None
         if head is not None:
             head.positions = at  # type: ignore[assignment]
