@@ -20,22 +20,29 @@ def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> No
 _ELSEWHERE = {
     other: name
     for name, others in {
-        "lr": "learning_rate",
+        "lr": "learning_rate base_lr max_lr",
         "epochs": "num_train_epochs num_epochs max_epochs n_epochs",
-        "micro_batch_size": "per_device_train_batch_size",
-        "gradient_accumulation_steps": "accumulate_grad_batches accumulation_steps accum_steps",
+        "max_steps": "max_iters num_train_steps num_steps total_steps",
+        "micro_batch_size": "per_device_train_batch_size batch_size_per_gpu",
+        "gradient_accumulation_steps": "accumulate_grad_batches accumulation_steps accum_steps grad_accum",
+        "strategy": "multi_gpu ddp dp distributed data_parallel distributed_backend",
         "precision": "fp16 bf16 amp mixed_precision",
-        "max_norm": "max_grad_norm gradient_clip_val grad_clip",
+        "compile": "torch_compile",
+        "max_norm": "max_grad_norm gradient_clip_val grad_clip clip_grad_norm",
         "warmup_steps": "warmup_ratio",
         "schedule": "lr_scheduler_type lr_scheduler scheduler",
-        "eval_every": "eval_steps val_check_interval",
-        "log_every": "logging_steps log_every_n_steps",
-        "save_every": "save_steps",
-        "keep_last": "save_total_limit",
+        "eval_every": "eval_steps eval_interval val_interval val_check_interval check_val_every_n_epoch",
+        "log_every": "logging_steps log_interval log_every_n_steps",
+        "save_every": "save_steps save_interval checkpoint_every checkpoint_interval every_n_train_steps",
+        "keep_last": "save_total_limit max_checkpoints max_to_keep",
+        "output_dir": "save_dir out_dir log_dir logdir logging_dir checkpoint_dir ckpt_dir run_dir default_root_dir",
         "data_workers": "num_workers dataloader_num_workers",
         "nproc": "num_gpus n_gpus devices num_processes nproc_per_node",
-        "best_metric": "metric_for_best_model",
-        "resume": "resume_from_checkpoint",
+        "gpu_ids": "gpus device_ids",
+        "best_metric": "metric_for_best_model monitor",
+        "best_mode": "greater_is_better monitor_mode",
+        "resume": "resume_from_checkpoint ckpt_path",
+        "seed": "random_state manual_seed",
         "time_limit": "max_time",
     }.items()
     for other in others.split()
@@ -43,13 +50,16 @@ _ELSEWHERE = {
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Return likely known names: another library's equivalent, a near spelling, or names containing `name`."""
+    """Return likely known names: another library's equivalent, a near spelling, or names containing `name`.
+
+    A far guess misleads more than none, so the list may be empty.
+    """
     meant = _ELSEWHERE.get(name.lower().replace("-", "_"))
     if same := [other for other in known if other.lower().replace("-", "_") == meant]:
         return same
-    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-    around = [other for other in known if len(name) > 3 and name in other][:3]
-    return slip or around or difflib.get_close_matches(name, known, n=1)
+    # one letter of a short name is a large share of its letters
+    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.75 if len(name) < 8 else 0.85)
+    return slip or [other for other in known if len(name) > 4 and name in other][:3]
 
 
 def either(names: Iterable[str]) -> str:

@@ -241,6 +241,11 @@ class TestNames:
         with pytest.raises(TypeError, match=r"Did you mean KAGGLE_MGPU_KEEP_LAST\?"):
             TrainConfig.environment({"KAGGLE_MGPU_SAVE_TOTAL_LIMIT": "3"})
 
+    @pytest.mark.parametrize("name", ["stage2_batch_size", "mode", "dropout", "optimizer"])
+    def test_a_name_that_is_far_from_all_gets_no_guess(self, name: str) -> None:
+        with pytest.raises(TypeError, match=rf"has no parameter '{name}'\. It has: base_batch_size, "):
+            TrainConfig.from_dict({name: 1})
+
     def test_a_config_is_copied_and_sent_like_any_dataclass(self) -> None:
         config = Recipe(sizes=[7], lr=0.25, max_steps=3)
         for copied in (copy.copy(config), copy.deepcopy(config), dataclasses.replace(config)):

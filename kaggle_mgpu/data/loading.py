@@ -147,10 +147,13 @@ class Step:
 def size_of(dataset: Dataset[Any], what: str) -> int:
     """Return len(dataset); raise TypeError for a dataset without length or indexing."""
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        lacks = "is a loader" if isinstance(dataset, DataLoader) else "has no length or no __getitem__"
+        lacks, next_step = "has no length or no __getitem__", ""
+        if isinstance(dataset, DataLoader):
+            lacks = "is a loader"
+            next_step = " Return the loader's dataset; its collate_fn becomes Task.collate."
         raise TypeError(
             f"{what} {lacks}: expected a map-style dataset (__len__ and __getitem__), got "
-            f"{type(dataset).__name__}. Exact resume needs samples that can be asked for by number."
+            f"{type(dataset).__name__}. Exact resume needs samples that can be asked for by number.{next_step}"
         )
     return len(dataset)
 

@@ -112,6 +112,8 @@ class Progress:
         self._on_record, self._settings = on_record, settings or {}
         self._writer = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
         view = View(max_steps, unit, world_size, device_line, clock)
+        attach_again = f"from kaggle_mgpu import progress; progress.attach({os.fspath(output_dir)!r})"
+        view.hint += f" After a reload of the page this panel stands still; the run is shown by: {attach_again}"
         self._display = choose(display)(view, log)
         for record in earlier:
             view.take(record, past=True)

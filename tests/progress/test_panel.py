@@ -391,6 +391,21 @@ class TestBatch:
 
 
 class TestAttach:
+    def test_the_code_in_a_panel_that_stands_still_shows_how_the_run_ended(self, tmp_path, capsys, monkeypatch):
+        shown = []
+        monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append(html))
+        run = make(tmp_path, display="panel")
+        for record in story():
+            run.record(record)
+        saved = "".join(Checked(shown[-1]).texts)
+        end = {"finished": True, "step": 1240, "metrics": {}, "seconds": 496.0}
+        run.record({"kind": "stop", **end})
+        run.close(end)
+        code = re.search(r"from kaggle_mgpu import progress; progress\.attach\(.*\)", saved)[0]
+        exec(code, {})
+        assert "finished: step 1240" in capsys.readouterr().out
+        assert "reload" not in shown[-1], "the panel of a run that has ended"
+
     def test_an_ended_run_is_shown_as_it_ended(self, tmp_path, capsys, monkeypatch):
         shown = []
         monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append((html, text, display_id)))

@@ -1,12 +1,17 @@
 """The pictures of a run, from its records."""
 
+import io
 import itertools
 import math
 import subprocess
 import sys
 
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from PIL import Image
 
+import browser
 from kaggle_mgpu.progress import compare_plot, pixels, plot
 from runs import make, story, train, write
 
@@ -144,6 +149,17 @@ class TestWholePicture:
         png = plot(folder, save=False)._repr_png_()
         assert png.startswith(b"\x89PNG")
         assert len(png) < 36_000
+
+    def test_a_plot_can_be_read_on_a_light_page_and_on_a_dark_one(self, folder):
+        figure = plot(folder, save=False)
+        drawn = pixels(figure)
+        assert drawn[0, 0].tolist()[3] == 0, "the ground is transparent"
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_bbox_patch() is None]
+        inks = {str([255 * part for part in to_rgb(text.get_color())]) for text in texts}
+        for ground in ("rgb(255, 255, 255)", "rgb(17, 17, 17)"):
+            assert all(browser.contrast(ink, ground) > 3 for ink in inks), inks
+        png = Image.open(io.BytesIO(figure._repr_png_())).convert("RGBA")
+        assert png.getpixel((0, 0))[3] == 0
 
 
 class TestCompare:

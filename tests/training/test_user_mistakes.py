@@ -120,7 +120,9 @@ def test_what_is_no_task_no_config_or_no_dataset(tmp_path: Path) -> None:
         launch(train, settings, Regression)
     with pytest.raises(TypeError, match="got a Regression and a TrainConfig"):
         launch(train, Regression(), settings)
-    with pytest.raises(TypeError, match=r"train_data\(\) is a loader: expected a map-style dataset"):
+    with pytest.raises(
+        TypeError, match=r"train_data\(\) is a loader: expected a map-style dataset.* Return the loader's dataset"
+    ):
         launch(train, settings, Loader())
     with pytest.raises(TypeError, match=r"launch expects a function first, got a TrainConfig: launch\(train, "):
         launch(settings, Regression())  # type: ignore[arg-type]
