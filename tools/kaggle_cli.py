@@ -1,4 +1,4 @@
-"""Call the kaggle CLI (`pip install kaggle six`) as a subprocess, and read its answers.
+"""Call the kaggle CLI (`pip install kaggle-mgpu[ship]`) as a subprocess, and read its answers.
 
 The CLI exits with 0 even if Kaggle refused a push, dropped an input or ended a kernel with ERROR, so its text is read.
 Errors carry Kaggle's own words. Only the CLI reads credentials; text that looks like a credential is removed from every
@@ -87,7 +87,7 @@ def _command(*arguments: str | Path) -> list[str]:
         return [sys.executable, "-m", "kaggle", *rest]
     if program := shutil.which("kaggle"):
         return [program, *rest]
-    raise KaggleError("the kaggle CLI is not installed: pip install kaggle six")
+    raise KaggleError("the kaggle CLI is not installed: pip install kaggle-mgpu[ship]")
 
 
 def call(*arguments: str | Path, timeout: float | None = None) -> str:

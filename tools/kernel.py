@@ -52,13 +52,30 @@ class Kernel:
     """A notebook to push to Kaggle, with its parameters and inputs."""
 
     notebook: str
-    """The name of the source: text_generation_kaggle_multigpu."""
+    """The name of the source, such as text_generation_kaggle_multigpu, or the path of an .ipynb of the user's own."""
     user: str
     title: str
     root: Path
     parameters: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Inputs in addition to the notebook's own, by field of kernel-metadata.json."""
+
+    @property
+    def source(self) -> Path:
+        """The notebook's percent source, or its .ipynb."""
+        own = self.notebook.endswith(".ipynb")
+        return Path(self.notebook) if own else notebooks.sources(self.root, [self.notebook])[0]
+
+    def check_user(self) -> None:
+        """Raise KernelError if no user is known."""
+        if self.user in ("", PLACEHOLDER):
+            raise KernelError(
+                "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
+            )
+
+    def load(self) -> Any:
+        """Build the notebook, or read the user's own."""
+        return notebooks.load(self.source, self.root / "kaggle_mgpu")
 
     @property
     def slug(self) -> str:
@@ -87,9 +104,8 @@ class Kernel:
             NotebookError: a parameter that the notebook does not have, an invalid notebook.
             KernelError: the kernel would be refused, or fail, on Kaggle.
         """
-        (source,) = notebooks.sources(self.root, [self.notebook])
-        notebook = notebooks.build(source, self.root / "kaggle_mgpu")
-        notebooks.check_names(notebook, self.parameters, source.name)
+        notebook = self.load()
+        notebooks.check_names(notebook, self.parameters, self.source.name)
         if self.parameters or comment != "Parameters":
             notebook = inject(notebook, self.parameters, comment)
         text = notebooks.dumps(notebook)
@@ -158,48 +174,48 @@ for given in json.load(sys.stdin):
 """
 
 
-def check_values(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Check that the notebook's Config accepts the parameters, before a session is spent.
+def check_parameters(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Check that the notebook knows the parameters and its Config accepts them, before a session is spent.
 
     Args:
         settings: the parameters of each run, if there are several runs.
 
     Raises:
+        NotebookError: the notebook has no such parameter.
         KernelError: Config rejects a value; the message has Config's words.
     """
-    (source,) = notebooks.sources(kernel.root, [kernel.notebook])
-    text = source.read_text(encoding="utf-8")
-    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", text, re.M)
-    given = [kernel.parameters] if settings is None else settings
-    if recipe is None or not any(given):
+    if not kernel.parameters:
         return
+    notebook = kernel.load()
+    notebooks.check_names(notebook, kernel.parameters, kernel.source.name)
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
+    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", code, re.M)
+    if recipe is None:
+        return
+    given = [kernel.parameters] if settings is None else settings
     paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", _TRY, recipe[1]], input=json.dumps([dict(each) for each in given]),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if said := done.stdout.strip():
-        raise KernelError(f"{source.name}: {said}")
+        raise KernelError(f"{kernel.source.name}: {said}")
 
 
-def kernel_from(root: Path, name: str, user: str | None, title: str | None = None, here: bool = False) -> Kernel:
-    """Return the kernel for a notebook's name, such as text_generation, or for owner/slug.
+def kernel_from(root: Path, name: str, user: str | None, title: str | None = None) -> Kernel:
+    """Return the kernel for a notebook's name, such as text_generation, for the path of an .ipynb, or for owner/slug.
 
     Args:
-        user: default: the user in the top-level kernel-metadata.json.
-        here: whether the kernel runs on this machine, so that no user is needed.
+        user: default: the user in the top-level kernel-metadata.json, which may be nobody yet.
     """
-    if "/" in name:
+    if "/" in name and not name.endswith(".ipynb"):
         owner, slug = name.split("/", 1)
         record = read_json(root / "build" / "kernels" / slug / "pushed.json")
         return Kernel(record.get("notebook", slug.replace("-", "_")), owner, titled(slug), root)
-    (source,) = notebooks.sources(root, [name])
+    own = name.endswith(".ipynb")
+    source = Path(name).resolve() if own else notebooks.sources(root, [name])[0]
     owner = user or str(top_metadata(root).get("id", "")).split("/")[0]
-    if owner in ("", PLACEHOLDER) and not here:
-        raise KernelError(
-            "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
-        )
-    return Kernel(source.stem, owner, title or titled(source.stem), root)
+    return Kernel(str(source) if own else source.stem, owner, title or titled(source.stem), root)
 
 
 def top_metadata(root: Path) -> dict[str, Any]:
@@ -252,11 +268,13 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     """Return kernel-metadata.json for this kernel: the top-level file, the notebook's needs and the given inputs."""
     if unknown := set(needs) - set(NEEDS):
         raise KernelError(
-            f"{kernel.notebook}.py asks for {', '.join(sorted(unknown))} in its header; expected some of: "
+            f"{kernel.source.name} asks for {', '.join(sorted(unknown))} in its header; expected some of: "
             + ", ".join(NEEDS)
         )
     top = top_metadata(root)
-    same = Path(str(top.get("code_file"))).stem == kernel.notebook  # else the inputs there are another notebook's
+    same = (
+        Path(str(top.get("code_file"))).stem == Path(kernel.notebook).stem
+    )  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
     for name in SOURCES:
