@@ -18,12 +18,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_SECRETS = re.compile(
-    r"KGAT_\w+|\bhf_\w{8,}|\bgh[pousr]_\w{8,}|\bsk-[\w-]{16,}|\bAKIA\w{16}|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
-    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|\b[0-9a-f]{32}\b"
+_TOKENS = (
+    r"KGAT_\w{6,}|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_\w{8,}|\bgithub_pat_\w{22,}|\bglpat-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,}"
+    r"|\bsk-[\w-]{16,}|\bAIza[\w-]{35}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@{}]+:[^/\s@{}]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-"""Tokens of Kaggle, Hugging Face, GitHub, OpenAI and AWS, JWTs, Authorization headers, user:password in a URL, and 32
-hex digits (the form of a Kaggle API key)."""
+"""Tokens of Kaggle, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google and AWS, JWTs, Authorization headers,
+user:password in a URL, private keys."""
+_NAMED = (
+    r"(?i:(?:api_?key|[\W_](?:key|token|secret|secret_access_key|password|passwd)|^(?:key|token|secret|password))"
+    r"[\"']?\]?\s*[:=,(]\s*[\"']?|wandb\.login\(\s*[\"']|wandb login (?:--relogin )?)"
+    r"(?P<value>\b(?:[0-9a-f]{32}|[0-9a-f]{40})\b|(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"']))"
+)
+"""Keys of Kaggle (32 hex digits), wandb (40) and AWS (40 letters) after a name such as api_key; without it, hashes."""
+_SECRETS = re.compile(f"{_TOKENS}|{_NAMED}", re.MULTILINE)
+_IN_MESSAGES = re.compile(rf"{_TOKENS}|\bhf_\w{{8,}}|\b[0-9a-f]{{32}}\b|\b[0-9a-f]{{40}}\b")
 NO_CREDENTIALS = "no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle"
 HOPELESS = re.compile(r"no Kaggle credentials|CLI is not installed|must be specified in the form")
 """Errors that stay when the call is repeated."""
@@ -72,12 +82,12 @@ class Status:
 def secret_in(text: str) -> str | None:
     """Return the first characters of a token or key in the text, or None."""
     found = _SECRETS.search(text)
-    return None if found is None else f"{found[0][:4]}…"
+    return None if found is None else f"{(found['value'] or found[0])[:4]}…"
 
 
 def redacted(text: str) -> str:
-    """Replace tokens and keys in a text by [secret]."""
-    return _SECRETS.sub("[secret]", text)
+    """Replace tokens, and whatever has the form of a key, in a message by [secret]."""
+    return _IN_MESSAGES.sub("[secret]", text)
 
 
 def _command(*arguments: str | Path) -> list[str]:

@@ -59,6 +59,8 @@ class Kernel:
     parameters: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Inputs in addition to the notebook's own, by field of kernel-metadata.json."""
+    internet: bool = False
+    """Whether to switch the internet on, whatever the notebook says."""
 
     @property
     def source(self) -> Path:
@@ -277,6 +279,8 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     )  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
+    if kernel.internet:
+        about["enable_internet"] = True
     for name in SOURCES:
         wanted = [needs.get(name), top.get(name) if same else None, kernel.sources.get(name)]
         about[name] = list(dict.fromkeys(source for sources in wanted for source in sources or []))

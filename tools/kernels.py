@@ -75,6 +75,7 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
 
 
 def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    kernel.internet = arguments.internet
     pushed = kernel.push(again=arguments.again)
     print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
     return 0
@@ -188,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("notebook", nargs="?", help="also make it the notebook that `kaggle kernels push` pushes")
     push = command("push", _push, "build, check and push a notebook, and start it")
     run_options(push)
+    push.add_argument("--internet", action="store_true", help="with the internet on, as `pip install` needs it")
     push.add_argument("--again", action="store_true", help="even if the kernel is running, which costs quota twice")
     command("status", _status, "the newest session's status; exit code 1 after ERROR or a cancellation")
     command("logs", _logs, "the log as plain lines, live while the kernel runs")

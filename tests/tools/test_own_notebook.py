@@ -103,7 +103,7 @@ def ran(desk: Desk, push: str) -> tuple[dict[str, Any], str]:
 
 def test_in_the_notebook(desk: Desk) -> None:
     desk.write(EXAMPLE, "import sys" + JUDGE)
-    carry, push = (re.findall("`(.*?)`", text)[0] for text in ROWS["in the notebook"][1:])
+    carry, push = (re.findall("`(.*?)`", text)[0] for text in ROWS["in the file itself"][1:])
     assert "my_notebook.ipynb: carries kaggle_mgpu " in desk.run(carry)
     request, said = ran(desk, push)
     assert request["enableInternet"] is False
@@ -141,7 +141,8 @@ def test_with_pip(desk: Desk, library: str, image: Path) -> None:
     account.python = str(image)
     account.session_variables = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(desk.folder / "build" / "wheel")}
     desk.write(ROWS["pip"][1].strip("`"), EXAMPLE, "import sys" + JUDGE)
-    _, said = ran(desk, "push my_notebook.ipynb")
+    request, said = ran(desk, ROWS["pip"][2].strip("`"))
+    assert request["enableInternet"] is True
     assert len(re.findall(rf"from {re.escape(str(image.parents[1]))}/lib/\S+/kaggle_mgpu", said)) >= 2, said
 
 
