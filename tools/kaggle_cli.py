@@ -7,8 +7,10 @@ message.
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _TOKENS = (
@@ -64,6 +67,15 @@ class Pushed:
 
     version: int | None
     url: str
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What is left of the week's GPU time."""
+
+    seconds: float
+    renewed: str
+    """When the next week begins, as Kaggle writes it, or ""."""
 
 
 @dataclass(frozen=True)
@@ -128,15 +140,40 @@ def _shortened(text: str) -> str:
     return text if len(text) < 3000 else text[:3000] + " …"
 
 
-def push(folder: Path) -> Pushed:
+def quota() -> Quota | None:
+    """Return the rest of the week's GPU quota (`kaggle quota`); None if the CLI (before 2.2) or Kaggle does not say."""
+    try:
+        said = call("quota", "--csv", timeout=300)
+    except KaggleError as error:
+        if HOPELESS.search(str(error)):
+            raise
+        return None
+    rows = [dict(row) for row in csv.DictReader(said.splitlines())]
+    gpu = next((row for row in rows if row.get("resource") == "GPU"), {})
+    found = re.fullmatch(r"([\d.]+)h", str(gpu.get("remaining")))
+    return None if found is None else Quota(3600 * float(found[1]), gpu.get("refreshAt") or "")
+
+
+@cache
+def versions_are_heeded() -> bool:
+    """Return whether the CLI heeds owner/kernel/N: before 2.2.5 it answers for the newest version without a word."""
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", call("--version", timeout=300))
+    return found is not None and tuple(map(int, found.groups())) >= (2, 2, 5)
+
+
+def push(folder: Path, limit: float | None = None) -> Pushed:
     """Save a folder as the kernel's next version, and start a session (`kaggle kernels push`).
+
+    Args:
+        limit: seconds after which Kaggle ends the session: the only brake, since no API call cancels a session.
 
     Raises:
         RefusedError: Kaggle refused the push; nothing runs.
         SourcesError: Kaggle accepted the push, and starts the session without some inputs.
         KaggleError: any other failure; a session may or may not run.
     """
-    said = call("kernels", "push", "-p", folder, timeout=600)
+    brake = [] if limit is None else ["-t", str(math.ceil(limit))]
+    said = call("kernels", "push", "-p", folder, *brake, timeout=600)
     if refusal := re.search(r"Kernel push error: (.*)", said, re.DOTALL):
         raise RefusedError(f"Kaggle refused the push: {redacted(refusal[1].strip())}")
     found = re.search(r"Kernel version (?:(\d+) )?successfully pushed\.\s+Please check progress at (\S+)", said)
@@ -154,7 +191,7 @@ def push(folder: Path) -> Pushed:
 
 
 def status(kernel: str) -> Status:
-    """Return the status of the newest session (`kaggle kernels status`)."""
+    """Return the status of the session of owner/kernel/N, or of the newest (`kaggle kernels status`)."""
     said = call("kernels", "status", kernel, timeout=300)
     found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
     if found is None:
@@ -174,9 +211,12 @@ def status_if_any(kernel: str) -> Status | None:
 
 
 def output(kernel: str, folder: Path, pattern: str | None = None) -> list[Path]:
-    """Fetch the newest version's files that match a pattern (`kaggle kernels output`), and its log as `log.txt`.
+    """Fetch the files of owner/kernel/N, or of the newest version, and its log as `log.txt` (`kaggle kernels output`).
 
     Existing files are overwritten.
+
+    Args:
+        pattern: fetch only the files whose path it matches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--file-pattern", pattern] if pattern else []

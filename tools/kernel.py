@@ -29,7 +29,7 @@ from kaggle_cli import KaggleError
 PLACEHOLDER = "INSERT_KAGGLE_USERNAME"
 MAX_BYTES = 700_000  # Kaggle refuses 2.8 MB with HTTP 400
 SOURCES = ("dataset_sources", "competition_sources", "kernel_sources", "model_sources")
-NEEDS = (*SOURCES, "enable_internet", "docker_image", "machine_shape")
+NEEDS = (*SOURCES, "enable_internet", "docker_image", "docker_image_pinning_type", "machine_shape")
 FORMS = {
     "dataset_sources": (r"[\w-]+/[\w-]+(/\d+)?", "owner/slug"),
     "competition_sources": (r"[\w-]+", "slug"),
@@ -39,6 +39,10 @@ FORMS = {
 WORKING = Path("/kaggle/working")
 SETTLING = 300.0
 """Seconds after a push in which Kaggle may still report the end of the previous session."""
+LEAST = 1800.0
+"""Seconds of quota that are worth a session whose length is not known."""
+SLACK = 900.0
+"""Seconds that a session may take after its time_limit, to save and to write its notebook."""
 SPELLING = {"multigpu": "MultiGPU", "gpus": "GPUs", "sft": "SFT"}
 
 
@@ -59,6 +63,10 @@ class Kernel:
     parameters: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Inputs in addition to the notebook's own, by field of kernel-metadata.json."""
+    limit: float | None = None
+    """Seconds after which Kaggle ends a session."""
+    pinned: bool = False
+    """Whether each version keeps the image in which the kernel began."""
     internet: bool = False
     """Whether to switch the internet on, whatever the notebook says."""
 
@@ -67,6 +75,21 @@ class Kernel:
         """The notebook's percent source, or its .ipynb."""
         own = self.notebook.endswith(".ipynb")
         return Path(self.notebook) if own else notebooks.sources(self.root, [self.notebook])[0]
+
+    @property
+    def seconds(self) -> float | None:
+        """The seconds a session may take: its limit, else SLACK more than the parameter time_limit, else unknown."""
+        given = self.parameters.get("time_limit")
+        return self.limit or (None if given is None else duration(str(given)) + SLACK)
+
+    def short_of_quota(self) -> str:
+        """Return why the week's GPU quota cannot pay for a session, or ""."""
+        left, needed = kaggle_cli.quota(), self.seconds or LEAST
+        if left is None or left.seconds >= needed:
+            return ""
+        until = f"; the quota is renewed at {left.renewed}" if left.renewed else ""
+        hours, of = left.seconds / 3600, needed / 3600
+        return f"the week's GPU quota has {hours:.1f} h left, and a session needs {of:.1f}{until}"
 
     def check_user(self) -> None:
         """Raise KernelError if no user is known."""
@@ -135,7 +158,7 @@ class Kernel:
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
         note |= {"sha256": digest, "time": time.time()}
         try:
-            pushed = kaggle_cli.push(self.folder)
+            pushed = kaggle_cli.push(self.folder, self.seconds)
         except kaggle_cli.SourcesError as error:
             write_json(self.record, {**note, **vars(error.pushed)})
             raise
@@ -149,6 +172,15 @@ class Kernel:
             return Outcome.of(folder)
         return Outcome.of(folder, os.path.relpath(WORKING / given, WORKING))
 
+    def named(self, version: int | None) -> str:
+        """Return owner/kernel/N; owner/kernel, the newest version, if no version is known or the CLI heeds none."""
+        return f"{self.id}/{version}" if version and kaggle_cli.versions_are_heeded() else self.id
+
+    @property
+    def version(self) -> int | None:
+        """The version of the last push from here."""
+        return read_json(self.record).get("version")
+
     @property
     def just_pushed(self) -> bool:
         """Whether Kaggle may still report the previous session, since the last push is recent."""
@@ -156,7 +188,7 @@ class Kernel:
 
     def results(self, version: int | None = None) -> Path:
         """Return the folder for the output of a version; default: the last version pushed from here."""
-        version = version or read_json(self.record).get("version")
+        version = version or self.version
         return self.root / "runs" / self.slug / (f"v{version}" if version else "latest")
 
 
@@ -279,6 +311,8 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     )  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
+    if kernel.pinned:
+        about.setdefault("docker_image_pinning_type", "original")
     if kernel.internet:
         about["enable_internet"] = True
     for name in SOURCES:
@@ -310,6 +344,8 @@ def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
             for source in about[name]
             if not isinstance(source, str) or not re.fullmatch(form, source)
         ]
+    if "p100" in str(about.get("machine_shape")).lower():
+        wrong.append(f"machine_shape {about['machine_shape']!r}: Kaggle has no P100 any more: NvidiaTeslaT4 is two T4s")
     for name in ("is_private", "enable_gpu", "enable_tpu", "enable_internet"):
         if not isinstance(about.get(name), bool):
             wrong.append(f"{name} must be true or false, got {about.get(name)!r}")
@@ -405,7 +441,8 @@ def wait_for(
             status = kaggle_cli.status(kernel)
             failures = 0
         except KaggleError as error:
-            absent = kaggle_cli.ABSENT.search(str(error)) and not just_pushed
+            # a version that was named has been pushed, and Kaggle may not know of its session yet
+            absent = kaggle_cli.ABSENT.search(str(error)) and not just_pushed and kernel.count("/") == 1
             if not before and (absent or kaggle_cli.HOPELESS.search(str(error))):
                 raise
             failures += 1
@@ -450,6 +487,22 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def duration(text: str) -> float:
+    """Return the seconds in a text such as 5400, 45m or 11h30m.
+
+    Raises:
+        KernelError: the text is no duration.
+    """
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        total = sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    except ValueError:
+        total = 0
+    if total <= 0:
+        raise KernelError(f"expected seconds, or a duration such as 45m or 11h30m, got {text!r}")
+    return float(total)
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:

@@ -48,9 +48,11 @@ from kernel import (
     KernelError,
     assignments,
     check_parameters,
+    duration,
     kernel_from,
     log_end,
     metadata,
+    read_json,
     top_metadata,
     wait_for,
 )  # fmt: skip
@@ -76,8 +78,13 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
 
 def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
     kernel.internet = arguments.internet
+    if short := kernel.short_of_quota():
+        raise KernelError(f"not pushed: {short}")
     pushed = kernel.push(again=arguments.again)
     print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
+    about = read_json(kernel.folder / "kernel-metadata.json")
+    if about.get("enable_tpu") or str(about.get("machine_shape")).lower().startswith("tpu"):
+        print("TPU: Kaggle gives pushed notebooks an image without TPU libraries; switch it on in the browser instead")
     return 0
 
 
@@ -94,7 +101,7 @@ def _logs(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
     folder = kernel.results(arguments.version)
-    files = kaggle_cli.output(kernel.id, folder)
+    files = kaggle_cli.output(kernel.named(arguments.version or kernel.version), folder)
     if not files:
         raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
     print(f"{kernel.outcome(folder).text}\n{len(files)} file{'s' * (len(files) > 1)} in {folder}")
@@ -102,11 +109,11 @@ def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 
 def _wait(kernel: Kernel, arguments: argparse.Namespace) -> int:
-    status = wait_for(
-        kernel.id, arguments.interval, lambda text: print(text, flush=True), just_pushed=kernel.just_pushed
-    )
+    name = kernel.named(arguments.version or kernel.version)
+    just_pushed = kernel.just_pushed and name == kernel.id
+    status = wait_for(name, arguments.interval, lambda text: print(text, flush=True), just_pushed=just_pushed)
     folder = kernel.results(arguments.version)
-    kaggle_cli.output(kernel.id, folder, SMALL)
+    kaggle_cli.output(name, folder, SMALL)
     outcome = kernel.outcome(folder)
     print(outcome.text)
     if status.state == "COMPLETE" and outcome.finished:
@@ -177,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     def run_options(made: argparse.ArgumentParser) -> None:
         made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
         made.add_argument("--title", help="default: made from the notebook's name; the slug follows from the title")
+        made.add_argument("-t", "--limit", metavar="DURATION", help="Kaggle ends a session after it, such as 3h")
         for name in ("dataset", "competition", "kernel", "model"):
             flag = f"--{name}" if name != "kernel" else "--kernel-source"
             made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
@@ -237,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
+            kernel.limit = None if arguments.limit is None else duration(arguments.limit)
             if arguments.command != "sweep":  # sweep checks each combination itself
                 check_parameters(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
