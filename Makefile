@@ -3,6 +3,7 @@
 # make test   everything: lint, types, tests
 # make lock   write .ci/constraints.txt anew: the newest of everything but torch, which TORCH=2.14.0 would move
 # make wheel  build/wheel/kaggle_mgpu-VERSION-py3-none-any.whl
+# make release   sdist and wheel for PyPI in build/dist, checked; RELEASING.md says what follows
 # make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
 # make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
@@ -52,7 +53,7 @@ BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
 .PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu test-deepspeed
-.PHONY: lock wheel lint notebooks bench clean
+.PHONY: lock wheel release lint notebooks bench clean
 
 install: $(VENV)/installed
 
@@ -148,11 +149,19 @@ NO_KAGGLE_PYTHON := test-kaggle skipped: no Python 3.12 here, which is Kaggle's.
 test-kaggle: $(if $(KAGGLE_PYTHON),build/kaggle/installed)
 	$(if $(KAGGLE_PYTHON),build/kaggle/bin/python -m $(PYTEST) $(TESTS),@echo "$(NO_KAGGLE_PYTHON)")
 
-# What setuptools keeps of an earlier build would get into this one.
 wheel: $(VENV)/installed
-	rm -rf build/lib kaggle_mgpu.egg-info
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
-	rm -rf build/lib build/bdist.* kaggle_mgpu.egg-info
+	$(BIN)/python tools/kernels.py library
+
+# RELEASING.md says what follows. The wheel is the one above; twine checks how the package's page will look.
+RELEASE := build/release
+release: wheel
+	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m $(INSTALL) build twine
+	rm -rf build/dist
+	git archive --prefix=source/ --output=build/source.tar HEAD && rm -rf build/source && tar -xf build/source.tar -C build
+	$(RELEASE)/bin/python -m build --sdist --outdir build/dist build/source
+	cp build/wheel/*-$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' kaggle_mgpu/__init__.py)-py3-none-any.whl build/dist
+	$(RELEASE)/bin/python -m twine check --strict build/dist/*
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu

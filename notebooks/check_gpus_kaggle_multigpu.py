@@ -32,7 +32,7 @@ print(devices.report())
 output_dir = "check_gpus"  # checked for space; result.json is written there
 compare = "auto"  # measure single, dp and ddp: True, False, or auto, where there is a GPU
 steps = 20  # of each strategy
-plan_on = None  # plan for "T4x2", "P100", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
+plan_on = None  # plan for "T4x2", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
 depth = 8  # of the transformer that is measured: blocks,
 width = 256  # numbers per token,
 heads = 8

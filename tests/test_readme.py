@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -25,26 +22,6 @@ PACKAGE = sorted((ROOT / "kaggle_mgpu").rglob("*.py"))
 
 def test_the_readme_is_short() -> None:
     assert len(README.split()) <= 1500
-
-
-def test_the_example_trains(tmp_path: Path) -> None:
-    found = re.search(r"```python\n([^`]*class Sine.*?)```", README, re.DOTALL)
-    assert found is not None
-    code = found[1].replace('output_dir="sine"', f"output_dir={str(tmp_path / 'sine')!r}, nproc=2")
-    code += (
-        "\nwith torch.no_grad():\n    print('error', (model(torch.ones(1, 1)) - torch.ones(1, 1).sin()).abs().item())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rsplit("error", 1)[1]) < 0.05
 
 
 def commands(text: str) -> list[str]:

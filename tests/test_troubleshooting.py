@@ -16,7 +16,8 @@ ROWS = re.findall(r"^\| (?!\*\*)(.+?) \| (.+) \|$", PAGE.split("\n## ")[0], re.M
 QUOTES = [quote for message, _ in ROWS for quote in re.findall(r"`([^`]+)`", message) if message != "message"]
 PACKAGE = sorted((ROOT / "kaggle_mgpu").rglob("*.py"))
 SHIPPING = [
-    ROOT / "tools" / f"{name}.py" for name in ("kernels", "kernel", "kaggle_cli", "relay", "sweep", "notebooks")
+    ROOT / "tools" / f"{name}.py"
+    for name in ("kernels", "kernel", "kaggle_cli", "library", "relay", "sweep", "notebooks")
 ]
 SHORTEST = 5
 """Fewest characters of a fixed text that tell a message from others."""

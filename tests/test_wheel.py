@@ -30,11 +30,12 @@ def version(root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by make from a copy of its sources, where an earlier build has left a module behind."""
+    """The wheel, built by make from a copy of the checkout, where an earlier build has left a module behind."""
     source = tmp_path_factory.mktemp("source")
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
-    shutil.copytree(root / "kaggle_mgpu", source / "kaggle_mgpu", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("kaggle_mgpu", "tools"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     left = source / "build" / "lib" / "kaggle_mgpu" / "moved_since.py"
     left.parent.mkdir(parents=True)
     left.touch()

@@ -1,4 +1,4 @@
-"""Call the kaggle CLI (`pip install kaggle six`) as a subprocess, and read its answers.
+"""Call the kaggle CLI (`pip install kaggle-mgpu[ship]`) as a subprocess, and read its answers.
 
 The CLI exits with 0 even if Kaggle refused a push, dropped an input or ended a kernel with ERROR, so its text is read.
 Errors carry Kaggle's own words. Only the CLI reads credentials; text that looks like a credential is removed from every
@@ -7,8 +7,10 @@ message.
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,14 +18,25 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-_SECRETS = re.compile(
-    r"KGAT_\w+|\bhf_\w{8,}|\bgh[pousr]_\w{8,}|\bsk-[\w-]{16,}|\bAKIA\w{16}|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
-    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|\b[0-9a-f]{32}\b"
+_TOKENS = (
+    r"KGAT_\w{6,}|\bhf_[A-Za-z0-9]{20,}|\bgh[pousr]_\w{8,}|\bgithub_pat_\w{22,}|\bglpat-[\w-]{20,}|\bxox[abeoprs]-[\w-]{10,}"
+    r"|\bsk-[\w-]{16,}|\bAIza[\w-]{35}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
+    r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@{}]+:[^/\s@{}]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-"""Tokens of Kaggle, Hugging Face, GitHub, OpenAI and AWS, JWTs, Authorization headers, user:password in a URL, and 32
-hex digits (the form of a Kaggle API key)."""
+"""Tokens of Kaggle, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google and AWS, JWTs, Authorization headers,
+user:password in a URL, private keys."""
+_NAMED = (
+    r"(?i:(?:api_?key|[\W_](?:key|token|secret|secret_access_key|password|passwd)|^(?:key|token|secret|password))"
+    r"[\"']?\]?\s*[:=,(]\s*[\"']?|wandb\.login\(\s*[\"']|wandb login (?:--relogin )?)"
+    r"(?P<value>\b(?:[0-9a-f]{32}|[0-9a-f]{40})\b|(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"']))"
+)
+"""Keys of Kaggle (32 hex digits), wandb (40) and AWS (40 letters) after a name such as api_key; without it, hashes."""
+_SECRETS = re.compile(f"{_TOKENS}|{_NAMED}", re.MULTILINE)
+_IN_MESSAGES = re.compile(rf"{_TOKENS}|\bhf_\w{{8,}}|\b[0-9a-f]{{32}}\b|\b[0-9a-f]{{40}}\b")
 NO_CREDENTIALS = "no Kaggle credentials. Run `kaggle auth login`, or put a token into ~/.kaggle"
 HOPELESS = re.compile(r"no Kaggle credentials|CLI is not installed|must be specified in the form")
 """Errors that stay when the call is repeated."""
@@ -57,6 +70,15 @@ class Pushed:
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What is left of the week's GPU time."""
+
+    seconds: float
+    renewed: str
+    """When the next week begins, as Kaggle writes it, or ""."""
+
+
+@dataclass(frozen=True)
 class Status:
     """The state of a kernel's newest session: QUEUED, RUNNING, COMPLETE, ERROR, CANCEL_REQUESTED, ..._ACKNOWLEDGED."""
 
@@ -72,12 +94,12 @@ class Status:
 def secret_in(text: str) -> str | None:
     """Return the first characters of a token or key in the text, or None."""
     found = _SECRETS.search(text)
-    return None if found is None else f"{found[0][:4]}…"
+    return None if found is None else f"{(found['value'] or found[0])[:4]}…"
 
 
 def redacted(text: str) -> str:
-    """Replace tokens and keys in a text by [secret]."""
-    return _SECRETS.sub("[secret]", text)
+    """Replace tokens, and whatever has the form of a key, in a message by [secret]."""
+    return _IN_MESSAGES.sub("[secret]", text)
 
 
 def _command(*arguments: str | Path) -> list[str]:
@@ -87,7 +109,7 @@ def _command(*arguments: str | Path) -> list[str]:
         return [sys.executable, "-m", "kaggle", *rest]
     if program := shutil.which("kaggle"):
         return [program, *rest]
-    raise KaggleError("the kaggle CLI is not installed: pip install kaggle six")
+    raise KaggleError("the kaggle CLI is not installed: pip install kaggle-mgpu[ship]")
 
 
 def call(*arguments: str | Path, timeout: float | None = None) -> str:
@@ -118,15 +140,40 @@ def _shortened(text: str) -> str:
     return text if len(text) < 3000 else text[:3000] + " …"
 
 
-def push(folder: Path) -> Pushed:
+def quota() -> Quota | None:
+    """Return the rest of the week's GPU quota (`kaggle quota`); None if the CLI (before 2.2) or Kaggle does not say."""
+    try:
+        said = call("quota", "--csv", timeout=300)
+    except KaggleError as error:
+        if HOPELESS.search(str(error)):
+            raise
+        return None
+    rows = [dict(row) for row in csv.DictReader(said.splitlines())]
+    gpu = next((row for row in rows if row.get("resource") == "GPU"), {})
+    found = re.fullmatch(r"([\d.]+)h", str(gpu.get("remaining")))
+    return None if found is None else Quota(3600 * float(found[1]), gpu.get("refreshAt") or "")
+
+
+@cache
+def versions_are_heeded() -> bool:
+    """Return whether the CLI heeds owner/kernel/N: before 2.2.5 it answers for the newest version without a word."""
+    found = re.search(r"(\d+)\.(\d+)\.(\d+)", call("--version", timeout=300))
+    return found is not None and tuple(map(int, found.groups())) >= (2, 2, 5)
+
+
+def push(folder: Path, limit: float | None = None) -> Pushed:
     """Save a folder as the kernel's next version, and start a session (`kaggle kernels push`).
+
+    Args:
+        limit: seconds after which Kaggle ends the session: the only brake, since no API call cancels a session.
 
     Raises:
         RefusedError: Kaggle refused the push; nothing runs.
         SourcesError: Kaggle accepted the push, and starts the session without some inputs.
         KaggleError: any other failure; a session may or may not run.
     """
-    said = call("kernels", "push", "-p", folder, timeout=600)
+    brake = [] if limit is None else ["-t", str(math.ceil(limit))]
+    said = call("kernels", "push", "-p", folder, *brake, timeout=600)
     if refusal := re.search(r"Kernel push error: (.*)", said, re.DOTALL):
         raise RefusedError(f"Kaggle refused the push: {redacted(refusal[1].strip())}")
     found = re.search(r"Kernel version (?:(\d+) )?successfully pushed\.\s+Please check progress at (\S+)", said)
@@ -144,7 +191,7 @@ def push(folder: Path) -> Pushed:
 
 
 def status(kernel: str) -> Status:
-    """Return the status of the newest session (`kaggle kernels status`)."""
+    """Return the status of the session of owner/kernel/N, or of the newest (`kaggle kernels status`)."""
     said = call("kernels", "status", kernel, timeout=300)
     found = re.search(r'has status "(?:KernelWorkerStatus\.)?(\w+)"', said)
     if found is None:
@@ -164,9 +211,12 @@ def status_if_any(kernel: str) -> Status | None:
 
 
 def output(kernel: str, folder: Path, pattern: str | None = None) -> list[Path]:
-    """Fetch the newest version's files that match a pattern (`kaggle kernels output`), and its log as `log.txt`.
+    """Fetch the files of owner/kernel/N, or of the newest version, and its log as `log.txt` (`kaggle kernels output`).
 
     Existing files are overwritten.
+
+    Args:
+        pattern: fetch only the files whose path it matches.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = ["--file-pattern", pattern] if pattern else []

@@ -29,7 +29,7 @@ from kaggle_cli import KaggleError
 PLACEHOLDER = "INSERT_KAGGLE_USERNAME"
 MAX_BYTES = 700_000  # Kaggle refuses 2.8 MB with HTTP 400
 SOURCES = ("dataset_sources", "competition_sources", "kernel_sources", "model_sources")
-NEEDS = (*SOURCES, "enable_internet", "docker_image", "machine_shape")
+NEEDS = (*SOURCES, "enable_internet", "docker_image", "docker_image_pinning_type", "machine_shape")
 FORMS = {
     "dataset_sources": (r"[\w-]+/[\w-]+(/\d+)?", "owner/slug"),
     "competition_sources": (r"[\w-]+", "slug"),
@@ -39,6 +39,10 @@ FORMS = {
 WORKING = Path("/kaggle/working")
 SETTLING = 300.0
 """Seconds after a push in which Kaggle may still report the end of the previous session."""
+LEAST = 1800.0
+"""Seconds of quota that are worth a session whose length is not known."""
+SLACK = 900.0
+"""Seconds that a session may take after its time_limit, to save and to write its notebook."""
 SPELLING = {"multigpu": "MultiGPU", "gpus": "GPUs", "sft": "SFT"}
 
 
@@ -52,13 +56,51 @@ class Kernel:
     """A notebook to push to Kaggle, with its parameters and inputs."""
 
     notebook: str
-    """The name of the source: text_generation_kaggle_multigpu."""
+    """The name of the source, such as text_generation_kaggle_multigpu, or the path of an .ipynb of the user's own."""
     user: str
     title: str
     root: Path
     parameters: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
     """Inputs in addition to the notebook's own, by field of kernel-metadata.json."""
+    limit: float | None = None
+    """Seconds after which Kaggle ends a session."""
+    pinned: bool = False
+    """Whether each version keeps the image in which the kernel began."""
+    internet: bool = False
+    """Whether to switch the internet on, whatever the notebook says."""
+
+    @property
+    def source(self) -> Path:
+        """The notebook's percent source, or its .ipynb."""
+        own = self.notebook.endswith(".ipynb")
+        return Path(self.notebook) if own else notebooks.sources(self.root, [self.notebook])[0]
+
+    @property
+    def seconds(self) -> float | None:
+        """The seconds a session may take: its limit, else SLACK more than the parameter time_limit, else unknown."""
+        given = self.parameters.get("time_limit")
+        return self.limit or (None if given is None else duration(str(given)) + SLACK)
+
+    def short_of_quota(self) -> str:
+        """Return why the week's GPU quota cannot pay for a session, or ""."""
+        left, needed = kaggle_cli.quota(), self.seconds or LEAST
+        if left is None or left.seconds >= needed:
+            return ""
+        until = f"; the quota is renewed at {left.renewed}" if left.renewed else ""
+        hours, of = left.seconds / 3600, needed / 3600
+        return f"the week's GPU quota has {hours:.1f} h left, and a session needs {of:.1f}{until}"
+
+    def check_user(self) -> None:
+        """Raise KernelError if no user is known."""
+        if self.user in ("", PLACEHOLDER):
+            raise KernelError(
+                "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
+            )
+
+    def load(self) -> Any:
+        """Build the notebook, or read the user's own."""
+        return notebooks.load(self.source, self.root / "kaggle_mgpu")
 
     @property
     def slug(self) -> str:
@@ -87,9 +129,8 @@ class Kernel:
             NotebookError: a parameter that the notebook does not have, an invalid notebook.
             KernelError: the kernel would be refused, or fail, on Kaggle.
         """
-        (source,) = notebooks.sources(self.root, [self.notebook])
-        notebook = notebooks.build(source, self.root / "kaggle_mgpu")
-        notebooks.check_names(notebook, self.parameters, source.name)
+        notebook = self.load()
+        notebooks.check_names(notebook, self.parameters, self.source.name)
         if self.parameters or comment != "Parameters":
             notebook = inject(notebook, self.parameters, comment)
         text = notebooks.dumps(notebook)
@@ -117,7 +158,7 @@ class Kernel:
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
         note |= {"sha256": digest, "time": time.time()}
         try:
-            pushed = kaggle_cli.push(self.folder)
+            pushed = kaggle_cli.push(self.folder, self.seconds)
         except kaggle_cli.SourcesError as error:
             write_json(self.record, {**note, **vars(error.pushed)})
             raise
@@ -131,6 +172,15 @@ class Kernel:
             return Outcome.of(folder)
         return Outcome.of(folder, os.path.relpath(WORKING / given, WORKING))
 
+    def named(self, version: int | None) -> str:
+        """Return owner/kernel/N; owner/kernel, the newest version, if no version is known or the CLI heeds none."""
+        return f"{self.id}/{version}" if version and kaggle_cli.versions_are_heeded() else self.id
+
+    @property
+    def version(self) -> int | None:
+        """The version of the last push from here."""
+        return read_json(self.record).get("version")
+
     @property
     def just_pushed(self) -> bool:
         """Whether Kaggle may still report the previous session, since the last push is recent."""
@@ -138,7 +188,7 @@ class Kernel:
 
     def results(self, version: int | None = None) -> Path:
         """Return the folder for the output of a version; default: the last version pushed from here."""
-        version = version or read_json(self.record).get("version")
+        version = version or self.version
         return self.root / "runs" / self.slug / (f"v{version}" if version else "latest")
 
 
@@ -158,48 +208,48 @@ for given in json.load(sys.stdin):
 """
 
 
-def check_values(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
-    """Check that the notebook's Config accepts the parameters, before a session is spent.
+def check_parameters(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | None = None) -> None:
+    """Check that the notebook knows the parameters and its Config accepts them, before a session is spent.
 
     Args:
         settings: the parameters of each run, if there are several runs.
 
     Raises:
+        NotebookError: the notebook has no such parameter.
         KernelError: Config rejects a value; the message has Config's words.
     """
-    (source,) = notebooks.sources(kernel.root, [kernel.notebook])
-    text = source.read_text(encoding="utf-8")
-    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", text, re.M)
-    given = [kernel.parameters] if settings is None else settings
-    if recipe is None or not any(given):
+    if not kernel.parameters:
         return
+    notebook = kernel.load()
+    notebooks.check_names(notebook, kernel.parameters, kernel.source.name)
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
+    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import .*\bConfig\b", code, re.M)
+    if recipe is None:
+        return
+    given = [kernel.parameters] if settings is None else settings
     paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", _TRY, recipe[1]], input=json.dumps([dict(each) for each in given]),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if said := done.stdout.strip():
-        raise KernelError(f"{source.name}: {said}")
+        raise KernelError(f"{kernel.source.name}: {said}")
 
 
-def kernel_from(root: Path, name: str, user: str | None, title: str | None = None, here: bool = False) -> Kernel:
-    """Return the kernel for a notebook's name, such as text_generation, or for owner/slug.
+def kernel_from(root: Path, name: str, user: str | None, title: str | None = None) -> Kernel:
+    """Return the kernel for a notebook's name, such as text_generation, for the path of an .ipynb, or for owner/slug.
 
     Args:
-        user: default: the user in the top-level kernel-metadata.json.
-        here: whether the kernel runs on this machine, so that no user is needed.
+        user: default: the user in the top-level kernel-metadata.json, which may be nobody yet.
     """
-    if "/" in name:
+    if "/" in name and not name.endswith(".ipynb"):
         owner, slug = name.split("/", 1)
         record = read_json(root / "build" / "kernels" / slug / "pushed.json")
         return Kernel(record.get("notebook", slug.replace("-", "_")), owner, titled(slug), root)
-    (source,) = notebooks.sources(root, [name])
+    own = name.endswith(".ipynb")
+    source = Path(name).resolve() if own else notebooks.sources(root, [name])[0]
     owner = user or str(top_metadata(root).get("id", "")).split("/")[0]
-    if owner in ("", PLACEHOLDER) and not here:
-        raise KernelError(
-            "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME"
-        )
-    return Kernel(source.stem, owner, title or titled(source.stem), root)
+    return Kernel(str(source) if own else source.stem, owner, title or titled(source.stem), root)
 
 
 def top_metadata(root: Path) -> dict[str, Any]:
@@ -252,13 +302,19 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     """Return kernel-metadata.json for this kernel: the top-level file, the notebook's needs and the given inputs."""
     if unknown := set(needs) - set(NEEDS):
         raise KernelError(
-            f"{kernel.notebook}.py asks for {', '.join(sorted(unknown))} in its header; expected some of: "
+            f"{kernel.source.name} asks for {', '.join(sorted(unknown))} in its header; expected some of: "
             + ", ".join(NEEDS)
         )
     top = top_metadata(root)
-    same = Path(str(top.get("code_file"))).stem == kernel.notebook  # else the inputs there are another notebook's
+    same = (
+        Path(str(top.get("code_file"))).stem == Path(kernel.notebook).stem
+    )  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
+    if kernel.pinned:
+        about.setdefault("docker_image_pinning_type", "original")
+    if kernel.internet:
+        about["enable_internet"] = True
     for name in SOURCES:
         wanted = [needs.get(name), top.get(name) if same else None, kernel.sources.get(name)]
         about[name] = list(dict.fromkeys(source for sources in wanted for source in sources or []))
@@ -288,6 +344,8 @@ def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
             for source in about[name]
             if not isinstance(source, str) or not re.fullmatch(form, source)
         ]
+    if "p100" in str(about.get("machine_shape")).lower():
+        wrong.append(f"machine_shape {about['machine_shape']!r}: Kaggle has no P100 any more: NvidiaTeslaT4 is two T4s")
     for name in ("is_private", "enable_gpu", "enable_tpu", "enable_internet"):
         if not isinstance(about.get(name), bool):
             wrong.append(f"{name} must be true or false, got {about.get(name)!r}")
@@ -383,7 +441,8 @@ def wait_for(
             status = kaggle_cli.status(kernel)
             failures = 0
         except KaggleError as error:
-            absent = kaggle_cli.ABSENT.search(str(error)) and not just_pushed
+            # a version that was named has been pushed, and Kaggle may not know of its session yet
+            absent = kaggle_cli.ABSENT.search(str(error)) and not just_pushed and kernel.count("/") == 1
             if not before and (absent or kaggle_cli.HOPELESS.search(str(error))):
                 raise
             failures += 1
@@ -428,6 +487,22 @@ def write_json(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def duration(text: str) -> float:
+    """Return the seconds in a text such as 5400, 45m or 11h30m.
+
+    Raises:
+        KernelError: the text is no duration.
+    """
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s?)?", text.strip())
+    try:
+        total = sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    except ValueError:
+        total = 0
+    if total <= 0:
+        raise KernelError(f"expected seconds, or a duration such as 45m or 11h30m, got {text!r}")
+    return float(total)
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:

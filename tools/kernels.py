@@ -1,12 +1,14 @@
 """Run a notebook on Kaggle with the kaggle CLI, and fetch its results.
 
-    pip install kaggle six                                              # and a token, as Kaggle's settings page says
+    pip install kaggle-mgpu[ship]                                       # and a token, as Kaggle's settings page says
     python tools/kernels.py init --user NAME                            # once: your user name into kernel-metadata.json
     python tools/kernels.py push text_generation -p epochs=5 --dataset owner/my-text
+    python tools/kernels.py push my_notebook.ipynb                      # a notebook of your own
     python tools/kernels.py wait text_generation                        # exit code 0: COMPLETE, and finished
     python tools/kernels.py output text_generation                      # into runs/SLUG/vN/
     python tools/kernels.py relay text_generation -p epochs=200         # as many sessions as it takes: tools/relay.py
     python tools/kernels.py sweep text_generation -p lr=[3e-4,1e-3]     # here, or with --push on Kaggle: tools/sweep.py
+    python tools/kernels.py library --push --dataset                    # the package, for others: tools/library.py
 
 `push` pushes one self-contained notebook, built in build/kernels/SLUG. Slug and title come from the notebook's name,
 and the rest from the top-level kernel-metadata.json and from the header of the notebook's source, which may have any
@@ -33,6 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the imports below, however this file was loaded
 
 import kaggle_cli
+import library
 import notebooks
 import relay
 import sweep
@@ -44,10 +47,12 @@ from kernel import (
     Kernel,
     KernelError,
     assignments,
-    check_values,
+    check_parameters,
+    duration,
     kernel_from,
     log_end,
     metadata,
+    read_json,
     top_metadata,
     wait_for,
 )  # fmt: skip
@@ -72,8 +77,14 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
 
 
 def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
+    kernel.internet = arguments.internet
+    if short := kernel.short_of_quota():
+        raise KernelError(f"not pushed: {short}")
     pushed = kernel.push(again=arguments.again)
     print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
+    about = read_json(kernel.folder / "kernel-metadata.json")
+    if about.get("enable_tpu") or str(about.get("machine_shape")).lower().startswith("tpu"):
+        print("TPU: Kaggle gives pushed notebooks an image without TPU libraries; switch it on in the browser instead")
     return 0
 
 
@@ -90,7 +101,7 @@ def _logs(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
     folder = kernel.results(arguments.version)
-    files = kaggle_cli.output(kernel.id, folder)
+    files = kaggle_cli.output(kernel.named(arguments.version or kernel.version), folder)
     if not files:
         raise KernelError(f"{kernel.id} has no output yet, or kept none: python tools/kernels.py status {kernel.id}")
     print(f"{kernel.outcome(folder).text}\n{len(files)} file{'s' * (len(files) > 1)} in {folder}")
@@ -98,11 +109,11 @@ def _output(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 
 def _wait(kernel: Kernel, arguments: argparse.Namespace) -> int:
-    status = wait_for(
-        kernel.id, arguments.interval, lambda text: print(text, flush=True), just_pushed=kernel.just_pushed
-    )
+    name = kernel.named(arguments.version or kernel.version)
+    just_pushed = kernel.just_pushed and name == kernel.id
+    status = wait_for(name, arguments.interval, lambda text: print(text, flush=True), just_pushed=just_pushed)
     folder = kernel.results(arguments.version)
-    kaggle_cli.output(kernel.id, folder, SMALL)
+    kaggle_cli.output(name, folder, SMALL)
     outcome = kernel.outcome(folder)
     print(outcome.text)
     if status.state == "COMPLETE" and outcome.finished:
@@ -120,6 +131,22 @@ def _relay(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 def _sweep(kernel: Kernel, arguments: argparse.Namespace) -> int:
     return sweep.run(kernel, push=arguments.push, interval=arguments.interval, say=_say)
+
+
+def _library(root: Path, arguments: argparse.Namespace) -> int:
+    if not (arguments.push or arguments.dataset):
+        print(library.build_wheel(root))
+        return 0
+    user = arguments.user or str(top_metadata(root).get("id", "")).split("/")[0]
+    Kernel("", user, library.TITLE, root).check_user()
+    wheel = library.build_wheel(root)
+    if arguments.dataset:
+        library.upload(root, user, wheel)
+        print(f"dataset {user}/{library.SLUG} uploaded: push a notebook with --dataset {user}/{library.SLUG}")
+    if arguments.push:
+        library.push(root, user, wheel, arguments.interval, _say)
+        print(f"kernel {user}/{library.SLUG} ready: push a notebook with --kernel-source {user}/{library.SLUG}")
+    return 0
 
 
 def _say(text: str) -> None:
@@ -148,14 +175,16 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, function: Callable[..., int], text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
         made.set_defaults(function=function)
+        if name not in ("init", "library"):
+            made.add_argument("kernel", help="a notebook such as text_generation, an .ipynb of your own, or owner/slug")
         if name != "init":
-            made.add_argument("kernel", help="a notebook's name such as text_generation; or owner/slug")
             made.add_argument("--user", help="your Kaggle user name (default: as in kernel-metadata.json, see init)")
         return made
 
     def run_options(made: argparse.ArgumentParser) -> None:
         made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
         made.add_argument("--title", help="default: made from the notebook's name; the slug follows from the title")
+        made.add_argument("-t", "--limit", metavar="DURATION", help="Kaggle ends a session after it, such as 3h")
         for name in ("dataset", "competition", "kernel", "model"):
             flag = f"--{name}" if name != "kernel" else "--kernel-source"
             made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
@@ -168,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("notebook", nargs="?", help="also make it the notebook that `kaggle kernels push` pushes")
     push = command("push", _push, "build, check and push a notebook, and start it")
     run_options(push)
+    push.add_argument("--internet", action="store_true", help="with the internet on, as `pip install` needs it")
     push.add_argument("--again", action="store_true", help="even if the kernel is running, which costs quota twice")
     command("status", _status, "the newest session's status; exit code 1 after ERROR or a cancellation")
     command("logs", _logs, "the log as plain lines, live while the kernel runs")
@@ -197,6 +227,12 @@ def _parser() -> argparse.ArgumentParser:
     run_options(swept)
     interval(swept)
     swept.add_argument("--push", action="store_true", help="on Kaggle, two sessions at a time, instead of here")
+    shared = command("library", _library, "build the wheel, and make it a public kernel or a private dataset to attach")
+    shared.add_argument(
+        "--push", action="store_true", help="push the kernel kaggle-mgpu, which shows and keeps the files"
+    )
+    shared.add_argument("--dataset", action="store_true", help="upload the dataset kaggle-mgpu")
+    interval(shared)
     return parser
 
 
@@ -204,15 +240,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     root = arguments.root.resolve()
     try:
-        if arguments.command == "init":
-            return _init(root, arguments)
-        here = arguments.command == "sweep" and not arguments.push
-        kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None), here)
+        if arguments.command in ("init", "library"):
+            return int(arguments.function(root, arguments))
+        kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
+            kernel.limit = None if arguments.limit is None else duration(arguments.limit)
             if arguments.command != "sweep":  # sweep checks each combination itself
-                check_values(kernel)
+                check_parameters(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
+        if arguments.command != "sweep":
+            kernel.check_user()
         code: int = arguments.function(kernel, arguments)
         return code
     except (KernelError, KaggleError, NotebookError) as error:

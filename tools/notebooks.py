@@ -3,6 +3,7 @@
     python tools/notebooks.py build                # notebooks/*.py (jupytext percent format) -> notebooks/*.ipynb
     python tools/notebooks.py check                # exit 1, with names, where an .ipynb is not what its source makes
     python tools/notebooks.py run text_generation -p epochs 1 --output build/x.ipynb
+    python tools/notebooks.py carry my_notebook.ipynb   # put the package into a notebook of your own
 
 A built notebook is one file that works by itself: its cell tagged `payload` carries the package. `check` compares what
 the files say, not their bytes, since another bzip2 packs the same files differently. `run` is papermill with the
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,52 @@ def dumps(notebook: Any) -> str:
     return str(_library("nbformat").writes(notebook)) + "\n"
 
 
+def read(path: Path) -> Any:
+    """The notebook in a file, in the newest format, whose cells have ids.
+
+    Raises:
+        NotebookError: there is no such file, or it is no notebook.
+    """
+    try:
+        notebook = _library("nbformat").read(path, as_version=4)
+    except FileNotFoundError:
+        raise NotebookError(f"no such notebook: {path}") from None
+    except (OSError, ValueError) as error:  # ValueError: nbformat's own are some
+        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]}") from None
+    notebook.nbformat_minor = max(notebook.nbformat_minor, 5)
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.setdefault("id", f"cell-{number}")
+    return notebook
+
+
+def load(source: Path, package: Path) -> Any:
+    """The notebook that a percent source makes, or one of the user's own as it is, without outputs."""
+    if source.suffix != ".ipynb":
+        return build(source, package)
+    notebook = read(source)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    return notebook
+
+
+def carry(path: Path, package: Path) -> str:
+    """Put the payload cell into a notebook, above its first code cell, or renew it; return what was done."""
+    notebook, nbformat = read(path), _library("nbformat")
+    files = package_files(package)
+    payload = nbformat.v4.new_code_cell(payload_source(files), metadata=PAYLOAD_METADATA)
+    payload.id = "payload"
+    number = next((i for i, cell in enumerate(notebook.cells) if "payload" in tags(cell)), None)
+    if number is None:
+        code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+        notebook.cells.insert(code[0] if code else len(notebook.cells), payload)
+    else:
+        notebook.cells[number] = payload
+    notebook.metadata.setdefault("kernelspec", nbformat.from_dict(METADATA["kernelspec"]))
+    path.write_text(dumps(notebook), encoding="utf-8")
+    return f"{path}: carries kaggle_mgpu {version_of(files)}, {path.stat().st_size:,} bytes"
+
+
 def differences(path: Path, expected: Any) -> list[str]:
     """How the notebook file differs from the one its source makes: one line for each difference."""
     if not path.is_file():
@@ -273,13 +320,15 @@ def config_fields(notebook: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_names(notebook: Any, given: Iterable[str], where: str) -> None:
+def check_names(notebook: Any, given: Collection[str], where: str) -> None:
     """Whether the notebook knows these parameters: papermill only warns of one that it does not.
 
     Raises:
         NotebookError: it does not; the message lists those it has.
     """
     known, fields = list(parameters(notebook)), config_fields(notebook)
+    if given and not any("parameters" in tags(cell) for cell in notebook.cells):
+        raise NotebookError(f"{where} has no cell tagged 'parameters', which -p sets: tag the cell with your settings")
     for name in given:
         if name not in known and name not in fields:
             both = list(dict.fromkeys([*known, *fields]))
@@ -306,11 +355,7 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
     Raises:
         NotebookError: a parameter the notebook does not have, a cell that failed, a run that left no result.
     """
-    nbformat, papermill = _library("nbformat"), _library("papermill")
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError) as error:  # ValueError: nbformat's own are some
-        raise NotebookError(f"{path}: not a notebook: {str(error).splitlines()[0]}") from None
+    papermill, notebook = _library("papermill"), read(path)
     check_names(notebook, given, path.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -402,8 +447,6 @@ def _run_command(root: Path, arguments: argparse.Namespace) -> None:
         # Without jupytext nothing can be rebuilt, and then nobody has edited the sources either
         if importlib.util.find_spec("jupytext") and (lines := differences(path, build(source, root / "kaggle_mgpu"))):
             raise NotebookError("\n".join([*lines, f"It would not run what the sources say. First: {BUILD}"]))
-    if not path.is_file():
-        raise NotebookError(f"no such notebook: {path}")
     given: dict[str, Any] = {}
     for words in arguments.parameter:  # NAME VALUE, as papermill has it, or NAME=VALUE, as tools/kernels.py has it
         name, value = words if len(words) == 2 else words[0].partition("=")[::2]
@@ -439,9 +482,13 @@ def main(argv: list[str] | None = None) -> int:
     runner.add_argument("-y", "--yaml", action="append", default=[], metavar="'NAME: VALUE'")
     runner.add_argument("--output", type=Path, help="the executed notebook (default: build/NAME.ipynb)")
     runner.add_argument("--cwd", type=Path, help="where it runs (default: the folder of the output)")
+    carrier = commands.add_parser("carry", help="put the package into a notebook of your own, or renew it there")
+    carrier.add_argument("notebook", type=Path, help="the path of an .ipynb")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "run":
+        if arguments.command == "carry":
+            print(carry(arguments.notebook, arguments.root / "kaggle_mgpu"))
+        elif arguments.command == "run":
             _run_command(arguments.root, arguments)
         else:
             (_build_command if arguments.command == "build" else _check_command)(arguments.root, arguments.names)

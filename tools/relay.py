@@ -4,7 +4,8 @@
 
 build/kernels/SLUG/relay.json has the state, written before and after every push, so the relay can be stopped and
 started again at any time. A session has made progress if its newest checkpoints are of later steps, or if it predicted
-more after training, even if Kaggle killed it at the time limit. The relay stops, with the reason, when a session made
+more after training, even if Kaggle killed it at the time limit. The relay waits while the week's quota cannot pay for a
+session; it keeps the image that the kernel began with. It stops, with the reason, when a session made
 no progress, was cancelled or failed by itself, when Kaggle refuses a push, and when the kernel runs a foreign session.
 The same command continues it.
 """
@@ -73,6 +74,8 @@ class State:
     sessions: list[Session] = field(default_factory=list)
     stopped: str = ""
     """The reason why the relay stopped."""
+    limit: float | None = None
+    """Seconds after which Kaggle ends a session."""
 
     @classmethod
     def read(cls, path: Path) -> State | None:
@@ -147,8 +150,9 @@ class _Relay:
                     f"{self.path} is a relay with {state.parameters} {state.sources}. Give the same (or nothing) to "
                     f"go on with it; --anew, or another --title, to begin another."
                 )
-        state.carry = carry or state.carry
+        state.carry, state.limit = carry or state.carry, kernel.limit or state.limit
         kernel.notebook, kernel.parameters, kernel.sources = state.notebook, state.parameters, state.sources
+        kernel.limit, kernel.pinned = state.limit, True
         if state.stopped:
             say(f"it had stopped: {state.stopped}\ngoing on")
             state.stopped = ""
@@ -181,6 +185,7 @@ class _Relay:
         now = kaggle_cli.status_if_any(self.kernel.id)
         if now is not None and now.active:
             raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
+        self.await_quota()
         best, number = self.state.best, len(self.state.sessions) + 1
         self.kernel.sources = {name: list(listed) for name, listed in self.state.sources.items()}
         if best is not None and best.step > 0:
@@ -201,16 +206,26 @@ class _Relay:
         self.save()
         self.say(f"session {number}: version {pushed.version}, {pushed.url}")
 
+    def await_quota(self) -> None:
+        """Wait until the week's quota can pay for a session."""
+        told = ""
+        while short := self.kernel.short_of_quota():
+            if short != told:
+                self.say(f"{short}. Waiting")
+            told = short
+            time.sleep(self.interval)
+
     def attach(self, best: Session) -> tuple[str, str]:
         """Return the kind and name of the input with the checkpoints of `best`."""
         newest = self.state.sessions[-1]
         if self.state.carry == "kernel":
-            # an older version must be named, as far as Kaggle heeds it
-            return "kernel_sources", self.kernel.id + ("" if best is newest else f"/{best.version}")
+            # an older version is named in any case, as far as Kaggle heeds it
+            name = self.kernel.named(best.version)
+            return "kernel_sources", name if best is newest else f"{self.kernel.id}/{best.version}"
         dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
         folder = self.kernel.root / best.folder
         if not any(folder.rglob("checkpoints/step-*/model.safetensors")):
-            if best is not newest:
+            if best is not newest and self.kernel.named(best.version) == self.kernel.id:
                 raise StopError(
                     f"session {best.number} got furthest, but its checkpoints were not fetched, and the CLI gives only "
                     f"the newest version's output. Fetch them in the browser ({best.url}) into {folder}"
@@ -228,7 +243,7 @@ class _Relay:
             newest += [f"{re.escape(checkpoints.relative_to(folder).as_posix())}/{step}/" for step in steps]
         pattern = "|".join([*newest, r"(^|/)(best|predictions)/", r"(^|/)(metrics\.jsonl|config\.json)$"])
         self.say(f"fetching the checkpoints of session {session.number}")
-        kaggle_cli.output(self.kernel.id, folder, pattern)
+        kaggle_cli.output(self.kernel.named(session.version), folder, pattern)
         for state in sorted(folder.rglob("checkpoints/step-*/state.json")):
             if not (state.parent / "model.safetensors").is_file():
                 shutil.rmtree(state.parent)  # an older checkpoint, of which only state.json was fetched
@@ -267,11 +282,12 @@ class _Relay:
 
     def end(self, session: Session) -> None:
         """Wait until the session has ended, and record its progress."""
-        status = wait_for(self.kernel.id, self.interval, self.say, just_pushed=True)
+        name = self.kernel.named(session.version)
+        status = wait_for(name, self.interval, self.say, just_pushed=name == self.kernel.id)
         folder = self.kernel.results(session.version or session.number)
         shutil.rmtree(folder, ignore_errors=True)
         for _ in range(5):
-            if kaggle_cli.output(self.kernel.id, folder, SMALL):  # at least the log, once Kaggle has stored it
+            if kaggle_cli.output(name, folder, SMALL):  # at least the log, once Kaggle has stored it
                 break
             time.sleep(self.interval)
         outcome = self.kernel.outcome(folder)
@@ -312,6 +328,6 @@ class _Relay:
     def finish(self, session: Session) -> None:
         """Fetch all output of the last session."""
         folder = self.kernel.root / session.folder
-        kaggle_cli.output(self.kernel.id, folder)
+        kaggle_cli.output(self.kernel.named(session.version), folder)
         many = f"{len(self.state.sessions)} sessions" if len(self.state.sessions) > 1 else "one session"
         self.say(f"finished: step {session.step}, after {many}. All of it is in {folder}")

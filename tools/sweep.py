@@ -22,7 +22,7 @@ from typing import Any
 import kaggle_cli
 import notebooks
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, Outcome, check_values, read_json
+from kernel import SMALL, Kernel, KernelError, Outcome, check_parameters, read_json
 
 SESSIONS = 2
 """The number of batch sessions with GPUs that Kaggle runs at once for an account."""
@@ -46,9 +46,9 @@ def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]
 def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], object] = print) -> int:
     """Run all combinations; return 0 if every run finished, else 1."""
     swept, settings = points(kernel.parameters)
-    source = notebooks.sources(kernel.root, [kernel.notebook])[0]
-    notebooks.check_names(notebooks.build(source, kernel.root / "kaggle_mgpu"), kernel.parameters, source.name)
-    check_values(kernel, settings)
+    check_parameters(kernel, settings)
+    if push:
+        kernel.check_user()
     outside = [Path(str(each.get("output_dir", ""))) for each in settings]
     if not push and (path := next((path for path in outside if path.is_absolute() or ".." in path.parts), None)):
         raise KernelError(f"sweep: each run has a folder of its own; expected a relative output_dir, got {str(path)!r}")
@@ -64,10 +64,9 @@ def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], obj
 def _here(
     kernel: Kernel, swept: list[str], settings: list[dict[str, Any]], say: Callable[[str], object]
 ) -> list[Outcome]:
-    source = notebooks.sources(kernel.root, [kernel.notebook])[0]
     built = kernel.root / "build" / "kernels" / kernel.slug / "sweep.ipynb"
     built.parent.mkdir(parents=True, exist_ok=True)
-    built.write_text(notebooks.dumps(notebooks.build(source, kernel.root / "kaggle_mgpu")), encoding="utf-8")
+    built.write_text(notebooks.dumps(kernel.load()), encoding="utf-8")
     outcomes = []
     for number, given in enumerate(settings, 1):
         # named by the parameters, so that a sweep with one more value finds its finished runs

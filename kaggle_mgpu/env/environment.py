@@ -207,7 +207,17 @@ def _fix_variables(quiet: bool) -> list[Item]:
     ]
     if gpu:
         items.append(_fix_allocator())
-    return items
+    return items + _fix_path()
+
+
+def _fix_path() -> list[Item]:
+    """Let commands in a notebook's cells find this package if only the notebook's sys.path has its folder."""
+    folder, paths = os.path.dirname(os.path.dirname(os.path.dirname(__file__))), os.environ.get("PYTHONPATH", "")
+    installed = os.path.basename(folder) in ("site-packages", "dist-packages")
+    if "ipykernel" not in sys.modules or installed or folder in paths.split(os.pathsep):
+        return []
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, paths]))
+    return [Item("PYTHONPATH", folder, "set", "commands in cells find kaggle_mgpu too")]
 
 
 def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:

@@ -129,7 +129,7 @@ def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     """Two passes, of two and of four samples: what grows is per sample, what does not is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
-    # where auto means fp32 (a P100, a CPU), take the 16-bit type that this machine can compute in
+    # where auto means fp32 (a GPU before sm_70, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
     parts = build_parts(config.replace(precision=small if half else "fp32"), task)
     model, size = parts.strategy.model, parts.plan.dataset_size

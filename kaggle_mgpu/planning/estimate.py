@@ -48,14 +48,13 @@ class Published:
 _PCIE3 = "NCCL's own figure for PCIe 3.0 x16 (PCI_BW in src/graph/topo.h), an upper bound"
 _PCIE4 = "NCCL's own figure for PCIe 3.0 x16, doubled for 4.0; an upper bound"
 _NVLINK = "NVLink, as NCCL counts it"
-# Peaks and bandwidths: NVIDIA's data sheets of T4, P100 PCIe 16 GB, L4, A100 40 GB, H100 SXM (tensor cores, dense).
+# Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 40 GB, H100 SXM (tensor cores, dense).
 # NVLink: NCCL's figure a link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h) times 12 and 18 links.
 PUBLISHED = {
     "T4": Published(
         14.56 * 2**30, (7, 5), {"fp32": 8.1e12, "fp16": 65e12}, 320e9, 12e9,
         f"through shared memory, since two T4s have no peer access; {_PCIE3}",
     ),
-    "P100": Published(15.9 * 2**30, (6, 0), {"fp32": 9.3e12, "fp16": 18.7e12}, 732e9, 12e9, _PCIE3),
     "L4": Published(
         22.0 * 2**30, (8, 9), {"fp32": 30.3e12, "fp16": 121e12, "bf16": 121e12}, 300e9, 24e9, _PCIE4
     ),
@@ -82,7 +81,7 @@ class Target:
 
     @classmethod
     def named(cls, text: str) -> Target:
-        """Return the target for a text such as "T4x2" or "P100"; an unknown GPU has no published figures.
+        """Return the target for a text such as "T4x2" or "A100"; an unknown GPU has no published figures.
 
         Raises:
             ValueError: the text is not a name with an optional number.

@@ -196,8 +196,18 @@ class Result:
         """Return the lines of metrics.jsonl, each as a dictionary."""
         return progress.read(self.output_dir)
 
+    def _say_if_unfinished(self) -> None:
+        """Print a line if the run is not finished: after the stop button Run All carries on with the next cells."""
+        if not self.finished:
+            print(
+                f"not finished: step {self.step} of {self.max_steps} ({self.reason}). This is the run so far; the same "
+                f"launch goes on with it.",
+                flush=True,
+            )
+
     def plot(self) -> Figure:
         """Draw loss, learning rate, throughput and use of time; also write run.png and run.svg."""
+        self._say_if_unfinished()
         return progress.plot(self.output_dir)
 
     def files(self, others: dict[str, str] | None = None) -> str:
@@ -215,6 +225,7 @@ class Result:
         """Load the trained weights ("final", or the "best" by validation); return the model in eval mode."""
         if which not in ("final", "best"):
             raise ValueError(f"which: expected 'final' or 'best', got {which!r}")
+        self._say_if_unfinished()
         name = {"final": "model.safetensors", "best": "best/model.safetensors"}[which]
         if self.best is None:  # nothing was evaluated, and what is in best/ may be an earlier run's
             name = "model.safetensors"

@@ -56,6 +56,8 @@ class Account:
         """Versions whose session takes so many seconds for its third checkpoint, by its own clock."""
         self.quota_refusal = ""
         """Kaggle's words where the week's quota is used up."""
+        self.quota_hours: list[float] = []
+        """What `kaggle quota` says is left, once each; the last is repeated, and 30 is said where there is none."""
         self.mounts_itself = "newest"
         """Which version's output a kernel gets of itself: newest, newest complete, or nothing."""
         self.session_variables: dict[str, str] = {}

@@ -107,15 +107,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _call(self, method: str, request: dict[str, Any], service: str) -> dict[str, Any]:
         account = self.kaggle.account
         kernel = f"{request.get('userName')}/{request.get('kernelSlug')}"
+        if label := request.get("versionLabel"):
+            kernel += f"/{label.removeprefix('v')}"
         dataset = f"{request.get('ownerSlug')}/{request.get('datasetSlug') or request.get('slug')}"
         match method:
             case "SaveKernel":
                 return account.save_kernel(request)
+            case "GetAcceleratorQuotaStatistics":
+                hours = account.quota_hours or [30.0]
+                left = hours.pop(0) if len(hours) > 1 else hours[0]
+                gpu = {"timeUsed": f"{int(3600 * (30 - left))}s", "totalTimeAllowed": "108000s"}
+                return {"quotaRefreshTime": "2026-12-05T00:00:00Z", "gpuQuota": gpu}
             case "GetKernelSessionStatus":
                 session = account.version(kernel).session
                 return {"status": session.state, "failureMessage": session.message}
             case "ListKernelSessionOutput":
-                return self._outputs(account.version(kernel), kernel, request)
+                return self._outputs(account.version(kernel), request)
             case "GetKernel":
                 version = account.version(kernel)
                 blob = {"source": version.request["text"], "language": "python", "kernelType": "notebook"}
@@ -133,8 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return account.save_dataset(dataset, "", request["body"]["files"], new=False)
         raise RequestError(404, f"the stand-in has no {service}/{method}")
 
-    def _outputs(self, version: Version, kernel: str, request: dict[str, Any]) -> dict[str, Any]:
+    def _outputs(self, version: Version, request: dict[str, Any]) -> dict[str, Any]:
         names = list(version.session.outputs())
+        kernel = f"{request['userName']}/{request['kernelSlug']}"
         start, size = int(request.get("pageToken") or 0), int(request.get("pageSize") or PAGE)
         files = [
             {"fileName": name, "url": f"{self.kaggle.address}/output/{kernel}/{version.number}/{quote(name)}"}

@@ -160,10 +160,10 @@ def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:
 
 
 def test_a_long_run_takes_sessions_and_quota(tmp_path: Path) -> None:
-    once = plan(TrainConfig(max_steps=1, eval_every="end"), Regression(val_samples=0), on="P100")
-    assert once.step_seconds is not None and (once.strategy, once.precision) == ("single", "fp32")
+    once = plan(TrainConfig(max_steps=1, eval_every="end"), Regression(val_samples=0), on="T4")
+    assert once.step_seconds is not None and (once.strategy, once.precision) == ("single", "fp16")
     steps = round(30 * 3600 / once.step_seconds)
-    found = plan(TrainConfig(max_steps=steps, eval_every="end"), Regression(val_samples=0), on="P100")
+    found = plan(TrainConfig(max_steps=steps, eval_every="end"), Regression(val_samples=0), on="T4")
     assert (found.sessions, found.quota) == (3, pytest.approx(1.0, rel=1e-3))
     assert "3 sessions of 12 h; 100.0 % of the week's 30 h" in str(found)
     assert "30 h 00 min" in str(found)
@@ -174,7 +174,7 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
     assert (found.step_seconds, found.seconds, found.sessions, found.quota, found.speedup) == (None,) * 5
     text = str(found)
     assert "global batch 8 = 4 per GPU x 2 GPUs" in text
-    assert "time            unknown: no figures of B300 are kept here; known: T4, P100, L4, A100, H100" in text
+    assert "time            unknown: no figures of B300 are kept here; known: T4, L4, A100, H100" in text
     assert f"2 GPUs over 1   unknown\n{'':15} the time of a step is not known" in text
     assert " of " not in text.split("memory per GPU")[1].splitlines()[0], "its memory is not known either"
 
@@ -183,7 +183,7 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
     ("text", "name", "count"),
     [
         ("T4x2", "T4", 2),
-        ("p100", "P100", 1),
+        ("a100", "A100", 1),
         ("Tesla T4 x 2", "T4", 2),
         ("NVIDIA L4x4", "L4", 4),
         ("B300x8", "B300", 8),
@@ -197,7 +197,7 @@ def test_names(text: str, name: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
 def test_no_name(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, P100"):
+    with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, L4"):
         Target.named(text)
 
 
@@ -231,12 +231,12 @@ def test_the_micro_batch_that_is_to_be_found_is_reckoned() -> None:
             x = batch[0][:, None, :].expand(-1, 20_000, -1)  # 15 MB a sample are kept, three times
             return model(x).square().sum()
 
-    found = plan(TrainConfig(micro_batch_size="auto", global_batch_size=4096), Long(), on="P100")
+    found = plan(TrainConfig(micro_batch_size="auto", global_batch_size=4096, precision="fp32"), Long(), on="T4")
     facts = count(TrainConfig(), Long(), half=False)
     assert found.precision == "fp32"
     assert found.micro_batch_size == 512
-    assert facts.activations(512) < 0.9 * PUBLISHED["P100"].memory_bytes < facts.activations(2048)
-    tight = plan(TrainConfig(micro_batch_size=4096, global_batch_size=4096), Long(), on="P100")
+    assert facts.activations(512) < 0.9 * PUBLISHED["T4"].memory_bytes < facts.activations(2048)
+    tight = plan(TrainConfig(micro_batch_size=4096, global_batch_size=4096, precision="fp32"), Long(), on="T4")
     assert any("micro_batch_size=512 with 8 accumulation steps is the same batch" in text for text in tight.advice)
 
 

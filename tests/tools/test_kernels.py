@@ -113,6 +113,29 @@ def test_the_metadata_at_the_top_is_not_written_over(root: Path, capsys: Any, co
     assert (path.read_text() if path.exists() else None) == content
 
 
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5400", 5400), ("45m", 2700), ("11h30m", 41400), ("90s", 90), ("1.5h", 5400)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert kernels.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "soon", "3d", "-1", "1..5h", "h"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(kernels.KernelError, match="expected seconds, or a duration such as 45m"):
+        kernels.duration(text)
+
+
+def test_a_push_for_a_tpu_says_what_it_gets(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, answer in {"quota": None, "status_if_any": None, "push": kaggle_cli.Pushed(1, "url")}.items():
+        monkeypatch.setattr(kaggle_cli, name, lambda *_, answer=answer: answer)
+    header("machine_shape: TpuV5E8")(root)
+    assert tools_main(["--root", str(root), "push", "counting", "--user", "ann"]) == 0
+    assert "TPU: Kaggle gives pushed notebooks an image without TPU libraries" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "build").touch()
     assert tools_main(["--root", str(root), "relay", "counting", "--user", "ann"]) == 1
@@ -122,6 +145,9 @@ def test_a_folder_that_is_a_file(root: Path, capsys: pytest.CaptureFixture[str])
 def test_whose_kernel(kaggle: KaggleServer, root: Path) -> None:
     said = tool(kaggle, root, "push", "counting", code=1)
     assert "whose kernel? Give --user NAME, or once and for all: python tools/kernels.py init --user NAME" in said
+
+
+HEX = "0123456789abcdef" * 2
 
 
 def header(text: str) -> Callable[[Path], None]:
@@ -153,8 +179,9 @@ def top(**changes: Any) -> Callable[[Path], None]:
         ({}, header("competition_sources: [a/b]"), r"competition_sources: expected slug, got 'a/b'"),
         ({}, header("compettion_sources: [a]"), r"asks for compettion_sources in its header; expected some of: "),
         ({}, top(enable_gpu="true"), r"enable_gpu must be true or false, got 'true'"),
+        ({}, top(machine_shape="NvidiaTeslaP100"), r"Kaggle has no P100 any more: NvidiaTeslaT4 is two T4s"),
         ({"parameters": {"words": "KGAT_0123456789abcdef"}}, None, r"cell 4 has what looks like a token or key \(KGAT"),
-        ({"parameters": {"words": "0123456789abcdef" * 2}}, None, r"cell 4 has what looks like a token or key \(0123"),
+        ({"parameters": {"words": "api_key=" + HEX}}, None, r"cell 4 has what looks like a token or key \(0123"),
         ({"parameters": {"words": "long " * 150_000}}, None, r"the notebook has 7\d\d,\d+ bytes; Kaggle takes 700,000"),
     ],
 )  # fmt: skip
@@ -303,6 +330,9 @@ def test_the_stand_in_ends_a_session_as_a_container_ends(
 
 # Refusals, which the CLI hides behind exit code 0
 def test_refusals_are_errors_with_kaggles_own_words(kaggle: KaggleServer, root: Path) -> None:
+    kaggle.account.quota_hours = [0.1, 30.0]
+    said = push(kaggle, root, code=1)
+    assert said.startswith("not pushed: the week's GPU quota has 0.1 h left, and a session needs 0.5; ")
     kaggle.account.quota_refusal = "Maximum weekly GPU quota of 30.00 hours reached."
     said = push(kaggle, root, code=1)
     assert said == "Kaggle refused the push: Maximum weekly GPU quota of 30.00 hours reached.\n"
@@ -432,9 +462,10 @@ def test_wait_right_after_a_push_does_not_believe_the_session_before(
     kernel = counting(root)
     assert not kernel.just_pushed
     monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: None)
-    monkeypatch.setattr(kaggle_cli, "push", lambda _: kaggle_cli.Pushed(2, "url"))
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: kaggle_cli.Pushed(2, "url"))
     kernel.push()
     assert kernel.just_pushed
+    monkeypatch.setattr(kaggle_cli, "versions_are_heeded", lambda: False)  # by a newer CLI the version is named
     states = iter(["COMPLETE", "QUEUED", "RUNNING", "ERROR"])
     monkeypatch.setattr(kaggle_cli, "status", lambda _: kaggle_cli.Status(next(states)))
     monkeypatch.setattr(kaggle_cli, "output", lambda *_: [])

@@ -44,7 +44,7 @@ def test_relay_over_a_dataset(kaggle: KaggleServer, root: Path) -> None:
     assert "finished: step 4, after 3 sessions" in relayed(kaggle, root, "--carry", "dataset")
     assert steps_of(kaggle, root) == [2, 2, 4]
     pushes = [request for name, request in kaggle.requests if name == "SaveKernel"]
-    assert [request.get("kernelDataSources") or [] for request in pushes] == [[], [f"ann/{SLUG}"], []]
+    assert [request.get("kernelDataSources") or [] for request in pushes] == [[], [f"ann/{SLUG}/1"], []]
     assert [request.get("datasetDataSources") or [] for request in pushes] == [[], [], [f"ann/{SLUG}-state"]]
     dataset = kaggle.account.datasets[f"ann/{SLUG}-state"]
     assert dataset.private
@@ -90,7 +90,12 @@ def test_a_relay_that_is_killed_goes_on(kaggle: KaggleServer, root: Path, tmp_pa
 
 def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: Path) -> None:
     kaggle.account.quota_refusal = "Maximum weekly GPU quota of 30.00 hours reached."
-    said = relayed(kaggle, root, "-p", "goal=4", "-p", "fail_at=3", code=1)
+    kaggle.account.quota_hours = [0.2, 0.2, 30.0]  # used up, and then renewed
+    said = relayed(kaggle, root, "-p", "goal=4", "-p", "fail_at=3", "-t", "20m", code=1)
+    waiting = (
+        "the week's GPU quota has 0.2 h left, and a session needs 0.3; the quota is renewed at 2026-12-05T00:00:00"
+    )
+    assert said.count(waiting) == 1
     assert "stopped: Kaggle refused the push: Maximum weekly GPU quota of 30.00 hours reached.\nThe same" in said
     assert kaggle.account.kernels == {}
     kaggle.account.quota_refusal = ""
@@ -104,6 +109,37 @@ def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: P
     source = root / "notebooks" / "counting_kaggle_multigpu.py"
     source.write_text(COUNTING.replace("if step == fail_at", "if False"))
     assert "finished: step 4, after 2 sessions" in relayed(kaggle, root)
+    pushes = [request for name, request in kaggle.requests if name == "SaveKernel"]
+    assert {request["sessionTimeoutSeconds"] for request in pushes} == {1200}
+    assert {request["dockerImagePinningType"] for request in pushes} == {"original"}
+    assert pushes[-1]["kernelDataSources"] == [f"ann/{SLUG}/1"]
+    asked = [request.get("versionLabel") for name, request in kaggle.requests if name == "ListKernelSessionOutput"]
+    assert set(asked) == {"v1", "v2"}
+
+
+@pytest.mark.parametrize("older", ["Kaggle CLI 2.2.4", "Kaggle API 1.7.4.5"])
+def test_an_older_cli_is_asked_for_the_newest_version(root: Path, monkeypatch: pytest.MonkeyPatch, older: str) -> None:
+    monkeypatch.setattr(kaggle_cli, "call", lambda *_, **__: older)
+    kaggle_cli.versions_are_heeded.cache_clear()
+    assert counting(root).named(3) == f"ann/{SLUG}"
+    monkeypatch.setattr(kaggle_cli, "call", lambda *_, **__: "Kaggle CLI 2.2.5")
+    kaggle_cli.versions_are_heeded.cache_clear()
+    assert counting(root).named(3) == f"ann/{SLUG}/3"
+    assert counting(root).named(None) == f"ann/{SLUG}"
+    kaggle_cli.versions_are_heeded.cache_clear()
+
+
+def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = counting(root)
+    assert kernel.seconds is None
+    kernel.parameters = {"time_limit": "1h30m"}
+    assert kernel.seconds == 5400 + 900
+    kernel.limit = 1200.0
+    assert kernel.seconds == 1200
+    short = "the week's GPU quota has 0.3 h left, and a session needs 0.3"
+    for left, said in {kaggle_cli.Quota(1199.0, ""): short, kaggle_cli.Quota(1200.0, ""): "", None: ""}.items():
+        monkeypatch.setattr(kaggle_cli, "quota", lambda left=left: left)  # None: of an older CLI
+        assert kernel.short_of_quota() == said
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])

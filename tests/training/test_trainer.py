@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,18 @@ def test_a_result_lists_the_files_that_are_there(two: Path) -> None:
     assert "  model.safetensors        the final weights" in lines
     assert "  result.json              the end" in lines
     assert all((Path(run.output_dir) / line.split()[0]).exists() for line in lines[1:])
+
+
+def test_what_shows_an_unfinished_run_says_so(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the stop button, Run All carries on with the cells that use the result."""
+    run = result(two / "full")
+    run.load(Regression().model())
+    assert capsys.readouterr().out == ""
+    run = replace(run, finished=False, step=12, reason="asked to stop")
+    said = "not finished: step 12 of 80 (asked to stop). This is the run so far; the same launch goes on with it.\n"
+    for show in (lambda: run.load(Regression().model()), run.plot):
+        show()
+        assert capsys.readouterr().out == said
 
 
 def test_two_processes_stopped_in_mid_epoch_end_with_the_same_bits(two: Path) -> None:

@@ -21,14 +21,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "build" / "demo" / "text_generation.ipynb"
-sys.path.insert(0, str(ROOT / "tools"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import browser
 import notebooks
 
+ROOT = notebooks.ROOT
+DEMO = ROOT / "build" / "demo" / "text_generation.ipynb"
 TIME = "import time; _began = time.perf_counter(), time.process_time()\n"
 TELL = "\nprint(1000 * (time.perf_counter() - _began[0]), 1000 * (time.process_time() - _began[1]))\n"
 HEIGHTS = """<script>addEventListener("load", () => {
