@@ -5,6 +5,7 @@
     python -m kaggle_mgpu check
     python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
     python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp
+    python -m kaggle_mgpu prepare text_generation --data-path corpus.txt
     torchrun --nproc-per-node 2 -m kaggle_mgpu train text_generation --epochs 1
 
 Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file, which may `include:` others;
@@ -67,11 +68,13 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
         return top, modules
     of_plan = commands.add_parser("plan", help="what a recipe will take: batch, memory, time, sessions, speed-up")
     of_train = commands.add_parser("train", help="train a recipe")
-    groups = [each.add_subparsers(dest="recipe", required=True, metavar="RECIPE") for each in (of_plan, of_train)]
+    of_prepare = commands.add_parser("prepare", help="what a recipe does before training and needs no GPU for")
+    parsers = (of_plan, of_train, of_prepare)
+    groups = [each.add_subparsers(dest="recipe", required=True, metavar="RECIPE") for each in parsers]
     for name in recipes():
         modules[name] = importlib.import_module(f".recipes.{name}", __package__)
         summary = (modules[name].__doc__ or name).split("\n\n")[0]
-        for group in groups:
+        for group in groups if hasattr(modules[name], "prepare") else groups[:2]:
             of_recipe = group.add_parser(name, allow_abbrev=False, help=summary, description=summary)
             of_recipe.add_argument(
                 "--config", metavar="FILE", help="YAML or JSON file with settings; flags override it"
@@ -122,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     config = None
     try:
-        if given.command not in ("plan", "train"):
+        if given.command not in ("plan", "train", "prepare"):
             return int(given.function(given))
         recipe = modules[given.recipe]
         try:
@@ -130,6 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
         except (TypeError, ValueError, OSError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
+        if given.command == "prepare":
+            print(recipe.prepare(config))
+            return 0
         if given.command == "plan":
             from .planning import plan, together
 

@@ -67,6 +67,8 @@ class Kernel:
     """Seconds after which Kaggle ends a session."""
     pinned: bool = False
     """Whether each version keeps the image in which the kernel began."""
+    prepares: bool = False
+    """Whether only what the recipe does before training is run, on a session without GPUs."""
     internet: bool = False
     """Whether to switch the internet on, whatever the notebook says."""
 
@@ -133,6 +135,8 @@ class Kernel:
         notebooks.check_names(notebook, self.parameters, self.source.name)
         if self.parameters or comment != "Parameters":
             notebook = inject(notebook, self.parameters, comment)
+        if self.prepares:
+            notebook.cells = [*filter(notebooks.tags, notebook.cells), preparing(notebook, self.source.name)]
         text = notebooks.dumps(notebook)
         about = metadata(self.root, self, notebook.metadata.get("kaggle_mgpu", {}))
         validate(notebook, text, about)
@@ -298,6 +302,36 @@ def inject(notebook: Any, parameters: Mapping[str, Any], comment: str) -> Any:
     return made
 
 
+PREPARE = """\
+from kaggle_mgpu import env, notebook_parameters
+
+env.fix()
+import dataclasses
+
+from kaggle_mgpu.recipes import {recipe}
+
+fields = {{field.name for field in dataclasses.fields({recipe}.Config)}}
+given = {{name: value for name, value in notebook_parameters(globals()).items() if name in fields}}
+print({recipe}.prepare({recipe}.Config.from_dict(given)))"""
+
+
+def preparing(notebook: Any, where: str) -> Any:
+    """Return the cell that prepares what the notebook's recipe trains on.
+
+    Raises:
+        KernelError: the notebook has no recipe, or its recipe no preparation.
+    """
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
+    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import", code, re.M)
+    files = [notebooks.payload_files(c.source) for c in notebook.cells if "payload" in notebooks.tags(c)]
+    name = f"kaggle_mgpu/recipes/{recipe[1]}/__init__.py" if recipe else ""
+    if recipe is None or not files or b'"prepare"' not in files[0].get(name, b""):
+        raise KernelError(f"{where}: --prepare: its recipe prepares nothing: python -m kaggle_mgpu prepare --help")
+    cell = notebooks._library("nbformat").v4.new_code_cell(PREPARE.format(recipe=recipe[1]))
+    cell.id = "prepare"
+    return cell
+
+
 def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, Any]:
     """Return kernel-metadata.json for this kernel: the top-level file, the notebook's needs and the given inputs."""
     if unknown := set(needs) - set(NEEDS):
@@ -311,6 +345,9 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     )  # else the inputs there are another notebook's
     about = {**top, "id": kernel.id, "title": kernel.title, "code_file": f"{kernel.slug}.ipynb"}
     about |= {name: value for name, value in needs.items() if name not in SOURCES}
+    if kernel.prepares:
+        about["enable_gpu"] = False
+        about.pop("machine_shape", None)
     if kernel.pinned:
         about.setdefault("docker_image_pinning_type", "original")
     if kernel.internet:

@@ -126,7 +126,10 @@ def _wait(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 
 def _relay(kernel: Kernel, arguments: argparse.Namespace) -> int:
-    return relay.run(kernel, carry=arguments.carry, interval=arguments.interval, anew=arguments.anew, say=_say)
+    return relay.run(
+        kernel, carry=arguments.carry, interval=arguments.interval, anew=arguments.anew, prepare=arguments.prepare,
+        say=_say,
+    )  # fmt: skip
 
 
 def _sweep(kernel: Kernel, arguments: argparse.Namespace) -> int:
@@ -221,6 +224,9 @@ def _parser() -> argparse.ArgumentParser:
         "this machine. dataset: fetched here and uploaded to a private dataset, which is slower but certain: Kaggle "
         "does not document the version of its own output that a kernel gets, and after an ERROR it may be an older "
         "one. The relay notices that, stops, and can go on with --carry dataset.",
+    )
+    relayed.add_argument(
+        "--prepare", action="store_true", help="first prepare the data on a CPU session, without quota"
     )
     relayed.add_argument("--anew", action="store_true", help="forget an earlier relay of this kernel")
     swept = command("sweep", _sweep, "a run for each combination of the values in lists, and a table of the results")

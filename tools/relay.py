@@ -1,6 +1,6 @@
 """Train over several Kaggle sessions: push, wait, and push again with the last output attached.
 
-    python tools/kernels.py relay text_generation -p epochs=200
+    python tools/kernels.py relay text_generation -p epochs=200 --prepare
 
 build/kernels/SLUG/relay.json has the state, written before and after every push, so the relay can be stopped and
 started again at any time. A session has made progress if its newest checkpoints are of later steps, or if it predicted
@@ -76,6 +76,10 @@ class State:
     """The reason why the relay stopped."""
     limit: float | None = None
     """Seconds after which Kaggle ends a session."""
+    prepare: bool = False
+    """Whether a CPU session prepares the data first."""
+    prepared: str = ""
+    """The kernel and version whose output has the prepared data."""
 
     @classmethod
     def read(cls, path: Path) -> State | None:
@@ -102,7 +106,13 @@ class State:
 
 
 def run(
-    kernel: Kernel, *, carry: str | None, interval: float, anew: bool = False, say: Callable[[str], object] = print
+    kernel: Kernel,
+    *,
+    carry: str | None,
+    interval: float,
+    anew: bool = False,
+    prepare: bool = False,
+    say: Callable[[str], object] = print,
 ) -> int:
     """Relay until the training is finished; return the exit code.
 
@@ -112,6 +122,7 @@ def run(
     kernel.folder.mkdir(parents=True, exist_ok=True)
     with _alone(kernel):
         relay = _Relay(kernel, carry, interval, anew, say)
+        relay.state.prepare |= prepare
         try:
             relay.go()
         except (KernelError, NotebookError, KaggleError) as error:
@@ -185,9 +196,14 @@ class _Relay:
         now = kaggle_cli.status_if_any(self.kernel.id)
         if now is not None and now.active:
             raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
+        if self.state.prepare and not self.state.prepared:
+            self.prepare()
         self.await_quota()
         best, number = self.state.best, len(self.state.sessions) + 1
         self.kernel.sources = {name: list(listed) for name, listed in self.state.sources.items()}
+        if self.state.prepared:
+            others = self.kernel.sources.get("kernel_sources", [])
+            self.kernel.sources["kernel_sources"] = [*others, self.state.prepared]
         if best is not None and best.step > 0:
             name, source = self.attach(best)
             self.kernel.sources[name] = [*self.kernel.sources.get(name, []), source]
@@ -205,6 +221,23 @@ class _Relay:
         session.version, session.url, session.state = pushed.version, pushed.url, "PUSHED"
         self.save()
         self.say(f"session {number}: version {pushed.version}, {pushed.url}")
+
+    def prepare(self) -> None:
+        """Run what comes before training on a session without GPUs, which costs no quota.
+
+        Raises:
+            StopError: the session failed.
+        """
+        kernel = dataclasses.replace(self.kernel, title=f"{self.kernel.title[:42]} Prepare", prepares=True, limit=None)
+        now = kaggle_cli.status_if_any(kernel.id)
+        if now is None or not now.active:  # else this relay was killed as it waited
+            self.say(f"preparing on a CPU: {kernel.push(again=True).url}")
+        name = kernel.named(kernel.version)
+        status = wait_for(name, self.interval, self.say, just_pushed=name == kernel.id)
+        if status.state != "COMPLETE":
+            raise StopError(f"{kernel.id} ended with {status.state}: python tools/kernels.py logs {kernel.id}")
+        self.state.prepared = name
+        self.save()
 
     def await_quota(self) -> None:
         """Wait until the week's quota can pay for a session."""

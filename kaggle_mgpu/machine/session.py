@@ -144,6 +144,17 @@ def find(
     return found
 
 
+def find_prepared(folder: Path, last: str) -> Path:
+    """Return the folder if it has the file `last`, which is written last, else the same folder of an earlier session.
+
+    Args:
+        folder: a folder whose name is a digest of what is in it, such as run/data/0123abcd.
+    """
+    if not (folder / last).exists() and (found := find(f"{folder.parent.name}/{folder.name}/{last}", limit=1)):
+        return found[0].parent
+    return folder
+
+
 def _scan(
     folder: Path, seen: set[tuple[int, int]], matches: Callable[[str], object] | None
 ) -> tuple[list[Path], list[Path], int]:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from kaggle_mgpu import __main__ as command_line
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.recipes import text_generation as tg
-from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration
+from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration, corpus, documents
 from kaggle_mgpu.recipes.text_generation.corpus import TokenBlocks, choose_source, prepare
 from kaggle_mgpu.recipes.text_generation.documents import cut_text, embedded_documents, plan_split, read_documents
 from kaggle_mgpu.recipes.text_generation.generation import probabilities
@@ -156,6 +157,33 @@ def test_inputs_are_searched_and_the_largest_folder_of_text_wins(tmp_path):
     path, reason = choose_source(small(tmp_path))
     assert path == inputs / "books"
     assert "most .txt/.jsonl/.parquet bytes, of 2" in reason
+
+
+def test_the_corpora_of_kaggles_image_come_before_the_embedded_text(tmp_path, monkeypatch):
+    for module in (corpus, documents):
+        monkeypatch.setattr(module, "NLTK", tmp_path)
+    (tmp_path / "brown").mkdir()
+    (tmp_path / "brown" / "README").write_text("About it.")
+    (tmp_path / "brown" / "ca01").write_text("\n\tThe/at Fulton/np-tl and/or/cc ./.\n\nYes/rb ./.\n" * 50)
+    path, reason = choose_source(small(tmp_path))
+    assert path == tmp_path / "brown" and reason.endswith("it is on Kaggle's image")
+    (text,) = read_documents(path)
+    assert text.startswith("The Fulton and/or .\nYes .\n")
+    assert prepare(small(tmp_path)).documents == 1
+    (tmp_path / "gutenberg").mkdir()
+    (tmp_path / "gutenberg" / "austen-emma.txt").write_text("Emma")
+    assert choose_source(small(tmp_path))[0] == tmp_path / "gutenberg"
+
+
+def test_what_an_earlier_session_prepared_is_used(tmp_path):
+    text, where = lines(tmp_path), tmp_path / "kaggle" / "input" / "notebooks" / "ann" / "prepared" / "run"
+    command = f"prepare text_generation --data-path {text} --tokenizer byte --block-size 16 --output-dir {where}"
+    assert command_line.main(command.split()) == 0
+    (made,) = (where / "data").iterdir()
+    here = {"data_path": str(text), "output_dir": str(tmp_path / "here")}
+    assert prepare(small(tmp_path, **here)).folder == str(made)
+    assert not (tmp_path / "here").exists()
+    assert Path(prepare(small(tmp_path, **here, val_fraction=0.2)).folder).parent == tmp_path / "here" / "data"
 
 
 def test_embedded_text_is_english_and_repeats_no_long_paragraph():

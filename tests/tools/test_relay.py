@@ -231,12 +231,18 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     account.kill_in_save = {2, 3}
     given = [*flags(settings), "--user", "ann", "--dataset", "bob/its-input"]
     relay_command = ["relay", "text_generation", "--title", "Relayed Run", "--interval", "3"]
-    said = tool(kaggle, house, *relay_command, "-p", f"time_limit={LIMIT}", *given)
+    said = tool(kaggle, house, *relay_command, "--prepare", "-p", f"time_limit={LIMIT}", *given)
     sessions = [version.session for version in account.kernels["ann/relayed-run"]]
     assert len(sessions) >= 4
     assert [session.killed for session in sessions] == ["", "save", "save", *([""] * (len(sessions) - 3))]
     for killed in sessions[1:3]:
         assert any(name.startswith(".writing-step-") for name in killed.left_by_the_kill)
+    (prepared,) = account.kernels["ann/relayed-run-prepare"]
+    assert (prepared.request["enableGpu"], prepared.request.get("machineShape")) == (False, None)
+    assert len(list(prepared.session.working.glob("text_generation/data/*/corpus.json"))) == 1
+    pushes = [version.request["kernelDataSources"] for version in account.kernels["ann/relayed-run"]]
+    assert all(sources[0] == "ann/relayed-run-prepare/1" for sources in pushes)
+    assert not [session for session in sessions if (session.working / "text_generation" / "data").exists()]
     assert "session 2 ended: ERROR" in said
     assert f"finished: step {STEPS}, after {len(sessions)} sessions" in said
     fetched = house / "runs" / "relayed-run" / f"v{len(sessions)}" / "text_generation"

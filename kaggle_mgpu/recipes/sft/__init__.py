@@ -25,8 +25,9 @@ from kaggle_mgpu.training import Result, Task, train
 from . import data, generation, models, output, rouge
 from .config import Config
 from .finetune import Finetune
+from .prepare import prepare
 
-__all__ = ["Config", "Finetune", "data", "generation", "models", "output", "rouge", "run"]
+__all__ = ["Config", "Finetune", "data", "generation", "models", "output", "prepare", "rouge", "run"]
 
 
 def task(config: Config) -> Task:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kaggle_mgpu.machine import session
+
 from . import data, models, reading
 from .config import Config
 
@@ -69,6 +71,7 @@ def prepare(config: Config) -> Prepared:
     of_model = models.digest(model)
     settings = json.dumps([3, texts, of_model, tokenizer.chat_template, config.max_length])
     folder = out / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    folder = session.find_prepared(folder, "facts.json")
     if not (folder / "facts.json").exists():
         with _whole(folder) as temporary:
             (temporary / "facts.json").write_text(json.dumps(_encode(temporary, tokenizer, training, held, config)))

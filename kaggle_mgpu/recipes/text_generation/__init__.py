@@ -14,10 +14,11 @@ settings.py; documents.py (reading, split), tokenizer.py and corpus.py (token fi
 task); generation.py; ngrams.py (what to beat).
 """
 
+from .corpus import prepare
 from .generation import generate
 from .model import GPT
 from .ngrams import baselines
 from .settings import Config
 from .training import TextGeneration, task
 
-__all__ = ["GPT", "Config", "TextGeneration", "baselines", "generate", "task"]
+__all__ = ["GPT", "Config", "TextGeneration", "baselines", "generate", "prepare", "task"]

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.machine import session
 
-from .documents import SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
+from .documents import NLTK, SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
 from .settings import Config
 from .tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, tokenizers_package
 
@@ -126,6 +126,9 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
     if sizes:
         folder = max(sorted(sizes), key=lambda folder: sizes[folder])
         return folder, f"the input folder with most {'/'.join(SUFFIXES)} bytes, of {len(sizes)}"
+    for name in ("gutenberg", "brown"):
+        if (folder := NLTK / name).is_dir():
+            return folder, f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs; it is on Kaggle's image"
     return None, f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs"
 
 
@@ -138,7 +141,7 @@ def _has_text(file: Path, text_field: str) -> bool:
 
 
 def prepare(config: Config) -> Corpus:
-    """Write the token files under output_dir/data unless they exist. One process at a time may call this.
+    """Write the token files under output_dir/data unless they exist there or in an input. One process at a time.
 
     The folder's name is a digest of the text and of all settings that matter, so a second run reuses it and a
     changed text is not mistaken for the old one. Each split is `separator document separator document ...
@@ -165,6 +168,7 @@ def prepare(config: Config) -> Corpus:
     n_vocab = config.vocab_size if kind == "bpe" else ByteTokenizer.n_vocab
     settings = json.dumps([1, kind, n_vocab, config.val_fraction, listing])  # 1: the version of the files
     folder = Path(config.output_dir).resolve() / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    folder = session.find_prepared(folder, "corpus.json")
     if not (folder / "corpus.json").exists():
         # It appears under its name only when complete; a killed session may have left half of one
         temporary = folder.with_suffix(".tmp")

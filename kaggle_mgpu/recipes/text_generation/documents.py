@@ -13,6 +13,10 @@ from kaggle_mgpu.machine import session
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
+NLTK = Path("/usr/share/nltk_data/corpora")
+"""Corpora on Kaggle's image: gutenberg is 18 books as text, brown 500 texts of 2,000 words with tags."""
+
+
 def embedded_documents() -> list[str]:
     """The English text of `pydoc_data.topics` (Python's help(), PSF licence), about 0.37 MB.
 
@@ -33,12 +37,23 @@ def embedded_documents() -> list[str]:
     return [kept[name] for name in sorted(kept)]
 
 
+def _brown(folder: Path) -> Iterator[str]:
+    """The documents of the Brown corpus as nltk has it, ca01 to cr09: words with tags, The/at Fulton/np-tl."""
+    for file in sorted(folder.glob("c[a-r][0-9][0-9]")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        texts = (" ".join(word.rpartition("/")[0] for word in line.split()) for line in lines)
+        yield "\n".join(text for text in texts if text) + "\n"
+
+
 def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
     """The documents of a .txt, .jsonl or .parquet file, or of all such files in a folder, by sorted path.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
     """
+    if path == NLTK / "brown":
+        yield from _brown(path)
+        return
     if path.is_dir():
         found = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
         files = sorted(file for files in found for file in files if file.is_file())

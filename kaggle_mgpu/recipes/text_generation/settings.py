@@ -14,7 +14,8 @@ class Config(TrainConfig):
 
     data_path: str | None = None
     """A .txt (one document), .jsonl or .parquet (one document per row) file, or a folder of files. None: the largest
-    folder of such files among the Kaggle inputs, else the text of Python's own help topics (no download)."""
+    folder of such files among the Kaggle inputs, else nltk's Gutenberg or Brown corpus where Kaggle's image has one,
+    else the text of Python's own help topics (no download)."""
     text_field: str = "text"
     """The field of .jsonl rows, or the column of .parquet files, with the text."""
     val_fraction: float = 0.1
