@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,8 @@ LEAST = 1800.0
 """Seconds of quota that are worth a session whose length is not known."""
 SLACK = 900.0
 """Seconds that a session may take after its time_limit, to save and to write its notebook."""
+LONGEST = 12 * 3600.0
+"""Seconds that Kaggle gives a session with GPUs."""
 SPELLING = {"multigpu": "MultiGPU", "gpus": "GPUs", "sft": "SFT"}
 
 
@@ -238,6 +241,44 @@ def check_parameters(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | Non
     )  # fmt: skip
     if said := done.stdout.strip():
         raise KernelError(f"{kernel.source.name}: {said}")
+
+
+_PLAN = """
+import dataclasses, importlib, json, sys
+from kaggle_mgpu.planning import plan
+recipe = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}")
+fields = {field.name for field in dataclasses.fields(recipe.Config)}
+config = recipe.Config.from_dict({name: value for name, value in json.load(sys.stdin).items() if name in fields})
+runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
+print("seconds", sum(plan(one, task, on="T4x2").seconds for _, one, task in runs))
+"""
+
+
+def planned(kernel: Kernel) -> float:
+    """Return a limit for a session: one and a half times the plan's estimate for two T4s, and SLACK.
+
+    The estimate is of the data that the parameters lead to on this machine.
+
+    Raises:
+        KernelError: the notebook has no recipe, or no plan can be made here.
+    """
+    notebook = kernel.load()
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
+    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import", code, re.M)
+    if recipe is None:
+        raise KernelError(f"{kernel.source.name}: -t plan: expected a notebook of a recipe; give seconds instead")
+    paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = {**notebooks.parameters(notebook), **kernel.parameters}
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", _PLAN, recipe[1]], input=json.dumps({**given, "output_dir": folder}),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    found = re.search(r"^seconds ([\d.e+-]+)$", done.stdout, re.M)
+    if found is None:
+        said = done.stderr.strip().splitlines()[-1:]
+        raise KernelError(f"{kernel.source.name}: -t plan: no plan can be made here: {' '.join(said)}")
+    return min(LONGEST, 1.5 * float(found[1]) + SLACK)
 
 
 def kernel_from(root: Path, name: str, user: str | None, title: str | None = None) -> Kernel:

@@ -52,6 +52,7 @@ from kernel import (
     kernel_from,
     log_end,
     metadata,
+    planned,
     read_json,
     top_metadata,
     wait_for,
@@ -187,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     def run_options(made: argparse.ArgumentParser) -> None:
         made.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE")
         made.add_argument("--title", help="default: made from the notebook's name; the slug follows from the title")
-        made.add_argument("-t", "--limit", metavar="DURATION", help="Kaggle ends a session after it, such as 3h")
+        made.add_argument(
+            "-t", "--limit", metavar="DURATION", help="when Kaggle ends a session: 3h; plan: by an estimate"
+        )
         for name in ("dataset", "competition", "kernel", "model"):
             flag = f"--{name}" if name != "kernel" else "--kernel-source"
             made.add_argument(flag, dest=f"{name}_sources", action="append", default=[], help="an input; repeatable")
@@ -251,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
-            kernel.limit = None if arguments.limit is None else duration(arguments.limit)
+            if arguments.limit is not None:
+                kernel.limit = planned(kernel) if arguments.limit == "plan" else duration(arguments.limit)
             if arguments.command != "sweep":  # sweep checks each combination itself
                 check_parameters(kernel)
             kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}

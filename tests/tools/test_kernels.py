@@ -24,6 +24,8 @@ from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, ROOT, SLUG, TOOL, counting, push, tool, wait_until
 from kernels import main as tools_main
 
+pytestmark = pytest.mark.kaggle
+
 
 # What is pushed
 def test_what_is_built(root: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import ROOT
 
+pytestmark = pytest.mark.kaggle
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## In a notebook of your own\n")[1].split("\n## ")[0]
 EXAMPLE, ATTACH = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)[:2]
 ROWS = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| ?(.*?) ?\| (.+?) \| (.+?) \|$", SECTION, re.MULTILINE)}

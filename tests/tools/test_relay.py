@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 import kaggle_cli
+import kernel as kernels
 import relay
 from kaggle_mgpu.progress import progress
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+
+pytestmark = pytest.mark.kaggle
 
 
 def relayed(kaggle: KaggleServer, root: Path, *more: str, code: int = 0) -> str:
@@ -140,6 +143,15 @@ def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch
     for left, said in {kaggle_cli.Quota(1199.0, ""): short, kaggle_cli.Quota(1200.0, ""): "", None: ""}.items():
         monkeypatch.setattr(kaggle_cli, "quota", lambda left=left: left)  # None: of an older CLI
         assert kernel.short_of_quota() == said
+
+
+def test_a_plan_gives_the_limit_of_a_session(house: Path, root: Path) -> None:
+    kernel = kernels.kernel_from(house, "text_generation", "ann")
+    kernel.parameters = {**TEXT, "max_steps": 6}
+    assert kernels.SLACK < kernels.planned(kernel) < 2 * kernels.SLACK
+    kernel.parameters = {**TEXT, "data_path": "/kaggle/input/not/here"}
+    with pytest.raises(kernels.KernelError, match=r"no plan can be made here: .*no such file or folder"):
+        kernels.planned(kernel)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])
