@@ -29,7 +29,8 @@ for name in (*KAGGLE, *OURS, "MAKEFLAGS"):
 # The files that take longest, longest first: begun last, one of them would run on beside an idle core
 SLOWEST = (
     "notebooks_on_kaggle relay own_notebook launch kernels import_hooks fresh_environment resume style main "
-    "camouflage_segmentation surface_segmentation trainer sft fsdp notebooks nodes activity_recognition protobuf_fix panel oom"
+    "camouflage_segmentation surface_segmentation trainer sft fsdp notebooks nodes activity_recognition protobuf_fix "
+    "panel oom"
 ).split()
 
 
