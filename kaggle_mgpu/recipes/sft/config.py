@@ -40,9 +40,11 @@ class Config(TrainConfig):
     lora_targets: str = "auto"
     """Layers with adapters, as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
     data_path: str | None = None
-    """A .jsonl or .json file of conversations, or a folder of them: rows with messages, with (system,) user and
-    assistant, with input and target, or with instruction, (input) and output. None: the largest such file among the
-    Kaggle inputs, else questions and answers from the docstrings of Python's standard library."""
+    """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files: rows with messages or
+    conversations (ShareGPT), or with a question and its answer, and perhaps system: user and assistant, instruction and
+    output (Alpaca) or response (Dolly), prompt and completion or response, question and answer, input and target.
+    None: the largest such file among the Kaggle inputs, else questions and answers from the docstrings of Python's
+    standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
