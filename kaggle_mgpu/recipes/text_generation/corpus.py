@@ -44,7 +44,7 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared text: a folder with train.bin, val.bin, corpus.json and, for bpe, tokenizer.json."""
+    """A Corpus is a folder of prepared text: train.bin, val.bin, corpus.json and, for bpe, tokenizer.json."""
 
     folder: str
     source: str
@@ -66,11 +66,11 @@ class Corpus:
         return ByteTokenizer() if self.kind == "byte" else BPETokenizer(Path(self.folder) / "tokenizer.json")
 
     def bits_per_byte(self, loss: float) -> float:
-        """Nats per validation token as bits per byte of validation text."""
+        """Convert nats per validation token to bits per byte of validation text."""
         return loss * (self.val_tokens - 1) / max(1, self.val_bytes) / math.log(2)
 
     def blocks(self, part: str, block_size: int, random_shift: bool = False) -> TokenBlocks:
-        """Blocks of block_size tokens of a part, "train" or "val"."""
+        """Return the blocks of block_size tokens of a part, "train" or "val"."""
         return TokenBlocks(Path(self.folder) / f"{part}.bin", _dtype(self.n_vocab), block_size, random_shift)
 
 
@@ -100,7 +100,7 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
         return -(-(self.n_tokens - 1) // self.block_size)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, both (len(indices), block_size) int64."""
+        """Return inputs and targets, both (len(indices), block_size) int64."""
         first = indices.numpy() * self.block_size
         if self.random_shift:
             first = first + torch.randint(self.block_size, (len(first),)).numpy()
@@ -116,12 +116,12 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _dtype(n_vocab: int) -> str:
-    """Of a token file."""
+    """Return the type of the numbers in a token file."""
     return "uint16" if n_vocab <= 65536 else "uint32"
 
 
 def choose_source(config: Config) -> tuple[Path | None, str]:
-    """Where the text comes from (None: the embedded text), and why."""
+    """Return the source of the text (None: the embedded text), and the reason."""
     if config.data_path is not None:
         return Path(config.data_path).expanduser().resolve(), "data_path"
     sizes: dict[Path, int] = {}
