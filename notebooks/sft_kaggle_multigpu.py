@@ -39,7 +39,7 @@ print(devices.report())
 # Parameters of this notebook
 model = None  # a model's folder, or the end of one among the inputs; None: a tiny one with random weights
 tuning = "auto"  # lora, qlora or full; auto: lora, and full for the tiny model
-data_path = None  # .jsonl or .json conversations, or a folder of them; None: the largest such file among the inputs
+data_path = None  # .jsonl, .json, .csv or .parquet conversations, or a folder of them; None: the largest such input
 max_length = 256
 packing = True  # False for models that cannot keep packed conversations apart; they are told
 lora_rank = 16

@@ -127,7 +127,7 @@ def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) 
 
 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
-    """Two passes, of two and of four samples: what grows is per sample, what does not is fixed."""
+    """A pass of four samples, and what two keep: what grows is per sample, what does not is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # where auto means fp32 (a GPU before sm_70, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
@@ -136,15 +136,14 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     autocast = CudaAutocast() if not on_cpu and parts.strategy.device.type == "cpu" else contextlib.nullcontext()
     try:
         with autocast, shapes_alone(model) as fake:
-            passes = [_pass(parts, samples, fake) for samples in sorted({min(2, size), min(4, size)})]
+            counted = _counted(parts, size, fake)
     except Exception:  # a loss that looks at values; an error with another cause comes again
-        passes = []
-    if not passes:
+        counted = None
+    if counted is None:
         with autocast:
-            passes = _computed(parts, model, size)
-    first, last = passes[0], passes[-1]
-    apart = last.samples - first.samples
-    per_sample = (last.kept - first.kept) / apart if apart else last.kept / last.samples
+            counted = _computed(parts, model, size)
+    last, samples, kept = counted
+    per_sample = (last.kept - kept) / (last.samples - samples)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     parts.optimizer.step()
@@ -182,33 +181,40 @@ def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
             tensors[name] = tensor
 
 
-def _computed(parts: Parts, model: nn.Module, size: int) -> list[Pass]:
-    """The same passes with values; one sample alone where memory does not allow more."""
+def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
+    """A pass of up to four samples; and two of them, or none where there are no more, with the bytes that they keep."""
+    whole, fewer = min(4, size), 2 if size > 2 else 0
+    kept = 0
+    if fewer:
+        batch = _batch(parts, fewer, fake)
+        with fake or contextlib.nullcontext():
+            kept = _kept(parts, batch)[1]
+    return _pass(parts, whole, fake), fewer, kept
+
+
+def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int]:
+    """The same with values; one sample alone where memory does not allow more."""
     try:
-        return [_pass(parts, samples) for samples in sorted({min(2, size), min(4, size)})]
+        return _counted(parts, size)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
     # here the error no longer holds on to the tensors that did not fit
     model.zero_grad(set_to_none=True)
     release()
-    return [_pass(parts, 1)]
+    return _pass(parts, 1), 0, 0
 
 
-def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
-    """Forward and backward of the first samples, twice: each way of counting would be in the other's way."""
-    distributed.alive()
-    strategy, model = parts.strategy, parts.strategy.model
+def _batch(parts: Parts, samples: int, fake: FakeTensorMode | None) -> Any:
+    """The first samples on the device; with `fake`, their shapes."""
     order = data.Order(parts.plan.dataset_size, parts.config.seed, 0)[:samples]
-    batch = data.move(parts.fetch[order], strategy.input_device)
-    if fake is not None:
-        batch = tree_map_only(torch.Tensor, fake.from_tensor, batch)
-    without_values = fake or contextlib.nullcontext()
-    # torch counts what the plain attention does; the fused kernels of a CPU it passes over
-    with without_values, FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
-        strategy.forward(batch).backward()
-    model.zero_grad(set_to_none=True)
+    batch = data.move(parts.fetch[order], parts.strategy.input_device)
+    return batch if fake is None else tree_map_only(torch.Tensor, fake.from_tensor, batch)
 
+
+def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
+    """Run forward; return the loss and the bytes held for backward."""
+    model = parts.strategy.model
     weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     held: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # else the next storage may get the number of one that is gone
@@ -220,12 +226,24 @@ def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pas
             alive.append(tensor)
         return tensor
 
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = parts.strategy.forward(batch)
+    return loss, sum(held.values())
+
+
+def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
+    """Forward and backward of the first samples, twice: each way of counting would be in the other's way."""
+    distributed.alive()
+    strategy, model, batch = parts.strategy, parts.strategy.model, _batch(parts, samples, fake)
+    without_values = fake or contextlib.nullcontext()
+    # torch counts what the plain attention does; the fused kernels of a CPU it passes over
+    with without_values, FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
+        strategy.forward(batch).backward()
+    model.zero_grad(set_to_none=True)
+
     operators = Operators()
-    with without_values:
-        with operators, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = strategy.forward(batch)
-        kept = sum(held.values())
-        with operators:
-            loss.backward()
+    with without_values, operators:
+        loss, kept = _kept(parts, batch)
+        loss.backward()
     model.zero_grad(set_to_none=True)
     return Pass(samples, operations.get_total_flops(), operators.number, kept)

@@ -313,7 +313,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
     text = str(found)
     assert "measured peak 4.0 GiB" in text
-    assert "in use now      GPU 0 0 B, GPU 1 1.0 GiB" in text
+    assert "in use now      GPU 0 0.0 MiB, GPU 1 1.0 GiB" in text
     assert "2 GPUs over 1   1.93x expected\n" in text
     assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -30,6 +31,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "system/user/assistant": [{"user": QUESTION, "assistant": ANSWER, "role": "?"}],
     "input/target": [{"input": QUESTION, "target": ANSWER}],
+    "conversations": [
+        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+        {"conversations": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
+    ],
+    "instruction/context/response": [{"instruction": "What is", "context": "2 + 2?", "response": ANSWER, "id": 3}],
+    "prompt/completion": [{"prompt": QUESTION, "completion": ANSWER}],
+    "prompt/response": [{"prompt": QUESTION, "response": ANSWER}],
+    "question/answer": [{"question": QUESTION, "answer": ANSWER}],
 }  # fmt: skip
 
 
@@ -52,14 +61,25 @@ def test_the_recipe_imports_nothing_heavy() -> None:
 
 # Rows
 @pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
 def test_each_kind_of_row_becomes_a_conversation(tmp_path: Path, kind: str, suffix: str) -> None:
     file = tmp_path / f"rows{suffix}"
     lines = [json.dumps(row) for row in ROWS[kind]]
-    file.write_text("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\ufeff" + "\n\n".join(lines))
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(ROWS[kind][:1]), file)
+    elif suffix == ".csv":
+        if kind in reading.LISTS:
+            pytest.skip("a table of text holds no lists")
+        with file.open("w", newline="", encoding="utf-8-sig") as lines_of_table:
+            table = csv.DictWriter(lines_of_table, list({name: 0 for row in ROWS[kind] for name in row}))
+            table.writeheader()
+            table.writerows(ROWS[kind])
+    else:
+        file.write_text("[" + ",\n".join(lines) + "]" if suffix == ".json" else "\ufeff" + "\n\n".join(lines))
     found, conversations = reading.read_conversations(file)
     assert found == kind
-    assert len(conversations) == len(ROWS[kind])
+    assert len(conversations) == (len(ROWS[kind]) if suffix != ".parquet" else 1)
     for conversation in conversations:
         assert conversation[-1] == MESSAGES[1]
         assert conversation[0]["role"] == "user"
@@ -79,7 +99,7 @@ GOOD = json.dumps({"input": "a", "target": "b"})
     ("line", "says"),
     [
         ('{"user": "a", "assistant": "b"}', "line 4: a row of system/user/assistant, but FILE, line 1 is one"),
-        ('{"question": "a"}', "line 4: expected a row with the fields of one of messages, instruction"),
+        ('{"question": "a"}', "line 4: expected a row with the fields of one of messages, conversations"),
         ("[1]", "line 4: expected a row with the fields of one of"),
         ('{"input": "a", "target": 3}', "line 4: expected text in 'target', got 3"),
         ('{"input": "a", "target": " "}', "line 4: nothing is answered: expected a message of the assistant"),
@@ -105,7 +125,12 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
         ("a.json", f"[{GOOD}]\n[{GOOD}]", "a.json, line 2: expected nothing after the list, got "),
         ("a.jsonl", GOOD + '\n{"input": "a", "target": "\\ud83d"}', r"line 2: half of a surrogate pair, '\\ud83d'"),
         ("a.json", " [ ] ", "a.json: no rows"),
-        ("a.txt", GOOD, "expected .jsonl or .json, got .*a.txt"),
+        ("a.txt", GOOD, "expected one of .jsonl, .json, .csv, .parquet, got .*a.txt"),
+        ("a.csv", "input,target\na,b\nc\n", "a.csv, line 3: expected a value for each of input, target"),
+        ("a.csv", 'input,target\na,"b\n', "a.csv: not a readable .csv in UTF-8: unexpected end of data"),
+        ("a.parquet", "PAR", "a.parquet: not a readable .parquet file: "),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 1: expected messages"),
+        ("a.jsonl", '{"conversations": "hello"}', "line 1: expected messages with a role and a content, both text"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', 'line 1: expected messages with a role and a content,'),
         ("a.jsonl", json.dumps({"messages": MESSAGES[1:]}), "line 1: begins with the assistant"),
     ],

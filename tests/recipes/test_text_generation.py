@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from kaggle_mgpu import __main__ as command_line
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.recipes import text_generation as tg
-from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration, corpus, documents
+from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration, documents
+from kaggle_mgpu.recipes.text_generation import corpus as corpus_file
 from kaggle_mgpu.recipes.text_generation.corpus import TokenBlocks, choose_source, prepare
 from kaggle_mgpu.recipes.text_generation.documents import cut_text, embedded_documents, plan_split, read_documents
 from kaggle_mgpu.recipes.text_generation.generation import probabilities
@@ -294,6 +296,21 @@ def test_a_second_run_reuses_the_files_and_a_changed_text_gets_new_ones(tmp_path
     assert prepare(config.replace(tokenizer="byte")).folder != first.folder
     lines(tmp_path, 201)
     assert prepare(config).folder != first.folder
+
+
+def test_text_in_many_batches_gives_the_same_tokens_and_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(tmp_path, data_path=str(lines(tmp_path)), tokenizer="bpe", vocab_size=280)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    want = prepare(config)
+    assert "tokenising" not in capsys.readouterr().out
+    monkeypatch.setattr(corpus_file, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(corpus_file, "PROGRESS_SECONDS", 0)
+    found = prepare(config.replace(output_dir=str(tmp_path / "other")))
+    assert (found.digest, found.train_tokens, found.val_bytes) == (want.digest, want.train_tokens, want.val_bytes)
+    assert "tokenising: 0 of 0 MB" in capsys.readouterr().out
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == "false", "as before: loader processes are forked"
 
 
 def test_what_a_killed_preparation_left_is_replaced(tmp_path):

@@ -1,4 +1,4 @@
-"""Fine-tuning language models on conversations: full, with LoRA adapters, or with adapters on 4-bit weights (QLoRA).
+"""This recipe fine-tunes language models on conversations: all weights, LoRA, or LoRA on 4-bit weights (QLoRA).
 
     from kaggle_mgpu import launch, train
     from kaggle_mgpu.recipes.sft import Config, Finetune
@@ -31,12 +31,12 @@ __all__ = ["Config", "Finetune", "data", "generation", "models", "output", "prep
 
 
 def task(config: Config) -> Task:
-    """What the command line trains."""
+    """Return the task for the command line."""
     return Finetune(config)
 
 
 def run(config: Config) -> Result:
-    """Train, then write the adapter and the model card. What the command line does."""
+    """Train, then write the adapter and the model card, as the command line does."""
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))  # under torchrun
     made = Finetune(config)
     assert made.prepared  # by all ranks together; what follows is rank 0's alone

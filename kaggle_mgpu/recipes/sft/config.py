@@ -1,4 +1,4 @@
-"""The settings of fine-tuning: what is tuned how, on what, and how it is evaluated."""
+"""`Config` has the settings of fine-tuning: model, adapters, data and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import guide
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """How to fine-tune. A sample is a pack of max_length tokens: several conversations, or part of one."""
+    """Config describes a fine-tuning run. A sample is a pack of max_length tokens: several conversations, or a part."""
 
     MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
         "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens".split()
@@ -40,9 +40,11 @@ class Config(TrainConfig):
     lora_targets: str = "auto"
     """Layers with adapters, as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
     data_path: str | None = None
-    """A .jsonl or .json file of conversations, or a folder of them: rows with messages, with (system,) user and
-    assistant, with input and target, or with instruction, (input) and output. None: the largest such file among the
-    Kaggle inputs, else questions and answers from the docstrings of Python's standard library."""
+    """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files: rows with messages or
+    conversations (ShareGPT), or with a question and its answer, and perhaps system: user and assistant, instruction and
+    output (Alpaca) or response (Dolly), prompt and completion or response, question and answer, input and target.
+    None: the largest such file among the Kaggle inputs, else questions and answers from the docstrings of Python's
+    standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
@@ -94,7 +96,7 @@ class Config(TrainConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from names and values; the fine-tuning guide's nested ones are translated, which is said.
+        """Make a config from names and values; print each nested name of the fine-tuning guide with its translation.
 
         Raises:
             TypeError: a name that no field has; the message suggests the nearest.
@@ -119,10 +121,10 @@ class Config(TrainConfig):
 
     @property
     def mode(self) -> str:
-        """tuning, resolved."""
+        """Return the way of tuning, with "auto" resolved."""
         return self.tuning if self.tuning != "auto" else "lora" if self.model is not None else "full"
 
     @property
     def library(self) -> str:
-        """backend, resolved."""
+        """Return the backend, with "auto" resolved."""
         return self.backend if self.backend != "auto" else "bnb" if self.mode == "qlora" else "hf"

@@ -1,4 +1,4 @@
-"""`Finetune`: the task that the kit trains. Its loss, its evaluation, and what there is to say about both."""
+"""`Finetune` is the task of fine-tuning: model, loss, evaluation and description."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .prepare import Prepared, prepare
 
 
 class Finetune(Task):
-    """Next-token prediction on the answers of conversations. Batches: see `data.Packs.batch`."""
+    """Finetune predicts the next token of answers in conversations. `data.Packs.batch` describes the batches."""
 
     unit = "tokens"
 
@@ -42,7 +42,7 @@ class Finetune(Task):
     # What is trained on
     @property
     def prepared(self) -> Prepared:
-        """Data and model. At first all ranks ask for it together: rank 0 prepares it, the others wait."""
+        """Return the prepared data and model. The first call is made by all ranks together, and rank 0 prepares."""
         if self._prepared is None:
             models.check_installed(self.config.mode, self.config.library)
             self._prepared = distributed.from_main(lambda: prepare(self.config))
@@ -57,7 +57,7 @@ class Finetune(Task):
         return self._tools["tokenizer"]
 
     def examples(self, part: str) -> data.Examples:
-        """part: "train" or "val"."""
+        """Return the examples of a part, "train" or "val"."""
         return data.Examples(Path(self.prepared.folder), part)
 
     def _packs(self, part: str) -> data.Packs:
@@ -72,7 +72,7 @@ class Finetune(Task):
         return made
 
     def sample(self) -> list[list[int]]:
-        """The held-out examples that are answered: the first eval_generate_samples, in batches."""
+        """Return the indices of the held-out examples to answer, the first eval_generate_samples, in batches."""
         count, size = min(self.config.eval_generate_samples, self.prepared.val), self.config.eval_generate_batch_size
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
@@ -94,7 +94,7 @@ class Finetune(Task):
         return models.DTYPES[self.precision if chosen == "auto" else chosen]
 
     def base(self) -> nn.Module:
-        """The model that adapters are put on, or that is trained whole."""
+        """Load the model without adapters."""
         return models.load(
             self.prepared.model,
             tuning=self.config.mode,
@@ -141,7 +141,7 @@ class Finetune(Task):
 
     # The loss
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Logits fp32[B, A, vocabulary] of the tokens at batch["at"]; None there: of all, fp32[B, T, vocabulary]."""
+        """Return logits fp32[B, A, vocabulary] of the tokens at batch["at"]; without "at", of all T tokens."""
         segments, at = batch["segments"], batch.get("at")
         if self.config.packing:
             mask = data.block_mask(segments)
@@ -166,13 +166,13 @@ class Finetune(Task):
         return logits.float()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Cross entropy in nats, summed over the tokens of answers, in fp32: an fp16 sum would overflow at 65504."""
+        """Return the cross entropy in nats, summed over the tokens of answers in fp32 (fp16 ends at 65504)."""
         self._check_packing_once(model, batch)
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
 
     def count(self, batch: dict[str, Tensor]) -> int:
-        """Tokens of answers."""
+        """Return the number of tokens of answers."""
         return int((batch["targets"] != data.IGNORED).sum())
 
     def _check_packing_once(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -182,7 +182,7 @@ class Finetune(Task):
 
     @torch.no_grad()
     def check_packing(self, model: nn.Module, device: torch.device) -> None:
-        """Whether this model keeps packed examples apart: logits of two in a pack against each by itself.
+        """Check that the model keeps packed examples apart: two in a pack have the logits of each by itself.
 
         Raises:
             ValueError: it does not (recurrent layers, sliding windows that ignore masks, no position_ids).
@@ -230,7 +230,7 @@ class Finetune(Task):
         return found
 
     def _rouge(self, model: nn.Module, numbers: list[int]) -> dict[str, tuple[Any, int]]:
-        """ROUGE-L of the answers to some batches of prompts; and which share of them was answered."""
+        """Return ROUGE-L of the answers to some batches of prompts, and the share of answered prompts."""
         total, answered, wanted = 0.0, 0, 0
         reference = self._tools.setdefault("references", self.examples("val").answers())
         sample = self.sample()
@@ -244,7 +244,7 @@ class Finetune(Task):
         return {**found, "rouge_l": (total, answered)} if answered else found
 
     def _answers(self, model: nn.Module, number: int) -> list[str]:
-        """Answers to one batch of prompts; none where the model cannot generate, which is said once."""
+        """Return the answers to a batch of prompts; [], with a message once, if the model cannot generate."""
         if self.no_generation:
             return []
         distributed.alive()
@@ -263,7 +263,7 @@ class Finetune(Task):
             return []
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """loss (nats a token), perplexity = exp(loss), and rouge_l where the whole sample was answered."""
+        """Return loss (nats a token), perplexity = exp(loss), and rouge_l if the whole sample was answered."""
         loss = float(metrics["loss"])
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if "rouge_l" in metrics and float(metrics["answered"]) == 1:
@@ -272,7 +272,7 @@ class Finetune(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`metrics` over the held-out data in this process: of a model before training, say."""
+        """Evaluate a model on the held-out data in this process, for example before training."""
         held = self.val_data()
         if held is None:
             return {}
@@ -290,7 +290,7 @@ class Finetune(Task):
         return self.summary({name: torch.tensor(total / count) for name, (total, count) in totals.items()})
 
     def answers(self, model: nn.Module) -> list[tuple[str, str, str]]:
-        """(question, its answer in the data, the model's) for the sample that evaluation answers."""
+        """Return (question, answer in the data, the model's answer) for the sample of evaluation."""
         val = self.examples("val")
         reference = val.answers()
         found = []
@@ -303,12 +303,12 @@ class Finetune(Task):
         return found
 
     def _as_in_training(self, device: torch.device) -> torch.autocast:
-        """Autocast where the run has it."""
+        """Return autocast as in the run."""
         dtype = models.DTYPES[self.precision]
         return torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
 
     def unigram_loss(self) -> float:
-        """Held-out loss of a table of how often each token occurs in training answers, every token once more."""
+        """Return the held-out loss of the tokens' frequencies in training answers, each token counted once more."""
         counts, held = (self._counts(part) for part in ("train", "val"))
         p = (counts + 1) / (counts.sum() + len(counts))
         return float(-(held * p.log()).sum() / held.sum())
@@ -320,7 +320,7 @@ class Finetune(Task):
 
     # What there is to say
     def plan(self) -> tuple[models.Estimate, list[str]]:
-        """Estimated memory of a GPU, and the layers with adapters."""
+        """Return the estimated memory of a GPU, and the names of the layers with adapters."""
         if "plan" not in self._tools:
             config, packs = self.config, self._packs("train")
             replicas = (len(devices.gpus()) or 1) if config.nproc == "auto" else int(config.nproc)
@@ -344,7 +344,7 @@ class Finetune(Task):
         return found
 
     def describe(self) -> str:
-        """Model, tuning, data, what did not fit, how full the packs are, and estimated memory; five lines."""
+        """Describe model, tuning, data, losses by truncation, packs and estimated memory in five lines."""
         p, config = self.prepared, self.config
         packs = self._packs("train").packs
         memory, names = self.plan()
@@ -380,17 +380,17 @@ class Finetune(Task):
         )
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Adds the memory that rank 0 has used at most to every record."""
+        """Add rank 0's peak memory to every record."""
         record["peak_memory_mib"] = round(models.peak_memory() / 2**20)
 
     # What a run leaves
     def untrained(self) -> nn.Module:
-        """The model as training finds it, in this process; its adapters change nothing yet."""
+        """Return the model before training, in this process; its adapters change nothing yet."""
         torch.manual_seed(self.config.seed)
         return self.model().to(distributed.device()).eval()
 
     def load(self, result: Result, which: str = "best") -> nn.Module:
-        """The trained model, adapters and all, in this process."""
+        """Return the trained model with its adapters, in this process."""
         return result.load(self.model().to(distributed.device()), which)
 
     def export(self, result: Result, which: str = "best") -> Path:

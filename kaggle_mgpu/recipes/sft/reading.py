@@ -1,12 +1,15 @@
-"""Conversations from JSON files: rows of four kinds, found, read, and split; or the standard library's docstrings.
+"""Read conversations from files (.jsonl, .json, .csv, .parquet) whose rows are of one of several kinds, and split them.
 
-kind, conversations = read_conversations(Path("train.jsonl"))
-training, held = split(conversations, 0.1)
+    kind, conversations = read_conversations(Path("train.jsonl"))
+    training, held = split(conversations, 0.1)
+
+Without a file `embedded` makes questions and answers from the standard library's docstrings.
 """
 
 from __future__ import annotations
 
 import ast
+import csv
 import hashlib
 import json
 import re
@@ -18,24 +21,40 @@ from typing import Any
 
 from kaggle_mgpu.machine import session
 
-SUFFIXES = (".jsonl", ".json")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Conversation = list[dict[str, str]]
-# The kinds of rows: which fields one must have, and may have. The first that fits is taken.
-KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ()),
-    "instruction/input/output": (("instruction", "output"), ("input",)),
-    "system/user/assistant": (("user", "assistant"), ("system",)),
-    "input/target": (("input", "target"), ()),
+LISTS = ("messages", "conversations")
+"""Kinds of rows with a list of messages: role and content, or ShareGPT's from and value."""
+PAIRS = {
+    "instruction/input/output": ("instruction", "input", "output"),
+    "instruction/context/response": ("instruction", "context", "response"),
+    "system/user/assistant": ("user", "", "assistant"),
+    "input/target": ("input", "", "target"),
+    "prompt/completion": ("prompt", "", "completion"),
+    "prompt/response": ("prompt", "", "response"),
+    "question/answer": ("question", "context", "answer"),
 }
+"""Kinds of rows with a question and its answer: the fields of the question, of an optional addition, of the answer. A
+field `system` may come with each. The second kind is Dolly's, the first is Alpaca's. The first that fits is taken."""
+KINDS = (*LISTS, *PAIRS)
+ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's roles that chat templates call otherwise."""
 
 
 # Rows of files
 def rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Each row of a .jsonl file, or of the list in a .json file, and its place: "train.json, line 7".
+    """Yield each row of a file with its place: "train.json, line 7". A .json file holds a list of rows.
 
     Raises:
-        ValueError: what is no JSON, with its place.
+        ImportError: a .parquet file without the package pyarrow.
+        ValueError: a file that is not of its suffix's kind, with the place.
     """
+    if file.suffix.lower() == ".csv":
+        yield from _csv_rows(file)
+        return
+    if file.suffix.lower() == ".parquet":
+        yield from _parquet_rows(file)
+        return
     if file.suffix.lower() == ".jsonl":
         with file.open("rb") as lines:
             for number, content in enumerate(lines, 1):
@@ -89,37 +108,79 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{file}, line {line}: expected nothing after the list, got {short(text[position:])}")
 
 
+def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(1 << 30)  # Python's own limit, 131 072 characters, is less than a long conversation
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            table = csv.DictReader(lines, strict=True)
+            for row in table:
+                place = f"{file}, line {table.line_num}"
+                if None in row or None in row.values():
+                    raise ValueError(f"{place}: expected a value for each of {', '.join(table.fieldnames or ())}")
+                yield place, row
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: not a readable .csv in UTF-8: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ImportError(f"{file}: reading parquet needs the package `pyarrow`: pip install pyarrow") from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}, row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: not a readable .parquet file: {error}") from None
+
+
 def kind_of(row: Any) -> str | None:
-    """Which of KINDS a row is; None: none."""
+    """Return the kind of a row, one of KINDS; None for another."""
     if not isinstance(row, dict):
         return None
-    return next((kind for kind, (needed, _) in KINDS.items() if all(name in row for name in needed)), None)
+    lists = [kind for kind in LISTS if kind in row]
+    return next(iter([*lists, *(kind for kind, (a, _, b) in PAIRS.items() if a in row and b in row)]), None)
+
+
+def _message(message: Any) -> dict[str, str] | None:
+    """Return a message with role and content as text; None if it has none. Parts of text are joined."""
+    if not isinstance(message, dict):
+        return None
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    return {"role": ROLES.get(role, role), "content": content}
 
 
 def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
-    """The row as messages with a role and a content. Raises ValueError where it is none, or nothing is answered."""
-    if kind == "messages":
-        found = row["messages"]
-        if not isinstance(found, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
-        ):
-            raise ValueError(f"{place}: expected messages with a role and a content, both text, got {short(found)}")
-        conversation = [{"role": m["role"], "content": m["content"]} for m in found]
+    """Return the row as messages with a role and a content.
+
+    Raises:
+        ValueError: the row has fields of another type, or no answer.
+    """
+    conversation: Conversation = []
+    if kind in LISTS:
+        for message in row[kind] if isinstance(row[kind], list) else [None]:
+            if (made := _message(message)) is None:
+                got = short(message or row[kind])
+                raise ValueError(f"{place}: expected messages with a role and a content, both text, got {got}")
+            conversation.append(made)
     else:
-        needed, optional = KINDS[kind]
-        for name in (*needed, *optional):
-            if not isinstance(row.get(name, ""), str) and not (name in optional and row[name] is None):
+        asked, addition, answer = PAIRS[kind]
+        for name in ("system", asked, addition, answer):
+            optional = name not in (asked, answer)
+            if not isinstance(row.get(name, ""), str) and not (optional and row[name] is None):
                 raise ValueError(f"{place}: expected text in {name!r}, got {short(row[name])}")
-        if kind == "system/user/assistant":
-            conversation = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            asked, answer = row["user"], row["assistant"]
-        elif kind == "input/target":
-            conversation, asked, answer = [], row["input"], row["target"]
-        else:
-            given = row.get("input") or ""
-            conversation, answer = [], row["output"]
-            asked = row["instruction"] + (f"\n\n{given}" if given.strip() else "")
-        conversation += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        system, given = row.get("system") or "", row.get(addition) or ""
+        conversation = [{"role": "system", "content": system}] if system else []
+        content = row[asked] + (f"\n\n{given}" if given.strip() else "")
+        conversation += [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in conversation):
         raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
     for message in conversation:
@@ -139,17 +200,17 @@ def short(value: Any) -> str:
 
 
 def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
-    """The kind of rows and the conversations in a .json or .jsonl file, or in all those of a folder.
+    """Return the kind of rows and the conversations in a file, or in all files of a folder.
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: there is no such file.
         ValueError: a row of no kind, or of another kind than the first, with its file and line.
     """
     if path.is_dir():
         listed = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
         files = sorted(file for files in listed for file in files)
         if not files:
-            raise FileNotFoundError(f"data_path: no {' or '.join(SUFFIXES)} file in {path}")
+            raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
     elif path.is_file():
         files = [path]
     else:
@@ -157,7 +218,7 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
     kind, first, conversations = "", "", []
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"data_path: expected {' or '.join(SUFFIXES)}, got {file}")
+            raise ValueError(f"data_path: expected one of {', '.join(SUFFIXES)}, got {file}")
         for place, row in rows(file):
             found = kind_of(row)
             if found is None:
@@ -176,7 +237,7 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
 
 
 def choose_source(data_path: str | None) -> tuple[Path | None, str]:
-    """Where the conversations come from (None: the embedded pairs), and why."""
+    """Return the file or folder of conversations (None: the embedded pairs), and the reason."""
     if data_path is not None:
         return Path(data_path).expanduser().resolve(), "data_path"
     found = []
@@ -186,7 +247,7 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
                 _, row = next(rows(file))
                 if kind_of(row):
                     found.append((file.stat().st_size, file))
-            except (ValueError, OSError, StopIteration):
+            except (ValueError, OSError, StopIteration, ImportError):
                 continue
     if found:
         which = f"the largest of {len(found)} files" if len(found) > 1 else "the only file"
@@ -195,8 +256,9 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
 
 
 def embedded() -> list[Conversation]:
-    """Questions and answers without a download: what the functions and classes of the standard library do, in the
-    first paragraph of their docstrings. Read from the source files, so nothing is imported. About 2 000 pairs.
+    """Return about 2 000 questions and answers about the standard library's functions and classes.
+
+    The answers are the first paragraphs of docstrings, read from the source files without importing them.
     """
     root = Path(sysconfig.get_path("stdlib"))
     pairs: dict[str, str] = {}
@@ -230,7 +292,10 @@ def embedded() -> list[Conversation]:
 
 
 def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
-    """(to train on, held out). Those that begin alike land on the same side; it depends on contents alone."""
+    """Return the conversations to train on, and the held-out ones; the contents alone decide.
+
+    Conversations that begin alike are on the same side.
+    """
     groups: dict[str, list[int]] = {}
     for index, conversation in enumerate(conversations):
         end = next(i for i, message in enumerate(conversation) if message["role"] == "assistant")

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.machine import session
+from kaggle_mgpu.parallel import distributed
 
 from .documents import NLTK, SUFFIXES, cut_text, embedded_documents, plan_split, read_documents
 from .settings import Config
@@ -34,11 +36,15 @@ from .tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, tokenizers_packag
 
 IGNORED = -100
 """The target of a missing token, ignored by torch's cross_entropy."""
+BATCH_CHARACTERS = 8_000_000
+"""Characters that are tokenised at a time, on all cores."""
+PROGRESS_SECONDS = 10.0
+"""Seconds between lines about the progress of tokenising."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared text: a folder with train.bin, val.bin, corpus.json and, for bpe, tokenizer.json."""
+    """A Corpus is a folder of prepared text: train.bin, val.bin, corpus.json and, for bpe, tokenizer.json."""
 
     folder: str
     source: str
@@ -60,11 +66,11 @@ class Corpus:
         return ByteTokenizer() if self.kind == "byte" else BPETokenizer(Path(self.folder) / "tokenizer.json")
 
     def bits_per_byte(self, loss: float) -> float:
-        """Nats per validation token as bits per byte of validation text."""
+        """Convert nats per validation token to bits per byte of validation text."""
         return loss * (self.val_tokens - 1) / max(1, self.val_bytes) / math.log(2)
 
     def blocks(self, part: str, block_size: int, random_shift: bool = False) -> TokenBlocks:
-        """Blocks of block_size tokens of a part, "train" or "val"."""
+        """Return the blocks of block_size tokens of a part, "train" or "val"."""
         return TokenBlocks(Path(self.folder) / f"{part}.bin", _dtype(self.n_vocab), block_size, random_shift)
 
 
@@ -94,7 +100,7 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
         return -(-(self.n_tokens - 1) // self.block_size)
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, both (len(indices), block_size) int64."""
+        """Return inputs and targets, both (len(indices), block_size) int64."""
         first = indices.numpy() * self.block_size
         if self.random_shift:
             first = first + torch.randint(self.block_size, (len(first),)).numpy()
@@ -110,12 +116,12 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _dtype(n_vocab: int) -> str:
-    """Of a token file."""
+    """Return the type of the numbers in a token file."""
     return "uint16" if n_vocab <= 65536 else "uint32"
 
 
 def choose_source(config: Config) -> tuple[Path | None, str]:
-    """Where the text comes from (None: the embedded text), and why."""
+    """Return the source of the text (None: the embedded text), and the reason."""
     if config.data_path is not None:
         return Path(config.data_path).expanduser().resolve(), "data_path"
     sizes: dict[Path, int] = {}
@@ -221,20 +227,17 @@ def _write(
     try:
         for file in files.values():
             separator.tofile(file)
-        for texts in split():
-            for name, text in zip(names, texts, strict=True):
-                if not text:
-                    continue
-                # A piece of whole lines at a time: a list of a whole book's ids would be many times its size
-                for piece in re.findall(r"(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}", text):
-                    ids = np.array(tokenizer.encode(piece), dtype)
-                    ids.tofile(files[name])
-                    digest.update(ids.tobytes())
-                    n_tokens[name] += len(ids)
-                separator.tofile(files[name])
-                digest.update(f"end of {name}".encode())
-                n_tokens[name] += 1
-                n_bytes[name] += len(text.encode("utf-8"))
+        for batch in _batches(split(), sum(size for _, size in listing)):
+            encoded = tokenizer.encode_all([piece for _, piece, _ in batch])
+            for (part, piece, ends), found in zip(batch, encoded, strict=True):
+                ids = np.array(found, dtype)
+                ids.tofile(files[names[part]])
+                digest.update(ids.tobytes())
+                n_tokens[names[part]] += len(ids) + ends
+                n_bytes[names[part]] += len(piece.encode("utf-8"))
+                if ends:
+                    separator.tofile(files[names[part]])
+                    digest.update(f"end of {names[part]}".encode())
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -248,3 +251,32 @@ def _write(
         json.dump(facts, record)
         record.flush()
         os.fsync(record.fileno())
+
+
+def _batches(split: Iterator[tuple[str, str]], total: int) -> Iterator[list[tuple[int, str, bool]]]:
+    """Yield batches of pieces: the part (0: training, 1: held out), the text, and whether a document ends with it.
+
+    A piece holds whole lines, a million characters at most, and a batch about eight pieces: the ids of a book at once
+    would take many times its size. A line is printed every ten seconds.
+
+    Args:
+        total: bytes of all documents.
+    """
+    batch: list[tuple[int, str, bool]] = []
+    size, done, said = 0, 0, time.monotonic()
+    for texts in split:
+        for part, text in enumerate(texts):
+            pieces = re.findall(r"(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}", text)
+            for number, piece in enumerate(pieces, 1):
+                batch.append((part, piece, number == len(pieces)))
+                size += len(piece)
+                if size >= BATCH_CHARACTERS:
+                    yield batch
+                    distributed.alive()
+                    done += sum(len(each.encode("utf-8")) for _, each, _ in batch)
+                    batch, size = [], 0
+                    if time.monotonic() - said >= PROGRESS_SECONDS:
+                        said = time.monotonic()
+                        print(f"tokenising: {done / 1e6:.0f} of {total / 1e6:.0f} MB", flush=True)
+    if batch:
+        yield batch

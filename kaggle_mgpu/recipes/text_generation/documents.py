@@ -18,7 +18,7 @@ NLTK = Path("/usr/share/nltk_data/corpora")
 
 
 def embedded_documents() -> list[str]:
-    """The English text of `pydoc_data.topics` (Python's help(), PSF licence), about 0.37 MB.
+    """Return the English text of `pydoc_data.topics` (Python's help(), PSF licence), about 0.37 MB.
 
     Topics quote one another (a fifth of the text): a paragraph that an earlier, longer topic has is left out,
     since held-out text that was trained on would be a lie.
@@ -46,7 +46,7 @@ def _brown(folder: Path) -> Iterator[str]:
 
 
 def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
-    """The documents of a .txt, .jsonl or .parquet file, or of all such files in a folder, by sorted path.
+    """Yield the documents of a .txt, .jsonl or .parquet file, or of all such files in a folder, by sorted path.
 
     Raises:
         FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
@@ -118,7 +118,7 @@ def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
 
 
 def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> list[int]:
-    """How many leading bytes of each document are for training; the rest is held out. Depends on contents alone.
+    """Return the number of leading bytes of each document for training; contents alone decide. The rest is held out.
 
     Whole documents are held out, picked by their digest so that equal ones land on the same side, as many as
     fit into `val_fraction` of the bytes. Where that is less than half of what was asked for (one book, a few

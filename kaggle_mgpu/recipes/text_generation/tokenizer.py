@@ -1,24 +1,27 @@
-"""Text to ids and back: UTF-8 bytes, or byte-level BPE trained on the text itself."""
+"""Tokenizers turn text into ids and back: UTF-8 bytes, or byte-level BPE trained on the text itself."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. `n_vocab` counts `separator`, the last id, which no text encodes to."""
+    """A Tokenizer turns text into ids and back. `n_vocab` counts `separator`, the last id, which no text encodes to."""
 
     n_vocab: int
     separator: int
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; nothing to train, nothing to install."""
+    """ByteTokenizer takes UTF-8 bytes as ids, without training or installation."""
 
     n_vocab = 257
     separator = 256
@@ -26,12 +29,15 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 class BPETokenizer:
-    """Byte-level BPE from a tokenizer.json of the `tokenizers` package, and a separator after its last id."""
+    """BPETokenizer reads a tokenizer.json of the `tokenizers` package, and adds a separator after the last id."""
 
     def __init__(self, path: str | Path) -> None:
         self._bpe = tokenizers_package().Tokenizer.from_file(str(path))
@@ -40,6 +46,11 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(self._bpe.encode(text).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts on all cores; the ids are those of `encode`."""
+        with _all_cores():
+            return [found.ids for found in self._bpe.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._bpe.decode([i for i in ids if i < self.separator]))
@@ -67,8 +78,21 @@ class BPETokenizer:
         # All 256 bytes are in the vocabulary, so that nothing is ever unknown
         alphabet = sorted(t.pre_tokenizers.ByteLevel.alphabet())
         trainer = t.trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator(some(), trainer)
+        with _all_cores():
+            bpe.train_from_iterator(some(), trainer)
         bpe.save(str(path))
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let `tokenizers` use threads, which `env.fix` turns off since forked loader processes may wait for them."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        os.environ |= {"TOKENIZERS_PARALLELISM": before} if before is not None else {}
 
 
 def tokenizers_package() -> Any:
