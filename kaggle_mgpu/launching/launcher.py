@@ -98,7 +98,7 @@ def launch(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from ..parallel import distributed  # not above: it imports torch, which this process may do without
 
-        distributed.init(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
+        distributed.offer(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
         value = function(*args, **kwargs)
         return value if one_value else distributed.gather(value)
     gpus = devices.select(gpu_ids or settings.gpu_ids)

@@ -566,6 +566,7 @@ def test_a_hang_shows_each_ranks_stack_and_who_is_behind(
 
 def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def function() -> None:
+        distributed.init()
         if distributed.rank() == 1:
             (tmp_path / "stopped").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
