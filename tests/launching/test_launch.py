@@ -827,6 +827,7 @@ def test_a_collective_waits_no_longer_than_the_config_says(tmp_path: Path, monke
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)  # the other rank will say nothing
 
     def function(config: TrainConfig) -> None:
+        distributed.init()
         group = torch.distributed.group.WORLD
         assert group is not None
         assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(minutes=20)
