@@ -5,7 +5,7 @@ imported only when asked for, and never import each other. No config object is k
 session.py, which all of them share.
 """
 
+from .by_hand import Run, watch
 from .session import Session
-from .watch import Run, watch
 
 __all__ = ["Run", "Session", "watch"]

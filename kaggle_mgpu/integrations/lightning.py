@@ -43,7 +43,7 @@ class SessionCallback(Callback):
         self.session: session.Session | None = None
         self.samples: list[session.SeededSamples] = []
         self.history: Path | None = None
-        self.finished, self.saved = False, 0
+        self.finished, self.began, self.saved = False, False, 0
 
     def find_checkpoint(self) -> str | None:
         """Return the newest checkpoint in the run's folder, or in a folder of its name among Kaggle's inputs."""
@@ -67,7 +67,7 @@ class SessionCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         weights = sum(parameter.nbytes for parameter in pl_module.parameters())
         steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
-        self.saved = trainer.global_step
+        self.began, self.saved = True, trainer.global_step
         self.session = session.Session(
             self.output_dir, max_steps=steps, step=trainer.global_step, seed=self.seed, nbytes=4 * weights,
             history=self.history, unit="steps", **self.limits,
@@ -123,7 +123,13 @@ class SessionCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.session is not None:
+            self.save(trainer)
             self.finished, self.session = self.session.close(), None
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        if not self.began:  # a run that was whole before takes no step
+            self.finished = 0 < epochs <= trainer.current_epoch or 0 < steps <= trainer.global_step
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.session is not None:

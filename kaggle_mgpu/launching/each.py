@@ -98,7 +98,7 @@ def launch_each(
     with collect_interrupts() as interrupts:
         if waiting:
             worker_server.ready(interrupts)  # before threads would each start one
-        free = [gpus[slot : slot + 1] for slot in range(count)]
+        free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):
             for ended in [entry for entry in running if not entry[0].is_alive()]:
@@ -122,8 +122,8 @@ def launch_each(
         group.results = results  # type: ignore[attr-defined]
         raise group
     if interrupts:
-        ended = sum(job.state == "finished" for job in jobs)
-        print(f"interrupted: {ended} of {len(jobs)} jobs have ended. Run the same again to go on.", flush=True)
+        count = sum(job.state == "finished" for job in jobs)
+        print(f"interrupted: {count} of {len(jobs)} jobs have ended. Run the same again to go on.", flush=True)
     return results
 
 

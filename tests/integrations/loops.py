@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from kaggle_mgpu import distributed
 
 STEPS = 12
+asked = False
 
 
 class Augmented(Dataset[Any]):
@@ -55,8 +56,10 @@ def maybe_end(step: int, kill: int | None) -> None:
 
 
 def maybe_ask_to_stop(step: int, stop: int | None) -> None:
-    """Interrupt this rank after a step, if it is rank 1, as the stop button interrupts all."""
-    if step == stop and distributed.rank() == 1:
+    """Interrupt this rank after a step, once, if it is rank 1; the stop button interrupts all."""
+    global asked
+    if step == stop and distributed.rank() == 1 and not asked:
+        asked = True
         os.kill(os.getpid(), signal.SIGINT)
 
 
