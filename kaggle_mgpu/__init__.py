@@ -18,6 +18,8 @@ _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "notebook",
     "launch": "launching",
+    "launch_each": "launching",
+    "watch": "integrations",
     "Result": "training",
     "Task": "training",
     "train": "training",
@@ -33,18 +35,21 @@ _MODULES = {
     "plots": "progress.plots",
     "session": "machine.session",
 }
-_PACKAGES = ("checkpoints config data env errors launching machine parallel planning progress recipes training").split()
+_PACKAGES = (
+    "checkpoints config data env errors integrations launching machine parallel planning progress recipes training"
+).split()
 
 __all__ = [
-    "Result", "Task", "TrainConfig", "check", "compare_strategies", "devices", "env", "launch", "notebook_parameters",
-    "plan", "session", "train",
+    "Result", "Task", "TrainConfig", "check", "compare_strategies", "devices", "env", "launch", "launch_each",
+    "notebook_parameters", "plan", "session", "train", "watch",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from . import env
     from .checkpoints import checkpoint as checkpoint
     from .config import TrainConfig
-    from .launching import launch
+    from .integrations import watch
+    from .launching import launch, launch_each
     from .machine import devices, session
     from .notebook import notebook_parameters
     from .parallel import distributed as distributed

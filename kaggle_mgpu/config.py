@@ -16,7 +16,6 @@ import dataclasses
 import inspect
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +23,6 @@ from typing import Any, ClassVar, Literal, Self
 
 from . import fields
 from .names import check_names, either, nearest
-
-
-def parse_duration(text: str | float) -> float:
-    """Return the seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
-
-    Raises:
-        ValueError: the text is no duration, or not above zero.
-    """
-    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    body = str(text).strip().lower().replace(" ", "")
-    if re.fullmatch(r"\d+(\.\d+)?", body):
-        seconds = float(body)
-    elif re.fullmatch(r"(\d+(\.\d+)?[dhms])+", body):
-        seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([dhms])", body))
-    else:
-        raise ValueError(f"not a duration: {text!r}. Write it like '11h30m', '45m', '90s' or a number of seconds.")
-    if seconds <= 0:
-        raise ValueError(f"a duration must be above zero, got {text!r}")
-    return seconds
 
 
 @dataclass(frozen=True)
@@ -206,7 +186,7 @@ class TrainConfig:
             raise ValueError(f"{type(self).__name__}.ema_decay: expected between 0 and 1, got {self.ema_decay!r}")
         if self.time_limit is not None:
             try:
-                parse_duration(self.time_limit)
+                fields.parse_duration(self.time_limit)
             except ValueError as error:
                 raise ValueError(f"{type(self).__name__}.time_limit: {error}") from None
         for name, value in vars(self).items():

@@ -130,3 +130,22 @@ def docstrings(cls: type) -> dict[str, str]:
             ):
                 texts[line.target.id] = inspect.cleandoc(str(following.value.value))
     return texts
+
+
+def parse_duration(text: str | float) -> float:
+    """Return the seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
+
+    Raises:
+        ValueError: the text is no duration, or not above zero.
+    """
+    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
+    body = str(text).strip().lower().replace(" ", "")
+    if re.fullmatch(r"\d+(\.\d+)?", body):
+        seconds = float(body)
+    elif re.fullmatch(r"(\d+(\.\d+)?[dhms])+", body):
+        seconds = sum(float(number) * units[unit] for number, _, unit in re.findall(r"(\d+(\.\d+)?)([dhms])", body))
+    else:
+        raise ValueError(f"not a duration: {text!r}. Write it like '11h30m', '45m', '90s' or a number of seconds.")
+    if seconds <= 0:
+        raise ValueError(f"a duration must be above zero, got {text!r}")
+    return seconds

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaggle_mgpu.config import TrainConfig, parse_duration
+from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.names import _ELSEWHERE as ELSEWHERE
 from kaggle_mgpu.names import check_names
 from kaggle_mgpu.notebook import notebook_parameters

@@ -2,11 +2,13 @@
 
 The package knows nothing of training: it imports no torch until a worker runs, and sees a run's settings only as the
 plain values in `ProcessSettings`. Start reading at `launch` in launcher.py; workers.py sees one set of workers through,
-server.py is the process that they are forked from, lock.py keeps two runs out of one folder.
+each.py gives every GPU a job of its own, server.py is the process that workers are forked from, advice.py watches loops
+that are not the kit's, lock.py keeps two runs out of one folder.
 """
 
 from . import lock
+from .each import launch_each
 from .launcher import launch
 from .settings import ProcessSettings
 
-__all__ = ["ProcessSettings", "launch", "lock"]
+__all__ = ["ProcessSettings", "launch", "launch_each", "lock"]

@@ -98,7 +98,7 @@ def launch(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from ..parallel import distributed  # not above: it imports torch, which this process may do without
 
-        distributed.init(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
+        distributed.offer(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
         value = function(*args, **kwargs)
         return value if one_value else distributed.gather(value)
     gpus = devices.select(gpu_ids or settings.gpu_ids)
@@ -114,25 +114,36 @@ def launch(
             pass
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
     restarts = settings.max_restarts if max_restarts is None else max_restarts
+    with _logs(config) as logs, collect_interrupts() as interrupts:
+        values = attempts(
+            (function, args, kwargs), config, settings, count, gpus, logs, limit, restarts, interrupts,
+            from_start=timeout is not None,
+        )  # fmt: skip
+    return values[0] if one_value else values
+
+
+def attempts(
+    call: Any, config: RunSettings | None, settings: ProcessSettings, count: int, gpus: list[devices.GPU], logs: Path,
+    limit: float, restarts: int, interrupts: list[float], *, from_start: bool, quiet: bool = False,
+) -> list[Any]:  # fmt: skip
+    """Make a call on new workers, again after one died or hung as long as restarts are left; return the values."""
     died = 0
     before = _saved(config)
-    with _logs(config) as logs, _interrupts() as interrupts:
-        for attempt in itertools.count():
-            call = (function, args, kwargs) if attempt == 0 else _resumed((function, args, kwargs), config, before)
-            workers = Workers(call, count, gpus, logs, settings, attempt)
-            try:
-                values = workers.run(interrupts, limit, from_start=timeout is not None)
-                return values[0] if one_value else values
-            except Exception as error:
-                # a RestartError is no accident: the next attempt uses smaller micro-batches, so it does not count
-                again, which = isinstance(error, RestartError), ""
-                if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
-                    died += 1
-                    again, which = died <= restarts, f": restart {died} of {restarts}"
-                if interrupts or not again:
-                    raise
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
-                print(f"{said}\nstarting again{which}", flush=True)
+    for attempt in itertools.count():
+        resumed = call if attempt == 0 else _resumed(call, config, before)
+        workers = Workers(resumed, count, gpus, logs, settings, attempt, quiet)
+        try:
+            return workers.run(interrupts, limit, from_start)
+        except Exception as error:
+            # a RestartError is no accident: the next attempt uses smaller micro-batches, so it does not count
+            again, which = isinstance(error, RestartError), ""
+            if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
+                died += 1
+                again, which = died <= restarts, f": restart {died} of {restarts}"
+            if interrupts or not again:
+                raise
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{said}\nstarting again{which}", flush=True)
     raise AssertionError("not reached")
 
 
@@ -175,7 +186,7 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[float]]:
+def collect_interrupts() -> Iterator[list[float]]:
     """Collect interrupts in a list inside the `with` block instead of raising KeyboardInterrupt at any line."""
     times: list[float] = []
     before = signal.getsignal(signal.SIGINT)

@@ -18,11 +18,11 @@ CELL_CHARACTERS = 100_000
 class Output:
     """Show rank 0's growing log in the cell; the worker never waits for the notebook, and no line appears twice."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, quiet: bool = False) -> None:
         self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
         self.file.seek(0, os.SEEK_END)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.shown, self.end = 0, sys.maxsize
+        self.quiet, self.shown, self.end = quiet, 0, sys.maxsize
 
     def __enter__(self) -> Output:
         return self
@@ -40,7 +40,7 @@ class Output:
 
     def show(self, size: int) -> None:
         """Show the new part of the log's first `size` bytes, unless the cell is full."""
-        if self.shown >= CELL_CHARACTERS:
+        if self.quiet or self.shown >= CELL_CHARACTERS:
             return
         room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())
         text = _GLOO_LINE.sub("", self.decoder.decode(self.file.read(max(0, room))))

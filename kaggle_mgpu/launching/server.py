@@ -39,7 +39,7 @@ from typing import Any, NoReturn
 from .. import env
 from ..env import worker_server
 from ..machine import session
-from . import pickling
+from . import advice, pickling
 
 PRELOAD = (
     "torch", "torch.distributed", "torch.nn.parallel.distributed", "torch.utils.data",
@@ -342,21 +342,26 @@ def _work(
         fd = listener.detach()
         if rank != 0:
             os.close(fd)
-        store = dist.TCPStore(
-            host, port, request.count, rank == 0, timeout, False, master_listen_fd=fd if rank == 0 else None
-        )
-        distributed.init(store, rank=rank, world_size=request.count, timeout=timeout)
+        # with multi_tenant, the function's own init_process_group meets at this store too, by the same address
+        store = dist.TCPStore(host, port, request.count, rank == 0, timeout, False, True, fd if rank == 0 else None)
+        os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+        distributed.offer(dist.PrefixStore("kaggle_mgpu", store), timeout)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # one that came too early is delivered here
         function, args, kwargs = pickle.loads(call)
+        if not getattr(function, "returns_rank0", False):
+            advice.watch(store, rank, request.count)
         value = function(*args, **kwargs)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: too late to interrupt it
         if getattr(function, "returns_rank0", False) and rank != 0:
             value = None
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
-        distributed.barrier()  # nobody leaves while another still talks to it
+        _meet(store, request.count)  # nobody leaves while another still talks to it
+        if rank == 0:
+            advice.tell(store)
         _leave(send, answer, log_fd)
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        advice.advise(error)
         trace = _traceback(error)
         line = "".join(traceback.format_exception_only(error)).strip()  # also where the error's __str__ fails
         in_collective = _came_from_a_collective(error)
@@ -380,6 +385,14 @@ def _become(rank: int, request: Request) -> None:
     # a fork would draw what every other fork draws; Python's own generator is seeded anew by itself
     numpy.random.seed(random.getrandbits(32))
     torch.set_num_threads(request.threads)
+
+
+def _meet(store: Any, count: int) -> None:
+    """Wait until every rank has come here. The store serves as well after the function has left its process group."""
+    with contextlib.suppress(RuntimeError):  # rank 0, which has the store, was the last to come, and has gone
+        if store.add("came", 1) == count:
+            store.set("all came", "")
+        store.wait(["all came"])
 
 
 def _leave(send: Callable[..., None], answer: tuple[Any, ...], log_fd: int, trace: str = "") -> NoReturn:

@@ -57,11 +57,14 @@ class Workers:
         logs: the folder of their logs.
         settings: what the run's settings say of the processes.
         attempt: 0, or the number of this restart, whose lines follow those of the attempt before in the logs.
+        quiet: show nothing of their output; the logs have it.
     """
 
     def __init__(
-        self, call: Any, count: int, gpus: list[devices.GPU], logs: Path, settings: ProcessSettings, attempt: int
-    ) -> None:
+        self, call: Any, count: int, gpus: list[devices.GPU], logs: Path, settings: ProcessSettings, attempt: int,
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
+        self.quiet = quiet
         self.count, self.log_paths = count, [logs / f"rank{rank}.log" for rank in range(count)]
         self.call = pickling.dumps(call, "the function, with its arguments,")
         self.request = server.Request(
@@ -74,7 +77,7 @@ class Workers:
             semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
             threads=cpu.threads_per_worker(count),
             timeout=settings.collective_timeout_minutes * 60,
-            can_draw=session.can_draw(),
+            can_draw=session.can_draw() and not quiet,
             can_show=session.can_show(),
         )
         self.values: dict[int, Any] = {}
@@ -108,7 +111,7 @@ class Workers:
             Exception: what the function raised in a worker.
         """
         with contextlib.ExitStack() as stack:
-            self.output = stack.enter_context(Output(self.log_paths[0]))
+            self.output = stack.enter_context(Output(self.log_paths[0], self.quiet))
             self._start(stack, interrupts)
             told = False
             try:

@@ -1,8 +1,9 @@
 """This module gives a process its rank and the collective operations between ranks.
 
-Every function also works in a single process, so callers need not ask for the number of processes.
+Every function also works in a single process, so callers need not ask for the number of processes. In a launched
+function the process group is made by the first collective, unless the function makes a group of its own before.
 
-    distributed.init()                    # under torchrun, or with the launcher's store
+    distributed.init()                    # under torchrun, or in a launched function
     total = distributed.sum(my_count)     # the same number on every rank
     if distributed.agree(out_of_time): …  # true on every rank if true on any rank
 """
@@ -15,7 +16,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast, overload
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -28,19 +29,37 @@ T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
-def active() -> bool:
+class _Offer(NamedTuple):
+    """Hold what `init` needs to join a process group."""
+
+    store: dist.Store | None
+    rank: int
+    world_size: int
+    timeout: datetime.timedelta
+
+
+_offer: _Offer | None = None
+_cpu_group: tuple[Any, Any] = None, None  # a default group without a CPU backend, and the gloo group beside it
+
+
+def joined() -> bool:
     """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
+def active() -> bool:
+    """Return whether this process has joined a process group, or will join one at its first collective."""
+    return joined() or _offer is not None
+
+
 def rank() -> int:
     """Return this process's number, 0 … world_size - 1, over all machines."""
-    return dist.get_rank() if active() else 0
+    return dist.get_rank() if joined() else _offer.rank if _offer else 0
 
 
 def world_size() -> int:
     """Return the number of processes over all machines."""
-    return dist.get_world_size() if active() else 1
+    return dist.get_world_size() if joined() else _offer.world_size if _offer else 1
 
 
 def local_rank() -> int:
@@ -68,34 +87,60 @@ def under_torchrun() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def init(
-    store: dist.Store | None = None,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    timeout: datetime.timedelta = TIMEOUT,
-) -> None:
-    """Join the process group through `store` or torchrun's variables; a second call does nothing.
+def offer(store: dist.Store | None = None, timeout: datetime.timedelta = TIMEOUT) -> None:
+    """Let `init`, or else the first collective of this module, join a process group; take this rank's GPU.
+
+    RANK and WORLD_SIZE in the environment say as which rank, and among how many. A launched function may call
+    `torch.distributed.init_process_group` before; its group then serves this module too.
+
+    Args:
+        store: where the ranks meet. None: at the address in torchrun's variables.
+        timeout: a longer collective is an error.
+    """
+    global _offer
+    _offer = _Offer(store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init(timeout: datetime.timedelta = TIMEOUT) -> None:
+    """Join the process group that was offered, or torchrun's; a second call does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so counts and decisions never wait for the
-    GPU. A collective longer than `timeout` is an error.
+    GPU. A collective longer than `timeout`, or than the offer's, is an error.
     """
-    if active() or (store is None and not under_torchrun()):
+    if joined():
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if _offer is None:
+        if not under_torchrun():
+            return
+        offer(timeout=timeout)
+    assert _offer is not None
+    store, rank, world_size, timeout = _offer
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        assert rank is not None and world_size is not None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _group(tensor: torch.Tensor | None = None) -> Any:
+    """Return the group for a tensor, or for objects and numbers on the CPU; None is the default group."""
+    global _cpu_group
+    init()
+    default = dist.group.WORLD
+    if (tensor is not None and tensor.is_cuda) or "cpu:" in str(dist.get_backend_config()):
+        return None
+    if _cpu_group[0] is not default:  # a script's own group of NCCL alone
+        _cpu_group = default, dist.new_group(backend="gloo")
+    return _cpu_group[1]
 
 
 def shutdown() -> None:
     """Leave the process group."""
-    if active():
+    global _offer
+    _offer = None
+    if joined():
         dist.destroy_process_group()
 
 
@@ -122,6 +167,11 @@ def alive(step: int | None = None) -> None:
     else:
         _pulse[0], _pulse[1] = step, 0
     _pulse[2] = time.monotonic_ns()
+
+
+def last_step() -> int:
+    """Return the step last given to `alive`; -1 before the first, and without a launcher."""
+    return -1 if _pulse is None else int(_pulse[0])
 
 
 def saving(now: bool) -> None:
@@ -152,7 +202,7 @@ def sum_later(value: T) -> Callable[[], T]:
     alive()
     if not isinstance(value, torch.Tensor):
         total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-    work = dist.all_reduce(total, async_op=True)
+    work = dist.all_reduce(total, group=_group(total), async_op=True)
     done: list[Any] = []
 
     def wait() -> Any:
@@ -175,7 +225,7 @@ def broadcast(value: T) -> T:
         return value
     alive()
     box = [value]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=_group(), device=torch.device("cpu"))
     return box[0]
 
 
@@ -185,7 +235,7 @@ def gather(value: T) -> list[T]:
         return [value]
     alive()
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group())
     return values
 
 
@@ -250,7 +300,7 @@ class RankVote:
         now = time.monotonic()
         pace = (now - self.since) / self.interval
         answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
-        dist.all_reduce(answers, op=dist.ReduceOp.MAX)
+        dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=_group())
         *raised, slowest = answers.tolist()
         # at most doubled, so that one quick step after a slow start does not delay the next vote for long
         self.interval = builtins.max(

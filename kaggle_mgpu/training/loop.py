@@ -12,12 +12,8 @@ save: they are seeded from (seed, step, rank) before each step, and from (seed, 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -37,6 +33,7 @@ from .micro_batch import halve_micro_batch, settle_micro_batch
 from .out_of_memory import OptimizerOutOfMemoryError, is_out_of_memory
 from .parts import Parts, StepParts, build_parts
 from .saving import Saving, finished_result, open_checkpoints, restore, starting_point
+from .stop_requests import stop_requests
 from .task import Result, Task, TrainState, expect
 from .task_checks import A_MEAN, looks_like_a_mean
 
@@ -99,7 +96,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
     """Take the steps from `state` to the last step."""
     clock, ranks, deadline = log.clock, distributed.RankVote(), parts.deadline
     batches = parts.batches(state.samples_seen)
-    with _stop_requests() as stop_request:
+    with stop_requests() as stop_request:
         while True:
             distributed.alive(state.step)  # lets the launcher tell a hang, and name the rank that is behind
             done = state.step >= parts.plan.max_steps
@@ -305,31 +302,3 @@ def _last_save(parts: Parts, state: TrainState, saving: Saving, log: Log, finish
             raise error
         log.note(note)
     return note
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Let SIGINT and SIGTERM ask for a stop after the current step; a second signal acts as it did before."""
-    request = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # signals reach the main thread only
-        return
-    before: dict[int, Any] = {}
-
-    process = os.getpid()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if os.getpid() != process:
-            return  # a loader process inherited this handler; its parent gets the signal too
-        request.set()
-        signal.signal(number, before[number])
-        with contextlib.suppress(RuntimeError):  # the signal interrupted a print
-            print("asked to stop: finishing the step and saving. Ask again to stop at once.", flush=True)
-
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        before[wanted] = signal.signal(wanted, on_signal)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

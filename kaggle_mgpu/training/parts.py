@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from .. import data
-from ..config import TrainConfig, parse_duration
+from ..config import TrainConfig
 from ..data import randomness
+from ..fields import parse_duration
 from ..machine import devices, session
 from ..parallel import Strategy, choose, distributed
 from . import optim
@@ -96,6 +97,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
         TypeError: Task.model returns no module, or a dataset has no length.
         ValueError: settings do not fit each other, the data or the machine.
     """
+    distributed.init()
     allowed = parse_duration(config.time_limit) if config.time_limit else math.inf
     seconds = min(allowed, session.time_left())
     deadline = None if seconds == math.inf else session.Deadline(seconds)

@@ -566,6 +566,7 @@ def test_a_hang_shows_each_ranks_stack_and_who_is_behind(
 
 def test_a_stopped_process_is_a_hang_too(tmp_path: Path, patience: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def function() -> None:
+        distributed.init()
         if distributed.rank() == 1:
             (tmp_path / "stopped").write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -826,6 +827,7 @@ def test_a_collective_waits_no_longer_than_the_config_says(tmp_path: Path, monke
     monkeypatch.setattr(workers, "GRACE_SECONDS", 0.1)  # the other rank will say nothing
 
     def function(config: TrainConfig) -> None:
+        distributed.init()
         group = torch.distributed.group.WORLD
         assert group is not None
         assert group._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(minutes=20)

@@ -118,6 +118,8 @@ def together() -> dict[str, Any]:
     rank, found = distributed.rank(), {}
     found["who"] = (rank, distributed.world_size(), distributed.local_rank(), distributed.local_world_size())
     found["is_main"] = distributed.is_main()
+    found["made when needed"] = not torch.distributed.is_initialized()
+    distributed.init()
     group = torch.distributed.group.WORLD
     distributed.init()  # again, and under the variables that torchrun too would set
     found["init twice"] = (distributed.under_torchrun(), torch.distributed.group.WORLD is group)

@@ -58,6 +58,7 @@ TINY = {
         | {"global_batch_size": 4},
         leaves=("model.safetensors", "README.md"),
     ),
+    "bring_your_own_loop": Tiny({"steps": 6, "width": 8, "samples": 64, "folds": 2}, leaves=("by_hand/metrics.jsonl",)),
     "check_gpus": Tiny(
         {"compare": False, "depth": 1, "width": 16, "heads": 2, "length": 16, "global_batch_size": 4},
     ),

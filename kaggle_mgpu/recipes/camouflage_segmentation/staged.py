@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kaggle_mgpu import progress
 from kaggle_mgpu.checkpoints import files
-from kaggle_mgpu.config import parse_duration
+from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.launching import launch, lock
 from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Result, train

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from kaggle_mgpu.checkpoints import check_model, read_tensors, whole, write_text
-from kaggle_mgpu.config import parse_duration
 from kaggle_mgpu.data import counted
+from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.machine import devices, session
 from kaggle_mgpu.parallel import distributed

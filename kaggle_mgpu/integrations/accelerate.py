@@ -1,0 +1,143 @@
+"""Keep a run of a loop written with accelerate.
+
+model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+with Session(accelerator, "run", max_steps=1000, seed=0) as session:
+    for batch in session.batches(loader):          # epoch after epoch, from where the run was cut
+        with accelerator.accumulate(model):
+            ...                                    # as before
+        session.step(loss)                         # shows, saves by the clock; `batches` ends when it is time to
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+
+from ..checkpoints import write_text
+from ..machine import session as machine
+from ..parallel import distributed
+from . import session
+
+
+class Session:
+    """Resume, seed, record, save and stop a loop. Every rank makes the same calls, after `accelerator.prepare`.
+
+    Args:
+        output_dir: the run's folder; checkpoints by `accelerator.save_state` lie in checkpoints/step-N.
+        max_steps: optimizer steps of the run, which end `batches`.
+        seed: for the order of samples, augmentation and dropout.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
+        save_every: time between two saves.
+        keep_last: checkpoints that stay.
+        log_every: steps between two records.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: str | Path, *, max_steps: int, seed: int = 0,
+        time_limit: str | float | None = None, save_every: str | float | None = "15m", keep_last: int = 2,
+        log_every: int = 10,
+    ) -> None:  # fmt: skip
+        self.accelerator, self.max_steps, self.finished = accelerator, max_steps, False
+        self._seed, self._keep_last, self._log_every = seed, keep_last, log_every
+        self._folder = Path(output_dir) / "checkpoints"
+        start = self.resume()
+        weights = sum(p.nbytes for model in accelerator._models for p in model.parameters())
+        self._session = session.Session(
+            output_dir, max_steps=max_steps, step=self.steps_taken, seed=seed, time_limit=time_limit,
+            save_every=save_every, nbytes=4 * weights, history=None if start is None else start.parent.parent,
+            unit="steps",
+        )  # fmt: skip
+
+    def resume(self) -> Path | None:
+        """Load the newest whole checkpoint of the run's folder, or of a folder of its name among Kaggle's inputs."""
+        name = self._folder.resolve().parent.name
+        files = distributed.from_main(lambda: [*self._folder.glob("step-*/state.json")] or [
+            path for path in machine.find("checkpoints/step-*/state.json") if path.parents[2].name == name
+        ])  # fmt: skip
+        start = max((file.parent for file in files), key=lambda path: path.name, default=None)
+        self.steps_taken, self._position = 0, (0, 0)
+        if start is not None:
+            facts = json.loads((start / "state.json").read_text())
+            self.accelerator.load_state(str(start))
+            self.steps_taken, self._position = facts["step"], tuple(facts["position"])
+            self.accelerator.print(f"going on from {start}: step {self.steps_taken} of {self.max_steps}")
+        self._saved = self.steps_taken
+        return start
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Yield the prepared loader's batches, epoch after epoch, from the run's position to its end or its stop."""
+        epoch, skip = self._position
+        samples = session.seeded(loader, self._seed)
+        while not self._over:
+            if samples is not None:
+                samples.set_epoch(epoch)
+            rest = skip_first_batches(loader, skip) if skip else loader
+            rest.iteration = epoch
+            session.seed_order(rest, self._seed, epoch)
+            for number, batch in enumerate(rest, skip):
+                self._position = epoch, number + 1
+                self.begin_step(epoch * len(loader) + number)
+                yield batch
+                if self._over:
+                    return
+            epoch, skip = epoch + 1, 0
+            self._position = epoch, 0
+
+    def begin_step(self, number: int) -> None:
+        """Seed all random generators from (seed, number, rank), for a micro-batch of this number in the run."""
+        self._session.seed(number)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the ranks have agreed to stop: the session's end is near, or somebody asked."""
+        return self._session.leaving
+
+    @property
+    def _over(self) -> bool:
+        return self.should_stop or self.steps_taken >= self.max_steps
+
+    def step(self, loss: Any = None) -> bool:
+        """Take note of a micro-batch; after an optimizer step record and save. Return whether to leave the loop."""
+        if not self.accelerator.sync_gradients:
+            return False
+        self.steps_taken += 1
+        _, save = self._session.after_step(self.steps_taken, 1)
+        due = self.steps_taken in (1, self.max_steps) or self.steps_taken % self._log_every == 0
+        if loss is not None and due and self.accelerator.is_main_process:
+            self._session.record("train", loss=float(torch.as_tensor(loss).detach()))
+        if save:
+            self.save()
+        return self._over
+
+    def save(self) -> None:
+        """Save with `accelerator.save_state`; the folder gets its name when all ranks have written."""
+        if self._saved == self.steps_taken:
+            return
+        self._saved = self.steps_taken
+        final = self._folder / f"step-{self.steps_taken:08d}"
+        temporary = self._folder / f".writing-{final.name}"
+        with self._session.saving(self.steps_taken):
+            distributed.from_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            self.accelerator.save_state(str(temporary))
+            distributed.barrier()
+            if self.accelerator.is_main_process:
+                facts = {"step": self.steps_taken, "position": self._position}
+                write_text(temporary / "state.json", json.dumps(facts))
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                for old in sorted(self._folder.glob("step-*"))[: -self._keep_last]:
+                    shutil.rmtree(old)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.save()
+        self.finished = self._session.close(error)

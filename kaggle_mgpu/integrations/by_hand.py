@@ -1,0 +1,164 @@
+"""Keep a run of a training loop written by hand.
+
+with watch("run", max_steps=1000, model=model, optimizer=optimizer) as run:
+    for batch in run.batches(loader):       # goes on where the run was cut
+        loss = ...; loss.backward(); optimizer.step(); optimizer.zero_grad()
+        run.step(loss)                      # shows, saves by the clock; `batches` ends where it is time to stop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoints import Checkpoints, checkpoint, resume
+from ..parallel import distributed
+from . import session
+
+
+class Run:
+    """A run watched by `watch`, which makes it. Every rank makes the same calls.
+
+    Args:
+        kept: the checkpoints in the run's folder.
+        objects: models, and whatever else has `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(
+        self, kept: Checkpoints, objects: dict[str, Any], *, max_steps: int, seed: int, log_every: int, **options: Any
+    ) -> None:
+        self.max_steps, self.finished = max_steps, False
+        self._kept, self._seed, self._log_every = kept, seed, log_every
+        self._models = {name: getattr(o, "module", o) for name, o in objects.items() if isinstance(o, nn.Module)}
+        self._others = {name: o for name, o in objects.items() if name not in self._models}
+        sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in self._models.items()}
+        self._stamp = {"watched": sorted(objects), "parameters": sizes, "seed": seed}
+        start = distributed.from_main(
+            lambda: resume.starting_point(kept, resume="auto", config={}, may_change=(), stamp=self._stamp)
+        )
+        self.steps_taken, self._position, self._saved = 0, (0, 0), 0
+        if start is not None:
+            self._load(start)
+        weights = sum(p.nbytes for model in self._models.values() for p in model.parameters())
+        self.session = session.Session(
+            kept.folder.parent, max_steps=max_steps, step=self.steps_taken, seed=seed, nbytes=4 * weights, unit="steps",
+            history=None if start is None else start.parent.parent, **options,
+        )  # fmt: skip
+
+    def _load(self, start: Path) -> None:
+        saved = copy.deepcopy(checkpoint.load(start))  # its tensors are maps of the file
+        for name, model in self._models.items():
+            model.load_state_dict(saved.tensors[name])
+        for name, other in self._others.items():
+            other.load_state_dict(saved.state[name])
+        self.steps_taken = self._saved = saved.facts["step"]
+        self._position = tuple(saved.facts["position"])
+        if distributed.is_main():
+            print(f"going on from {start}: step {self.steps_taken} of {self.max_steps}", flush=True)
+
+    def batches(self, loader: Any) -> Iterator[Any]:
+        """Yield the loader's batches, epoch after epoch, from the run's position to its last step or its stop.
+
+        The order of samples, their augmentation and the dropout of each batch depend on the seed and the position
+        alone. Call it once; `step` must follow within each pass of the loop that ends an optimizer step.
+        """
+        epoch, skip = self._position
+        while not self._over:
+            samples = session.seeded(loader, self._seed, skip)
+            if samples is not None:
+                samples.set_epoch(epoch)
+            session.seed_order(loader, self._seed, epoch)
+            number = skip - 1
+            for number, batch in enumerate(loader, skip):
+                self._position = epoch, number + 1
+                self.session.seed(epoch * len(loader) + number)
+                yield batch
+                if self._over:
+                    return
+            if number < 0:
+                raise ValueError("run.batches: the loader has no batch")
+            epoch, skip = epoch + 1, 0
+            self._position = epoch, 0
+
+    @property
+    def _over(self) -> bool:
+        return self.session.leaving or self.steps_taken >= self.max_steps
+
+    def step(self, loss: Any = None, **numbers: Any) -> bool:
+        """Take note of an optimizer step just taken; return whether to leave the loop. Saves where it is time to.
+
+        Args:
+            loss: a number or a 0-d tensor, of this rank; read on rank 0 when a record is due.
+            numbers: more of them for the record.
+        """
+        self.steps_taken += 1
+        _, save = self.session.after_step(self.steps_taken, 1)
+        if self.steps_taken in (1, self.max_steps) or self.steps_taken % self._log_every == 0:
+            given = {**numbers} if loss is None else {"loss": loss, **numbers}
+            if distributed.is_main():
+                self.session.record("train", **{name: _number(value) for name, value in given.items()})
+        if save:
+            self.save()
+        return self._over
+
+    def save(self) -> None:
+        """Save now, in the background: every rank has the same state, and rank 0 writes it."""
+        if self._saved == self.steps_taken:
+            return
+        self._saved = self.steps_taken
+        with self.session.saving(self.steps_taken):
+            if distributed.is_main():
+                models = {name: model.state_dict() for name, model in self._models.items()}
+                others = {name: other.state_dict() for name, other in self._others.items()}
+                facts = {"position": self._position, "stamp": self._stamp, "config": {}}
+                self._kept.begin(self.steps_taken, tensors=models, state=others, facts=facts)
+
+    def close(self, error: BaseException | None = None) -> None:
+        if error is None:
+            self.save()
+        for saved in self._kept.wait() if distributed.is_main() else []:
+            if saved.note:
+                self.session.progress.note(saved.note)
+        self.finished = self.session.close(error)
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)
+
+
+@contextlib.contextmanager
+def watch(
+    output_dir: str | Path, *, max_steps: int, seed: int = 0, time_limit: str | float | None = None,
+    save_every: str | float | None = "15m", keep_last: int = 2, log_every: int = 10, **objects: Any,
+) -> Iterator[Run]:  # fmt: skip
+    """Resume the run in a folder, or among Kaggle's inputs, and keep it inside the `with` block.
+
+    Args:
+        max_steps: optimizer steps of the run, which end `Run.batches`.
+        seed: for the order of samples, augmentation and dropout.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
+        save_every: time between two saves.
+        keep_last: checkpoints that stay.
+        log_every: steps between two records.
+        objects: what to save and restore, by a name of your choice: model=model, optimizer=optimizer, scheduler=….
+
+    Raises:
+        CheckpointError: the folder holds a run of other objects or another seed.
+        LockedError: another run has the folder.
+    """
+    folder = Path(output_dir)
+    kept = Checkpoints(folder / "checkpoints", keep_last=keep_last)
+    options: dict[str, Any] = {"time_limit": time_limit, "save_every": save_every}
+    run = Run(kept, objects, max_steps=max_steps, seed=seed, log_every=log_every, **options)
+    try:
+        yield run
+    except BaseException as error:
+        run.close(error)
+        raise
+    run.close()

@@ -1,0 +1,137 @@
+"""Keep a run of Lightning's Trainer.
+
+keeper = SessionCallback("run")
+trainer = Trainer(devices=distributed.world_size(), strategy="ddp", callbacks=[keeper], ...)
+trainer.fit(module, loader, ckpt_path=keeper.find_checkpoint())
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    from pytorch_lightning import Callback
+
+from ..machine import session as machine
+from ..parallel import distributed
+from . import session
+
+
+class SessionCallback(Callback):
+    """Stop and save before the session ends or when asked; save by the clock; record; make a resumed run exact.
+
+    Args:
+        output_dir: the run's folder; checkpoints lie in checkpoints/step-N.ckpt.
+        seed: for augmentation and dropout.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
+        save_every: time between two saves.
+        keep_last: checkpoints that stay.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, seed: int = 0, time_limit: str | float | None = None,
+        save_every: str | float | None = "15m", keep_last: int = 2,
+    ) -> None:  # fmt: skip
+        self.output_dir, self.seed, self.keep_last = Path(output_dir), seed, keep_last
+        self.limits: dict[str, Any] = {"time_limit": time_limit, "save_every": save_every}
+        self.session: session.Session | None = None
+        self.samples: list[session.SeededSamples] = []
+        self.history: Path | None = None
+        self.finished, self.began, self.saved = False, False, 0
+
+    def find_checkpoint(self) -> str | None:
+        """Return the newest checkpoint in the run's folder, or in a folder of its name among Kaggle's inputs."""
+        return distributed.from_main(self._find)
+
+    def _find(self) -> str | None:
+        name = self.output_dir.resolve().name
+        own = list(self.output_dir.glob("checkpoints/step-*.ckpt"))
+        theirs = [path for path in machine.find("checkpoints/step-*.ckpt") if path.parents[1].name == name]
+        newest = max(own or theirs, key=lambda path: path.name, default=None)
+        self.history = None if own or newest is None else newest.parents[1]
+        return None if newest is None else str(newest)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if trainer.world_size != distributed.world_size():
+            raise ValueError(
+                f"Lightning's Trainer has {trainer.world_size} process, but {distributed.world_size()} were launched: "
+                f'expected Trainer(devices={distributed.local_world_size()}, strategy="ddp")'
+            )
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        weights = sum(parameter.nbytes for parameter in pl_module.parameters())
+        steps = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
+        self.began, self.saved = True, trainer.global_step
+        self.session = session.Session(
+            self.output_dir, max_steps=steps, step=trainer.global_step, seed=self.seed, nbytes=4 * weights,
+            history=self.history, unit="steps", **self.limits,
+        )  # fmt: skip
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        skip = done if done < trainer.num_training_batches else 0  # else the checkpoint is from an epoch's end
+        for loader in trainer.fit_loop._combined_loader.flattened:
+            session.seed_order(loader, self.seed, trainer.current_epoch)
+            if (samples := session.seeded(loader, self.seed, skip)) is not None:
+                samples.set_epoch(trainer.current_epoch)
+                self.samples.append(samples)
+        iter(trainer.fit_loop._data_fetcher)  # the iterator made before knows nothing of this
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        for samples in self.samples:
+            samples.set_epoch(trainer.current_epoch)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        assert self.session is not None
+        self.session.seed(trainer.current_epoch * int(trainer.num_training_batches) + batch_idx)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.session is None or trainer.global_step == self.session.step:
+            return  # a micro-batch that ended no optimizer step
+        leave, save = self.session.after_step(trainer.global_step, 1)
+        if trainer.global_step % trainer.log_every_n_steps == 0 and trainer.is_global_zero:
+            given = {"loss": outputs} if isinstance(outputs, torch.Tensor) else dict(outputs or {})
+            numbers = {name: float(value) for name, value in given.items() if getattr(value, "ndim", 1) == 0}
+            self.session.record("train", **numbers)
+        if save:
+            self.save(trainer)
+        if leave:
+            trainer.should_stop = True
+
+    def save(self, trainer: Any) -> None:
+        """Save now; every rank must call this. The file gets its name when it is whole."""
+        assert self.session is not None
+        if self.saved == trainer.global_step:
+            return
+        self.saved = trainer.global_step
+        folder = self.output_dir / "checkpoints"
+        with self.session.saving(trainer.global_step):
+            path = folder / f"step-{trainer.global_step:08d}.ckpt"
+            trainer.save_checkpoint(folder / ".writing.ckpt")
+            if trainer.is_global_zero:
+                os.replace(folder / ".writing.ckpt", path)
+                for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep_last]:
+                    old.unlink()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.session is not None and trainer.is_global_zero and not trainer.sanity_checking:
+            self.session.record("eval", **{name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.session is not None:
+            self.save(trainer)
+            self.finished, self.session = self.session.close(), None
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        epochs, steps = trainer.max_epochs or -1, trainer.max_steps
+        if not self.began:  # a run that was whole before takes no step
+            self.finished = 0 < epochs <= trainer.current_epoch or 0 < steps <= trainer.global_step
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.session is not None:
+            self.session.close(exception)
+            self.session = None

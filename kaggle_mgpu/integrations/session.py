@@ -1,0 +1,217 @@
+"""Decide for a loop when to save and when to stop; seed its random generators; record and show its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .. import progress, training
+from ..checkpoints import write_text
+from ..data import randomness
+from ..fields import parse_duration
+from ..launching import lock
+from ..machine import devices, session
+from ..parallel import distributed
+
+
+class Session:
+    """A Session sees one run of a loop through one session of the machine. Every rank makes one and makes every call.
+
+    Args:
+        output_dir: the run's folder, for metrics.jsonl and result.json; locked while the run lasts.
+        max_steps: optimizer steps of the run.
+        step: steps taken before.
+        seed: of the run, for the random generators.
+        time_limit: "11h30m", or seconds. The end of Kaggle's session counts too.
+        save_every: time between two saves, or None: only before the end.
+        nbytes: size of a checkpoint, for a guess at the duration of the first save.
+        history: folder of the run to continue, if another one.
+        unit: what `after_step` counts.
+
+    Raises:
+        LockedError: another run has the folder.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, *, max_steps: int, step: int = 0, seed: int = 0,
+        time_limit: str | float | None = None, save_every: str | float | None = "15m", nbytes: int = 0,
+        history: Path | None = None, unit: str = "samples",
+    ) -> None:  # fmt: skip
+        folder = self.output_dir = Path(output_dir)
+        self.max_steps, self.step, self.unit, self.reason = max_steps, step, unit, ""
+        self.metrics: dict[str, Any] = {}
+        self.leaving = False
+        """Whether the ranks have agreed to stop."""
+        self._stack, self._vote = contextlib.ExitStack(), distributed.RankVote()
+        self._rank, self._key = distributed.rank(), randomness.key(seed, "step")
+        limit = min(math.inf if time_limit is None else parse_duration(time_limit), session.time_left())
+        self._deadline = session.Deadline(None if limit == math.inf else limit)
+        self._pause = math.inf if save_every is None else parse_duration(save_every)
+        distributed.from_main(lambda: self._stack.enter_context(lock.held(folder)))
+        speed = distributed.from_main(lambda: training.disk_speed(folder))
+        earlier = [r.get("time") or 0.0 for r in progress.read(history or folder) if r["step"] <= step]
+        floor = 0.0 if limit == math.inf else training.floor(limit, session.on_kaggle())
+        self.clock = training.Clock(max(earlier, default=0.0) if step else 0.0, save=nbytes / speed, floor=floor)
+        cuda = torch.cuda.is_available()
+        names = ", ".join(gpu.name for gpu in devices.gpus()) if cuda and self._rank == 0 else "CPU"
+        self.progress = progress.Progress(
+            folder, max_steps=max_steps, main=self._rank == 0, resumed_step=step, unit=unit, history=history,
+            world_size=distributed.world_size(), device_line=names, sample=devices.sample if cuda else list,
+        )  # fmt: skip
+        self._stack.enter_context(self.progress)
+        start = {"max_steps": max_steps, "unit": unit, "device_line": names, "world_size": distributed.world_size()}
+        self.record("start", **start, time_left=None if limit == math.inf else limit)
+        self._stop = self._stack.enter_context(training.stop_requests())
+        self._last_step_at = time.monotonic()
+        self._next_save = self._last_step_at + self._pause
+
+    def seed(self, number: int) -> None:
+        """Seed all random generators of this rank for a step or a micro-step, counted over the whole run."""
+        randomness.seed_for(self._key, number, self._rank)
+
+    def after_step(self, step: int, samples: int = 0) -> tuple[bool, bool]:
+        """Take note of an optimizer step; return whether to stop after it, and whether to save. A stop is a save too.
+
+        All ranks get the same answers.
+        """
+        now, self.step = time.monotonic(), step
+        self.clock.taken.append(training.StepTaken(self._last_step_at, self._last_step_at, now, samples, samples))
+        self._last_step_at = now
+        distributed.alive(step)
+        if not self.leaving:
+            stop, no_time, save = self._vote.vote(
+                self._stop.is_set() or self.progress.stop_requested,
+                self._deadline.remaining() <= self.clock.margin(self._vote.interval, False),
+                now >= self._next_save,
+            )
+            self.leaving = stop or no_time
+            self.reason = "asked to stop" if stop else "time limit" if no_time else ""
+            return self.leaving, self.leaving or save
+        return True, True
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Measure and record the save made in the `with` block."""
+        began = time.monotonic()
+        distributed.saving(True)
+        with self.clock.pause():
+            yield
+        distributed.saving(False)
+        self.saved(step, time.monotonic() - began)
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Record a save, and begin the time to the next."""
+        self.clock.saved(seconds)
+        self._next_save = time.monotonic() + self._pause
+        self.progress.record({"kind": "save", "step": step, "seconds": seconds, "time": self.clock.seconds()})
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Record a "start", "train" or "eval", with its time."""
+        if kind == "train":
+            values = {**values, **self.clock.throughput(self.unit)}
+        if kind == "eval":
+            self.metrics = values
+        self.progress.record({"kind": kind, "step": self.step, **values, "time": self.clock.seconds()})
+
+    def close(self, error: BaseException | None = None) -> bool:
+        """Write result.json and free the folder; return whether the run has taken all its steps."""
+        finished = error is None and self.step >= self.max_steps
+        reason = "finished" if finished else self.reason or "the loop ended before its last step"
+        result = {"finished": finished, "reason": reason, "step": self.step, "max_steps": self.max_steps}
+        result |= {"metrics": self.metrics, "seconds": self.clock.seconds(), "world_size": distributed.world_size()}
+        if error is None:
+            if self._rank == 0:
+                write_text(self.output_dir / "result.json", json.dumps(result, indent=1, default=str))
+            self.record("stop", **{name: result[name] for name in ("finished", "reason", "metrics", "seconds")})
+            self.progress.close(result)
+        self._stack.__exit__(*(None, None, None) if error is None else (type(error), error, error.__traceback__))
+        return finished
+
+
+class SeededSamples(Dataset[Any]):
+    """A dataset whose samples find the random generators seeded from (seed, epoch, sample), in any process.
+
+    Samples that the dataset makes several at a time (`__getitems__`) find the seed of the first.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.key = dataset, randomness.key(seed, "sample")
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes that stay see it change
+        if hasattr(dataset, "__getitems__"):
+            self.__getitems__ = self._several
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: Any) -> Any:
+        randomness.seed_for(self.key, int(self.epoch), int(index))
+        return self.dataset[index]
+
+    def _several(self, indices: list[Any]) -> Any:
+        randomness.seed_for(self.key, int(self.epoch), int(indices[0]))
+        return self.dataset.__getitems__(indices)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class Skipping:
+    """A batch sampler without its first batches, in its first pass only."""
+
+    def __init__(self, batch_sampler: Any, skip: int) -> None:
+        self.batch_sampler, self.skip = batch_sampler, skip
+
+    def __iter__(self) -> Iterator[Any]:
+        skip, self.skip = self.skip, 0
+        for number, indices in enumerate(self.batch_sampler):
+            if number >= skip:
+                yield indices
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "batch_sampler" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
+    """Let a loader seed its samples, and skip its first batches once; None for a loader of an iterable dataset."""
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the loader that fetches
+    if not hasattr(inner.dataset, "__getitem__") or not hasattr(inner.dataset, "__len__"):
+        return None
+    samples = inner.dataset if isinstance(inner.dataset, SeededSamples) else SeededSamples(inner.dataset, seed)
+    for part in {id(loader): loader, id(inner): inner}.values():
+        part.__dict__["dataset"] = samples  # DataLoader forbids the plain assignment
+        if skip:
+            part.__dict__["batch_sampler"] = Skipping(part.batch_sampler, skip)
+    return samples
+
+
+def seed_order(loader: Any, seed: int, epoch: int) -> None:
+    """Make the order of an epoch's samples a function of (seed, epoch), before the loader is iterated over."""
+    randomness.seed_for(randomness.key(seed, "order"), epoch, 0)
+    value = torch.initial_seed()
+    inner = getattr(loader, "batch_sampler", None)
+    for owner in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):
+        for name in ("generator", "synchronized_generator"):
+            if isinstance(generator := getattr(owner, name, None), torch.Generator):
+                generator.manual_seed(value)
+        if owner is not None and hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
