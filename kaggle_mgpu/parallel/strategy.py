@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed, shards
+from . import conditional, distributed, shards
 from .state import load_named_optimizer_state, load_saved_state, named_optimizer_state, saved_state
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -103,6 +103,8 @@ class Strategy:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
+        self.stepped: set[int] = set()
+        """Ids of the parameters whose optimizer state has been made by a step."""
         self.within: Literal["", "gradient", "update"] = ""
         """The part of a step that has begun. The weights are whole except during an update."""
 
@@ -200,8 +202,8 @@ class Strategy:
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
-        Every rank has the same gradient and so makes the same decision to skip. With a fused Adam on a GPU, the device
-        decides, and the CPU does not wait.
+        Every rank has the same gradient and so makes the same decision to skip. On a GPU the device decides and the CPU
+        does not wait, from the second step on, if the optimizer is a fused Adam, or its step can be undone.
         """
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
@@ -212,7 +214,16 @@ class Strategy:
         if max_norm is not None and not by_itself:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         infinite: Tensor | bool
-        if self.scaler.is_enabled():
+        unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
+        # optimizers make their state in a parameter's first step, which could not be undone
+        undoable = unfused and self.stepped.issuperset(map(id, parameters))
+        undoable = undoable and conditional.can_undo(optimizer, parameters, self.device)
+        if undoable:
+            infinite = ~norm.isfinite()
+            conditional.step_unless(infinite, optimizer, parameters)
+            if self.scaler.is_enabled():
+                self.scaler.update()
+        elif self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
             infinite = ~norm.isfinite()
@@ -232,6 +243,8 @@ class Strategy:
                 optimizer.grad_scale = clip  # type: ignore[attr-defined]
             if not infinite:
                 optimizer.step()
+        if unfused and not undoable and not infinite:
+            self.stepped.update(map(id, parameters))
         if infinite is not False:
             self.skipped += infinite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite

@@ -84,5 +84,5 @@ def test_two_gpus_give_the_weights_of_one_cpu_process(name: str, folder: Path, o
 
 
 def test_dp_refuses_a_compiled_model(folder: Path) -> None:
-    with pytest.raises(ValueError, match="compile=True with strategy='dp'.*strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"compile=True with strategy='dp'.*strategy='ddp'"):
         launch(train, config(folder, "dp, compiled", strategy="dp", compile=True), Language(), in_worker=True)
