@@ -62,9 +62,16 @@ class Call(nn.Module):
             total, count = pair
             # float64 and one row per replica, so that sums do not depend on the split; on the replica's GPU, since only
             # tensors there can be gathered
-            total = torch.as_tensor(total, device=self.device_type).detach().double()
-            rows[name] = (total.unsqueeze(0), torch.as_tensor(count, device=total.device).unsqueeze(0))
+            total = self._placed(total).detach().double()
+            rows[name] = (total.unsqueeze(0), self._placed(count).unsqueeze(0))
         return rows
+
+    def _placed(self, value: Any) -> Tensor:
+        """Return a number or tensor as a tensor on the device, without a copy that the CPU would wait for."""
+        if isinstance(value, int | float):
+            kind = torch.int64 if isinstance(value, int) else torch.float64
+            return torch.full((), value, dtype=kind, device=self.device_type)
+        return torch.as_tensor(value).to(self.device_type, non_blocking=True)
 
 
 class Strategy:
@@ -127,8 +134,11 @@ class Strategy:
     def note_buffers(self) -> None:
         """Allocate copies of the buffers that checkpoints hold, for `begin_step`."""
         saved = self.model.state_dict(keep_vars=True)
-        self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
-        self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
+        buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
+        # torch copies a list of one dtype at once, and of several one by one (159 kernels for a ResNet-50)
+        same_type = [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
+        self.buffers = [(same, [buffer.detach().clone() for buffer in same]) for same in same_type]
+        """Lists of one dtype each: (buffers, their copies)."""
 
     def wrap(self, call: nn.Module) -> nn.Module:
         """Return the module that training steps call in place of `call`."""
@@ -177,14 +187,15 @@ class Strategy:
 
     def begin_step(self) -> None:
         """Copy the buffers for `undo_step`, since each forward pass changes running statistics."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers_before, self.buffers)
+        for buffers, before in self.buffers:
+            torch._foreach_copy_(before, buffers)
         self.within = "gradient"
 
     def undo_step(self) -> None:
         """Discard the gradients and buffer changes of an aborted step, before any change of weights."""
-        if self.buffers and self.within == "gradient":
-            torch._foreach_copy_(self.buffers, self.buffers_before)
+        if self.within == "gradient":
+            for buffers, before in self.buffers:
+                torch._foreach_copy_(buffers, before)
         self.within = ""
         for parameter in self.model.parameters():
             parameter.grad = None
