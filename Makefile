@@ -9,6 +9,7 @@
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
 #                    These three end with what differs from the lock. TESTS="tests/data/test_data.py -x" is for pytest.
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
+# make gpu-proof   on a machine with GPUs: eight minutes of what only real ones show, as a table and build/gpu_proof.jsonl
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
 # demo, quick and test make .venv first, with the versions of the lock. PYTHON=python3.12 chooses another interpreter.
 #
@@ -52,7 +53,7 @@ BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 # a file of settings, and flags that override it
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
-.PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu test-deepspeed
+.PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu gpu-proof test-deepspeed
 .PHONY: lock wheel release lint notebooks bench clean
 
 install: $(VENV)/installed
@@ -165,6 +166,9 @@ release: wheel
 
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu
+
+gpu-proof: $(VENV)/installed
+	$(BIN)/python tools/gpu_proof.py build/gpu_proof.jsonl
 
 DEEPSPEED := build/deepspeed
 $(DEEPSPEED)/installed: $(LOCK)

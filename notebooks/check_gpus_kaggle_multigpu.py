@@ -32,6 +32,7 @@ print(devices.report())
 output_dir = "check_gpus"  # checked for space; result.json is written there
 compare = "auto"  # measure single, dp and ddp: True, False, or auto, where there is a GPU
 steps = 20  # of each strategy
+proof = False  # True: eight minutes of tests that only real GPUs can run; figures go to gpu_proof.json, for a report
 plan_on = None  # plan for "T4x2", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
 depth = 8  # of the transformer that is measured: blocks,
 width = 256  # numbers per token,
@@ -43,8 +44,8 @@ max_steps = 2000  # of the run that is planned
 # %%
 # What the cell above defines, and the one that papermill puts after it. A misspelt name is an error.
 parameters = notebook_parameters(globals())
-own = ("compare", "steps", "plan_on", "depth", "width", "heads", "length")
-compare, steps, plan_on, depth, width, heads, length = (parameters.pop(name) for name in own)
+own = ("compare", "steps", "proof", "plan_on", "depth", "width", "heads", "length")
+compare, steps, proof, plan_on, depth, width, heads, length = (parameters.pop(name) for name in own)
 config = TrainConfig.from_dict(parameters)
 gpus = devices.gpus()
 
@@ -100,6 +101,20 @@ if compare is True or (compare == "auto" and gpus):
     rows = compare_strategies(config, task, steps=steps)
 else:
     print("Not measured: there is no GPU. Set compare = True to try it on the CPU.")
+
+# %% [markdown]
+# ## Proof
+#
+# With `proof = True`: every precision against the CPU, resume after a kill, memory that runs out, waits of the host,
+# the kit's step beside a loop by hand, two ranks on one GPU, and both GPUs together. The file holds all figures.
+
+# %%
+if proof:
+    from kaggle_mgpu.planning import gpu_proof
+
+    gpu_proof.run(f"{output_dir}/gpu_proof.json")
+else:
+    print("Not run: set proof = True on a machine with GPUs.")
 
 # %%
 print(report.save(output_dir, metrics={row.strategy: row.samples_per_s for row in rows}))

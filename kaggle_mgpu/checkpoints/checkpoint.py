@@ -363,7 +363,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*-step-*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        needed = sum(len(content) for content in contents.values()) + _SLACK
+        needed = sum(len(part) for parts in contents.values() for part in parts) + _SLACK
         try:
             self._write_and_rename(final, contents, facts, needed)
             return final, ""

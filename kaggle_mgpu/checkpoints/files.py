@@ -100,14 +100,19 @@ class Layout:
 class Buffer:
     """Reuse host memory for every save, since fresh memory costs more than the copy.
 
-    Page-locked for a GPU's tensors, which then come at the bus' full speed.
+    Page-locked for a GPU's tensors, which then come at the bus' full speed. torch rounds each page-locked piece up to a
+    power of two (CachingHostAllocator), so that 9 GB in one piece would take 16 of about 31 on Kaggle: the buffer is
+    several pieces whose lengths are powers of two.
     """
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+    SMALLEST = 1 << 20
+    """Bytes of the smallest page-locked piece, and the most that a buffer wastes."""
 
-    def hold(self, layouts: Mapping[str, Layout]) -> dict[str, memoryview]:
-        """Copy the files' content into the buffer; the returned views are valid until the next call."""
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+
+    def hold(self, layouts: Mapping[str, Layout]) -> dict[str, list[memoryview]]:
+        """Copy the files' content into the buffer; the returned views of each file are valid until the next call."""
         starts: dict[str, int] = {}
         size = 0
         for name, layout in layouts.items():
@@ -118,31 +123,47 @@ class Buffer:
         self._reserve(size, any(tensor.device.type == "cuda" for tensor in tensors))
         copies: list[tuple[Tensor, Tensor]] = []
         for name, layout in layouts.items():
-            start = starts[name]
-            self._memory[start : start + len(layout.header)] = torch.frombuffer(
-                bytearray(layout.header), dtype=torch.uint8
-            )
-            for tensor, offset in zip(layout.tensors, layout.offsets, strict=True):
-                if tensor.numel():
-                    target = self._memory[start + offset : start + offset + tensor.numel() * tensor.itemsize]
-                    copies.append((target.view(tensor.dtype).view(tensor.shape), tensor))
+            header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+            parts = [(header, 0), *zip(layout.tensors, layout.offsets, strict=True)]
+            for tensor, offset in parts:
+                places = self._between(starts[name] + offset, tensor.numel() * tensor.itemsize)
+                if len(places) == 1:
+                    copies.append((places[0].view(tensor.dtype).view(tensor.shape), tensor))
+                elif places:  # over the end of a piece
+                    sizes = [len(place) for place in places]
+                    rows = tensor.contiguous().view(-1).view(torch.uint8).split(sizes)
+                    copies += zip(places, rows, strict=True)
         _copy(copies)
         for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
             torch.cuda.synchronize(device)
-        content = self._memory.numpy().data
-        return {name: content[starts[name] : starts[name] + layout.nbytes] for name, layout in layouts.items()}
+        return {
+            name: [place.numpy().data for place in self._between(starts[name], layout.nbytes)]
+            for name, layout in layouts.items()
+        }
+
+    def _between(self, start: int, length: int) -> list[Tensor]:
+        """Return the parts of the pieces that hold `length` bytes from `start` on."""
+        found = []
+        for piece in self._pieces:
+            if length > 0 and start < len(piece):
+                found.append(piece[start : start + length])
+                length -= len(found[-1])
+            start = max(start - len(piece), 0)
+        return found
 
     def _reserve(self, size: int, pinned: bool) -> None:
-        if self._memory.numel() >= size and self._memory.is_pinned() == pinned:
+        if sum(map(len, self._pieces)) >= size and all(piece.is_pinned() == pinned for piece in self._pieces):
             return
-        self._memory = torch.empty(0, dtype=torch.uint8)  # not both at a time
+        self._pieces.clear()  # not both at a time
         if pinned:
+            rounded = -(-size // self.SMALLEST) * self.SMALLEST
+            lengths = [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
             try:
-                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+                self._pieces += [torch.empty(length, dtype=torch.uint8, pin_memory=True) for length in lengths]
                 return
             except RuntimeError:  # a limit on locked memory: slower, not wrong
                 pass
-        self._memory = torch.empty(size, dtype=torch.uint8)
+        self._pieces = [torch.empty(size, dtype=torch.uint8)]
 
 
 def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:

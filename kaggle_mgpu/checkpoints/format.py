@@ -223,7 +223,7 @@ def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bo
 
 def write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
     """Write each content to the file of its name; their lengths and checksums, for `write_facts`."""
-    return {name: files.write(folder / name, [content]) for name, content in contents.items()}
+    return {name: files.write(folder / name, pieces) for name, pieces in contents.items()}
 
 
 def write_facts(folder: Path, written: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from . import lock, server
 from .output import CELL_CHARACTERS
 from .settings import ProcessSettings, RunSettings, is_run_settings
 from .tracebacks import folded
-from .workers import Workers, is_consequence, visible
+from .workers import Workers, is_consequence, visible, without_peer_access
 
 __all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
@@ -98,14 +98,16 @@ def launch(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         from ..parallel import distributed  # not above: it imports torch, which this process may do without
 
-        distributed.offer(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
-        value = function(*args, **kwargs)
+        with env.variables(without_peer_access(devices.gpus(), settings)):
+            distributed.offer(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
+            value = function(*args, **kwargs)
         return value if one_value else distributed.gather(value)
     gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
     if count == 1 and not in_worker:
         # of no effect once this process has used CUDA
-        with env.variables(visible(gpus) if gpu_ids or settings.gpu_ids else {}):
+        shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
+        with env.variables({**shown, **without_peer_access(gpus, settings)}):  # dp has several GPUs in this process
             value = function(*args, **kwargs)
         return value if one_value else [value]
 

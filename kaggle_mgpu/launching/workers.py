@@ -363,13 +363,19 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    if settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus)):
-        defaults["NCCL_P2P_DISABLE"] = "1"
+    # all GPUs for each worker, which takes its own by LOCAL_RANK
+    return {**defaults, **variables, **without_peer_access(gpus, settings), **visible(gpus)}
+
+
+def without_peer_access(gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
+    """Return the variables that this process lacks for NCCL between GPUs without peer access; {} with peer access."""
+    off = settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus))
+    found = {"NCCL_P2P_DISABLE": "1"} if off else {}
+    if {**found, **os.environ}.get("NCCL_P2P_DISABLE") == "1":
         # without peer access NCCL >= 2.24 takes host buffers from cuMem, which fails on some drivers' T4s at the first
         # collective ("CUDA error 217"; ray #64109, nccl #1838)
-        defaults["NCCL_CUMEM_HOST_ENABLE"] = "0"
-    # all GPUs for each worker, which takes its own by LOCAL_RANK
-    return {**defaults, **variables, **visible(gpus)}
+        found["NCCL_CUMEM_HOST_ENABLE"] = "0"
+    return {name: value for name, value in found.items() if name not in os.environ}
 
 
 def visible(gpus: list[devices.GPU]) -> dict[str, str]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import distributed, shards
+from . import conditional, distributed, shards
 from .state import load_named_optimizer_state, load_saved_state, named_optimizer_state, saved_state
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -62,9 +62,16 @@ class Call(nn.Module):
             total, count = pair
             # float64 and one row per replica, so that sums do not depend on the split; on the replica's GPU, since only
             # tensors there can be gathered
-            total = torch.as_tensor(total, device=self.device_type).detach().double()
-            rows[name] = (total.unsqueeze(0), torch.as_tensor(count, device=total.device).unsqueeze(0))
+            total = self._placed(total).detach().double()
+            rows[name] = (total.unsqueeze(0), self._placed(count).unsqueeze(0))
         return rows
+
+    def _placed(self, value: Any) -> Tensor:
+        """Return a number or tensor as a tensor on the device, without a copy that the CPU would wait for."""
+        if isinstance(value, int | float):
+            kind = torch.int64 if isinstance(value, int) else torch.float64
+            return torch.full((), value, dtype=kind, device=self.device_type)
+        return torch.as_tensor(value).to(self.device_type, non_blocking=True)
 
 
 class Strategy:
@@ -103,6 +110,8 @@ class Strategy:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
+        self.stepped: set[int] = set()
+        """Ids of the parameters whose optimizer state has been made by a step."""
         self.within: Literal["", "gradient", "update"] = ""
         """The part of a step that has begun. The weights are whole except during an update."""
 
@@ -125,8 +134,11 @@ class Strategy:
     def note_buffers(self) -> None:
         """Allocate copies of the buffers that checkpoints hold, for `begin_step`."""
         saved = self.model.state_dict(keep_vars=True)
-        self.buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
-        self.buffers_before = [buffer.detach().clone() for buffer in self.buffers]
+        buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
+        # torch copies a list of one dtype at once, and of several one by one (159 kernels for a ResNet-50)
+        same_type = [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
+        self.buffers = [(same, [buffer.detach().clone() for buffer in same]) for same in same_type]
+        """Lists of one dtype each: (buffers, their copies)."""
 
     def wrap(self, call: nn.Module) -> nn.Module:
         """Return the module that training steps call in place of `call`."""
@@ -175,14 +187,15 @@ class Strategy:
 
     def begin_step(self) -> None:
         """Copy the buffers for `undo_step`, since each forward pass changes running statistics."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers_before, self.buffers)
+        for buffers, before in self.buffers:
+            torch._foreach_copy_(before, buffers)
         self.within = "gradient"
 
     def undo_step(self) -> None:
         """Discard the gradients and buffer changes of an aborted step, before any change of weights."""
-        if self.buffers and self.within == "gradient":
-            torch._foreach_copy_(self.buffers, self.buffers_before)
+        if self.within == "gradient":
+            for buffers, before in self.buffers:
+                torch._foreach_copy_(buffers, before)
         self.within = ""
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -200,8 +213,8 @@ class Strategy:
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
-        Every rank has the same gradient and so makes the same decision to skip. With a fused Adam on a GPU, the device
-        decides, and the CPU does not wait.
+        Every rank has the same gradient and so makes the same decision to skip. On a GPU the device decides and the CPU
+        does not wait, from the second step on, if the optimizer is a fused Adam, or its step can be undone.
         """
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
@@ -212,7 +225,16 @@ class Strategy:
         if max_norm is not None and not by_itself:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         infinite: Tensor | bool
-        if self.scaler.is_enabled():
+        unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
+        # optimizers make their state in a parameter's first step, which could not be undone
+        undoable = unfused and self.stepped.issuperset(map(id, parameters))
+        undoable = undoable and conditional.can_undo(optimizer, parameters, self.device)
+        if undoable:
+            infinite = ~norm.isfinite()
+            conditional.step_unless(infinite, optimizer, parameters)
+            if self.scaler.is_enabled():
+                self.scaler.update()
+        elif self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
             infinite = ~norm.isfinite()
@@ -232,6 +254,8 @@ class Strategy:
                 optimizer.grad_scale = clip  # type: ignore[attr-defined]
             if not infinite:
                 optimizer.step()
+        if unfused and not undoable and not infinite:
+            self.stepped.update(map(id, parameters))
         if infinite is not False:
             self.skipped += infinite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite

@@ -2,20 +2,21 @@
 
 A run imports nothing from here. The names below load on first use, because `check` must work without torch. Start
 reading at `plan` in planner.py and `run` in check.py. selftest.py runs in a check's workers, counts.py counts a step's
-operations and memory, estimate.py turns the counts into times, and compare.py measures strategies.
+operations and memory, estimate.py turns the counts into times, compare.py measures strategies, and gpu_proof.py proves
+that training on real GPUs is right.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import check
+    from . import check, gpu_proof
     from .compare import compare_strategies
     from .estimate import Target
     from .planner import plan, together
 
 _HOMES = {"plan": "planner", "together": "planner", "Target": "estimate", "compare_strategies": "compare"}
-_MODULES = {"check"}
+_MODULES = {"check", "gpu_proof"}
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +27,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Target", "check", "compare_strategies", "plan", "together"]
+__all__ = ["Target", "check", "compare_strategies", "gpu_proof", "plan", "together"]

@@ -46,8 +46,8 @@ _ADVICE = {
     "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
     "was short",
     "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
-    "all-reduce": "set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1); NCCL_DEBUG=INFO in the environment shows "
-    "where NCCL stops",
+    "all-reduce": "NCCL_DEBUG=INFO in the environment shows where NCCL stops. On GPUs other than T4s, where it is the "
+    "default, set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1)",
     "gradients": "do not train with the strategy named here: it would give another model. Use strategy='single' until "
     "the cause is known",
     "checkpoint": "free some space, or choose an output_dir that can be written to",

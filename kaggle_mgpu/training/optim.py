@@ -197,6 +197,7 @@ class EMA:
         self.decay = decay
         self.num_updates = 0
         self._swapped = False
+        self._model: nn.Module | None = None
         saved = set(model.state_dict(keep_vars=True))
         self._average = {
             name: p.detach().to(torch.float32 if p.dtype in _HALF else p.dtype, copy=True)
@@ -212,18 +213,34 @@ class EMA:
         """Move the average towards the model's parameters as they are now, and copy its buffers."""
         if self._swapped:
             raise RuntimeError("EMA.update inside EMA.swap: the model holds the average itself; leave swap first")
-        averages, parameters = self._pairs(self._average, dict(model.named_parameters()))
+        if self._model is not model:
+            self._find(model)
         # of weights that are spread over the ranks each averages its own rows
-        averages, parameters = [shards.local(a) for a in averages], [shards.local(p) for p in parameters]
-        copies, buffers = self._pairs(self._buffers, dict(model.named_buffers()))
+        averages, parameters = [shards.local(a) for a in self._averages], [shards.local(p) for p in self._parameters]
         if averages:
             decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
             current = [p.to(a.dtype) for a, p in zip(averages, parameters, strict=True)]  # no copy if it fits
             # torch's own averaging: one torch._foreach_lerp_ for all tensors
             _averaging(decay)(averages, current, None)
-        for copy, buffer in zip(copies, buffers, strict=True):
-            copy.copy_(buffer)
+        for copies, places in self._places:
+            torch._foreach_copy_(copies, [module.get_buffer(name) for module, name in places])
         self.num_updates += 1
+
+    def _find(self, model: nn.Module) -> None:
+        """Find the model's tensors once: 53 convolutions with BatchNorm take 1.3 ms of CPU time.
+
+        Buffers are found by module and name, since a module may put a new tensor in a buffer's place.
+        """
+        self._averages, self._parameters = self._pairs(self._average, dict(model.named_parameters()))
+        self._pairs(self._buffers, dict(model.named_buffers()))  # reports missing names
+        by_type: dict[torch.dtype, tuple[list[Tensor], list[tuple[nn.Module, str]]]] = {}
+        for name, copy in self._buffers.items():  # torch copies a list of one dtype at once
+            module, _, key = name.rpartition(".")
+            copies, places = by_type.setdefault(copy.dtype, ([], []))
+            copies.append(copy)
+            places.append((model.get_submodule(module), key))
+        self._places = list(by_type.values())
+        self._model = model
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
@@ -277,7 +294,7 @@ class EMA:
 
     @staticmethod
     def _pairs(mine: dict[str, Tensor], theirs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """My tensors and the model's of the same names. The model is asked every time, never remembered."""
+        """My tensors and the model's of the same names."""
         missing = [name for name in mine if name not in theirs]
         if missing:
             raise ValueError(

@@ -13,9 +13,12 @@ import torch
 
 from ..errors import RestartError
 
-# Messages of libraries below torch's allocator for GPUs; the last one is a CPU's
+# Messages of libraries below torch's allocator for GPUs; the last one is a CPU's. cuBLAS cannot make its handle, and
+# cuDNN finds no engine whose workspace fits, most often for want of memory.
 _SIGNS = (
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory"),
+    *("CUDA error: out of memory", "CUDA driver error: out of memory", "Cuda failure 2 'out of memory'"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED"),
+    *("unable to find an engine to execute this computation", "Triton Error [CUDA]: out of memory"),
     "DefaultCPUAllocator: can't allocate memory",
 )
 

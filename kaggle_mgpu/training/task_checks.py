@@ -5,6 +5,7 @@ Neither ends a run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import types
@@ -32,9 +33,11 @@ def looks_like_a_mean(parts: Parts) -> bool:
     samples = min(plan.dataset_size, plan.micro_batch_size)
     if samples < 2 or type(parts.task).count is not Task.count or not strategy.alone:
         return False
+    # A compiled model would be compiled for another batch size here, with dynamic shapes, and on rank 0 alone.
+    eager = torch.compiler.set_stance("force_eager") if parts.config.compile else contextlib.nullcontext()
     strategy.model.eval()
     try:
-        with torch.no_grad(), randomness.undisturbed():
+        with torch.no_grad(), randomness.undisturbed(), eager:
             batches = (parts.fetch[np.array(rows)] for rows in ([0, 1], [0], [1]))
             both, one, other = (float(strategy.call(data.move(batch, strategy.device))) for batch in batches)
     except Exception:  # the model may not take a single sample

@@ -213,7 +213,7 @@ def test_what_it_writes_the_safetensors_library_reads(tmp_path: Path) -> None:
     direct = tmp_path / "direct.safetensors"
     files.write_tensors(direct, odd)
     held = files.Buffer().hold({"a": files.Layout.of({"x": torch.ones(3)}), "b": files.Layout.of(odd)})["b"]
-    assert bytes(held) == direct.read_bytes()
+    assert b"".join(held) == direct.read_bytes()
     found = load_file(direct)
     assert found.keys() == odd.keys()
     for name, tensor in odd.items():

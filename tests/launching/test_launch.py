@@ -867,6 +867,10 @@ def test_gpus_are_chosen_and_nccl_is_set_for_t4s(tmp_path: Path, monkeypatch: py
     assert launch(function, TrainConfig(gpu_ids="0,2"))[1] == ["0,2", "PCI_BUS_ID", "1", "0", "lo"]
     assert launch(function, gpu_ids="2,1")[0][:2] == ["2,1", "PCI_BUS_ID"]
     assert launch(function, TrainConfig(nccl_p2p="on"))[2] == ["0,1,2", "PCI_BUS_ID", None, None, "lo"]
+    # dp has several GPUs in this very process
+    assert launch(function, TrainConfig(strategy="dp"), nproc=1)[0][2:4] == ["1", "0"]
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")  # peer access off by the user's own hand
+    assert launch(function, TrainConfig(nccl_p2p="on"))[0][2:4] == ["1", "0"]
     with pytest.raises(ValueError, match="expected at most 2"):
         launch(function, gpu_ids="0,1", nproc=3)
 

@@ -22,8 +22,8 @@ What it cannot show:
 - Speed, and the size of what fits: a T4's kernels need other workspaces than a CPU's.
 - Kernels: results are the CPU's, rounding and the order of additions too. Random numbers for a GPU come from the CPU's
   generator. `torch.compile` traces, and runs the graph without a compiler.
-- Asynchrony, but for copies from a device to page-locked memory: all else is done when the call returns. An operation on
-  the wrong stream still computes the right result (`watch.operations` shows the stream).
+- Asynchrony, but for copies from a device to page-locked memory: all else is done when the call returns. An operation
+  on the wrong stream still computes the right result (`watch.operations` shows the stream).
 - NCCL itself, its hangs and its watchdog, peer access, and CUDA's behaviour after a crash. Operators of libraries with
   CUDA code of their own (bitsandbytes, DeepSpeed), CUDA graphs, sparse tensors.
 """

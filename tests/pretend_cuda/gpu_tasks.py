@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from kaggle_mgpu import Task, TrainConfig, distributed
-from tasks import Language
+from tasks import Language, Regression
 
 
 class Rows(Dataset[Any]):
@@ -56,6 +56,24 @@ class Normalised(Task):
         if self.kind == "SGD":
             return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
         return Own(model.parameters(), config.lr) if self.kind == "own" else super().optimizer(model, config)
+
+
+class Around(nn.Module):
+    """A module of our own: torch compiles no bare nn.Sequential in place (torch 2.13)."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Compiled(Regression):
+    """A task that `looks_like_a_mean` probes, with a model that can be compiled."""
+
+    def model(self) -> nn.Module:
+        return Around(super().model())
 
 
 class Own(torch.optim.Optimizer):
@@ -103,7 +121,7 @@ class ShortOfMemory(Language):
 
 
 class Mishap(Language):
-    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt), or rank 1 in step 12 (hang)."""
+    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt) or 15, or rank 1 in step 12 (hang)."""
 
     name = "Language"
 
@@ -123,3 +141,23 @@ class Mishap(Language):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.kind == "interrupt":
                 signal.raise_signal(signal.SIGINT)
+
+
+class KilledOnce(Mishap):
+    """Is killed at step 10 of its first attempt."""
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        if record.get("kind") == "start":
+            self.kind = "" if record["step"] else "kill"
+        super().on_record(record)
+
+
+class Stopped(Language):
+    """Asks its own process to stop, in the first step that it takes there."""
+
+    name = "Language"
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if model.training:
+            signal.raise_signal(signal.SIGINT)
+        return super().loss(model, batch)

@@ -1,7 +1,7 @@
 """Load the library of the pretend GPUs before torch, and replace the Python layer of `torch.cuda` after.
 
-torch.cuda's own functions call into parts of torch that a CPU build leaves out. Those that the kit, torch's loader, DDP,
-FSDP, DataParallel and GradScaler use are replaced here, each by the shortest that keeps its promise.
+torch.cuda's own functions call into parts of torch that a CPU build leaves out. Those that the kit, torch's loader,
+DDP, FSDP, DataParallel and GradScaler use are replaced here, each by the shortest that keeps its promise.
 """
 
 from __future__ import annotations

@@ -139,6 +139,6 @@ def install(found: Any) -> None:
     original = dist.init_process_group
 
     def init_process_group(backend: str | None = None, **options: Any) -> None:
-        original("pretend_nccl" if backend and "nccl" in backend else backend, **options)
+        original("pretend_nccl" if backend and "cuda" in backend else backend, **options)
 
     dist.init_process_group = init_process_group

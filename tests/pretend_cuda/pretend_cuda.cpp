@@ -61,13 +61,15 @@ Device cuda_device(DeviceIndex index) {
 // ---- What Python may want to know ------------------------------------------------------------------------------------
 
 std::atomic<int64_t> waits{0};
-py::object on_wait;       // called with the name of the operator for which the host waits, or None
-py::object on_operation;  // called with (operator, device, stream) for every operator, or None
+// Called with (operator, device, stream): for each wait of the host, and for every operator. Never freed, since they
+// would be when Python has gone.
+py::object* on_wait = nullptr;
+py::object* on_operation = nullptr;
 
-void tell(const py::object& listener, const std::string& operation, DeviceIndex device) {
-  py::gil_scoped_acquire held;
-  if (listener && !listener.is_none()) {
-    listener(operation, static_cast<int>(device), stream_now[device]);
+void tell(const py::object* listener, const std::string& operation, DeviceIndex device) {
+  if (listener && Py_IsInitialized()) {
+    py::gil_scoped_acquire held;
+    (*listener)(operation, static_cast<int>(device), stream_now[device]);
   }
 }
 
@@ -643,10 +645,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 
 PYBIND11_MODULE(pretend_cuda_library, module) {
   module.def("waits", [] { return waits.load(); });
-  module.def("on_wait", [](py::object listener) { on_wait = std::move(listener); });
+  module.def("on_wait", [](py::object listener) { on_wait = new py::object(std::move(listener)); });
   module.def("on_operation", [](py::object listener) {
     recording = !listener.is_none();
-    on_operation = std::move(listener);
+    on_operation = new py::object(std::move(listener));
   });
   module.def("host_waits", [](const std::string& operation, int device) {
     py::gil_scoped_release released;

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kaggle_mgpu import TrainConfig, launch, train
+from kaggle_mgpu import TrainConfig, check, compare_strategies, devices, launch, plan, train
 from kaggle_mgpu.checkpoints import read_tensors
+from kaggle_mgpu.errors import HangError, WorkerDiedError
+from pretend_cuda.gpu_tasks import KilledOnce, Mishap, Normalised, ShortOfMemory, Stopped
 from tasks import Language
 
 pytestmark = pytest.mark.usefixtures("gpus")
@@ -84,5 +86,132 @@ def test_two_gpus_give_the_weights_of_one_cpu_process(name: str, folder: Path, o
 
 
 def test_dp_refuses_a_compiled_model(folder: Path) -> None:
-    with pytest.raises(ValueError, match="compile=True with strategy='dp'.*strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"compile=True with strategy='dp'.*strategy='ddp'"):
         launch(train, config(folder, "dp, compiled", strategy="dp", compile=True), Language(), in_worker=True)
+
+
+# --- BatchNorm and averages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "dp"])
+def test_batch_norm_and_averages_train(strategy: str, folder: Path) -> None:
+    more: dict[str, Any] = {"strategy": strategy, "nproc": 1 if strategy == "single" else 2, "precision": "fp16"}
+    settings = config(folder, f"{strategy}, BatchNorm", ema_decay=0.9, lr=0.02, **more)
+    result = launch(train, settings, Normalised(rows=strategy == "ddp"), in_worker=True)
+    assert result.finished
+    first, *_ = [record["loss"] for record in result.records() if record["kind"] == "train"]
+    assert result.metrics["loss"] < first
+    names = read_tensors(Path(result.output_dir) / "model.safetensors")
+    assert int(names["1.num_batches_tracked"]) == 20
+    assert all(tensor.isfinite().all() for tensor in names.values())
+
+
+# --- out of memory ---------------------------------------------------------------------------------------------------
+
+SHORT = [
+    ("single", ShortOfMemory("driver")),
+    ("dp", ShortOfMemory("cuBLAS")),
+    ("ddp", ShortOfMemory("allocator")),
+    ("ddp, rank 1", ShortOfMemory("NCCL", ranks=(1,))),
+    ("fsdp", ShortOfMemory("Triton")),
+    ("ddp, evaluation", ShortOfMemory("cuDNN, no engine", where="metrics")),
+    ("dp, evaluation", ShortOfMemory("runtime", where="metrics")),
+]
+
+
+@pytest.mark.parametrize(("name", "task"), SHORT, ids=[name for name, _ in SHORT])
+def test_a_run_short_of_memory_goes_on_with_smaller_batches(
+    name: str, task: ShortOfMemory, folder: Path, on_cpu: str
+) -> None:
+    strategy = name.split(",")[0]
+    nproc = 1 if strategy == "single" else 2
+    settings = config(folder, f"{name}, short of memory", strategy=strategy, nproc=nproc)
+    result = launch(train, settings, task, in_worker=True)
+    assert result.finished
+    assert difference(result.output_dir, on_cpu) < 1e-5
+    told = [r.get("text", "") + r.get("micro_batch_size_because", "") for r in result.records()]
+    assert "out of memory" in " ".join(told)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_largest_micro_batch_that_fits_is_found(nproc: int, folder: Path) -> None:
+    settings = config(folder, f"auto {nproc}", nproc=nproc, micro_batch_size="auto", max_steps=2)
+    result = launch(train, settings, ShortOfMemory("cuBLAS, no handle"), in_worker=True)
+    start = next(r for r in result.records() if r["kind"] == "start")
+    assert result.finished
+    assert start["micro_batch_size"] == 2  # three are tried, a tenth more; four samples are the most
+
+
+# --- kills, stops and hangs ------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path) -> None:
+    undisturbed, killed = (config(folder, name, save_every=10) for name in ("undisturbed", "killed"))
+    launch(train, undisturbed, Language())
+    with pytest.raises(WorkerDiedError, match="SIGKILL"):
+        launch(train, killed, Mishap("kill"))
+    result = launch(train, killed, Language())
+    assert result.finished
+    assert torch.equal(weights(killed.output_dir), weights(undisturbed.output_dir))
+
+
+def test_a_restart_needs_no_second_call(folder: Path, on_cpu: str) -> None:
+    settings = config(folder, "restarted", max_restarts=1, save_every=5)
+    assert launch(train, settings, KilledOnce("kill")).finished
+    assert difference(settings.output_dir, on_cpu) < 1e-5
+
+
+def test_a_run_moves_from_gpus_to_the_cpu_and_back(folder: Path, on_cpu: str) -> None:
+    settings = config(folder, "moved", save_every=5)
+    with pytest.raises(WorkerDiedError):
+        launch(train, settings, Mishap("kill"))  # at step 10, on two GPUs
+    hidden = settings.replace(strategy="single", max_steps=20, nproc=1)
+    assert not train(hidden, Stopped()).finished  # in this process, which has no GPU
+    result = launch(train, settings.replace(strategy="dp"), Language(), in_worker=True)
+    assert (result.finished, result.strategy) == (True, "dp")
+    assert difference(result.output_dir, on_cpu) < 1e-5
+
+
+def test_an_interrupt_saves_and_the_run_goes_on(folder: Path, on_cpu: str) -> None:
+    settings = config(folder, "interrupted")
+    stopped = launch(train, settings, Mishap("interrupt"))
+    assert not stopped.finished
+    assert stopped.reason.startswith("asked to stop")
+    assert launch(train, settings, Language()).finished
+    assert difference(settings.output_dir, on_cpu) < 1e-5
+
+
+def test_a_hang_names_the_rank_that_is_behind(folder: Path) -> None:
+    with pytest.raises(HangError, match="rank 1"):
+        launch(train, config(folder, "hung"), Mishap("hang"), timeout=4.0)
+
+
+# --- before and beside training --------------------------------------------------------------------------------------
+
+
+def test_the_report_has_two_t4s() -> None:
+    report = devices.report()
+    assert [gpu.name for gpu in report.gpus] == ["Tesla T4", "Tesla T4"]
+    assert (report.precision, report.mode) == ("fp16", "2 GPUs: one process each, DistributedDataParallel")
+
+
+def test_the_check_passes_on_both_gpus(folder: Path) -> None:
+    report = check.run(folder / "check")
+    assert not report.failed, report
+    text = str(report)
+    assert "nccl, 2 ranks" in text
+    assert "GPU against CPU" in text
+
+
+def test_strategies_are_compared(folder: Path) -> None:
+    rows = compare_strategies(
+        config(folder, "compared"), Language(), steps=2, strategies=("single", "dp", "ddp", "fsdp")
+    )
+    assert [(row.strategy, row.replicas, len(row.memory_bytes)) for row in rows] == [
+        ("single", 1, 1), ("dp", 2, 2), ("ddp", 2, 2), ("fsdp", 2, 2),
+    ]  # fmt: skip
+    assert all(row.samples_per_s and min(row.memory_bytes) > 0 for row in rows)
+
+
+def test_a_run_on_both_is_planned(folder: Path) -> None:
+    assert "2 x Tesla T4" in str(plan(config(folder, "planned"), Language()))

@@ -162,7 +162,7 @@ def test_inputs_are_searched_and_the_largest_folder_of_text_wins(tmp_path):
 
 
 def test_the_corpora_of_kaggles_image_come_before_the_embedded_text(tmp_path, monkeypatch):
-    for module in (corpus, documents):
+    for module in (corpus_file, documents):
         monkeypatch.setattr(module, "NLTK", tmp_path)
     (tmp_path / "brown").mkdir()
     (tmp_path / "brown" / "README").write_text("About it.")

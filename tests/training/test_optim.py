@@ -271,6 +271,16 @@ class TestEMA:
             expected = decay * expected + (1 - decay) * value
             assert ema.state_dict()["weight"].item() == pytest.approx(expected, rel=1e-6)
 
+    def test_the_model_is_searched_once_and_its_new_buffers_are_found(self):
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        ema, searches, search = EMA(model, decay=0.9), [], model.named_parameters
+        model.named_parameters = lambda *args, **options: searches.append(1) or search(*args, **options)
+        for value in (1.0, 2.0, 3.0):
+            model[1].running_mean = torch.full((2,), value)  # another tensor in the buffer's place
+            ema.update(model)
+            assert ema.state_dict()["1.running_mean"].tolist() == [value, value]
+        assert len(searches) == 1
+
     def test_swap_shows_the_average_and_gives_back_every_bit(self):
         model = small()
         ema = EMA(model, decay=0.9)
