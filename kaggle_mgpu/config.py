@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,16 @@ from typing import Any, ClassVar, Literal, Self
 
 from . import fields
 from .names import check_names, either, nearest
+
+
+def in_epochs(text: object) -> float | None:
+    """Return 2.0 for "2 epochs", and None for anything else.
+
+    >>> in_epochs("2 epochs"), in_epochs("0.5 epoch"), in_epochs(200)
+    (2.0, 0.5, None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*epochs?", str(text).strip())
+    return float(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,8 @@ class TrainConfig:
         "strategy nproc gpu_ids cpu_offload deepspeed_config meta_init compile gradient_checkpointing "
         "global_batch_size micro_batch_size gradient_accumulation_steps data_workers epochs max_steps time_limit "
         "eval_every log_every save_every save_interval_minutes checkpoint_format keep_last resume output_dir "
-        "tensorboard find_unused_parameters max_restarts hang_timeout_minutes collective_timeout_minutes "
-        "nccl_p2p bucket_mb".split()
+        "tensorboard find_unused_parameters patience min_delta prefetch_factor max_restarts hang_timeout_minutes "
+        "collective_timeout_minutes nccl_p2p bucket_mb".split()
     )
     """Settings that may differ between the sessions of a run: where, how and how long training runs. The batch sizes
     may change, but not the resulting global batch size. A subclass adds its own names."""
@@ -86,6 +97,8 @@ class TrainConfig:
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"
     """Loader processes per rank. auto: an equal share of the CPUs, at most 4 in all; 0 for datasets with `batch`."""
+    prefetch_factor: int = 2
+    """Batches that each loader process fetches ahead."""
 
     # How long
     epochs: int = 1
@@ -104,16 +117,23 @@ class TrainConfig:
     """The batch size that lr was chosen for; read only when lr_scaling is not none."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, applied to matrices only."""
-    warmup_steps: int | float = 0
-    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    warmup_steps: int | float | str = 0
+    """Steps of linear warm-up; below 1 it is a fraction of the run; or epochs, as "2 epochs"."""
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine"
     """Shape of the learning rate after warm-up."""
     schedule_cycles: int = 4
-    """Number of cosine cycles of cosine_restarts."""
+    """Number of cosine cycles of cosine_restarts, where schedule_first_cycle is None."""
+    schedule_first_cycle: int | str | None = None
+    """T_0 of cosine_restarts: steps of the first cycle, or epochs, as "10 epochs". None: schedule_cycles decides."""
+    schedule_cycle_factor: int = 1
+    """T_mult of cosine_restarts: each cycle is so many times as long as the one before."""
     schedule_power: float = 2.0
     """Exponent of polynomial."""
     min_lr: float = 0.0
     """Final learning rate of the schedule."""
+    sync_batchnorm: Literal["auto", "off"] = "auto"
+    """auto: BatchNorm layers take their statistics over all processes, so over the global batch where nothing is
+    accumulated; off: each process has its own, which saves two exchanges per layer."""
     find_unused_parameters: bool = False
     """Under ddp, allow parameters unused in a step (conditional branches), at the cost of time in each step."""
     max_norm: float | None = 1.0
@@ -139,6 +159,10 @@ class TrainConfig:
     """The validation metric by which the weights in best/ are selected."""
     best_mode: Literal["min", "max"] = "min"
     """Whether best_metric is better when smaller or larger."""
+    patience: int | None = None
+    """End the run after so many evaluations in a row without an improvement of best_metric. None: never."""
+    min_delta: float = 0.0
+    """For patience, an improvement is better by more than this."""
 
     # The run
     resume: str = "auto"
@@ -164,7 +188,9 @@ class TrainConfig:
         at_least = {
             "nproc": 1, "global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
             "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
-            "warmup_steps": 0, "schedule_cycles": 1, "schedule_power": 0.0, "min_lr": 0.0, "eval_every": 1,
+            "warmup_steps": 0, "schedule_cycles": 1, "schedule_first_cycle": 1, "schedule_cycle_factor": 1,
+            "prefetch_factor": 1, "patience": 1, "min_delta": 0.0, "schedule_power": 0.0, "min_lr": 0.0,
+            "eval_every": 1,
             "log_every": 1, "save_every": 1, "keep_last": 1, "save_interval_minutes": 0.0, "seed": 0,
             "bucket_mb": 1, "max_restarts": 0, "hang_timeout_minutes": 0.0, "collective_timeout_minutes": 0.0,
         }  # fmt: skip
@@ -184,6 +210,11 @@ class TrainConfig:
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"{type(self).__name__}.ema_decay: expected between 0 and 1, got {self.ema_decay!r}")
+        for name in ("warmup_steps", "schedule_first_cycle"):
+            if isinstance(value := getattr(self, name), str) and in_epochs(value) is None:
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: expected a number of steps, or epochs as '2 epochs', got {value!r}"
+                )
         if self.time_limit is not None:
             try:
                 fields.parse_duration(self.time_limit)
@@ -220,6 +251,13 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON would return them: lists for tuples."""
         return {name: fields.plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Return the plain default of each field that has one."""
+        return {
+            f.name: fields.plain(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
+        }
 
     def replace(self, **changes: Any) -> Self:
         """Return a checked copy with some fields changed."""

@@ -31,7 +31,7 @@ class Config(TrainConfig):
     data_workers: int | Literal["auto"] = 2
     max_steps: int | None = 60
     lr: float = 0.01
-    warmup_steps: int | float = 0.1
+    warmup_steps: int | float | str = 0.1
     ema_decay: float | None = 0.9
     eval_every: int | Literal["epoch", "end"] = 10
     log_every: int = 1

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
-from kaggle_mgpu import Task, TrainConfig
+from kaggle_mgpu import Task, TrainConfig, distributed
 
 
 class Regression(Task):
@@ -101,6 +101,55 @@ class Language(Task):
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=config.lr)
+
+
+class Images(Language):
+    """Small images for a network with BatchNorm."""
+
+    unit = "samples"
+
+    def model(self) -> nn.Module:
+        def block(inputs: int, outputs: int) -> list[nn.Module]:
+            return [nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.Tanh()]
+
+        # without weights too: such layers have statistics all the same
+        head = [nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(32, 5)]
+        return nn.Sequential(*block(1, 4), *block(4, 8), *head)
+
+    def train_data(self) -> Dataset[Any]:
+        generator = torch.Generator().manual_seed(5)
+        scale = torch.rand(self.samples, 1, 1, 1, generator=generator) * 3
+        images = torch.randn(self.samples, 1, 6, 6, generator=generator) * scale + scale
+        return TensorDataset(images, torch.randint(0, 5, (self.samples,), generator=generator))
+
+    def val_data(self) -> Dataset[Any] | None:
+        return None
+
+    def count(self, batch: Any) -> int:
+        return len(batch[0])
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+class Pairs(Images):
+    """Two views of each sample, to be told from the views of all others: the loss of SimCLR."""
+
+    whole_batch_loss = True
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        views = [nn.functional.normalize(model(view)) for view in (batch[0], batch[0].flip(3))]
+        (first, own), (second, _) = map(distributed.gather_with_gradients, views)
+        places = torch.arange(own.start, own.stop)
+        total = torch.zeros(())
+        for mine, theirs in ((first, second), (second, first)):
+            others = (mine[own] @ mine.T / 0.5).index_put((torch.arange(len(places)), places), torch.tensor(-1e9))
+            logits = torch.cat([mine[own] @ theirs.T / 0.5, others], 1)
+            total = total + nn.functional.cross_entropy(logits, places, reduction="sum") / 2
+        return total
 
 
 class MeanOfMeans(Language):

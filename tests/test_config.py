@@ -77,6 +77,7 @@ class TestParsing:
             ("warmup_steps", "0.1", 0.1),
             ("warmup_steps", 0.03, 0.03),
             ("warmup_steps", "100", 100),
+            ("warmup_steps", "2 epochs", "2 epochs"),
             ("warmup_steps", 100.0, 100),
             ("nproc", "auto", "auto"),
             ("nproc", "2", 2),
@@ -116,7 +117,8 @@ class TestParsing:
             ("strategy", "fdsp", "expected auto|single|dp|ddp|fsdp|deepspeed, got 'fdsp' (str)"),
             ("strategy", 1, "expected auto|single|dp|ddp|fsdp|deepspeed, got 1 (int)"),
             ("eval_every", "epochs", "expected int|epoch|end, got 'epochs' (str)"),
-            ("warmup_steps", "some", "expected int|float, got 'some' (str)"),
+            ("warmup_steps", "some", "expected a number of steps, or epochs as '2 epochs', got 'some'"),
+            ("schedule_first_cycle", "2 weeks", "expected a number of steps, or epochs"),
         ],
     )
     def test_or_is_refused(self, name: str, wrong: Any, says: str) -> None:
@@ -334,7 +336,8 @@ OTHER: dict[str, Any] = {
     "sizes": (7,), "betas": (0.8, 0.9), "crops": (1, 2), "extra": {"a": 1},
     "max_restarts": 2, "hang_timeout_minutes": 2.5, "collective_timeout_minutes": 1.5, "nccl_p2p": "off",
     "gradient_compression": "fp16", "bucket_mb": 5,
-    "find_unused_parameters": True,
+    "find_unused_parameters": True, "sync_batchnorm": "off", "prefetch_factor": 3, "patience": 4, "min_delta": 0.5,
+    "schedule_first_cycle": "2 epochs", "schedule_cycle_factor": 2,
 }  # fmt: skip
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +55,22 @@ def test_the_commands_of_the_readme_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     for command in shown:
         assert command_line.main(shlex.split(command)) == 0, command
+
+
+def test_the_recipes_of_ten_lines_train(tmp_path: Path) -> None:
+    page = PAGES["notebooks/README.md"].split("## Recipes of ten lines")[1].split("\n## ")[0]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    names = set(re.findall(r'output_dir="(\w+)"', code))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in names}
+    assert len(names) == 9
+    assert all(result["finished"] for result in results.values())
+    assert {name for name, result in results.items() if result["stopped_early"]} == {"early", "enough"}
+    assert "NOTE" not in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ..parallel import shards
 from . import format
 from .format import OtherRunError
 
-STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "seconds")
+STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "improved_to", "without_improvement", "seconds")
 """The fields of a run's position (`TrainState`)."""
 MOST_STEPS = 10**12
 """More steps than a run takes."""
@@ -99,8 +99,10 @@ def _position(facts: Mapping[str, Any], expected: Expected) -> None:
     _whole("evaluated in its state", state.get("evaluated", 0), step)
     if not math.isfinite(seconds := _number("seconds in its state", state.get("seconds", 0.0))) or seconds < 0:
         raise CheckpointError(f"seconds in its state is {seconds!r}, expected a number of 0 or more")
-    if state.get("best") is not None:
-        _number("best in its state", state["best"])
+    for name in ("best", "improved_to"):
+        if state.get(name) is not None:
+            _number(f"{name} in its state", state[name])
+    _whole("without_improvement in its state", state.get("without_improvement", 0), step)
     metrics = state.get("metrics", {})
     if not isinstance(metrics, dict):
         raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers by name")

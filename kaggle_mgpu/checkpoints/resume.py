@@ -28,6 +28,7 @@ def starting_point(
     may_change: Collection[str],
     stamp: Mapping[str, Any],
     expected: Expected | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Path | None:
     """Return the checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
 
@@ -37,6 +38,7 @@ def starting_point(
         resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: identifies the run beside the settings.
+        defaults: values of settings that a checkpoint does not name, because they are younger than the checkpoint.
         expected: what a checkpoint has to hold; None: only its checksums, settings and stamp are looked at.
 
     Raises:
@@ -47,7 +49,7 @@ def starting_point(
     def examined(path: Path) -> Path:
         if problem := damage(path):
             raise CheckpointError(problem)
-        if differ := _differences(read_facts(path), config, may_change, stamp):
+        if differ := _differences(read_facts(path), config, may_change, stamp, defaults):
             raise OtherRunError(
                 f"{path} is from a run with other settings: {_listed(differ)}",
                 "Set them back to go on with that run; choose another output_dir, or resume='never', to start a new "
@@ -74,7 +76,7 @@ def starting_point(
     path, others = _first(checkpoints.all(), examined)
     if path is None and others:  # a new run in this folder has to be asked for
         raise CheckpointError(str(others[0]))
-    return path or _among_inputs(config, may_change, stamp, examined)
+    return path or _among_inputs(config, may_change, stamp, defaults, examined)
 
 
 def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
@@ -98,6 +100,7 @@ def _among_inputs(
     config: Mapping[str, Any],
     may_change: Collection[str],
     stamp: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None,
     examined: Callable[[Path], Path],
 ) -> Path | None:
     """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
@@ -106,7 +109,7 @@ def _among_inputs(
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
         try:
             facts = read_facts(path)
-            if differ := _differences(facts, config, may_change, stamp):
+            if differ := _differences(facts, config, may_change, stamp, defaults):
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
             else:
                 found.append((facts["step"], path))
@@ -125,7 +128,11 @@ def changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the allowed changes of settings since a checkpoint: {name: (then, now)}."""
     then, now = facts.get("config", {}), json.loads(json.dumps(config))
-    return {name: (then.get(name), now[name]) for name in now if name in may_change and then.get(name) != now[name]}
+    return {
+        name: (then.get(name), now[name])
+        for name in now
+        if name in may_change and name in then and then[name] != now[name]
+    }
 
 
 def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
@@ -133,11 +140,16 @@ def _listed(differ: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _differences(
-    facts: Mapping[str, Any], config: Mapping[str, Any], may_change: Collection[str], stamp: Mapping[str, Any]
+    facts: Mapping[str, Any],
+    config: Mapping[str, Any],
+    may_change: Collection[str],
+    stamp: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None,
 ) -> dict[str, tuple[Any, Any]]:
     """Return the forbidden changes of settings since a checkpoint: {name: (then, now)}."""
     sides = []
-    for settings, its_stamp in ((facts.get("config", {}), facts.get("stamp", {})), (config, stamp)):
+    saved = {**(defaults or {}), **facts.get("config", {})}
+    for settings, its_stamp in ((saved, facts.get("stamp", {})), (config, stamp)):
         fixed = {name: value for name, value in settings.items() if name not in may_change}
         # through JSON, so that a tuple equals the list it was saved as
         sides.append(json.loads(json.dumps({**fixed, **its_stamp})))

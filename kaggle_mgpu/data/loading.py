@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Self, cast
 import numpy as np
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from ..parallel import distributed
@@ -152,6 +152,12 @@ class Step:
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
     """Return len(dataset); raise TypeError for a dataset without length or indexing."""
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"{what} is a stream, {type(dataset).__name__}: expected a map-style dataset (__len__ and __getitem__). "
+            f"Exact resume needs samples that can be asked for by number. Index the shards once (file and position of "
+            f"each sample) and read sample i in __getitem__; or launch a loop of your own over the stream."
+        )
     if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         lacks, next_step = "has no length or no __getitem__", ""
         if isinstance(dataset, DataLoader):
@@ -234,7 +240,7 @@ LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 """Limit in characters: Linux's limit for a socket's path, less the part that multiprocessing appends."""
 
 
-def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) -> Iterator[Any]:
+def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, prefetch: int = 2) -> Iterator[Any]:
     """Yield the batch for each of the `index_batches`, in order, fetched here or by `workers` loader processes."""
     if workers == 0:  # a DataLoader takes 67 µs a batch for this, and the generator 16
         batches = (fetch[indices] for indices in index_batches)
@@ -251,6 +257,7 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool) ->
         batch_size=None,
         sampler=cast(Any, index_batches),
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise iter() draws from the global generator
     )
@@ -271,13 +278,14 @@ class Batches:
         count: Callable[[Any], int] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
+        prefetch: int = 2,
     ) -> None:
         self.count, self.fetch = count, fetch
         sampler.lengths = fetch.lengths
         self.shares = iter(sampler)
         self.loaded: Iterator[Any] | None = None  # None: fetched in this process
         if workers or pin_memory:
-            self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory)
+            self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory, prefetch=prefetch)
 
     def __iter__(self) -> Self:
         return self

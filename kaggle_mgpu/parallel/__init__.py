@@ -7,6 +7,7 @@ of sharded tensors.
 """
 
 from . import distributed, shards
+from .batch_norm import batch_norms, sync_batch_norms
 from .choose import choose
 from .data_parallel import Distributed, Replicated
 from .state import load_saved_state, saved_state
@@ -16,9 +17,11 @@ __all__ = [
     "Distributed",
     "Replicated",
     "Strategy",
+    "batch_norms",
     "choose",
     "distributed",
     "load_saved_state",
     "saved_state",
     "shards",
+    "sync_batch_norms",
 ]

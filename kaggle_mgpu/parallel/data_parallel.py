@@ -142,7 +142,7 @@ class Replicated(Strategy):
         return torch.device("cpu")  # DataParallel scatters batches from the CPU to each GPU
 
     def forward(self, batch: Any) -> Tensor:
-        return self.parallel(batch, "losses").sum()
+        return self.parallel(batch, "losses").sum(0)
 
     def forward_alone(self, batch: Any) -> Tensor:
         return self.forward(batch)

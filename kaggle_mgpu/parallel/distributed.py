@@ -11,12 +11,14 @@ function the process group is made by the first collective, unless the function 
 from __future__ import annotations
 
 import builtins
+import contextlib
 import datetime
 import os
 import pickle
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 import torch.distributed as dist
@@ -239,6 +241,104 @@ def gather(value: T) -> list[T]:
     return values
 
 
+# What this rank's batch is at the moment: "" in a loop of one's own
+_batch: Literal["", "step", "stand-in", "alone"] = ""
+
+
+@contextlib.contextmanager
+def computing(batch: Literal["step", "stand-in", "alone"]) -> Iterator[None]:
+    """Say within a `with` block what this rank computes: its part of a step, a stand-in for it, or a batch alone."""
+    global _batch
+    before, _batch = _batch, batch
+    try:
+        yield
+    finally:
+        _batch = before
+
+
+def in_step() -> bool:
+    """Return whether all ranks compute their parts of one training step of a Strategy."""
+    return active() and _batch in ("step", "stand-in")
+
+
+def stands_in() -> bool:
+    """Return whether this rank's batch does not count: it is computed only because other ranks wait."""
+    return _batch == "stand-in"
+
+
+def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors of all ranks, which have one shape and type, on every rank; without gradients."""
+    if not active():
+        return [tensor.detach()]
+    alive()
+    own = tensor.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """Return the rows of all ranks, in the order of ranks, and the slice of this rank's own; gradients flow to all.
+
+    For a loss over the whole batch: each rank sums the losses of its own rows, which it compares with all rows.
+
+        every, own = distributed.gather_with_gradients(model(x))  # float[all samples, features]
+        loss = cross_entropy(every[own] @ every.T, torch.arange(own.start, own.stop), reduction="sum")
+
+    Ranks may have different numbers of rows. In an evaluation under `train`, where ranks have different numbers of
+    batches, and in a single process, all rows are this rank's.
+    """
+    if not active() or _batch == "alone":
+        return tensor, slice(0, len(tensor))
+    rows = [int(n) for n in all_gather(torch.tensor([0 if stands_in() else len(tensor)]))]
+    start = builtins.sum(rows[: rank()])
+    every: torch.Tensor = _GatherRows.apply(tensor, rows)
+    if stands_in():  # the others must not see its rows; it needs some for a loss, which has weight 0
+        every = torch.cat([every[:start], tensor, every[start:]])
+    return every, slice(start, start + len(tensor))
+
+
+class _GatherRows(torch.autograd.Function):
+    """Concatenate the rows of all ranks; the gradient of a row is the sum of its gradients on all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        ctx.rows, ctx.shape = rows, tensor.shape
+        padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
+        padded[: rows[rank()]] = tensor[: rows[rank()]]
+        return torch.cat([part[:n] for part, n in zip(all_gather(padded), rows, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # added up in the order of ranks, so that a resumed run has the same bits
+        total = torch.stack(all_gather(gradient)).sum(0)
+        start, count = builtins.sum(ctx.rows[: rank()]), ctx.rows[rank()]
+        own = total.new_zeros(ctx.shape)
+        own[:count] = total[start : start + count]
+        return own, None
+
+
+def gather_to_main(value: T) -> list[T]:
+    """Return the values of all ranks on rank 0, and [] on other ranks (pickled)."""
+    if not active():
+        return [value]
+    alive()
+    values: list[Any] = [None] * world_size()
+    dist.gather_object(value, values if is_main() else None, dst=0)
+    return values if is_main() else []
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A Gather in Task.metrics hands the rows of all samples to Task.summary: float[samples of the batch, …]."""
+
+    tensor: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, torch.Tensor) or self.tensor.ndim == 0:
+            raise TypeError("distributed.Gather expects a tensor with one row per sample, float[samples, …]")
+
+
 def barrier() -> None:
     """Wait until every rank has called `barrier`."""
     sum(0)
@@ -288,6 +388,11 @@ class RankVote:
         self.next = 1
         self.interval = 1
         self.since = time.monotonic()
+
+    def vote_next(self, wanted: bool = True) -> None:
+        """Let the ranks vote at the next step, if wanted; all of them must call this after the same steps."""
+        if wanted:
+            self.next = self.steps + 1
 
     def vote(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any rank raised the flag; all False on steps between votes."""

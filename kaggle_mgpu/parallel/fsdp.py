@@ -171,7 +171,7 @@ class Sharded(Strategy):
         return shards.whole(norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
+    def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:
         found = super().evaluate(batches)
         self._root.reshard()  # torch keeps the root gathered for a backward pass, which evaluation lacks
         return found

@@ -36,6 +36,8 @@ class Call(nn.Module):
         super().__init__()
         self.model = model
         self.loss, self.metrics, self.precision, self.device_type = loss, metrics, precision, device_type
+        self.part_names: list[str] = []  # one list, which the copies of the replicas share
+        """The names of the parts of the loss that the task hands out to be logged."""
 
     def forward(self, batch: Any, what: str = "loss") -> Any:
         if self.precision in HALF:
@@ -45,17 +47,17 @@ class Call(nn.Module):
 
     def _call(self, batch: Any, what: str) -> Any:
         if what in ("loss", "losses"):
-            loss = self.loss(self.model, batch)
-            if not isinstance(loss, Tensor) or loss.ndim != 0:
-                got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-                raise ValueError(f"Task.loss must return a scalar tensor, the sum over the batch's terms; got {got}")
+            loss = self._with_parts(self.loss(self.model, batch))
             # "losses" has one row per replica, since DataParallel warns when gathering scalars
             return loss if what == "loss" else loss.unsqueeze(0)
-        rows = {}
+        rows: dict[str, tuple[Tensor, ...]] = {}
         sums = self.metrics(self.model, batch)
         if not isinstance(sums, dict):
             raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got a {type(sums).__name__}")
         for name, pair in sums.items():
+            if isinstance(pair, distributed.Gather):  # a tuple of one, with one row per sample
+                rows[name] = (pair.tensor.detach().to(self.device_type),)
+                continue
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 got = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
                 raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got {got} for {name!r}")
@@ -72,6 +74,25 @@ class Call(nn.Module):
             kind = torch.int64 if isinstance(value, int) else torch.float64
             return torch.full((), value, dtype=kind, device=self.device_type)
         return torch.as_tensor(value).to(self.device_type, non_blocking=True)
+
+    def _with_parts(self, found: Any) -> Tensor:
+        """Return the loss, or for (loss, {name: sum}) a vector of the loss and its parts, which carry no gradient."""
+        loss, parts = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        if not isinstance(loss, Tensor) or loss.ndim != 0 or not isinstance(parts, dict):
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            got = got if isinstance(parts, dict) else f"with it a {type(parts).__name__}"
+            raise ValueError(
+                f"Task.loss must return a scalar tensor, the sum over the batch's terms, or (loss, {{name: sum}}); "
+                f"got {got}"
+            )
+        if not parts and not self.part_names:
+            return loss
+        self.part_names += [] if self.part_names else parts
+        if self.part_names != [*parts]:
+            raise ValueError(
+                f"Task.loss gave the parts {[*parts]}, but {self.part_names} before: expected the same for every batch"
+            )
+        return torch.stack([loss, *(torch.as_tensor(part).detach().to(loss) for part in parts.values())])
 
 
 class Strategy:
@@ -145,6 +166,11 @@ class Strategy:
         return call
 
     @property
+    def part_names(self) -> list[str]:
+        """The names of the parts of the loss, known after the first forward pass."""
+        return cast(Call, self.call).part_names
+
+    @property
     def input_device(self) -> torch.device:
         """The device on which `forward` expects its batches."""
         return self.device
@@ -154,7 +180,7 @@ class Strategy:
         return _NOTHING
 
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
-        """Add this micro-batch's part of the gradient, and return the sum of its loss, detached.
+        """Add this micro-batch's part of the gradient, and return the sum of its loss, detached, and of any parts.
 
         Args:
             weight: 0 for a stand-in micro-batch, computed only because other ranks wait, else 1.
@@ -163,15 +189,16 @@ class Strategy:
         Raises:
             ValueError: the global batch has no terms.
         """
-        loss = self.forward(batch)
-        distributed.alive()  # before backward, where ranks wait for each other, so that a late rank can be named
-        # after the forward pass, which overlaps with the communication of the number
-        if not (number := terms()):
-            raise ValueError(
-                "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without any "
-                "term (all of it masked, say) out of the training data."
-            )
-        self.backward_from(loss, weight * self.loss_multiplier / number)
+        with distributed.computing("step" if weight else "stand-in") if self.world_size > 1 else _NOTHING:
+            loss = self.forward(batch)
+            distributed.alive()  # before backward, where ranks wait for each other, so that a late rank can be named
+            # after the forward pass, which overlaps with the communication of the number
+            if not (number := terms()):
+                raise ValueError(
+                    "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without "
+                    "any term (all of it masked, say) out of the training data."
+                )
+            self.backward_from(loss[0] if loss.ndim else loss, weight * self.loss_multiplier / number)
         return loss.detach() if weight == 1 else loss.detach() * weight
 
     def backward_from(self, loss: Tensor, start: float) -> None:
@@ -180,7 +207,7 @@ class Strategy:
         loss.backward(self.scaler.scale(torch.full_like(loss, start)))
 
     def forward(self, batch: Any) -> Tensor:
-        """Return the sum of the loss over the batch's terms, with its graph for backward."""
+        """Return the sum of the loss over the batch's terms, and of any parts, with its graph for backward."""
         if self.parallel is self.call:
             return self.call.forward(batch)  # skips Module.__call__, since only the wrapped model has hooks
         return self.parallel(batch)
@@ -202,13 +229,14 @@ class Strategy:
 
     def try_step(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
         """Allocate the memory of a training step without other processes: forward, backward, optimizer step."""
-        self.forward_alone(batch).backward()
+        self.forward_alone(batch).flatten()[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     def forward_alone(self, batch: Any) -> Tensor:
         """Return the same as `forward`, without other processes."""
-        return self.call(batch)
+        with distributed.computing("alone"):
+            return self.call(batch)
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
@@ -268,15 +296,24 @@ class Strategy:
         return norm
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[Any]) -> dict[str, tuple[Tensor, int]]:
-        """Return sums (float64, on the CPU) and counts of the task's metrics over this rank's batches."""
+    def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:
+        """Return sums (float64, on the CPU) and counts of the task's metrics over this rank's batches.
+
+        For metrics to be gathered it is the list of the batches' rows, on the CPU.
+        """
         totals: dict[str, tuple[Tensor, Tensor]] = {}
-        for batch in self._in_step(batches):
-            distributed.alive()
-            for name, (total, count) in self.call_for_metrics(batch).items():
-                before = totals.get(name, (0.0, 0))
-                totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
-        return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()}
+        rows: dict[str, Any] = {}
+        with distributed.computing("alone"):
+            for batch in self._in_step(batches):
+                distributed.alive()
+                for name, (total, *counts) in self.call_for_metrics(batch).items():
+                    if not counts:
+                        rows.setdefault(name, []).append(total.cpu())
+                        continue
+                    (count,) = counts
+                    before = totals.get(name, (0.0, 0))
+                    totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
+        return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()} | rows
 
     def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches; a rank without further batches recomputes its last batch while other ranks continue.

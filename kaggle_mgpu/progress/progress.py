@@ -65,7 +65,7 @@ class Progress:
             so each step is recorded once; 0 empties the file.
         evaluated: the step of the last evaluation that the weights remember; records of later evaluations are dropped.
         unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
-        on_record: called with each record before it is written; may add to the record.
+        on_record: called with each record before it is written; may add to the record, and return an `end_reason`.
         tensorboard: also write numbers, texts, settings and the run's plot to output_dir/tensorboard.
         settings: the hyperparameters for TensorBoard.
         history: the folder of the run to continue, if another one: its records are copied.
@@ -79,6 +79,8 @@ class Progress:
     """
 
     stop_requested = False
+    end_reason = ""
+    """The text that on_record returned to end the run."""
     """Whether `stop(output_dir)` was called somewhere; known on rank 0 only."""
 
     def __init__(
@@ -90,7 +92,7 @@ class Progress:
         resumed_step: int = 0,
         evaluated: int | None = None,
         unit: str = "samples",
-        on_record: Callable[[Record], None] | None = None,
+        on_record: Callable[[Record], object] | None = None,
         tensorboard: bool = False,
         settings: dict[str, Any] | None = None,
         world_size: int = 1,
@@ -140,15 +142,12 @@ class Progress:
         """
         if self._closed:
             return
-        self._look_for_a_request()
         if record.get("kind") == "start":
             record |= owner()
         added = dict(record)
-        if (on_record := self._on_record) is not None and self._try(
-            "Task.on_record",
-            lambda: (on_record(added), encode(added)),  # a record may not hold what was added
-        ):
+        if self._on_record is not None and self._try("Task.on_record", lambda: self._hand_on(added)):
             record = added
+        self._look_for_a_request()  # on_record may have made one
         plain, line = encode(record)
         with self._lock:
             self._step = int(plain.get("step", self._step))
@@ -157,6 +156,14 @@ class Progress:
             self._try("the display", lambda: self._draw(plain))
         while self._untold:
             self.note(self._untold.pop(0))
+
+    def _hand_on(self, record: Record) -> None:
+        """Give a record to on_record, which may add to the record and may end the run."""
+        assert self._on_record is not None
+        answer = self._on_record(record)
+        if isinstance(answer, str):
+            self.end_reason = self.end_reason or answer
+        encode(record)  # a record may not hold what was added
 
     def _write(self, line: bytes) -> None:
         """Append to the file; if the disk is full, keep the bytes for the next call."""

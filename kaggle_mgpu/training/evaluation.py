@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 import traceback
@@ -73,11 +74,15 @@ class Evaluation:
                 strategy.model.eval()
                 batch = _try(parts, "val_data", lambda: data.move(fetch[np.arange(rows)], strategy.input_device))
                 randomness.seed_for(self.rng_key, state.step, parts.rank)
-                sums = _try(parts, "metrics", lambda: _trial_sums(parts, batch))
+                own = _try(parts, "metrics", lambda: _trial_sums(parts, batch))
                 pace = time.monotonic() - began
+                _try(parts, "metrics", lambda: _expect_room(own or {}, parts.val_samples / rows, parts.world_size))
+                sums, gathered = _apart(own)
+                if not parts.is_main:  # all ranks tried the same samples
+                    gathered = {}
                 found = distributed.gather(sums)
                 if all(part is not None for part in found):  # else memory ran out: `run` will take fewer samples
-                    metrics = _try(parts, "summary", lambda: _numbers(_merge(parts.task, cast(Any, found))))
+                    metrics = _try(parts, "summary", lambda: _tried_summary(parts, cast(Any, found), gathered))
                     if metrics is not None:
                         is_best(parts.config, dataclasses.replace(state, metrics=metrics))
         finally:
@@ -106,7 +111,8 @@ class Evaluation:
             strategy.model.eval()
             while True:
                 randomness.seed_for(self.rng_key, state.step, parts.rank)
-                sums = distributed.gather(_sums(parts, size))
+                own, gathered = _apart(_sums(parts, size))
+                sums = distributed.gather(own)
                 failed = [text for text in sums if isinstance(text, str)]
                 if not failed:
                     break
@@ -114,7 +120,7 @@ class Evaluation:
                     raise torch.OutOfMemoryError(failed[0])
                 size //= 2
             strategy.model.train()
-            state.metrics = _numbers(_merge(parts.task, sums))
+            state.metrics = _numbers(_merge(parts.task, sums, gathered))
         self.next_step = self._step_after(state.step)
         if size == first_size:
             return ""
@@ -130,7 +136,7 @@ def _micro_batch_size(parts: Parts) -> int:
     return parts.plan.micro_batch_size * (parts.plan.num_replicas // parts.world_size)
 
 
-def _trial_sums(parts: Parts, batch: Any) -> dict[str, tuple[Tensor, int]] | None:
+def _trial_sums(parts: Parts, batch: Any) -> dict[str, Any] | None:
     """Return the sums and counts of one batch, or None if this rank has too little memory for the batch."""
     try:
         return parts.strategy.evaluate(iter([batch]))
@@ -229,14 +235,80 @@ def _sums(parts: Parts, batch_size: int) -> Any:
     return failure
 
 
-def _merge(task: Task, sums: list[dict[str, tuple[Tensor, int]]]) -> dict[str, float]:
-    """Add up every rank's sums and counts in the order of ranks, and let the task summarise the means."""
+def _apart(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+    """Return this rank's sums, with [] in place of rows to be gathered, and these rows."""
+    if not isinstance(own, dict):
+        return own, {}
+    rows = {name: value for name, value in own.items() if isinstance(value, list)}
+    return own | {name: [] for name in rows}, rows
+
+
+def _tried_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tensor]]) -> dict[str, float] | None:
+    """Return the task's numbers in the trial; None, with a note, if gathered rows are too few for its summary."""
+    try:
+        return _numbers(_merge(parts.task, sums, gathered))
+    except Exception as error:
+        if not any(isinstance(value, list) for value in sums[0].values()):
+            raise
+        if parts.is_main:
+            text = f"{type(parts.task).__name__}.summary failed on the first samples of val_data alone"
+            print(f"NOTE: {text}, and may not with all: {type(error).__name__}: {error}", flush=True)
+        return None
+
+
+def _expect_room(own: dict[str, Any], batches: float, world_size: int) -> None:
+    """Raise MemoryError if rank 0 cannot hold the gathered rows of so many batches: received, sorted and joined."""
+    nbytes = sum(rows.nbytes for value in own.values() if isinstance(value, list) for rows in value)
+    needed, there = int(nbytes * batches * (3 if world_size > 1 else 2)), devices.ram_bytes()
+    if needed > there > 0:
+        raise MemoryError(
+            f"the gathered metrics of all samples need {needed / 2**30:.1f} GiB, but this machine has "
+            f"{there / 2**30:.1f} GiB. Gather less per sample: half precision, fewer values, or sums and counts"
+        )
+
+
+def _merge(
+    task: Task, sums: list[dict[str, tuple[Tensor, int]]], gathered: dict[str, list[Tensor]]
+) -> dict[str, float]:
+    """Add up every rank's sums and counts in the order of ranks, and let the task summarise the means.
+
+    Args:
+        gathered: this rank's rows by name, one tensor for each batch. Batches were dealt out to the ranks in turn.
+    """
     means: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for part in sums for name in part):
+    names = dict.fromkeys(name for part in sums for name in part)
+    if wanted := [name for name in names if any(isinstance(part.get(name), list) for part in sums)]:
+        every = distributed.gather_to_main(gathered)
+        for name in wanted if every else ():
+            turns = itertools.zip_longest(*(part.get(name, []) for part in every))
+            means[name] = torch.cat([rows for turn in turns for rows in turn if rows is not None])
+        sums = [{name: part[name] for name in part if name not in wanted} for part in sums]
+    for name in [name for name in names if name not in wanted]:
         found = [part[name] for part in sums if name in part]
         total, count = torch.stack([total for total, _ in found]).sum(0), sum(count for _, count in found)
         means[name] = total / count if count else torch.full_like(total, float("nan"))
-    return task.summary(means)
+    return distributed.from_main(lambda: task.summary(means)) if wanted else task.summary(means)
+
+
+def count_patience(config: TrainConfig, state: TrainState) -> None:
+    """Count the evaluations without an improvement of best_metric by more than min_delta. Every rank must call this."""
+    value, sign = state.metrics[config.best_metric], 1 if config.best_mode == "min" else -1
+    before = state.improved_to
+    # written so that nan improves nothing, and every value is better than nan
+    if before is None or math.isnan(before) or sign * (before - value) > config.min_delta:
+        state.improved_to, state.without_improvement = value, 0
+    else:
+        state.without_improvement += 1
+
+
+def out_of_patience(config: TrainConfig, state: TrainState) -> str:
+    """Return why the run stops early, or ""."""
+    if config.patience is None or state.without_improvement < config.patience:
+        return ""
+    return (
+        f"stopped early: {config.best_metric} has not improved on {state.improved_to:g} in "
+        f"{data.counted(state.without_improvement, 'evaluation')}"
+    )
 
 
 def is_best(config: TrainConfig, state: TrainState) -> bool:

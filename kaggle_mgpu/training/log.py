@@ -16,7 +16,7 @@ from .. import data, progress
 from ..checkpoints import checkpoint
 from ..machine import devices, session
 from ..parallel import distributed
-from . import divergence, task_checks
+from . import divergence
 from .clock import Clock, disk_speed, floor
 from .parts import Parts
 from .task import Result, TrainState
@@ -44,7 +44,7 @@ class Log:
         """The number of steps at which `step` must be called."""
         if parts.is_main:
             print("\n".join([parts.header[0], plan.sentence(parts.unit), parts.header[1], *lines]), flush=True)
-            document = {**config.to_dict(), "stamp": parts.stamp, "code": task_checks.code_of(task)}
+            document = {**config.to_dict(), "stamp": parts.stamp}
             checkpoint.write_text(parts.output_dir / "config.json", json.dumps(document, indent=1))
             (parts.output_dir / "result.json").unlink(missing_ok=True)  # this run is not finished
         speed = distributed.from_main(lambda: disk_speed(parts.output_dir))
@@ -93,13 +93,14 @@ class Log:
         in_a_row = parts.strategy.skipped_in_a_row
         if not due and (isinstance(in_a_row, Tensor) or in_a_row == 0):
             return None
-        total = torch.stack([loss.double() for loss in losses]).sum().cpu()
-        loss = float(distributed.sum(total)) / batch.terms()
+        total = torch.stack([loss.double() for loss in losses]).sum(0).cpu()
+        loss, *loss_parts = (distributed.sum(total).reshape(-1) / batch.terms()).tolist()
         if divergence.is_hopeless(state.step, loss, int(in_a_row), parts.strategy.precision):
             return loss
         if due:
             record = {"kind": "train", "step": state.step, "samples": state.samples_seen}
             record["epoch"] = round(state.samples_seen / parts.plan.dataset_size, 4)
+            record |= {f"loss_{name}": part for name, part in zip(parts.strategy.part_names, loss_parts, strict=True)}
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(parts.strategy.skipped)}
             self.progress.record({**record, **self.clock.throughput(parts.task.unit), **self._times(parts)})
         return None

@@ -25,9 +25,9 @@ from ..data import randomness
 from ..errors import DivergedError
 from ..launching import lock
 from ..parallel import distributed
-from . import divergence, optim, out_of_memory
+from . import divergence, optim, out_of_memory, task_checks
 from .clock import Clock, StepTaken
-from .evaluation import Evaluation, is_best
+from .evaluation import Evaluation, count_patience, is_best, out_of_patience
 from .log import Log
 from .micro_batch import halve_micro_batch, settle_micro_batch
 from .out_of_memory import OptimizerOutOfMemoryError, is_out_of_memory
@@ -35,7 +35,6 @@ from .parts import Parts, StepParts, build_parts
 from .saving import Saving, finished_result, open_checkpoints, restore, starting_point
 from .stop_requests import stop_requests
 from .task import Result, Task, TrainState, expect
-from .task_checks import A_MEAN, looks_like_a_mean
 
 __all__ = ["DivergedError", "Result", "Task", "TrainState", "train"]
 
@@ -73,8 +72,8 @@ def train(config: TrainConfig, task: Task) -> Result:
         if start is not None:
             state, resumed = restore(parts, checkpoints, start)
             lines += resumed
-        if parts.is_main and state.step == 0 and looks_like_a_mean(parts):
-            lines.append(A_MEAN)
+        if parts.is_main and state.step == 0:
+            lines += task_checks.notes(parts)
         evaluation = Evaluation(parts, state)
         price = evaluation.trial(parts, state)
         log = Log(parts, state, lines=lines, history=start.parent.parent if start else None, evaluation=price)
@@ -94,24 +93,30 @@ def train(config: TrainConfig, task: Task) -> Result:
 
 def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> Result:
     """Take the steps from `state` to the last step."""
-    clock, ranks, deadline = log.clock, distributed.RankVote(), parts.deadline
-    batches = parts.batches(state.samples_seen)
+    clock, ranks, deadline, task = log.clock, distributed.RankVote(), parts.deadline, parts.task
+    may_end = "on_record" in vars(task) or type(task).on_record is not Task.on_record
+    batches, early = parts.batches(state.samples_seen), out_of_patience(parts.config, state)
     with stop_requests() as stop_request:
         while True:
             distributed.alive(state.step)  # lets the launcher tell a hang, and name the rank that is behind
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
             # each rank has its own clock and its own signals, so the ranks decide together
-            stop, no_time, save = ranks.vote(
+            stop, end, no_time, save = ranks.vote(
                 stop_request.is_set() or log.progress.stop_requested,
+                log.progress.end_reason != "",
                 deadline is not None and deadline.remaining() <= clock.margin(ranks.interval, evaluation_due),
                 time.monotonic() >= saving.next_time,
             )
-            leave = done or stop or no_time
+            early = early or ("stopped early" if end else "")
+            leave = done or stop or no_time or bool(early)
             if evaluation_due and not (stop or no_time):  # otherwise the next session begins with the evaluation
                 if state.step > saving.saved_step and distributed.broadcast(clock.outlasts_a_save()):
                     _save(parts, state, saving, clock)
                 _evaluate(parts, state, evaluation, saving, log)
+                early = early or out_of_patience(parts.config, state)
+                leave = leave or bool(early)
+                ranks.vote_next(may_end)
             if state.step > saving.saved_step and (leave or save or state.step >= saving.next_step):
                 _save(parts, state, saving, clock)
             if leave:
@@ -146,9 +151,11 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
                 loss = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
+                ranks.vote_next(may_end)
                 if loss is not None:
                     _raise_diverged(parts, state, saving, log, outcome, loss)
-        return _finish(parts, state, evaluation, saving, log, "asked to stop" if stop else "time limit")
+        reason = "asked to stop" if stop else "time limit" if no_time else ""
+        return _finish(parts, state, evaluation, saving, log, reason, "" if reason else early)
 
 
 class StepOutcome(NamedTuple):
@@ -224,6 +231,8 @@ def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: S
                 log.note(failed)
             if not distributed.agree(bool(failed)):  # `best` always belongs to the weights in best/
                 state.best = state.metrics[parts.config.best_metric]
+        if parts.config.patience is not None:
+            count_patience(parts.config, state)
         state.evaluated = state.step
     log.evaluated(parts, state)
 
@@ -253,13 +262,17 @@ def _raise_diverged(
     )  # fmt: skip
 
 
-def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log, reason: str) -> Result:
+def _finish(
+    parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log, reason: str, early: str
+) -> Result:
     """Write the final weights and result.json: the outcome of the run, or how far it got and why no further."""
     state.seconds = log.clock.seconds()
     remaining = parts.plan.max_steps - state.step
     finished = remaining <= 0 and state.step < evaluation.next_step
-    if finished:
-        reason = "finished"
+    early = "" if finished else early  # the last step is no early one
+    if finished or early:
+        told = log.progress.end_reason
+        finished, remaining, reason = True, 0, early + (f": {told}" if told else "") if early else "finished"
     if (note := _last_save(parts, state, saving, log, finished)) and not finished:
         reason += f"; {note}"
     strategy = parts.strategy
@@ -267,7 +280,8 @@ def _finish(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Sav
         output_dir=str(parts.output_dir), finished=finished, reason=reason, step=state.step,
         max_steps=parts.plan.max_steps, samples_seen=state.samples_seen, metrics=state.metrics, best=state.best,
         seconds=state.seconds, world_size=parts.world_size, strategy=strategy.name, precision=strategy.precision,
-        skipped_steps=int(strategy.skipped), remaining_steps=remaining, remaining_seconds=log.clock.left(remaining),
+        skipped_steps=int(strategy.skipped), stopped_early=bool(early), remaining_steps=remaining,
+        remaining_seconds=log.clock.left(remaining),
     )  # fmt: skip
     if note := saving.write_result(parts, result):
         log.note(note)

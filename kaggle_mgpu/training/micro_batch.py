@@ -41,6 +41,8 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
     Raises:
         OutOfMemoryError: not even one sample fits.
     """
+    if parts.task.whole_batch_loss:  # one micro-batch is all that its loss allows
+        return parts
     auto, plan = parts.config.micro_batch_size == "auto", parts.plan
     known = distributed.from_main(lambda: remembered(folders, _conditions(parts)))
     if known is not None and (auto or known[0] < plan.micro_batch_size):
@@ -62,9 +64,15 @@ def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
     """Return the parts with half the micro-batch size, and a sentence about the change. Any rank may call this.
 
     Raises:
-        OutOfMemoryError: the size was 1.
+        OutOfMemoryError: the size was 1, or the loss is over the whole batch.
     """
     before = parts.plan.micro_batch_size
+    if parts.task.whole_batch_loss:
+        raise torch.OutOfMemoryError(
+            f"out of memory with micro_batch_size {before} {when}. {type(parts.task).__name__}.whole_batch_loss is "
+            f"True, so smaller micro-batches would change the loss. Try a smaller global_batch_size, "
+            f"gradient_checkpointing=True, precision='fp16', or more GPUs."
+        )
     if before == 1:
         raise torch.OutOfMemoryError(NOT_EVEN_ONE)
     plan = parts.plan.with_micro_batch_size(before // 2)

@@ -64,6 +64,8 @@ def lr_at(
     min_lr: float = 0.0,
     cycles: int = 1,
     power: float = 1.0,
+    first_cycle: int | None = None,
+    cycle_factor: int = 1,
 ) -> float:
     """The learning rate of the step about to be taken, when `step` optimizer steps have been taken so far.
 
@@ -77,7 +79,8 @@ def lr_at(
     linear          min_lr + (lr - min_lr) (1 - t)
     polynomial      min_lr + (lr - min_lr) (1 - t)^power
     cosine          min_lr + (lr - min_lr) (1 + cos(pi t)) / 2, Loshchilov & Hutter 2017 (SGDR), eq. 5
-    cosine_restarts the same with `cycles` equal falls, each starting at lr again
+    cosine_restarts the same with `cycles` equal falls, each starting at lr again; or, with `first_cycle` (T_0 of SGDR),
+                    falls of so many steps, each `cycle_factor` (T_mult) times as long as the one before
 
     Raises ValueError for an unknown schedule and for values that make no schedule.
     """
@@ -93,6 +96,8 @@ def lr_at(
         raise ValueError(f"lr={lr}, min_lr={min_lr}: expected finite rates with 0 <= min_lr <= lr")
     if cycles < 1 or not 0 < power < math.inf:
         raise ValueError(f"cycles={cycles}, power={power}: expected cycles >= 1 and power > 0")
+    if (first_cycle is not None and first_cycle < 1) or cycle_factor < 1:
+        raise ValueError(f"first_cycle={first_cycle}, cycle_factor={cycle_factor}: expected 1 or more")
 
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
@@ -103,11 +108,20 @@ def lr_at(
     t = (step - warmup_steps) / (max_steps - warmup_steps)
     if schedule in ("cosine", "cosine_restarts"):
         if schedule == "cosine_restarts":
-            t = (t * cycles) % 1.0
+            t = (t * cycles) % 1.0 if first_cycle is None else _in_cycle(step - warmup_steps, first_cycle, cycle_factor)
         factor = 0.5 * (1.0 + math.cos(math.pi * t))
     else:
         factor = (1.0 - t) ** (power if schedule == "polynomial" else 1.0)
     return min_lr + (lr - min_lr) * factor
+
+
+def _in_cycle(step: int, length: int, factor: int) -> float:
+    """Return the position, from 0 to below 1, in the cycle that a step is in."""
+    if factor == 1:
+        return step % length / length
+    while step >= length:
+        step, length = step - length, length * factor
+    return step / length
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

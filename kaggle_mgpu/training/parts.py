@@ -18,12 +18,12 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from .. import data
-from ..config import TrainConfig
+from ..config import TrainConfig, in_epochs
 from ..data import randomness
 from ..fields import parse_duration
 from ..machine import devices, session
-from ..parallel import Strategy, choose, distributed
-from . import optim
+from ..parallel import Strategy, choose, distributed, sync_batch_norms
+from . import fingerprint, optim
 from .task import Task
 
 
@@ -62,6 +62,8 @@ class Parts(StepParts):
     """None without a time limit."""
     stamp: dict[str, Any]
     """Identifies the run in its checkpoints, beside the settings."""
+    fingerprint: dict[str, str]
+    """Identifies the task and its data, on rank 0; {} on other ranks."""
     header: tuple[str, str]
     """Describe strategy and precision, then learning rate and model."""
     micro_batch_reason: str = ""
@@ -82,7 +84,10 @@ class Parts(StepParts):
         sampler = data.Sampler(self.plan, seed=self.config.seed, samples_seen=samples_seen)
         count = None if type(self.task).count is Task.count else self.task.count
         pinned = self.device.type == "cuda"
-        steps = data.Batches(sampler, self.fetch, count=count, workers=self.workers, pin_memory=pinned)
+        steps = data.Batches(
+            sampler, self.fetch, count=count, workers=self.workers, pin_memory=pinned,
+            prefetch=self.config.prefetch_factor,
+        )  # fmt: skip
         return data.on_device(steps, self.strategy.input_device)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
@@ -116,6 +121,12 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
     train_set, val_set = task.train_data(), task.val_data()
     plan = _batch_plan(config, data.size_of(train_set, "train_data()"), replicas)
+    if task.whole_batch_loss and (plan.gradient_accumulation_steps > 1 or (kind.name == "dp" and replicas > 1)):
+        raise ValueError(
+            f"{type(task).__name__}.whole_batch_loss is True, but strategy {kind.name!r} computes a global batch of "
+            f"{plan.global_batch_size} in parts of {plan.micro_batch_size}, which do not see each other. Use "
+            f"strategy='ddp' and no gradient_accumulation_steps; a smaller global_batch_size where memory is short."
+        )
     val_samples = 0 if val_set is None else data.size_of(val_set, "val_data()")
     if val_set is not None and val_samples == 0:
         raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
@@ -123,6 +134,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     fetch = data.Fetch(train_set, collate, seed=config.seed)
     workers = data.workers_for(fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size())
     val_fetch = None if val_set is None else data.Fetch(val_set, collate, seed=config.seed, purpose="evaluation")
+    marks = fingerprint.of(task, fetch, val_fetch) if distributed.is_main() else {}
 
     randomness.seed_everything(config.seed)  # the same seed gives every rank the same weights
     strategy = kind(
@@ -130,11 +142,8 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
         find_unused_parameters=config.find_unused_parameters, **_strategy_options(kind.name, config, task),
     )  # fmt: skip
     lr = plan.scaled_lr(config.lr, config.lr_scaling, config.base_batch_size)
-    warmup_steps = optim.resolve_warmup(config.warmup_steps, plan.max_steps)
-    lr_at = partial(
-        optim.lr_at, schedule=config.schedule, lr=lr, max_steps=plan.max_steps, warmup_steps=warmup_steps,
-        min_lr=config.min_lr, cycles=config.schedule_cycles, power=config.schedule_power,
-    )  # fmt: skip
+    warmup_steps = optim.resolve_warmup(_steps(config.warmup_steps, plan), plan.max_steps)
+    lr_at = _schedule(config, task, plan, lr, warmup_steps)
     lr_at(0)  # reports an impossible schedule now
     with strategy.building():
         model = _model(task, config)
@@ -145,17 +154,83 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     scaled = f" ({config.lr:g} scaled {config.lr_scaling})" if lr != config.lr else ""
     header = (
         f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
-        f"learning rate {lr:g}{scaled}, {config.schedule}, {warmup_steps} warm-up steps; "
-        f"{number:,} parameters; {workers} loader processes per rank",
+        f"learning rate {lr:g}{scaled}, {config.schedule if isinstance(lr_at, partial) else 'Task.schedule'}, "
+        f"{warmup_steps} warm-up steps; {number:,} parameters; {workers} loader processes per rank",
     )
-    optimizer = strategy.attach(task.optimizer(model, config.replace(lr=lr)))
+    optimizer = strategy.attach(_optimizer(task, task.optimizer(model, config.replace(lr=lr))))
     return Parts(
         config=config, task=task, output_dir=Path(config.output_dir), deadline=deadline, stamp=stamp, header=header,
+        fingerprint=marks,
         strategy=strategy, optimizer=optimizer, lr_at=lr_at, max_norm=config.max_norm,
         ema=optim.EMA(model, config.ema_decay) if config.ema_decay else None,
         rng_key=randomness.key(config.seed, "step"), rank=distributed.rank(), world_size=world_size,
         device=device, gpus=gpus, plan=plan, fetch=fetch, workers=workers, val_fetch=val_fetch, val_samples=val_samples,
     )  # fmt: skip
+
+
+def _steps(value: Any, plan: data.BatchPlan) -> Any:
+    """Return "2 epochs" as a number of steps; anything else unchanged."""
+    epochs = in_epochs(value)
+    return value if epochs is None else round(epochs * plan.steps_per_epoch)
+
+
+def _schedule(
+    config: TrainConfig, task: Task, plan: data.BatchPlan, lr: float, warmup_steps: int
+) -> Callable[[int], float]:
+    """Return the function that gives the rate of a step: the task's own schedule, or the config's.
+
+    Raises:
+        ValueError: settings beside a schedule of the task's own; its factor is negative, nan or infinite.
+    """
+    if type(task).schedule is Task.schedule:
+        return partial(
+            optim.lr_at, schedule=config.schedule, lr=lr, max_steps=plan.max_steps, warmup_steps=warmup_steps,
+            min_lr=config.min_lr, cycles=config.schedule_cycles, power=config.schedule_power,
+            first_cycle=_steps(config.schedule_first_cycle, plan), cycle_factor=config.schedule_cycle_factor,
+        )  # fmt: skip
+    if warmup_steps or config.min_lr:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps}, min_lr={config.min_lr} with {type(task).__name__}.schedule: a "
+            f"schedule of your own gives the factor of every step. Put them into it, or set them to 0."
+        )
+
+    def lr_at(step: int) -> float:
+        factor = float(task.schedule(step, plan.max_steps))
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"{type(task).__name__}.schedule({step}, {plan.max_steps}) gave {factor}, expected 0 or more"
+            )
+        return lr * factor
+
+    return lr_at
+
+
+def _optimizer(task: Task, made: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that Task.optimizer gave.
+
+    Raises:
+        TypeError: it gave something else, such as several optimizers.
+        ValueError: it also made a scheduler of torch, which nothing would call.
+    """
+    who = f"{type(task).__name__}.optimizer"
+    if isinstance(made, list | tuple | dict):
+        raise TypeError(
+            f"{who} returned a {type(made).__name__}, expected one optimizer. A schedule is a setting, or "
+            f"Task.schedule; for several optimizers (a GAN, actor and critic) launch a loop of your own: launch(loop)."
+        )
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(f"{who} must return a torch.optim.Optimizer, got a {type(made).__name__}")
+    kinds = torch.optim.lr_scheduler
+    code = getattr(type(task).optimizer, "__code__", None)
+    found = {name: getattr(kinds, name, None) for name in (code.co_names if code else ())}
+    named = [name for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, kinds.LRScheduler)]
+    if named or hasattr(made.step, "_wrapped_by_lr_sched"):
+        raise ValueError(
+            f"{who} makes a scheduler of torch ({', '.join(named) or 'torch.optim.lr_scheduler'}), which nothing would "
+            f"call. Use the settings schedule, warmup_steps, schedule_first_cycle, …, or define Task.schedule(step, "
+            f"max_steps), which returns the factor of the learning rate."
+        )
+    return made
 
 
 def _batch_plan(config: TrainConfig, dataset_size: int, num_replicas: int) -> data.BatchPlan:
@@ -207,6 +282,8 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
         enable()
     keep_4bit_layout(model)
     model.train()
+    if config.sync_batchnorm == "auto" and distributed.world_size() > 1:
+        sync_batch_norms(model)
     if config.compile:
         model.compile()
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from .. import progress
 from ..checkpoints import Checkpoints, Expected, checkpoint, files, resume
+from ..config import TrainConfig
 from ..data import BatchPlan
-from ..errors import DiskFullError, DivergedError, RestartError
+from ..errors import CheckpointError, DiskFullError, DivergedError, RestartError
 from ..parallel import Strategy, distributed
-from . import task_checks
+from . import fingerprint
 from .optim import EMA
 from .parts import Parts
 from .task import Result, TrainState
@@ -41,12 +43,49 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
         checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
-        expected=expected_by(parts.strategy, parts.optimizer, parts.ema, parts.plan),
+        defaults=config.defaults(), expected=expected_by(parts.strategy, parts.optimizer, parts.ema, parts.plan),
     )  # fmt: skip
+    if start is not None and not _same_task(parts, start, checkpoints.folder):
+        start = None
     aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
     if aside is not None:
         print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
     return start
+
+
+def _same_task(parts: Parts, start: Path, own: Path) -> bool:
+    """Return whether to go on from a checkpoint; print what of the task was edited since, if anything was.
+
+    Raises:
+        CheckpointError: this folder's run is finished, and was another task's.
+    """
+    facts = checkpoint.read_facts(start)
+    differ = fingerprint.differences(facts.get("fingerprint"), parts.fingerprint)
+    if not differ:
+        return True
+    listed = f"{'; '.join(differ[:6])}{f'; and {len(differ) - 6} more' if differ[6:] else ''}"
+    if parts.config.resume == "auto" and _is_finished(start, facts["step"], parts.plan.max_steps):
+        text = f"{start.parent.parent} holds the finished run of another task: {listed}"
+        if start.parent == own:
+            raise CheckpointError(
+                f"{text}. To train what you have now, choose another output_dir, or resume='never' (the old "
+                f"checkpoints are put aside). To go on from its weights all the same, set resume={str(start)!r}."
+            )
+        print(f"not resumed from the inputs: {text}", flush=True)
+        return False
+    print(
+        f"NOTE: edited since {start}: {listed}. The run goes on; resume='never' trains anew.",
+        flush=True,
+    )
+    return True
+
+
+def _is_finished(start: Path, step: int, max_steps: int) -> bool:
+    """Return whether the run of a checkpoint has taken all its steps, be they fewer than this run's."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        result = json.loads((start.parent.parent / "result.json").read_text(encoding="utf-8"))
+        return bool(result.get("finished")) or step >= max_steps
+    return step >= max_steps
 
 
 def expected_by(strategy: Strategy, optimizer: torch.optim.Optimizer, ema: EMA | None, plan: BatchPlan) -> Expected:
@@ -67,29 +106,33 @@ def expected_by(strategy: Strategy, optimizer: torch.optim.Optimizer, ema: EMA |
 def finished_result(parts: Parts) -> Result | None:
     """Return the result of a finished run, or None. Every rank must call this."""
     # under torchrun rank 0 may go on, and change result.json, before another rank looks
-    result = distributed.from_main(lambda: read_result(parts.output_dir, parts.plan.max_steps))
+    result = distributed.from_main(lambda: read_result(parts.output_dir, parts.plan.max_steps, parts.config))
     if result is None:
         return None
     weights = checkpoint.read_tensors(parts.output_dir / "model.safetensors")
     checkpoint.check_model(weights, parts.strategy.described(), str(parts.output_dir))
     if parts.is_main:
-        edited = task_checks.code_then(parts.output_dir) != task_checks.code_of(parts.task)
-        changed = "; the task's code has CHANGED since" if edited else ""
-        print(f"already finished after {result.step} steps: {parts.output_dir}{changed}. resume='never' trains anew.")
+        print(f"already finished after {result.step} steps: {parts.output_dir}. resume='never' trains anew.")
     return dataclasses.replace(result, output_dir=str(parts.output_dir))
 
 
-def read_result(folder: Path, max_steps: int) -> Result | None:
+def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | None:
     """Return the result in a folder, if the run took all its steps and its weights are there.
+
+    A run that stopped early took all its steps unless max_steps, patience or min_delta have changed since.
 
     Weights that are not as they were written are named in a line: they are made again from the newest checkpoint.
     """
     try:
         result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
+        then = json.loads((folder / "config.json").read_text(encoding="utf-8")) if result.stopped_early else {}
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     path = folder / "model.safetensors"
-    if not (result.finished is True and result.step == max_steps and path.is_file()):
+    early = (result.max_steps, then.get("patience"), then.get("min_delta")) == (
+        max_steps, config.patience, config.min_delta
+    )  # fmt: skip
+    if not (result.finished is True and (result.step == max_steps or early) and path.is_file()):
         return None
     try:
         files.read_tensors(path)
@@ -233,6 +276,7 @@ class Saving:
         if not self.in_shards:
             tensors, held = parts.strategy.whole(tensors), parts.strategy.whole(held)
         facts = {"state": dataclasses.asdict(state), "stamp": parts.stamp, "world_size": parts.world_size}
+        facts["fingerprint"] = parts.fingerprint
         return {"tensors": tensors, "state": held, "facts": {**facts, "config": parts.config.to_dict()}}
 
     def rescue_checkpoint(self, parts: Parts, state: TrainState) -> Path:

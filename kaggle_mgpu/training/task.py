@@ -38,6 +38,10 @@ class Task:
     backend: str = "torch"
     """The library that makes the model trainable. A run does not go on from another backend's checkpoint."""
 
+    whole_batch_loss: bool = False
+    """Whether the loss compares samples with each other (SimCLR, CLIP, triplets), so that a batch cannot be computed in
+    parts. Accumulation and dp are then refused; `distributed.gather_with_gradients` gives the rows of all ranks."""
+
     def model(self) -> nn.Module:
         """Return the model on the CPU. torch's random generator is seeded before this call."""
         raise NotImplementedError(f"{type(self).__name__}.model: return the nn.Module to train")
@@ -58,30 +62,47 @@ class Task:
         """Make a batch of samples; torch's default_collate unless overridden."""
         return default_collate(samples)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar."""
+    def loss(self, model: nn.Module, batch: Any) -> Any:
+        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar.
+
+        Or (loss, {name: sum}): records then show the means of these parts as loss_NAME.
+        """
         raise NotImplementedError(f"{type(self).__name__}.loss: return the sum of the batch's losses")
 
     def count(self, batch: Any) -> int:
         """Return the number of terms that `loss` sums over for a batch on the CPU. Default: its samples."""
         return data.samples_in(batch)
 
-    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
         """Return {name: (sum, count)} over a batch of val_data. The sums over all batches and ranks are divided.
+
+        {name: distributed.Gather(tensor)} instead hands `summary` the rows of all samples, for an AUC say.
 
         It is also called once on the first samples of val_data before training, so that a mistake shows at once. Sums
         may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
         equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
         """
-        return {"loss": (self.loss(model, batch), self.count(batch))}
+        found, count = self.loss(model, batch), self.count(batch)
+        loss, parts = found if isinstance(found, tuple) else (found, {})
+        return {"loss": (loss, count), **{f"loss_{name}": (part, count) for name, part in parts.items()}}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Return the reported numbers from the means over val_data: a perplexity, an F1 score."""
+        """Return the reported numbers from the means over val_data: a perplexity, an F1 score.
+
+        Of gathered metrics it gets all rows, in the order of val_data, on the CPU; it is then called on rank 0 alone.
+        """
         return {name: float(value) for name, value in metrics.items()}
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         """Return the optimizer: AdamW with weight decay on matrices only. A group's `lr_scale` multiplies its rate."""
         return optim.adamw(model, config.lr, config.weight_decay)
+
+    def schedule(self, step: int, max_steps: int) -> float:
+        """Return the factor of the learning rate after so many steps; if defined, the config's schedule is not used.
+
+        It depends on its arguments alone, so that a resumed run has the same rates.
+        """
+        raise NotImplementedError
 
     def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
         """Return the modules for fsdp to gather, each by itself; None for the blocks repeated in the model.
@@ -90,8 +111,13 @@ class Task:
         """
         return None
 
-    def on_record(self, record: dict[str, Any]) -> None:
-        """Take note of a record, on rank 0, before the log writes it (wandb, prints). Added entries are written too."""
+    def on_record(self, record: dict[str, Any]) -> str | None:
+        """Take note of a record, on rank 0, before the log writes it (wandb, prints). Added entries are written too.
+
+        A returned text ends the run, as finished, with the text as its reason: after the next step at the latest, if
+        the record is of a training step or an evaluation.
+        """
+        return None
 
 
 @dataclass
@@ -108,6 +134,10 @@ class TrainState:
     """The metrics of the last evaluation."""
     best: float | None = None
     """The best value of best_metric so far."""
+    improved_to: float | None = None
+    """The value of best_metric at its last improvement by more than min_delta; kept if there is a patience."""
+    without_improvement: int = 0
+    """Evaluations since then."""
     seconds: float = 0.0
     """Time spent, over all sessions."""
 
@@ -185,6 +215,8 @@ class Result:
     precision: str
     skipped_steps: int
     """Steps not taken because the gradient was not finite."""
+    stopped_early: bool = False
+    """Whether the run finished before max_steps: its patience ended, or Task.on_record ended the run."""
     remaining_steps: int = 0
     """Steps left to take, if not finished."""
     remaining_seconds: float | None = None

@@ -1,16 +1,9 @@
-"""Warnings about a task before training: the loss is a mean, or methods were edited since the last session.
-
-Neither ends a run.
-"""
+"""Warnings about a task before training: samples see each other, in the loss or by BatchNorm. None ends a run."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import types
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +11,7 @@ import torch
 
 from .. import data
 from ..data import randomness
+from ..parallel import batch_norms, distributed
 from .parts import Parts
 from .task import Task
 
@@ -26,52 +20,63 @@ A_MEAN = (
     "it is, the gradient is too small and depends on how the batch is split."
 )
 
+NOT_A_SUM = (
+    "NOTE: the loss of {samples} samples is {whole:.4g}, but that of their two halves together is {total:.4g}, so it "
+    "depends on how the batch is split, and on the number of GPUs. Return the SUM over terms; or, if samples are "
+    "compared with each other, set whole_batch_loss = True in the task and use distributed.gather_with_gradients."
+)
 
-def looks_like_a_mean(parts: Parts) -> bool:
-    """Return whether the loss of two samples is the mean of their losses and not the sum, a mistake hidden by Adam."""
-    strategy, plan = parts.strategy, parts.plan
-    samples = min(plan.dataset_size, plan.micro_batch_size)
-    if samples < 2 or type(parts.task).count is not Task.count or not strategy.alone:
-        return False
+
+def notes(parts: Parts) -> list[str]:
+    """Return warnings about the task's loss and model. Only rank 0 calls this, before the first step."""
+    return [note for note in (_about_loss(parts), _about_batch_norm(parts)) if note]
+
+
+def _about_batch_norm(parts: Parts) -> str:
+    """Return a note if BatchNorm's statistics are not those of the global batch, or ""."""
+    plan, names = parts.plan, batch_norms(parts.strategy.model)
+    together = parts.world_size if parts.config.sync_batchnorm == "auto" else 1
+    samples = plan.micro_batch_size * together
+    if not names or samples == plan.global_batch_size:
+        return ""
+    return (
+        f"NOTE: BatchNorm ({names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}) takes its statistics from "
+        f"{samples} samples at a time, not from the global batch of {plan.global_batch_size}, so the weights depend on "
+        f"how the batch is split. To avoid this: larger micro-batches without accumulation, under ddp; GroupNorm; or "
+        f"frozen statistics (the layers in eval mode)."
+    )
+
+
+def _about_loss(parts: Parts) -> str:
+    """Return a warning if the loss of a few samples is not the sum of the losses of its halves, or "".
+
+    With two samples of one term each, a mean is recognised, a mistake that Adam hides.
+    """
+    strategy, plan, task = parts.strategy, parts.plan, parts.task
+    samples = min(plan.dataset_size, plan.micro_batch_size, 8) // 2 * 2
+    if samples < 2 or task.whole_batch_loss or not strategy.alone:
+        return ""
+    rows, half = np.arange(samples), samples // 2
+
+    def loss(batch: Any) -> float:
+        return float(strategy.call(data.move(batch, strategy.device)).flatten()[0])
+
     # A compiled model would be compiled for another batch size here, with dynamic shapes, and on rank 0 alone.
     eager = torch.compiler.set_stance("force_eager") if parts.config.compile else contextlib.nullcontext()
     strategy.model.eval()
     try:
-        with torch.no_grad(), randomness.undisturbed(), eager:
-            batches = (parts.fetch[np.array(rows)] for rows in ([0, 1], [0], [1]))
-            both, one, other = (float(strategy.call(data.move(batch, strategy.device))) for batch in batches)
-    except Exception:  # the model may not take a single sample
-        return False
+        with torch.no_grad(), randomness.undisturbed(), distributed.computing("alone"), eager:
+            batch = parts.fetch[rows]
+            whole, again = loss(batch), loss(batch)
+            if not math.isclose(whole, again, rel_tol=1e-4):  # it draws random numbers
+                return ""
+            total = loss(parts.fetch[rows[:half]]) + loss(parts.fetch[rows[half:]])
+            if math.isclose(whole, total, rel_tol=1e-2):
+                return ""
+            if math.isclose(whole, total / 2, rel_tol=1e-3) and type(task).count is Task.count:
+                return A_MEAN
+            return NOT_A_SUM.format(samples=samples, whole=whole, total=total)
+    except Exception:  # the model may not take so few samples
+        return ""
     finally:
         strategy.model.train()
-    total = one + other
-    return math.isclose(both, total / 2, rel_tol=1e-3) and not math.isclose(both, total, rel_tol=1e-2)
-
-
-def code_of(task: Task) -> int:
-    """Return a checksum of the code of the task's methods."""
-    parts: list[Any] = []
-
-    def add(code: types.CodeType) -> None:
-        parts.append((code.co_code, code.co_names, code.co_varnames))
-        for constant in code.co_consts:
-            if isinstance(constant, types.CodeType):  # a function within the function
-                add(constant)
-            else:  # a set's order changes from process to process
-                parts.append(sorted(map(repr, constant)) if isinstance(constant, frozenset) else repr(constant))
-
-    for kind in type(task).__mro__[: type(task).__mro__.index(Task)]:
-        for name, member in sorted(vars(kind).items()):
-            if isinstance(member, types.FunctionType):
-                parts.append(name)
-                add(member.__code__)
-    return zlib.crc32(repr(parts).encode())
-
-
-def code_then(folder: Path) -> int | None:
-    """Return the checksum in a run's folder, or None."""
-    try:
-        code: int | None = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("code")
-        return code
-    except (OSError, ValueError, AttributeError):
-        return None

@@ -509,9 +509,11 @@ class TestFetch:
         assert size_of(Items(7), "train_data()") == 7
         with pytest.raises(
             TypeError,
-            match=r"^train_data\(\) has no length or no __getitem__: expected a map-style dataset .*, got Stream",
+            match=r"^train_data\(\) is a stream, Stream: expected a map-style dataset .* launch a loop of your own",
         ):
             size_of(Stream(), "train_data()")
+        with pytest.raises(TypeError, match=r"^train_data\(\) has no length or no __getitem__: .*, got generator"):
+            size_of((x for x in range(3)), "train_data()")  # type: ignore[arg-type]
 
 
 def steps_of(batches: Batches, steps: int) -> list[Any]:

@@ -15,10 +15,12 @@ import torch
 from kaggle_mgpu import TrainConfig, launch, train
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.data import Order
-from tasks import Language, MeanOfMeans, NextToken, Sequences, token_losses
+from tasks import Images, Language, MeanOfMeans, NextToken, Pairs, Sequences, token_losses
 
 EPOCHS, BATCH, LR, SEED, SAMPLES = 5, 36, 0.5, 7, 100  # 100 = 36 + 36 + 28: the last global batch does not divide
 ACCUMULATIONS = (1, 2, 3)
+WHOLE = (Images(74), Pairs(74))
+"""Tasks whose samples see each other: by BatchNorm, and in the loss. 74 = 36 + 36 + 2: of three ranks one has none."""
 
 
 def config(folder: Path, **changes: Any) -> TrainConfig:
@@ -54,11 +56,29 @@ def by_hand() -> torch.Tensor:
     return torch.cat([state[name].flatten() for name in sorted(state)])
 
 
+def whole_by_hand(task: Images) -> dict[str, torch.Tensor]:
+    """The state after the same training without the kit, of a task that needs the whole global batch at once."""
+    torch.manual_seed(SEED)
+    model, data = task.model(), task.train_data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR / 5)
+    for epoch in range(EPOCHS):
+        order = Order(task.samples, SEED, epoch)[:]
+        for start in range(0, task.samples, BATCH):
+            batch = data[torch.from_numpy(order[start : start + BATCH])]
+            (task.loss(model, batch) / len(batch[0])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
 def sweep(root: str, strategy: str, replicas: int, task: Language) -> None:
     for accumulation in ACCUMULATIONS:
         folder = Path(root) / f"{type(task).__name__}-{strategy}-{replicas}-{accumulation}"
         settings = config(folder, strategy=strategy, gradient_accumulation_steps=accumulation)
         train(settings.replace(nproc=replicas), task)
+    for whole in WHOLE if strategy != "dp" else ():
+        folder = Path(root) / f"{type(whole).__name__}-{strategy}-{replicas}"
+        train(config(folder, strategy=strategy, lr=LR / 5), whole)
 
 
 CASES = [("single", 1), ("dp", 2), ("dp", 3), ("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3)]
@@ -95,6 +115,22 @@ def test_weights_equal_one_process_with_the_whole_batch(runs: Path) -> None:
         print(f"{'mean of means, ddp':<18}{2:>2}  {accumulation:>10}  {relative(found, expected):.1e}")
     assert relative(start, expected) > 0.1, "the training must move the weights, or equality means nothing"
     assert max(errors) < 1e-6
+
+
+@pytest.mark.parametrize("task", WHOLE, ids=lambda task: type(task).__name__)
+def test_samples_that_see_each_other_see_those_of_all_ranks(runs: Path, task: Images) -> None:
+    expected = whole_by_hand(task)
+    torch.manual_seed(SEED)
+    start = {name: tensor.detach() for name, tensor in task.model().named_parameters()}
+    assert max(relative(value, expected[name]) for name, value in start.items()) > 0.1, "the weights must move"
+    print(f"\n{type(task).__name__}: tensors of the final state against a whole-batch loop, the furthest")
+    for strategy, replicas in CASES:
+        if strategy != "dp":
+            found = read_tensors(runs / f"{type(task).__name__}-{strategy}-{replicas}" / "model.safetensors")
+            assert found.keys() == expected.keys()
+            errors = {name: relative(found[name].double(), expected[name].double()) for name in expected}
+            print(f"{strategy:<8}  {replicas:>8}  {max(errors.values()):.1e}")
+            assert max(errors.values()) < 1e-5, errors
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATIONS)

@@ -132,9 +132,9 @@ def test_a_mistake_shows_before_the_first_step(tmp_path: Path, task: type[Counti
 
 def test_a_mistake_made_between_two_sessions_shows_before_the_next_step(tmp_path: Path) -> None:
     train(config(tmp_path, max_steps=6), Counting())
-    made = Misspelt()
+    made, newest = Misspelt(), tmp_path / "checkpoints" / "step-00000006"
     with pytest.raises(RuntimeError, match="name 'losss' is not defined"):
-        train(config(tmp_path), made)
+        train(config(tmp_path, resume=str(newest)), made)  # by name, since that run was finished with other code
     assert made.trained == 0
     assert train(config(tmp_path), Counting()).finished
     assert [record["step"] for record in kinds(tmp_path, "train")] == list(range(1, 13))

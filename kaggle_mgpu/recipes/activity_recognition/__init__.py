@@ -95,7 +95,7 @@ class Config(TrainConfig):
     """A batch k times as large takes steps k times as long (Goyal et al. 2017, arXiv 1706.02677, who warm up too)."""
     base_batch_size: int = 64
     """The batch size of lr, for lr_scaling."""
-    warmup_steps: int | float = 0.1
+    warmup_steps: int | float | str = 0.1
     """Steps of linear warm-up; below 1, a fraction of the run."""
     ema_decay: float | None = 0.99
     """Average the weights with this decay; evaluation and the saved weights then use the average."""

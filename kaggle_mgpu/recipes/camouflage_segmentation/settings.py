@@ -99,7 +99,7 @@ class Config(TrainConfig):
     """Peak learning rate of stage 2."""
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
-    warmup_steps: int | float = 0.05
+    warmup_steps: int | float | str = 0.05
     """Steps of linear warm-up in each stage and part; below 1, a fraction of the stage or part."""
     ema_decay: float | None = 0.999
     """Average the weights with this decay; evaluation and the next stage then use the average."""
@@ -200,7 +200,9 @@ def stages(config: Config, found: Found) -> list[Stage]:
         micro = one.micro_batch_size if isinstance(one.micro_batch_size, int) else 1
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
-        if one.warmup_steps > steps:  # meant for the last part, which is longer
+        if (
+            not isinstance(one.warmup_steps, str) and one.warmup_steps > steps
+        ):  # meant for the last part, which is longer
             one = one.replace(warmup_steps=steps)
         if name != planned[-1][0]:
             one = one.replace(eval_every="end")

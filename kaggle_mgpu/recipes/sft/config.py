@@ -68,7 +68,7 @@ class Config(TrainConfig):
     """Peak learning rate: 2e-4 is usual for adapters, a tenth of it for full."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, applied to matrices only."""
-    warmup_steps: int | float = 0.03
+    warmup_steps: int | float | str = 0.03
     """Steps of linear warm-up; below 1 it is a fraction of the run."""
     output_dir: str = "sft"
     """The run's folder: config, data, metrics, logs, checkpoints, weights, adapter, result."""

@@ -75,7 +75,7 @@ class Config(TrainConfig):
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine_restarts"
     """Shape of the learning rate after warm-up."""
-    warmup_steps: int | float = 0.05
+    warmup_steps: int | float | str = 0.05
     """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-6
     """Where each cycle of the schedule ends."""

@@ -44,7 +44,7 @@ class Config(TrainConfig):
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
     """Passes over the training data. Ignored when max_steps is given."""
-    warmup_steps: int | float = 0.03
+    warmup_steps: int | float | str = 0.03
     """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-4
     """Where the schedule ends."""

@@ -1,0 +1,126 @@
+"""BatchNorm layers that take their statistics over the micro-batches of all ranks.
+
+torch's SyncBatchNorm does the same on GPUs alone, and would count the samples that a rank computes only as a stand-in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from . import distributed
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Return the names of a model's layers with statistics over the batch, in training mode."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [name for name, module in model.named_modules() if isinstance(module, kind) and module.training]
+
+
+def sync_batch_norms(model: nn.Module) -> None:
+    """Let a model's BatchNorm layers take their statistics over all ranks, in training steps alone.
+
+    Names, parameters and buffers stay the same, and so do subclasses with a forward of their own. All ranks must call
+    each layer equally often.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synced):
+            module.__class__ = type(type(module).__name__, (_Synced, type(module)), {})
+
+
+class _Synced(nn.Module):
+    """A _Synced is a BatchNorm layer whose calls of torch's batch_norm use the statistics of all ranks."""
+
+    @torch.compiler.disable
+    def forward(self, input: Tensor) -> Tensor:
+        own: Any = super()
+        if isinstance(self, nn.SyncBatchNorm):  # whose forward counts stand-ins, and needs a GPU: the one that it hides
+            own = super(nn.SyncBatchNorm, self)
+        with _OverAllRanks() if self.training and distributed.in_step() else contextlib.nullcontext():
+            return own.forward(input)
+
+
+class _OverAllRanks(TorchFunctionMode):
+    """Inside, torch's batch_norm normalises with the statistics of all ranks."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_batch_norm if func is functional.batch_norm else func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Do the same as torch's batch_norm, over the batches of all ranks.
+
+    Raises:
+        ValueError: all ranks together have a single value per channel.
+    """
+    if not training:
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalise.apply(input, weight, bias, eps)
+    output, mean, var, count = found
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            # the unbiased variance, as torch keeps
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    return output
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise with mean and variance of all ranks (Chan et al. 1979 for their sum), with the exact gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        over = [dim for dim in range(input.ndim) if dim != 1]
+        exact = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        var, mean = torch.var_mean(exact, over, correction=0)
+        rows = 0 if distributed.stands_in() else input.numel() // input.shape[1]
+        # one collective; added up in the order of ranks, so that a resumed run has the same bits
+        own = torch.cat([mean, var, mean.new_full((1,), rows)])
+        every = torch.stack(distributed.all_gather(own))
+        means, variances, counts = every[:, : len(mean)], every[:, len(mean) : -1], every[:, -1:]
+        count = counts.sum()
+        # read only where it may be: reading waits for a GPU
+        if rows < 2 and count < 2:
+            raise ValueError("BatchNorm has one value per channel over all ranks, expected 2 or more in training")
+        mean = (means * counts).sum(0) / count
+        var = ((variances + (means - mean).square()) * counts).sum(0) / count
+        output = functional.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
+        ctx.save_for_backward(input, weight, mean, var, count)
+        ctx.eps, ctx.stands_in = eps, rows == 0
+        ctx.mark_non_differentiable(mean, var, count)
+        return output, mean, var, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        input, weight, mean, var, count = ctx.saved_tensors
+        inverse = (var + ctx.eps).rsqrt()
+        if not gradient.is_contiguous(memory_format=torch.channels_last):
+            gradient = gradient.contiguous()
+        # as if the statistics were constants: the kernel also gives the sums that their part of the gradient needs
+        constant, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, weight, mean, var, mean, inverse, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack(distributed.all_gather(torch.stack([by_weight, by_bias]))).sum(0)
+        if not ctx.stands_in:
+            scale = inverse / count if weight is None else weight * inverse / count
+            through = functional.batch_norm(input, mean, var, scale * sums[0], scale * sums[1], False, 0.0, ctx.eps)
+            constant = constant - through
+        return constant, None if weight is None else by_weight, None if weight is None else by_bias, None
