@@ -28,9 +28,9 @@ for name in (*KAGGLE, *OURS, "MAKEFLAGS"):
 
 # The files that take longest, longest first: begun last, one of them would run on beside an idle core
 SLOWEST = (
-    "notebooks_on_kaggle relay own_notebook launch kernels import_hooks fresh_environment resume style main "
-    "camouflage_segmentation surface_segmentation trainer sft fsdp notebooks nodes activity_recognition protobuf_fix "
-    "panel oom"
+    "notebooks_on_kaggle two_gpus relay own_notebook gpu_proof launch kernels import_hooks fresh_environment resume "
+    "style main camouflage_segmentation surface_segmentation trainer sft fsdp notebooks nodes activity_recognition "
+    "protobuf_fix panel oom"
 ).split()
 
 
