@@ -140,6 +140,7 @@ def facts(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def _in_worker() -> list[Any]:
+    distributed.init()
     tensor = torch.ones(4, device=distributed.device())
     if distributed.world_size() > 1:
         dist.all_reduce(tensor)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from kaggle_mgpu import TrainConfig, launch, train
+from kaggle_mgpu import TrainConfig, distributed, launch, train
 from kaggle_mgpu.checkpoints.files import Buffer, Layout
 from kaggle_mgpu.data.loading import Fetch, Step, load, move, on_device
 from kaggle_mgpu.parallel import Strategy
@@ -316,6 +316,7 @@ def test_every_message_of_short_memory_is_recognised(pair: dict[str, Any], error
 
 
 def refusals() -> dict[str, Any]:
+    distributed.init()
     mine, other = torch.cuda.current_device(), 1 - torch.cuda.current_device()
     bad = {
         "a type": torch.ones(2, dtype=torch.int16, device=f"cuda:{mine}"),
@@ -353,14 +354,14 @@ def test_all_ranks_compile_the_same_graphs(gpus: None, tmp_path: Path) -> None:
 
 
 def server_then_worker() -> list[Any]:
+    distributed.init()
     tensor = torch.ones(4, device="cuda")
     dist.all_reduce(tensor)
-    return [torch.cuda._is_in_bad_fork(), tensor.tolist(), dist.get_backend()]
+    return [torch.cuda._is_in_bad_fork(), tensor.tolist(), os.environ["CUDA_VISIBLE_DEVICES"], dist.get_backend()]
 
 
 def test_workers_have_both_gpus_and_the_chosen_order(gpus: None) -> None:
-    assert launch(server_then_worker, gpu_ids="1,0") == [[False, [2.0] * 4, "pretend_nccl"]] * 2
-    assert launch(lambda: [os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.current_device()], gpu_ids="1,0") == [
-        ["1,0", 0],
-        ["1,0", 1],
-    ]
+    assert launch(server_then_worker, gpu_ids="1,0") == [[False, [2.0] * 4, "1,0", "pretend_nccl"]] * 2
+    assert launch(
+        lambda: [os.environ["CUDA_VISIBLE_DEVICES"], torch.cuda.device_count()], gpu_ids="1", in_worker=True
+    ) == [["1", 1]]
