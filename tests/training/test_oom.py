@@ -34,7 +34,7 @@ class Tight(Regression):
 
     def __init__(self, room: int, *, rank: int | None = None, since: int = 0, norm: bool = False) -> None:
         super().__init__()
-        self.room, self.rank, self.since, self.calls, self.norm = room, rank, since, 0, norm
+        self._room, self._rank, self._since, self.calls, self.norm = room, rank, since, 0, norm
         self.sizes: list[int] = []
 
     def model(self) -> nn.Module:
@@ -43,10 +43,10 @@ class Tight(Regression):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         loss = super().loss(model, batch)  # the statistics have moved by the time it fails
-        if model.training and self.rank in (None, distributed.rank()):
+        if model.training and self._rank in (None, distributed.rank()):
             self.calls += 1
             self.sizes.append(len(batch[0]))
-            if len(batch[0]) > self.room and self.calls > self.since:
+            if len(batch[0]) > self._room and self.calls > self._since:
                 raise torch.OutOfMemoryError(FULL)
         return loss
 
@@ -152,11 +152,11 @@ def test_running_statistics_do_not_move_twice(tmp_path: Path) -> None:
 class Stopping(Tight):
     def __init__(self, at: int) -> None:
         super().__init__(99, norm=True)
-        self.at = at
+        self._at = at
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         loss = super().loss(model, batch)
-        if self.calls == self.at:
+        if self.calls == self._at:
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
@@ -206,7 +206,7 @@ class TightEvaluation(Regression):
 
     def __init__(self, room: int, rank: int | None = None) -> None:
         super().__init__(val_samples=77)
-        self.room, self.rank = room, rank
+        self._room, self._rank = room, rank
         self.sizes: list[int] = []
 
     def train_data(self) -> Any:
@@ -222,7 +222,7 @@ class TightEvaluation(Regression):
         if not self.began:  # the trial before training
             return sums
         self.sizes.append(len(batch[0]))
-        if len(batch[0]) > self.room and self.rank in (None, distributed.rank()):
+        if len(batch[0]) > self._room and self._rank in (None, distributed.rank()):
             raise torch.OutOfMemoryError(FULL)
         return sums
 
@@ -294,8 +294,8 @@ class Breaking(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         self.steps += 1
-        if self.steps == self.at:
-            while self.after is not None and not self.after.is_dir():
+        if self.steps == self._at:
+            while self._after is not None and not self._after.is_dir():
                 time.sleep(0.01)  # another rank writes it, behind its steps
             with torch.no_grad():
                 first = self.param_groups[0]["params"][0]
@@ -311,12 +311,12 @@ class TightOptimizer(Regression):
 
     def __init__(self, at: int, rank: int | None = None, after: Path | None = None) -> None:
         super().__init__()
-        self.at, self.rank, self.after = at, rank, after
+        self._at, self._rank, self._after = at, rank, after
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         made = Breaking(model.parameters(), lr=config.lr)
-        made.after = self.after
-        made.at = self.at if self.rank in (None, distributed.rank()) else 0
+        made.after = self._after
+        made.at = self._at if self._rank in (None, distributed.rank()) else 0
         return made
 
 
@@ -351,11 +351,11 @@ class SlowToTell(Tight):
 
     def __init__(self, room: int, *, rank: int, since: int, saved: Path) -> None:
         super().__init__(room, rank=rank, since=since)
-        self.saved = saved
+        self._saved = saved
 
     def on_record(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train" and record["step"] == self.since:
-            while not self.saved.is_dir():
+        if record["kind"] == "train" and record["step"] == self._since:
+            while not self._saved.is_dir():
                 time.sleep(0.01)
             time.sleep(0.5)
 
