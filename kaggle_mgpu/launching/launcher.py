@@ -106,7 +106,14 @@ def launch(
     if count == 1 and not in_worker:
         # of no effect once this process has used CUDA
         with env.variables(visible(gpus) if gpu_ids or settings.gpu_ids else {}):
-            value = function(*args, **kwargs)
+            try:
+                value = function(*args, **kwargs)
+            except ValueError as error:
+                if "env:// rendezvous" in str(error):
+                    error.add_note(
+                        "One process is this one. launch(…, in_worker=True) starts one that can make a group."
+                    )
+                raise
         return value if one_value else [value]
 
     if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone
