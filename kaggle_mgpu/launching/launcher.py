@@ -108,7 +108,14 @@ def launch(
         # of no effect once this process has used CUDA
         shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
         with env.variables({**shown, **without_peer_access(gpus, settings)}):  # dp has several GPUs in this process
-            value = function(*args, **kwargs)
+            try:
+                value = function(*args, **kwargs)
+            except ValueError as error:
+                if "env:// rendezvous" in str(error):
+                    error.add_note(
+                        "One process is this one. launch(…, in_worker=True) starts one that can make a group."
+                    )
+                raise
         return value if one_value else [value]
 
     if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone

@@ -93,6 +93,17 @@ def test_an_error_of_torch_is_given_the_next_step(function: Callable[[], None], 
     assert any(advice in note for note in raised.value.__notes__)
 
 
+def test_one_process_makes_its_group_in_a_worker() -> None:
+    def function() -> int:
+        dist.init_process_group("gloo")
+        return dist.get_world_size()
+
+    assert launch(function, nproc=1, in_worker=True) == [1]
+    with pytest.raises(ValueError, match="RANK expected") as raised:
+        launch(function, nproc=1)
+    assert "in_worker=True" in raised.value.__notes__[0]
+
+
 def trains(folder: str, steps: int, events: bool) -> int:
     import os
 
