@@ -102,8 +102,9 @@ def world_size_forgotten(notes: str, folder: str) -> None:
     prepare = data_parallel.Distributed.prepare
 
     def forgetful(self: Any, model: Any) -> Any:
-        self.world_size = 1
-        return prepare(self, model)
+        model = prepare(self, model)
+        self.loss_multiplier = 1
+        return model
 
     data_parallel.Distributed.prepare = forgetful  # type: ignore
     REAL(notes, folder)

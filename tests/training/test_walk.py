@@ -11,7 +11,7 @@ import pytest
 TOOL = Path(__file__).parents[2] / "tools" / "walk.py"
 
 
-@pytest.mark.parametrize(("part", "most_files", "most_switches"), [("step", 6, 15), ("setup", 34, 150)])
+@pytest.mark.parametrize(("part", "most_files", "most_switches"), [("step", 6, 15), ("setup", 35, 150)])
 def test_a_step_and_the_set_up_go_through_few_files(part: str, most_files: int, most_switches: int) -> None:
     done = subprocess.run([sys.executable, str(TOOL), part], capture_output=True, text=True, timeout=600, check=True)
     last = done.stdout.splitlines()[-1]
