@@ -294,8 +294,8 @@ class Breaking(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         self.steps += 1
-        if self.steps == self._at:
-            while self._after is not None and not self._after.is_dir():
+        if self.steps == self.at:
+            while self.after is not None and not self.after.is_dir():
                 time.sleep(0.01)  # another rank writes it, behind its steps
             with torch.no_grad():
                 first = self.param_groups[0]["params"][0]
