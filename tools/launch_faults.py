@@ -62,6 +62,7 @@ def work(fault: str, victim: int, at: int) -> int:
 
     _note()
     multiprocessing.get_context("spawn").Semaphore()  # named, and registered with a resource tracker
+    distributed.init()
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     data = DataLoader(TensorDataset(torch.randn(STEPS, 8)), num_workers=at % 2, worker_init_fn=_note)

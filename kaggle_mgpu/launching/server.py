@@ -355,7 +355,7 @@ def _work(
         if getattr(function, "returns_rank0", False) and rank != 0:
             value = None
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
-        _meet(store, request.count)  # nobody leaves while another still talks to it
+        _meet(store, rank, request.count)  # nobody leaves while another still talks to it
         if rank == 0:
             advice.tell(store)
         _leave(send, answer, log_fd)
@@ -387,12 +387,23 @@ def _become(rank: int, request: Request) -> None:
     torch.set_num_threads(request.threads)
 
 
-def _meet(store: Any, count: int) -> None:
-    """Wait until every rank has come here. The store serves as well after the function has left its process group."""
-    with contextlib.suppress(RuntimeError):  # rank 0, which has the store, was the last to come, and has gone
-        if store.add("came", 1) == count:
-            store.set("all came", "")
+def _meet(store: Any, rank: int, count: int) -> None:
+    """Wait until every rank has come here; rank 0, whose process has the store, waits until the others have left it.
+
+    The store serves as well after the function has left its process group.
+    """
+
+    def tell(what: str, expected: int) -> None:
+        if store.add(what, 1) == expected:
+            store.set(f"all {what}", "")
+
+    with contextlib.suppress(RuntimeError):  # a rank died, or took longer than any collective may
+        tell("came", count)
         store.wait(["all came"])
+        if rank > 0:
+            tell("left", count - 1)
+        elif count > 1:
+            store.wait(["all left"])
 
 
 def _leave(send: Callable[..., None], answer: tuple[Any, ...], log_fd: int, trace: str = "") -> NoReturn:

@@ -1240,6 +1240,7 @@ def test_in_a_notebook_ten_launches_leave_no_trace(notebook: Notebook) -> None:
             return me.num_fds(), me.memory_info().rss / 2**20
         def step():
             import torch
+            torch.distributed.init_process_group("gloo")
             model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
             model(torch.randn(2, 4)).sum().backward()
             return model.module.weight

@@ -35,6 +35,9 @@ import os, time
 def step(folder):
     import torch
     import torch.distributed as dist
+
+    if not dist.is_initialized():  # the kit's launch leaves the group to the function, as torchrun does
+        dist.init_process_group("gloo")
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(32, 64)).sum().backward()
