@@ -2,6 +2,8 @@
 # make quick  lint, types and the tests that start no process and train nothing: a minute, for after an edit
 # make test   everything: lint, types, tests
 # make lock   write .ci/constraints.txt anew: the newest of everything but torch, which TORCH=2.14.0 would move
+# make measure   run the cheap measurements and write their figures into tools/bench/README.md: a quarter of an hour
+# make pictures  train every template small and draw notebooks/images/, with Chromium
 # make wheel  build/wheel/kaggle_mgpu-VERSION-py3-none-any.whl
 # make release   sdist and wheel for PyPI in build/dist, checked; RELEASING.md says what follows
 # make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
@@ -54,7 +56,7 @@ BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
 .PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu gpu-proof test-deepspeed
-.PHONY: lock wheel release lint notebooks bench clean
+.PHONY: lock wheel release lint notebooks bench measure pictures clean
 
 install: $(VENV)/installed
 
@@ -189,6 +191,12 @@ lint: $(VENV)/installed
 
 notebooks: $(VENV)/installed
 	$(BIN)/python tools/notebooks.py build
+
+measure: $(VENV)/installed
+	$(BIN)/python tools/measure.py
+
+pictures: $(VENV)/installed
+	$(BIN)/python tools/pictures.py
 
 BENCH := build/bench
 bench:

@@ -96,7 +96,8 @@ def anchors(text: str) -> set[str]:
 
 def links() -> list[tuple[str, str]]:
     """(page, target) of every link and picture on the pages that leads into this repository."""
-    found = [(page, target) for page, text in PAGES.items() for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+    prose = {page: re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL) for page, text in PAGES.items()}
+    found = [(page, target) for page, text in prose.items() for target in re.findall(r"\]\(([^)\s]+)\)", text)]
     found += [
         (page, target) for page, text in PAGES.items() for target in re.findall(r'(?:src|srcset)="([^"]+)"', text)
     ]
@@ -109,6 +110,15 @@ def test_links_lead_somewhere(page: str, link: str) -> None:
     target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
     assert target.exists()
     assert not anchor or anchor in anchors(target.read_text(encoding="utf-8"))
+
+
+def test_pictures_are_small_are_shown_and_have_an_alt_text() -> None:
+    pictures = {path.name: path.stat().st_size for path in (ROOT / "notebooks" / "images").iterdir()}
+    assert max(pictures.values()) <= 120_000
+    assert sum(pictures.values()) <= 1_000_000
+    assert set(pictures) == {Path(link).name for _, link in links() if link.endswith((".png", ".svg"))}
+    tags = [tag for text in PAGES.values() for tag in re.findall("<img[^>]*>", text)]
+    assert all(re.search('alt="[^"]+"', tag) for tag in tags)
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
