@@ -5,7 +5,7 @@
 # make measure   run the cheap measurements and write their figures into tools/bench/README.md: a quarter of an hour
 # make pictures  train every template small and draw notebooks/images/, with Chromium
 # make wheel  build/wheel/kaggle_mgpu-VERSION-py3-none-any.whl
-# make release   sdist and wheel for PyPI in build/dist, checked; RELEASING.md says what follows
+# make release   sdist and wheel for PyPI in build/dist, checked; tools/RELEASING.md says what follows
 # make test-newest   the suite with the newest of everything but torch, in an environment of its own under build/
 # make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
@@ -155,7 +155,7 @@ test-kaggle: $(if $(KAGGLE_PYTHON),build/kaggle/installed)
 wheel: $(VENV)/installed
 	$(BIN)/python tools/kernels.py library
 
-# RELEASING.md says what follows. The wheel is the one above; twine checks how the package's page will look.
+# tools/RELEASING.md says what follows. The wheel is the one above; twine checks how the package's page will look.
 RELEASE := build/release
 release: wheel
 	test -x $(RELEASE)/bin/python || $(PYTHON) -m venv $(RELEASE)
