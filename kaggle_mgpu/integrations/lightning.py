@@ -16,7 +16,7 @@ import torch
 try:
     from lightning.pytorch import Callback
 except ImportError:
-    from pytorch_lightning import Callback
+    from pytorch_lightning import Callback  # type: ignore[assignment]
 
 from ..machine import session as machine
 from ..parallel import distributed
