@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,10 +121,15 @@ def init(timeout: datetime.timedelta = TIMEOUT) -> None:
     assert _offer is not None
     store, rank, world_size, timeout = _offer
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # an interrupt waits until the group is whole: ranks that have joined would wait for one that has not
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        if store is None:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _group(tensor: torch.Tensor | None = None) -> Any:
