@@ -30,7 +30,7 @@ class Config(TrainConfig):
     backend: Literal["auto", "hf", "bnb", "unsloth"] = "auto"
     """hf: transformers and peft; bnb: with bitsandbytes, for qlora; unsloth, where installed. auto: hf or bnb."""
     base_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """What frozen weights are held in. auto: the run's precision. Weights that are trained are fp32 in any case."""
+    """Type of frozen weights. auto: the run's precision. Trained weights are fp32 in any case."""
     lora_rank: int = 16
     """Rank of the adapters."""
     lora_alpha: float = 32.0
@@ -48,7 +48,7 @@ class Config(TrainConfig):
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
-    """Share of the conversations held out, those that begin alike on the same side. 0: none."""
+    """Share of the conversations held out; conversations with equal beginnings stay together. 0: none."""
     max_length: int = 1024
     """Tokens of a sample. A longer conversation is cut there, and counted."""
     packing: bool = True
@@ -69,7 +69,7 @@ class Config(TrainConfig):
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0.03
-    """Steps of linear warm-up; below 1 it is a fraction of the run."""
+    """Steps of linear warm-up; below 1, a fraction of the run."""
     output_dir: str = "sft"
     """The run's folder: config, data, metrics, logs, checkpoints, weights, adapter, result."""
 

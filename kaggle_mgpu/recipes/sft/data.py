@@ -1,4 +1,4 @@
-"""Conversations as tokens of which the answers are learnt, packed without touching each other.
+"""Conversations as tokens, packed without seeing each other; only answers are learnt.
 
     examples, left_out = encode(tokenizer, conversations, max_length=1024)
     batch = Packs(store, pack(lengths, 1024)).batch(torch.tensor([0, 1]))
@@ -35,19 +35,19 @@ IGNORED = -100
 # Tokens
 @dataclass(frozen=True)
 class Example:
-    """Tokens of one conversation: `learnt` says of each whether it belongs to an answer."""
+    """The tokens of one conversation; `learnt` is True for tokens of an answer."""
 
     ids: list[int]
     learnt: list[bool]
     prompt: int
-    """How many tokens come before the last answer: what generation begins from."""
+    """Number of tokens before the last answer: the prompt of generation."""
     answer: str
     """The text of the last answer."""
     earlier: tuple[tuple[int, str], ...] = ()
     """The same of the answers before it."""
 
     def cut(self, length: int) -> Example:
-        """Its first tokens; the last answer is then the last that begins among them, with all of its text."""
+        """Return the first `length` tokens; the last answer is then the last one begun among these tokens."""
         turns = [turn for turn in (*self.earlier, (self.prompt, self.answer)) if turn[0] < length]
         (prompt, answer), earlier = turns[-1], tuple(turns[:-1])
         return replace(
@@ -57,12 +57,12 @@ class Example:
 
 @dataclass
 class LeftOut:
-    """What did not fit into max_length."""
+    """The examples and tokens beyond max_length."""
 
     truncated: int = 0
-    """Examples whose end was cut off."""
+    """Number of examples cut at the end."""
     tokens: int = 0
-    """Tokens of answers that were cut off."""
+    """Number of answer tokens cut off."""
     dropped: int = 0
     """Examples without any token of an answer left: their question alone is too long."""
 
@@ -108,7 +108,7 @@ def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
 
 
 def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> Example | None:
-    """The conversation with these answers learnt; None where the template does not tell where they are."""
+    """Return the conversation with these answers learnt; None if the template hides their places."""
     whole, spans = _render(tokenizer, conversation), []
     for i in answers:
         before = _render(tokenizer, conversation[:i], prompt=True)
@@ -140,7 +140,7 @@ def _end(before: str, after: str, content: str) -> int:
 
 
 def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: list[str]) -> Example:
-    """Tokens of the text, those within the spans learnt. The text is cut at the spans where its tokens are not."""
+    """Return the tokens of the text, learnt within the spans; the text is cut where a token crosses a span's end."""
     cuts = sorted({0, len(text), *(end for span in spans for end in span)})
     ids = _ids(tokenizer, text)
     counts = [len(_ids(tokenizer, text[:cut])) for cut in cuts[:-1]] + [len(ids)]
@@ -165,7 +165,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 # On disk
 def write_examples(folder: Path, part: str, examples: Sequence[Example]) -> str:
-    """Write the examples as PART.*.npy, and their last answers as PART.json; returns a digest of what was written."""
+    """Write the examples as PART.*.npy and their last answers as PART.json, and return a digest of the files."""
     ids = [np.asarray(example.ids, np.int32) for example in examples]
     arrays = {
         "tokens": np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -247,7 +247,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Packs(Dataset[dict[str, Tensor]]):
-    """Packs as training samples; between them, for evaluation, batches of prompts to be answered.
+    """Packs as training samples; for evaluation also batches of prompts.
 
     Args:
         packs: the examples of each pack.
@@ -266,11 +266,11 @@ class Packs(Dataset[dict[str, Tensor]]):
         return len(self.packs) + len(self.generate)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """A batch of one."""
+        """Return a batch of one pack."""
         return self.batch(torch.tensor([index]))
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """A batch of B packs, padded to the longest (T tokens, a multiple of 8, which tensor cores want).
+        """Return a batch of B packs, padded to the longest (T tokens, a multiple of 8 for tensor cores).
 
         ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], where a
         learnt token is predicted, and the token; -100 where a pack has fewer than A. generate: int64[G], numbers of
@@ -299,7 +299,7 @@ class Packs(Dataset[dict[str, Tensor]]):
 
 
 def row_of(examples: list[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """One pack's arrays, without padding."""
+    """Return the arrays of one pack without padding."""
     lengths = [len(ids) for ids, _ in examples]
     ids = np.concatenate([ids for ids, _ in examples])
     learnt = np.concatenate([learnt for _, learnt in examples])
@@ -316,7 +316,7 @@ def row_of(examples: list[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArr
 
 
 def block_mask(segments: Tensor) -> Tensor:
-    """bool[B, 1, T, T]: which token may see which: those of its own segment, itself and what comes before."""
+    """Return bool[B, 1, T, T]: a token sees itself and earlier tokens of its own segment."""
     size = segments.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=segments.device).tril()
     return (segments[:, None, :, None] == segments[:, None, None, :]) & causal

@@ -20,7 +20,7 @@ from . import models
 
 
 def stops(tokenizer: Any, model: nn.Module, examples: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, the model's, and the special one that ends learnt answers."""
+    """Return the end tokens of an answer: the tokenizer's, the model's, and the special token after learnt answers."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     special = set(tokenizer.all_special_ids)

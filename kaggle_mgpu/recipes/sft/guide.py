@@ -1,4 +1,4 @@
-"""Read settings by the names that the fine-tuning guide gives them, and say which of the kit's they are.
+"""Translate the fine-tuning guide's names of settings into the kit's names, and report each translation.
 
     settings, said = flattened({"tuning": {"mode": "qlora"}, "train": {"batch_size": 1, "grad_accum": 32}})
     settings, said = flattened(nested({"TRAIN_BATCH_SIZE": "1", "NUM_GPUS": "1"}))
@@ -45,7 +45,7 @@ NAMES = {
     "train.eval_steps": "eval_every",
     "num_gpus": "nproc",
 }
-"""The guide's name, section first, and the field that it sets."""
+"""The guide's names, section first, and their fields."""
 SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "train.bf16": {True: {"precision": "auto"}, False: {}},
     "train.fp16": {True: {"precision": "fp16"}, False: {}},

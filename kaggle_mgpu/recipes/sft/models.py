@@ -1,4 +1,4 @@
-"""Models from a folder: found, loaded in the precision they need, given adapters, merged, and their memory estimated.
+"""Find models in folders, load them, add adapters, merge them, and estimate their memory.
 
 transformers, peft and bitsandbytes are imported when they are first needed; `require` names what to install.
 """
@@ -55,7 +55,7 @@ PLAIN = (
 
 
 def require(package: str) -> Any:
-    """Import a package that the kit itself does without, quietly.
+    """Import an optional package quietly.
 
     Raises:
         ImportError: it is not there; the message names the install.
@@ -76,7 +76,7 @@ def require(package: str) -> Any:
 
 
 def check_installed(mode: str, library: str) -> None:
-    """Raise the same for what a way of tuning will need, before anything is read or made."""
+    """Raise an ImportError for a missing package of a way of tuning, before anything is read or made."""
     needed = {"transformers": True, "peft": mode != "full"}
     needed |= {"bitsandbytes": library == "bnb", "unsloth": library == "unsloth"}
     for package, is_needed in needed.items():
@@ -101,7 +101,7 @@ def quiet() -> Iterator[None]:
 
 # Which model
 def find(name: str) -> str:
-    """The folder of a model: a path, or the end of one among Kaggle's inputs; else a name for the hub, as it is.
+    """Return the folder of a model: a path, or the end of a path among Kaggle's inputs; else the name for the hub.
 
     Raises:
         FileNotFoundError: a folder without config.json, or with several below it.
@@ -138,7 +138,7 @@ def digest(path: str) -> str:
 
 
 def tokenizer(path: str) -> tuple[Any, str]:
-    """The tokenizer of a model's folder, and what there is to say about its chat template."""
+    """Return the tokenizer of a model's folder, and a note about the chat template."""
     transformers = require("transformers")
     loaded = _from_pretrained(transformers.AutoTokenizer, path)
     said = "the tokenizer's own chat template"
@@ -171,7 +171,7 @@ def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
 
 
 def short(text: str) -> str:
-    """In one line, of 300 characters at most."""
+    """Return a text in one line of 300 characters at most."""
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:297] + "..."
 
@@ -246,7 +246,7 @@ def load(
     max_length: int,
     device: torch.device,
 ) -> nn.Module:
-    """The model as it is tuned, without adapters: fp32 for full, base_dtype for lora, nf4 for qlora.
+    """Return the model without adapters: fp32 for full, base_dtype for lora, nf4 for qlora.
 
     Quantised weights are made on `device`, all others on the CPU.
 
@@ -278,7 +278,7 @@ def load(
 
 
 def targets(model: nn.Module, wanted: str) -> list[str]:
-    """Name the layers that get adapters: for "auto" every linear layer of the model but its head and routers.
+    """Return the names of the layers for adapters: for "auto" every linear layer but the head and routers.
 
     So Llama, Mistral and Qwen get q, k, v, o, gate, up and down, GPT-2 its Conv1D layers, as they name them. Of a model
     that also sees or hears (Gemma 3 and every other ...ForConditionalGeneration) only the language model's layers get
@@ -366,14 +366,14 @@ def lora_config(names: Sequence[str], config: Any, path: str) -> Any:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """The layer that makes logits, where the model tells."""
+    """Return the layer of the logits, or None."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     return head if isinstance(head, nn.Module) else None
 
 
 def only_where_asked(model: nn.Module) -> bool:
-    """Let the head compute logits at chosen positions only: those before a learnt token, about half of them all.
+    """Let the head compute logits at chosen positions only: before learnt tokens, about half of all.
 
     Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
     three such tensors are alive at a time. Set `head.positions = at`, int64[B, A], before a forward pass, and None
@@ -396,7 +396,7 @@ def only_where_asked(model: nn.Module) -> bool:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Make `gradient_checkpointing_enable()` the non-reentrant kind, which ddp and frozen inputs can do with.
+    """Make `gradient_checkpointing_enable()` the non-reentrant kind, for ddp and frozen inputs.
 
     The reentrant kind needs an input that requires a gradient (enable_input_require_grads); this one does not, and so
     spares the gradient of the embedding's output.
@@ -413,7 +413,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 # Memory
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one GPU, before anything is loaded: from the model's configuration and the formulas below."""
+    """Estimate the bytes on one GPU from the model's configuration, before anything is loaded."""
 
     parameters: int
     trainable: int
@@ -442,7 +442,7 @@ def size(nbytes: float) -> str:
 def estimate(
     path: str, config: Any, *, base_dtype: torch.dtype, precision: str, tokens: int, learnt: int
 ) -> tuple[Estimate, list[str]]:
-    """Memory of training, and the layers that get adapters: the model is made on the meta device, without weights.
+    """Estimate the memory of training, and name the layers for adapters, from a model on the meta device.
 
     weights: 4 bytes a parameter for full (and 2 for autocast's copy), base_dtype's for lora; for qlora half a byte a
     weight of a linear layer, and 0.016 for its scales (one byte for 64, four for 16384: Dettmers et al. 2023, arXiv
@@ -497,7 +497,7 @@ def estimate(
 
 
 def peak_memory() -> int:
-    """Bytes that this process has used at most: of the GPU, where there is one, else of main memory."""
+    """Return this process's peak memory in bytes: of the GPU if there is one, else of main memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource
@@ -520,13 +520,13 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training moves, by name. Not from state_dict, which fsdp takes as a sign to let go of them."""
+    """Return the trained weights by name; not from state_dict, since fsdp then releases gathered weights."""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """A digest of tensors, made where they are: sums of their bits, plain and by position, in whole numbers."""
+    """Return a digest of tensors from integer sums of their bits, plain and by position, on their own devices."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = hashlib.sha256()
     for name, tensor in sorted(named.items()):

@@ -1,4 +1,4 @@
-"""What a finished run is good for: an adapter in peft's format, a model card, one merged model.
+"""Write the products of a finished run: an adapter in peft's format, a model card, one merged model.
 
 folder = export(task, result)     # output_dir/adapter; for full, output_dir itself
 merge("sft", "fp16", "merged")    # or: python -m kaggle_mgpu merge sft --dtype fp16 --to merged
@@ -25,7 +25,7 @@ EXPORT = "export.json"
 
 
 class Tuned(Protocol):
-    """A fine-tuning task, as far as the files of a finished run tell of it."""
+    """A fine-tuning task read from the files of a finished run."""
 
     @property
     def config(self) -> Config: ...
@@ -69,7 +69,7 @@ def export(task: Tuned, result: Result, which: str = "best") -> Path:
 
 
 def measured(result: Result) -> dict[str, str]:
-    """What the records of the run tell: held-out figures, throughput, memory."""
+    """Return held-out figures, throughput and memory from the records of the run."""
     records = result.records()
     trained = [record for record in records if record["kind"] == "train"]
     speeds = sorted(record["tokens_per_s"] for record in trained[1:] if "tokens_per_s" in record)
@@ -86,7 +86,7 @@ def measured(result: Result) -> dict[str, str]:
 
 
 def card(task: Tuned, result: Result, which: str) -> str:
-    """The model card: what was tuned how on what, and the figures that were measured."""
+    """Return the model card: model, tuning, data, and the measured figures."""
     config, prepared = task.config, task.prepared
     library = "transformers" if config.mode == "full" else "peft"
     rows = "\n".join(f"| {name} | {value} |" for name, value in measured(result).items())
@@ -132,7 +132,7 @@ learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {confi
 
 
 def farewell(task: Tuned, result: Result, folder: Path) -> str:
-    """Where everything is, and what was measured against what had been estimated."""
+    """List the files, and the measured figures beside the estimates."""
     memory, _ = task.plan()
     found = measured(result)
     lines = [
@@ -148,7 +148,7 @@ def farewell(task: Tuned, result: Result, folder: Path) -> str:
 
 # Merging
 def merge(output_dir: str | Path, dtype: str, to: str | Path) -> float:
-    """Write base and adapter as one model that plain transformers loads, in a new folder.
+    """Write base and adapter as one model for plain transformers, in a new folder.
 
     For qlora the base is what was trained on: the 4-bit weights, written out in full. Returns the largest difference of
     a logit to those of the model with adapters in fp32, as a share of the largest logit; it is measured, not assumed.
@@ -185,7 +185,7 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _with_adapters(
     out: Path, facts: dict[str, Any], dtype: torch.dtype, ids: torch.Tensor
 ) -> tuple[nn.Module, torch.Tensor]:
-    """The merged model, and logits from before it was one."""
+    """Return the merged model, and logits from before the merge."""
     transformers = models.require("transformers")
     if facts["tuning"] == "full":
         with models.quiet():
@@ -216,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def merge_command(given: argparse.Namespace) -> int:
-    """One model without adapters, out of a finished run of the recipe sft."""
+    """Merge a finished run of the recipe sft into one model without adapters."""
     difference = merge(given.output_dir, given.dtype, given.to)
     apart = f"its logits differ from the trained model's by at most {difference:.1g} of the largest"
     print(f"{given.to}: one model in {given.dtype}; {apart}")

@@ -1,4 +1,4 @@
-"""Before training, once, on rank 0: the conversations as tokens on disk, and the model they are for."""
+"""Prepare once, on rank 0: find the model and write the conversations as tokens."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Prepared:
-    """Conversations as tokens, in a folder; and the model they are for."""
+    """The conversations as tokens in a folder, and their model."""
 
     folder: str
     model: str
     """Its folder, or its name on the hub."""
     source: str
     digest: str
-    """Of tokens and model: what a checkpoint must have been trained on to be gone on with."""
+    """A digest of tokens and model; a run continues only on data and model with the same digest."""
     kind: str
     template: str
     train: int
@@ -40,7 +40,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Find or make the model, read and encode the conversations; write them under output_dir/data, or find them there.
+    """Find or make the model; read, encode and write the conversations under output_dir/data, unless they exist.
 
     Raises:
         ValueError: rows that cannot be read, or none left; a conversation longer than the model bears.
@@ -96,7 +96,7 @@ def prepare(config: Config) -> Prepared:
 
 
 class _whole:  # noqa: N801 (used like a function)
-    """A folder that is there with all its files or not at all: it is filled under another name."""
+    """Fill a folder under a temporary name, so that the folder is complete or absent."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.temporary = folder, folder.with_suffix(".tmp")

@@ -29,7 +29,7 @@ def _kind(character: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words that are compared: composed (NFKC), without case and punctuation.
+    """Return the words of a text for comparison: composed (NFKC), without case and punctuation.
 
     >>> words("Naïve_test, 3x: 数学")
     ['naïve', 'test', '3x', '数', '学']
