@@ -133,7 +133,8 @@ class TrainConfig:
     """Final learning rate of the schedule."""
     sync_batchnorm: Literal["auto", "off"] = "auto"
     """auto: BatchNorm layers take their statistics over all processes, so over the global batch where nothing is
-    accumulated; off: each process has its own, which saves two exchanges per layer."""
+    accumulated; off: each process has its own, which saves two exchanges per layer. find_unused_parameters also turns
+    the exchange off, since a rank may then skip a layer."""
     find_unused_parameters: bool = False
     """Under ddp, allow parameters unused in a step (conditional branches), at the cost of time in each step."""
     max_norm: float | None = 1.0

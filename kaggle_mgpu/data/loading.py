@@ -356,12 +356,11 @@ def move(batch: Any, device: torch.device) -> Any:
 
 @functools.cache
 def _takes_non_blocking(kind: type[Any]) -> bool:
-    """Return whether the class's method `to` has a parameter non_blocking, or takes any."""
+    """Return whether the class's method `to` has a parameter non_blocking."""
     try:
-        parameters = inspect.signature(kind.to).parameters
-    except ValueError:  # not written in Python
+        return "non_blocking" in inspect.signature(kind.to).parameters
+    except (ValueError, TypeError, AttributeError):  # not written in Python, no function, or the instance's own
         return False
-    return "non_blocking" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:

@@ -6,6 +6,8 @@ torch's SyncBatchNorm does the same on GPUs alone, and would count the samples t
 from __future__ import annotations
 
 import contextlib
+import copy
+import copyreg
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from . import distributed
+
+HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
@@ -27,7 +31,7 @@ def sync_batch_norms(model: nn.Module) -> None:
     """Let a model's BatchNorm layers take their statistics over all ranks, in training steps alone.
 
     Names, parameters and buffers stay the same, and so do subclasses with a forward of their own. All ranks must call
-    each layer equally often.
+    each layer equally often: a model that skips layers at random must not be synchronised. Pickled layers are plain.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synced):
@@ -44,6 +48,15 @@ class _Synced(nn.Module):
             own = super(nn.SyncBatchNorm, self)
         with _OverAllRanks() if self.training and distributed.in_step() else contextlib.nullcontext():
             return own.forward(input)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = type(self).__bases__[1]  # this class has no name that can be imported
+        return copyreg._reconstructor, (plain, object, None), self.__dict__  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 class _OverAllRanks(TorchFunctionMode):
@@ -70,6 +83,8 @@ def _batch_norm(
     """
     if not training:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    # the kernels take half-precision inputs, but not half-precision weights beside statistics in fp32
+    weight, bias = (None if t is None else t.float() if t.dtype in HALF_TYPES else t for t in (weight, bias))
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalise.apply(input, weight, bias, eps)
     output, mean, var, count = found
     if running_mean is not None and running_var is not None:
@@ -88,7 +103,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         over = [dim for dim in range(input.ndim) if dim != 1]
-        exact = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        exact = input.float() if input.dtype in HALF_TYPES else input
         var, mean = torch.var_mean(exact, over, correction=0)
         rows = 0 if distributed.stands_in() else input.numel() // input.shape[1]
         # one collective; added up in the order of ranks, so that a resumed run has the same bits
@@ -115,12 +130,13 @@ class _Normalise(torch.autograd.Function):
         if not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient = gradient.contiguous()
         # as if the statistics were constants: the kernel also gives the sums that their part of the gradient needs
+        scale = torch.ones_like(mean) if weight is None else weight  # CUDA's kernel fails without a weight
         constant, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, input, weight, mean, var, mean, inverse, False, ctx.eps, [True, True, True]
+            gradient, input, scale, mean, var, mean, inverse, False, ctx.eps, [True, True, True]
         )
         sums = torch.stack(distributed.all_gather(torch.stack([by_weight, by_bias]))).sum(0)
         if not ctx.stands_in:
-            scale = inverse / count if weight is None else weight * inverse / count
+            scale = scale * inverse / count
             through = functional.batch_norm(input, mean, var, scale * sums[0], scale * sums[1], False, 0.0, ctx.eps)
             constant = constant - through
         return constant, None if weight is None else by_weight, None if weight is None else by_bias, None

@@ -10,6 +10,7 @@ weights and optimizer state back as they were if the gradient was not finite.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], dev
             return False
         nbytes += shards.local(tensor).nbytes
     return nbytes <= LARGEST
+
+
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the numbers in the optimizer's groups: those that a step changes could not be undone on the device."""
+    return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
 
 
 @torch.no_grad()

@@ -279,7 +279,7 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
     alive()
     own = tensor.detach().contiguous()
     parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
+    dist.all_gather(parts, own, group=_group(own))
     return parts
 
 
@@ -330,7 +330,7 @@ def gather_to_main(value: T) -> list[T]:
         return [value]
     alive()
     values: list[Any] = [None] * world_size()
-    dist.gather_object(value, values if is_main() else None, dst=0)
+    dist.gather_object(value, values if is_main() else None, dst=0, group=_group())
     return values if is_main() else []
 
 
@@ -392,7 +392,7 @@ class RankVote:
         self.seconds = seconds
         self.steps = 0
         self.next = 1
-        self.interval = 1
+        self.interval, self.voted = 1, 0
         self.since = time.monotonic()
 
     def vote_next(self, wanted: bool = True) -> None:
@@ -409,7 +409,7 @@ class RankVote:
             return [False] * len(flags)
         alive()
         now = time.monotonic()
-        pace = (now - self.since) / self.interval
+        pace = (now - self.since) / (self.steps - self.voted)  # `vote_next` may have come before the interval's end
         answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
         dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=_group())
         *raised, slowest = answers.tolist()
@@ -417,7 +417,7 @@ class RankVote:
         self.interval = builtins.max(
             1, builtins.min(int(self.seconds / builtins.max(slowest, 1e-6)), 2 * self.interval)
         )
-        self.next = self.steps + self.interval
+        self.next, self.voted = self.steps + self.interval, self.steps
         self.since = now
         return [value > 0 for value in raised]
 

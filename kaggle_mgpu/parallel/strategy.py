@@ -132,6 +132,8 @@ class Strategy:
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_a_row: Tensor | int = 0
         self.stepped: set[int] = set()
+        self.changes_groups = False
+        """Whether a step of the optimizer changes numbers in its groups, which the device cannot undo."""
         """Ids of the parameters whose optimizer state has been made by a step."""
         self.within: Literal["", "gradient", "update"] = ""
         """The part of a step that has begun. The weights are whole except during an update."""
@@ -255,8 +257,9 @@ class Strategy:
         infinite: Tensor | bool
         unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
         # optimizers make their state in a parameter's first step, which could not be undone
-        undoable = unfused and self.stepped.issuperset(map(id, parameters))
+        undoable = unfused and not self.changes_groups and self.stepped.issuperset(map(id, parameters))
         undoable = undoable and conditional.can_undo(optimizer, parameters, self.device)
+        groups = conditional.group_values(optimizer) if unfused and not undoable else []
         if undoable:
             infinite = ~norm.isfinite()
             conditional.step_unless(infinite, optimizer, parameters)
@@ -284,6 +287,7 @@ class Strategy:
                 optimizer.step()
         if unfused and not undoable and not infinite:
             self.stepped.update(map(id, parameters))
+            self.changes_groups |= groups != conditional.group_values(optimizer)
         if infinite is not False:
             self.skipped += infinite
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite

@@ -282,7 +282,8 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
         enable()
     keep_4bit_layout(model)
     model.train()
-    if config.sync_batchnorm == "auto" and distributed.world_size() > 1:
+    # with find_unused_parameters a rank may skip a layer that the others compute
+    if config.sync_batchnorm == "auto" and not config.find_unused_parameters and distributed.world_size() > 1:
         sync_batch_norms(model)
     if config.compile:
         model.compile()

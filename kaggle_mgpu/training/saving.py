@@ -20,7 +20,7 @@ from ..checkpoints import Checkpoints, Expected, checkpoint, files, resume
 from ..config import TrainConfig
 from ..data import BatchPlan
 from ..errors import CheckpointError, DiskFullError, DivergedError, RestartError
-from ..parallel import Strategy, distributed
+from ..parallel import Strategy, batch_norms, distributed
 from . import fingerprint
 from .optim import EMA
 from .parts import Parts
@@ -39,11 +39,14 @@ def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
 def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | None:
     """Return the checkpoint to go on from, and move other checkpoints aside. Only rank 0 calls this."""
     config = parts.config
+    defaults = config.defaults()
+    if parts.world_size > 1 and batch_norms(parts.strategy.model):
+        defaults["sync_batchnorm"] = "off"  # as in checkpoints from before there was the setting
     for abandoned in parts.output_dir.glob(".rescue-step-*"):  # by a rank that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
         checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
-        defaults=config.defaults(), expected=expected_by(parts.strategy, parts.optimizer, parts.ema, parts.plan),
+        defaults=defaults, expected=expected_by(parts.strategy, parts.optimizer, parts.ema, parts.plan),
     )  # fmt: skip
     if start is not None and not _same_task(parts, start, checkpoints.folder):
         start = None

@@ -35,7 +35,8 @@ def notes(parts: Parts) -> list[str]:
 def _about_batch_norm(parts: Parts) -> str:
     """Return a note if BatchNorm's statistics are not those of the global batch, or ""."""
     plan, names = parts.plan, batch_norms(parts.strategy.model)
-    together = parts.world_size if parts.config.sync_batchnorm == "auto" else 1
+    synchronised = parts.config.sync_batchnorm == "auto" and not parts.config.find_unused_parameters
+    together = parts.world_size if synchronised else 1
     samples = plan.micro_batch_size * together
     if not names or samples == plan.global_batch_size:
         return ""
