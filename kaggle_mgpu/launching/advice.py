@@ -56,8 +56,8 @@ def watch(store: Any, rank: int, count: int) -> None:
         # waits for the interpreter's lock to free the context that backward gave it (torch 2.13): so nothing frees it
         if dist.is_initialized() and dist.group.WORLD not in groups:
             groups.append(dist.group.WORLD)
-        # a loop that calls `alive` itself may count from a checkpoint on
-        distributed.alive(steps if distributed.last_step() <= steps else None)
+        # without the step, which would start the default time limit: an evaluation of one's own may be silent for long
+        distributed.alive()
         if steps != STEPS or count == 1:
             return
         if rank == 0 and not dist.is_initialized():

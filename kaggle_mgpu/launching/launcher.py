@@ -78,7 +78,7 @@ def launch(
             each GPU, or one where there is none. With one, and under torchrun, the call is made in this process.
         gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
         timeout: seconds without a sign of life of any rank (see distributed.alive) after which it is a hang. Default:
-            the config's hang_timeout_minutes, else 30 minutes; a default counts from the first step on.
+            the config's hang_timeout_minutes, else 30 minutes, from the first call of alive(step) on, as `train` makes.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
         in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
 

@@ -177,11 +177,6 @@ def alive(step: int | None = None) -> None:
     _pulse[2] = time.monotonic_ns()
 
 
-def last_step() -> int:
-    """Return the step last given to `alive`; -1 before the first, and without a launcher."""
-    return -1 if _pulse is None else int(_pulse[0])
-
-
 def saving(now: bool) -> None:
     """Tell the launcher whether this process writes a checkpoint, to be finished if another rank fails."""
     if _pulse is not None:

@@ -269,6 +269,19 @@ def test_a_tokenizer_without_a_template_gets_a_stated_one(tiny: Any, tmp_path: P
     )
 
 
+def test_no_part_of_a_row_is_left_out() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    rows = [
+        {"messages": MESSAGES, "system": "Be brief."},
+        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "chatgpt", "value": ANSWER}]},
+        {"instruction": QUESTION, "input": "a table", "response": ANSWER, "system_prompt": "Be brief."},
+        {"instruction": QUESTION, "context": "a table", "output": ANSWER},
+    ]
+    found = [reading._conversation(str(reading.kind_of(row)), row, "here") for row in rows]
+    asked = {"role": "user", "content": f"{QUESTION}\n\na table"}
+    assert found == [[system, *MESSAGES], MESSAGES, [system, asked, MESSAGES[1]], [asked, MESSAGES[1]]]
+
+
 @pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for m in messages %}{{ m['x'"])
 def test_what_a_template_refuses_is_shown(tiny: Any, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     monkeypatch.setattr(tiny, "chat_template", template)

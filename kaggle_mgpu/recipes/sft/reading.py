@@ -26,18 +26,22 @@ Conversation = list[dict[str, str]]
 LISTS = ("messages", "conversations")
 """Kinds of rows with a list of messages: role and content, or ShareGPT's from and value."""
 PAIRS = {
-    "instruction/input/output": ("instruction", "input", "output"),
-    "instruction/context/response": ("instruction", "context", "response"),
-    "system/user/assistant": ("user", "", "assistant"),
-    "input/target": ("input", "", "target"),
-    "prompt/completion": ("prompt", "", "completion"),
-    "prompt/response": ("prompt", "", "response"),
-    "question/answer": ("question", "context", "answer"),
+    "instruction/input/output": ("instruction", "output"),
+    "instruction/context/response": ("instruction", "response"),
+    "system/user/assistant": ("user", "assistant"),
+    "input/target": ("input", "target"),
+    "prompt/completion": ("prompt", "completion"),
+    "prompt/response": ("prompt", "response"),
+    "question/answer": ("question", "answer"),
 }
-"""Kinds of rows with a question and its answer: the fields of the question, of an optional addition, of the answer. A
-field `system` may come with each. The second kind is Dolly's, the first is Alpaca's. The first that fits is taken."""
+"""Kinds of rows with a question and its answer, by these two fields; the first that fits is taken. The first kind is
+Alpaca's, the second Dolly's."""
+ADDITIONS = ("input", "context")
+"""Optional fields with text that belongs to the question."""
+SYSTEM = ("system", "system_prompt")
+"""Optional fields with the system's message, in rows of every kind."""
 KINDS = (*LISTS, *PAIRS)
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
 """ShareGPT's roles that chat templates call otherwise."""
 
 
@@ -143,7 +147,7 @@ def kind_of(row: Any) -> str | None:
     if not isinstance(row, dict):
         return None
     lists = [kind for kind in LISTS if kind in row]
-    return next(iter([*lists, *(kind for kind, (a, _, b) in PAIRS.items() if a in row and b in row)]), None)
+    return next(iter([*lists, *(kind for kind, (a, b) in PAIRS.items() if a in row and b in row)]), None)
 
 
 def _message(message: Any) -> dict[str, str] | None:
@@ -165,6 +169,7 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
         ValueError: the row has fields of another type, or no answer.
     """
     conversation: Conversation = []
+    system = _text(row, SYSTEM, place)
     if kind in LISTS:
         for message in row[kind] if isinstance(row[kind], list) else [None]:
             if (made := _message(message)) is None:
@@ -172,15 +177,15 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
                 raise ValueError(f"{place}: expected messages with a role and a content, both text, got {got}")
             conversation.append(made)
     else:
-        asked, addition, answer = PAIRS[kind]
-        for name in ("system", asked, addition, answer):
-            optional = name not in (asked, answer)
-            if not isinstance(row.get(name, ""), str) and not (optional and row[name] is None):
+        asked, answer = PAIRS[kind]
+        for name in (asked, answer):
+            if not isinstance(row[name], str):
                 raise ValueError(f"{place}: expected text in {name!r}, got {short(row[name])}")
-        system, given = row.get("system") or "", row.get(addition) or ""
-        conversation = [{"role": "system", "content": system}] if system else []
-        content = row[asked] + (f"\n\n{given}" if given.strip() else "")
-        conversation += [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
+        given = _text(row, [name for name in ADDITIONS if name != asked], place)
+        content = row[asked] + (f"\n\n{given}" if given else "")
+        conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
+    if system and not any(message["role"] == "system" for message in conversation):
+        conversation.insert(0, {"role": "system", "content": system})
     if not any(m["role"] == "assistant" and m["content"].strip() for m in conversation):
         raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
     for message in conversation:
@@ -192,6 +197,18 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
     if conversation[0]["role"] == "assistant":
         raise ValueError(f"{place}: begins with the assistant: expected a question before its answer")
     return conversation
+
+
+def _text(row: dict[str, Any], names: Sequence[str], place: str) -> str:
+    """Return the text in optional fields of a row, "" without any.
+
+    Raises:
+        ValueError: a field holds something else.
+    """
+    for name in names:
+        if not isinstance(row.get(name), str | None):
+            raise ValueError(f"{place}: expected text in {name!r}, got {short(row[name])}")
+    return "\n\n".join(row[name] for name in names if (row.get(name) or "").strip())
 
 
 def short(value: Any) -> str:
@@ -247,7 +264,7 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
                 _, row = next(rows(file))
                 if kind_of(row):
                     found.append((file.stat().st_size, file))
-            except (ValueError, OSError, StopIteration, ImportError):
+            except Exception:  # of whatever library reads the file
                 continue
     if found:
         which = f"the largest of {len(found)} files" if len(found) > 1 else "the only file"
