@@ -6,15 +6,20 @@ compared elsewhere. Code is that of the user's own cells and files, without the 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import dis
+import enum
 import functools
-import inspect
+import itertools
+import os
 import sys
+import time
 import types
 import zlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,53 +30,76 @@ from ..config import TrainConfig
 from ..data import randomness
 from .task import Task
 
+FORM = "2"
+"""The form of these texts: those of another form are not compared."""
 PACKAGE = str(Path(__file__).resolve().parents[1])
 MOST_BYTES = 1 << 20
-"""Of a larger array the two ends are read, and some bytes between."""
-MOST_SAMPLED = 4096
-"""The number of these bytes."""
+"""A larger array, text or number of bytes is sampled."""
+MOST_SAMPLED = 1024
+"""The number of elements that are read of a larger array, beside as many at its ends."""
 MOST_ITEMS = 1000
 """Of a longer list the two ends are read."""
+MOST_ROWS = 50
+"""Of a longer table the two ends are read."""
+MOST_VISITED = 20_000
+"""A value in which this many items do not suffice tells nothing."""
+RECENT_SECONDS = 7 * 86400
+"""A float this close to now is taken for a time of this session."""
+OBJECT = "object "
+"""The first word of a text that is not of plain data alone: it may differ between sessions."""
+CHANGES = frozenset({
+    "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
+    "update",
+})  # fmt: skip
+"""Methods that change what they belong to: a cache, a history."""
+COUNTED = int | float | str | bytes | PurePath | tuple | list | dict | set | frozenset | np.ndarray | torch.Tensor
+"""Values of globals and of classes that are part of the code that reads them."""
 REPORTS = ("on_record",)
 """Methods of a task that do not change its result."""
 
 
 def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
     """Return {name: text} for all that identifies a run beside its settings. Takes a few samples from the data."""
-    # what the task's own methods assign is their outcome: counters, caches
-    assigned = {name for kind in _kinds(type(task)) for name in _assigned(kind)}
-    found = {"Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    found = {"form": FORM, "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    assigned = _assigned(type(task))
     for name, value in sorted(vars(task).items()):
         if not name.startswith("_") and name not in assigned:
-            with contextlib.suppress(Exception):  # whatever else an attribute may be
-                found[f"task.{name}"] = _text(value)
+            found[f"task.{name}"] = _text(value)
     code: dict[int, tuple[str, str]] = {}
     for kind in _kinds(type(task)):
         _reach(kind, code, skip=REPORTS)
     for value in vars(task).values():
-        _reach(value if isinstance(value, type | types.FunctionType) else type(value), code)
-    found |= dict(sorted((f"code of {name}", text) for name, text in code.values()))
+        for part in (value, type(value), *_functions(value)):
+            _reach(part, code)
+    for name, text in sorted(code.values()):  # a function and its wrapper have one name
+        found[f"code of {name}"] = f"{found.get(f'code of {name}', '')} {text}".strip()
     for name, fetch in (("train_data", train), ("val_data", val)):
         if fetch is not None:
             found[name] = _samples(fetch)
     return found
 
 
-def differences(then: Mapping[str, Any] | None, now: Mapping[str, str]) -> list[str]:
-    """Return what differs, each in a few words; [] where an older version wrote no fingerprint."""
-    if not isinstance(then, Mapping):
+def differences(then: Mapping[str, Any] | None, now: Mapping[str, str], notes: bool = True) -> list[str]:
+    """Return what differs, each in a few words; [] where an older version, or another rank, wrote no fingerprint.
+
+    Args:
+        notes: list also the attributes that hold objects, which may differ between sessions of the same task.
+    """
+    if not then or not isinstance(then, Mapping) or then.get("form") != now.get("form"):
         return []
     other_python = then.get("Python") != now.get("Python")  # its bytecode is another
     listed = []
     for name in {**now, **then}:
         was, now_is = then.get(name), now.get(name)
-        if was == now_is or name == "Python" or (other_python and name.startswith("code of ")):
+        # "": it cannot be told apart, or was not the same twice
+        if was == now_is or "" in (was, now_is) or name == "Python" or (other_python and name.startswith("code of ")):
             continue
         if name.startswith("code of "):
             listed.append(f"{name} {'is new' if was is None else 'is gone' if now_is is None else 'was edited'}")
-        elif name.endswith("_data") and was and now_is:
-            listed.append(f"the samples of {name}")
-        elif was != "" and now_is != "":  # "": it cannot be told apart, or was not the same twice
+        elif name.endswith("_data") and not name.startswith("task."):
+            if was and now_is:
+                listed.append(f"the samples of {name}")
+        elif notes or not all(text in (None, "None") or text.startswith(OBJECT) for text in (was, now_is)):
             listed.append(f"{name} was {was or 'not there'}, is {now_is or 'not there'}")
     return listed
 
@@ -91,23 +119,32 @@ def _is_own(thing: Any) -> bool:
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:  # a notebook's cell, or sent from one
         return name == "__main__" or name not in sys.modules
+    return not _is_installed(file)
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    """Return whether a file is of an installed package, or of this one."""
     path = Path(file).resolve()
-    return not str(path).startswith(PACKAGE) and not {"site-packages", "dist-packages"} & set(path.parts)
+    return str(path).startswith(PACKAGE + os.sep) or bool({"site-packages", "dist-packages"} & set(path.parts))
 
 
-def _functions(member: Any) -> Iterator[types.FunctionType]:
-    """Yield the functions that a member of a class is made of: plain, of a property, wrapped or partial."""
-    if isinstance(member, staticmethod | classmethod):
-        member = member.__func__
-    if isinstance(member, property):
-        for part in (member.fget, member.fset):
-            yield from _functions(part)
-    elif isinstance(member, functools.partial):
-        yield from _functions(member.func)
-    elif isinstance(member, types.FunctionType):
+def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
+    """Yield the functions that a value or a member of a class is made of: plain, of a property, wrapped or partial."""
+    parts: tuple[Any, ...] = ()
+    with contextlib.suppress(Exception):  # whatever else a value may be
+        if isinstance(member, property):
+            parts = (member.fget, member.fset)
+        elif isinstance(member, functools.partial | functools.cached_property):
+            parts = (member.func,)
+        elif isinstance(member, staticmethod | classmethod | types.MethodType):
+            parts = (member.__func__,)
+        elif not isinstance(member, type):  # functools.wraps, lru_cache; not getattr: some objects have any attribute
+            parts = (getattr(member, "__dict__", {}).get("__wrapped__"),)
+    if type(member) is types.FunctionType:
         yield member
-        if inspect.unwrap(member) is not member:
-            yield from _functions(inspect.unwrap(member))
+    for part in parts if depth else ():
+        yield from _functions(part, depth - 1)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -118,55 +155,89 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(constant)
 
 
-def _assigned(kind: type) -> Iterator[str]:
-    """Yield the names of the attributes that a class's methods assign, __init__ apart."""
-    for name, member in vars(kind).items():
-        for function in _functions(member) if name != "__init__" else ():
-            for code in _codes(function.__code__):
-                yield from (step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
+def _assigned(kind: type) -> set[str]:
+    """Return the names that the methods of a user's class assign, __init__ apart: outcomes, as counters and caches."""
+    return {
+        step.argval
+        for each in kind.__mro__
+        if each is not Task and _is_own(each)
+        for name, member in vars(each).items()
+        if name not in ("__init__", "__post_init__")
+        for function in _functions(member)
+        for code in _codes(function.__code__)
+        for step in dis.get_instructions(code)
+        if step.opname == "STORE_ATTR"
+    }
 
 
 def _reach(thing: Any, found: dict[int, tuple[str, str]], skip: tuple[str, ...] = ()) -> None:
-    """Add the code of a function or class of the user's, and of all that it uses, as (name, checksum)."""
-    if id(thing) in found or not isinstance(thing, type | types.FunctionType) or not _is_own(thing):
-        return
-    name = thing.__qualname__.replace("<locals>.", "")
-    if isinstance(thing, types.FunctionType):
-        found[id(thing)] = name, ""  # before the functions that it uses, which may use it
-        checked = [_of_code(thing.__code__), _text(thing.__defaults__), _text(thing.__kwdefaults__)]
-        steps = [step for code in _codes(thing.__code__) for step in dis.get_instructions(code)]
-        used = {str(step.argval) for step in steps if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))}
-        # not all names of the code: in a worker a cell's function has only the globals that it loads
-        loaded = sorted({str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")})
-        values = [thing.__globals__[word] for word in loaded if word in thing.__globals__]
-        for cell in thing.__closure__ or ():
-            try:
-                values.append(cell.cell_contents)
-            except ValueError:  # not assigned yet
-                continue
-        for value in values:
-            if isinstance(value, types.ModuleType) and _is_own(value):
-                for word in sorted(used):
-                    _reach(getattr(value, word, None), found)
-            for part in _functions(value) if not isinstance(value, type) else (value,):
-                _reach(part, found)
-            if isinstance(value, int | float | str | tuple):  # a constant of the cell
-                checked.append(_text(value))
-        found[id(thing)] = name, _checksum(repr(checked))
-        return
-    plain = {
-        key: _text(value)
-        for key, value in vars(thing).items()
-        if not key.startswith("__") and isinstance(value, int | float | str | tuple | list | dict)
-    }
-    found[id(thing)] = name, _checksum(repr(sorted(plain.items())))
-    for base in thing.__bases__:
+    """Add the code of a function or class of the user's, and of all that it uses, as (name, checksum).
+
+    The checksum is "" where an error hides the code.
+    """
+    with contextlib.suppress(Exception):
+        if id(thing) in found or not issubclass(type(thing), type | types.FunctionType) or not _is_own(thing):
+            return
+        name = thing.__qualname__.replace("<locals>.", "")
+        found[id(thing)] = name, ""  # before all that it uses, which may use it
+        text = _of_function(thing, found) if isinstance(thing, types.FunctionType) else _of_class(thing, found, skip)
+        found[id(thing)] = name, text
+
+
+def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]) -> str:
+    """Return the checksum of a function's code and of the constants that it reads; reach the code that it uses."""
+    checked = [_of_code(function.__code__), _text(function.__defaults__), _text(function.__kwdefaults__)]
+    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+    used = {str(step.argval) for step in steps if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))}
+    # not all names of the code: in a worker a cell's function has only the globals that it loads
+    loaded = {str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    values = {word: function.__globals__[word] for word in sorted(loaded) if word in function.__globals__}
+    for word, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not assigned yet
+            values[word] = cell.cell_contents
+    for module in [value for value in values.values() if type(value) is types.ModuleType and _is_own(value)]:
+        values |= {f"{module.__name__}.{word}": vars(module)[word] for word in sorted(used & vars(module).keys())}
+    changed = _changed(steps)
+    for word, value in values.items():
+        kind = type(value)  # isinstance asks the value, which may raise
+        _reach(value if issubclass(kind, type) else kind, found)
+        for part in _functions(value):
+            _reach(part, found)
+        # a module's weights may be another start each session
+        own = _is_own(kind) and not issubclass(kind, torch.nn.Module | type)
+        if (own or issubclass(kind, COUNTED)) and word not in changed:
+            checked.append(_text(value))
+    return _checksum(repr(checked))
+
+
+def _changed(steps: list[dis.Instruction]) -> set[str]:
+    """Return the names of the variables that a function changes in place or assigns: caches and histories."""
+    changed = {str(step.argval) for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+    for step, after, later in zip(steps, steps[1:], steps[2:], strict=False):
+        if (
+            after.opname == "STORE_ATTR"
+            or (after.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and after.argval in CHANGES)
+            or later.opname in ("STORE_SUBSCR", "DELETE_SUBSCR")
+        ):
+            changed.add(str(step.argval))
+    return changed
+
+
+def _of_class(kind: type, found: dict[int, tuple[str, str]], skip: tuple[str, ...]) -> str:
+    """Return the checksum of a class's constants; reach its methods and bases."""
+    for base in kind.__bases__:
         if base is not Task:
             _reach(base, found)
-    for key, member in vars(thing).items():
+    for key, member in vars(kind).items():
         if key not in skip:
-            for part in (member,) if isinstance(member, type) else _functions(member):
+            for part in (member, *_functions(member)):
                 _reach(part, found)
+    plain = {
+        key: _text(value)
+        for key, value in vars(kind).items()
+        if not key.startswith("__") and issubclass(type(value), COUNTED)
+    }
+    return _checksum(repr(sorted(plain.items())))
 
 
 def _of_code(code: types.CodeType) -> list[Any]:
@@ -185,41 +256,125 @@ def _checksum(text: str | bytes) -> str:
     return f"{zlib.crc32(text.encode() if isinstance(text, str) else text):08x}"
 
 
-def _text(value: Any, depth: int = 6, seen: tuple[int, ...] = ()) -> str:
+def _text(value: Any) -> str:
     """Return a short text that tells values apart, the same in every process; "" for what cannot be told apart."""
-    if value is None or isinstance(value, bool | int | float | str | Path):
-        text = repr(str(value) if isinstance(value, Path) else value)
-        return text if len(text) <= 60 else f"{text[:40]}… ({len(text)} characters, {_checksum(text)})"
-    if isinstance(value, TrainConfig) or depth == 0 or id(value) in seen:
+    reading = _Reading()
+    try:
+        text = reading.text(value)
+    except Exception:  # whatever else a value may be, and one that is too large
         return ""
-    seen = (*seen, id(value))
-    if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided or value.is_meta:
-            return f"{value.dtype}{[*value.shape]}"
-        flat = value.detach().cpu().contiguous().flatten()
-        return f"{value.dtype}{[*value.shape]} {_of_bytes(flat.view(torch.uint8).numpy())}"
-    if isinstance(value, np.ndarray):
-        if value.dtype.hasobject:
-            return _text(value.ravel()[:MOST_ITEMS].tolist(), depth, seen)
-        return f"{value.dtype}{[*value.shape]} {_of_bytes(np.ascontiguousarray(value).reshape(-1).view(np.uint8))}"
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes {_checksum(value)}"
-    if isinstance(value, Mapping):
-        items = [(_text(key, depth - 1, seen), _text(item, depth - 1, seen)) for key, item in _ends([*value.items()])]
-        return f"{len(value)} items {_checksum(repr(sorted(items)))}"
-    if isinstance(value, list | tuple):
-        return f"{len(value)} items {_checksum(repr([_text(item, depth - 1, seen) for item in _ends(value)]))}"
-    if isinstance(value, set | frozenset):
-        return f"{len(value)} items {_checksum(repr(sorted(_text(item, depth - 1, seen) for item in value)))}"
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    if hasattr(value, "to_numpy"):  # pandas' tables
-        return f"{kind} {_text(value.to_numpy(), depth - 1, seen)}"
-    if isinstance(value, torch.nn.Module):
-        return f"{kind} {_text(value.state_dict(), depth - 1, seen)}"
-    if isinstance(value, type | types.FunctionType | types.ModuleType):
-        return getattr(value, "__qualname__", kind)
-    state = {name: item for name, item in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
-    return f"{kind} {_text(state, depth - 1, seen)}" if state else kind
+    return text if reading.plain else OBJECT + text
+
+
+class _Reading:
+    """Reads one value, of which a bounded number of items."""
+
+    def __init__(self) -> None:
+        self.left = MOST_VISITED
+        self.plain = True
+        """Whether all that was read is plain data."""
+        self.assigned: Callable[[type], set[str]] = functools.cache(_assigned)
+
+    def text(self, value: Any, depth: int = 6) -> str:
+        """Return the text of a value, or of an item in it.
+
+        Raises:
+            ValueError: the value has too many items. Others too, whatever a value's methods raise.
+        """
+        self._visit(1)
+        if isinstance(value, TrainConfig) or depth == 0:
+            return ""
+        if isinstance(value, float) and abs(time.time() - value) < RECENT_SECONDS:
+            return ""
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if isinstance(value, enum.Enum):
+            return f"{kind}.{value.name}"
+        if isinstance(value, str | PurePath):
+            return _shortened(str(value))
+        if isinstance(value, np.void):  # a record
+            value = value.item()
+        if isinstance(value, np.generic | np.dtype | torch.dtype | torch.device):
+            return f"{value}"
+        if value is None or isinstance(value, int | float | complex | range):
+            return _shortened(repr(value), quoted=False)
+        if isinstance(value, bytes | bytearray):
+            return f"{len(value)} bytes {self._of_array(np.asarray(memoryview(value)))}"
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return f"{value.dtype}{[*value.shape]} {self._of_array(value, depth)}"
+        if isinstance(value, dict):
+            half = MOST_ITEMS // 2
+            tail = itertools.islice(reversed(value.items()), min(half, max(0, len(value) - half)))
+            pairs = [*itertools.islice(value.items(), half), *tail]
+            items = [(self.text(key, depth - 1), self.text(item, depth - 1)) for key, item in pairs]
+            return f"{len(value)} items {_checksum(repr(sorted(items)))}"
+        if isinstance(value, list | tuple):
+            return f"{len(value)} items {self._of_items(_ends(value), depth)}"
+        if isinstance(value, set | frozenset):
+            return f"{len(value)} items {_checksum(repr(sorted(self.text(item, depth - 1) for item in value)))}"
+        if isinstance(value, types.SimpleNamespace | argparse.Namespace):
+            return f"{kind} {self.text(vars(value), depth - 1)}"
+        if isinstance(value, type | types.FunctionType | types.BuiltinFunctionType | types.ModuleType):
+            self.plain = False
+            return str(getattr(value, "__qualname__", getattr(value, "__name__", kind)))
+        if hasattr(type(value), "to_numpy"):  # a table or column
+            if hasattr(type(value), "head"):
+                ends = [value.head(MOST_ROWS), value.tail(MOST_ROWS)]
+            else:
+                ends = [value[:MOST_ROWS], value[-MOST_ROWS:]]
+            read = [getattr(value, "columns", None), *(end.to_numpy() for end in ends)]
+            return f"{kind} {len(value)} rows {self._of_items(read, depth)}"
+        self.plain = self.plain and dataclasses.is_dataclass(value) and _is_own(type(value))
+        if isinstance(value, Mapping):  # whose items may be whole files
+            return f"{kind} {len(value)} items {self._of_items(itertools.islice(value, MOST_ITEMS), depth)}"
+        if not _is_own(type(value)):
+            return kind
+        if isinstance(value, torch.nn.Module):
+            return f"{kind} {self.text(value.state_dict(), depth - 1)}"
+        assigned = self.assigned(type(value))
+        state = {
+            name: item
+            for name, item in getattr(value, "__dict__", {}).items()
+            if not name.startswith("_") and name not in assigned
+        }
+        return f"{kind} {self.text(state, depth - 1)}" if state else kind
+
+    def _visit(self, items: int) -> None:
+        self.left -= items
+        if self.left < 0:
+            raise ValueError("too many items")
+
+    def _of_items(self, items: Iterable[Any], depth: int) -> str:
+        return _checksum(repr([self.text(item, depth - 1) for item in items]))
+
+    def _of_array(self, value: Any, depth: int = 1) -> str:
+        """Return the checksum of an array or tensor on any device; of a large one, of some elements."""
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_meta:
+                return ""
+            value = value.detach()
+        else:
+            value = np.asarray(value)
+            if value.dtype.hasobject:
+                half = MOST_ITEMS // 2
+                return self._of_items([*value.flat[:half], *value.flat[max(half, value.size - half) :]], depth)
+        if value.nbytes > MOST_BYTES:  # by index: a copy of the whole may not fit into memory
+            size = int(np.prod(value.shape))
+            ends = np.arange(min(size, MOST_SAMPLED // 2))
+            spread = np.linspace(0, size - 1, MOST_SAMPLED).astype(np.int64)
+            index = np.unravel_index(np.unique(np.concatenate([ends, spread, size - 1 - ends])), value.shape)
+            value = value[tuple(map(torch.from_numpy, index)) if isinstance(value, torch.Tensor) else index]
+        self._visit(value.nbytes >> 16)
+        if isinstance(value, torch.Tensor):
+            value = value.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return _checksum(np.ascontiguousarray(value).tobytes())
+
+
+def _shortened(text: str, quoted: bool = True) -> str:
+    """Return a text in quotes; of a long one, its beginning, length and checksum."""
+    half = MOST_BYTES // 2
+    size, read = len(text), text if len(text) <= MOST_BYTES else text[:half] + text[-half:]
+    read = repr(read) if quoted else read
+    return read if len(read) <= 60 else f"{read[:40]}… ({size} characters, {_checksum(read)})"
 
 
 def _ends(items: Any) -> Any:
@@ -227,18 +382,10 @@ def _ends(items: Any) -> Any:
     return items if len(items) <= MOST_ITEMS else [*items[:half], *items[-half:]]
 
 
-def _of_bytes(flat: Any) -> str:
-    """Return the checksum of an array of bytes; of a large one, of its ends and of some bytes between."""
-    if flat.nbytes <= MOST_BYTES:
-        return _checksum(flat.tobytes())
-    end, stride = MOST_BYTES // 2, (flat.nbytes // MOST_SAMPLED) | 1  # odd, to meet every byte of a number
-    return _checksum(b"".join(part.tobytes() for part in (flat[:end], flat[::stride], flat[-end:])))
-
-
 def _samples(fetch: data.Fetch) -> str:
     """Return a text for the data's length and its first and last samples; "" if these differ when fetched again."""
-    size = len(fetch.dataset)  # type: ignore[arg-type]
     try:
+        size = len(fetch.dataset)  # type: ignore[arg-type]
         with randomness.undisturbed():
             first, again = ([_text(fetch[np.array([row])]) for row in {0, size - 1}] for _ in range(2))
     except Exception:  # a collate that needs several samples; an error of the data shows in the first step

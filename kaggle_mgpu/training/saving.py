@@ -63,11 +63,13 @@ def _same_task(parts: Parts, start: Path, own: Path) -> bool:
         CheckpointError: this folder's run is finished, and was another task's.
     """
     facts = checkpoint.read_facts(start)
-    differ = fingerprint.differences(facts.get("fingerprint"), parts.fingerprint)
+    marks = facts.get("fingerprint"), parts.fingerprint
+    differ = fingerprint.differences(*marks)
     if not differ:
         return True
     listed = f"{'; '.join(differ[:6])}{f'; and {len(differ) - 6} more' if differ[6:] else ''}"
-    if parts.config.resume == "auto" and _is_finished(start, facts["step"], parts.plan.max_steps):
+    finished = _is_finished(start, facts["step"], parts.plan.max_steps)
+    if parts.config.resume == "auto" and finished and fingerprint.differences(*marks, notes=False):
         text = f"{start.parent.parent} holds the finished run of another task: {listed}"
         if start.parent == own:
             raise CheckpointError(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import functools
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +29,7 @@ from kaggle_mgpu.checkpoints import checkpoint
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.machine import devices
 from kaggle_mgpu.progress import progress
+from kaggle_mgpu.training import fingerprint
 from tasks import Regression
 
 
@@ -151,6 +159,228 @@ class Breaks(Folds):
 def test_data_that_is_never_the_same_does_not_hide_a_result(tmp_path: Path) -> None:
     train(config(tmp_path), RandomData())
     assert train(config(tmp_path), RandomData()).finished
+
+
+def marks(task: Task) -> dict[str, str]:
+    """Return the fingerprint of a task without its data."""
+    return fingerprint.of(task, None, None)  # type: ignore[arg-type]
+
+
+def holding(value: Any) -> dict[str, str]:
+    """Return the fingerprint of a task with one attribute, `held`."""
+    task = Folds()
+    task.held = value  # type: ignore[attr-defined]
+    return marks(task)
+
+
+class Hostile:
+    """Raises whatever it is asked."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Table:
+    """What pandas' DataFrame answers."""
+
+    def __init__(self, rows: int, last: int = 0) -> None:
+        self.rows, self.last, self.columns = range(rows), last, ["a"]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def head(self, rows: int) -> Table:
+        return Table(rows)
+
+    def tail(self, rows: int) -> Table:
+        return Table(rows, self.last)
+
+    def to_numpy(self) -> Any:
+        assert len(self) < 1000, "the whole table was read"
+        return np.full((len(self), 1), self.last)
+
+
+class Archive(Mapping[str, Any]):
+    """What numpy's NpzFile answers: it reads a whole array for each item."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __getitem__(self, name: str) -> Any:
+        raise AssertionError(f"{name} was read")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def test_a_fingerprint_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(Folds):
+        broken = Hostile()
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            return super().loss(model, batch) * HOSTILE["a"]
+
+    task = Odd()
+    # a class of tables is no table
+    task.held, task.table, task.text = Hostile(), Table, 10**5000  # type: ignore[attr-defined]
+    found = marks(task)
+    assert (found["task.held"], found["task.text"]) == ("", "")
+    assert found["task.table"] == "object Table"
+    assert found["code of test_a_fingerprint_never_raises.Odd.loss"] != ""
+    assert "code of Regression.loss" in found
+    assert fingerprint.differences(found, {**found, "task.held": "1"}) == [], "it tells nothing"
+    # an error in reading one function hides no other
+    name = "code of Folds.model"
+    monkeypatch.setattr(fingerprint, "_of_code", lambda code: 1 / 0 if code is Folds.model.__code__ else "")
+    found = marks(task)
+    assert [other for other, text in found.items() if other.startswith("code of ") and text == ""] == [name]
+    assert fingerprint.differences(found, {**found, name: "1"}) == []
+
+
+HOSTILE: dict[str, Any] = {"a": Hostile()}
+
+
+def test_a_fingerprint_reads_little_of_large_values() -> None:
+    # 8 TB each: a copy would fail
+    large: list[Callable[[int], Any]] = [
+        lambda add: np.broadcast_to(np.arange(add, (1 << 20) + add), (1 << 20, 1 << 20)),
+        lambda add: torch.arange(add, (1 << 20) + add).expand(1 << 20, 1 << 20),
+        lambda add: np.arange(add, (1 << 20) + add).reshape(1024, 1024).T,
+        lambda add: Table(10**12, last=add),
+        lambda add: {key: key for key in range(100_000 + add)},
+        lambda add: bytes(2_000_000 + add),
+        lambda add: "a" * (2_000_000 + add),
+        lambda add: np.full(100_000, add).astype(object),
+    ]
+    for make in large:
+        same, again, other = holding(make(0)), holding(make(0)), holding(make(1))
+        assert same["task.held"] == again["task.held"] != ""
+        assert same["task.held"] != other["task.held"], same["task.held"]
+    assert holding(Archive("a", "b"))["task.held"] == holding(Archive("a", "b"))["task.held"] != ""
+    assert holding(Archive("a"))["task.held"] != holding(Archive("b"))["task.held"]
+    assert holding({*range(100_000)})["task.held"] == "", "a set has no ends"
+    assert holding([[[0] * 100] * 100] * 100)["task.held"] == ""
+    assert holding([0] * 10**6)["task.held"].startswith("1000000 items")
+
+
+class Tokenizer:
+    """The user's own, with a state that differs in each session."""
+
+    def __init__(self, cache: str) -> None:
+        self.cache = cache
+
+
+@dataclasses.dataclass
+class Settings:
+    fold: int = 0
+
+
+def test_only_plain_attributes_refuse_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refusing: list[tuple[Any, Any]] = [
+        (0, 1), (0.1, 0.2), ("a", "b"), (True, False), (None, 1), ([0], [1]), ({"a": {1}}, {"a": {2}}),
+        (np.arange(3), np.ones(3)), (torch.zeros(2), torch.ones(2)), (Path("a"), Path("b")), (range(3), range(4)),
+        (np.int64(1), np.int64(2)), (torch.float32, torch.float16), (Settings(0), Settings(1)), (b"a", b"b"), (b"", 1),
+    ]  # fmt: skip
+    for was, now in refusing:
+        assert fingerprint.differences(holding(was), holding(now), notes=False), (was, now)
+    noted: list[tuple[Any, Any]] = [
+        (Tokenizer("a"), Tokenizer("b")), ([Tokenizer("a")], [Tokenizer("b")]), (None, Tokenizer("a")),
+        (nn.ReLU(), nn.Tanh()), (math.sin, math.cos), (Net(), Net()),
+    ]  # fmt: skip
+    for was, now in noted:
+        assert fingerprint.differences(holding(was), holding(now)), (was, now)
+        without = {name: text for name, text in holding(now).items() if not name.startswith("code of ")}
+        assert fingerprint.differences(without, {**without, "task.held": holding(was)["task.held"]}, notes=False) == []
+    unseen: list[tuple[Any, Any]] = [
+        (random.Random(0), random.Random(1)), (nn.Linear(1, 1), nn.Linear(1, 1)), (time.time(), time.time() - 86400),
+        (collections.Counter, collections.Counter),
+    ]  # fmt: skip
+    for was, now in unseen:
+        assert fingerprint.differences(holding(was), holding(now)) == [], (was, now)
+    # a finished run with another object is handed out, with a note
+    tasks = [Folds(), Folds(), Folds(fold=1)]
+    for task, cache in zip(tasks, "aba", strict=True):
+        task.held = Tokenizer(cache)  # type: ignore[attr-defined]
+    assert train(config(tmp_path), tasks[0]).finished
+    assert train(config(tmp_path), tasks[1]).finished
+    assert "NOTE: edited since" in (said := capsys.readouterr().out)
+    assert "task.held was object" in said
+    assert "already finished" in said
+    with pytest.raises(CheckpointError, match=r"another task: .*task\.fold was 0, is 1"):
+        train(config(tmp_path), tasks[2])
+
+
+# Read by Globals.loss
+FACTORS: dict[str, Any] = {"a": [1.0]}
+WEIGHTS = [1.0]
+SETTINGS = Settings()
+SEEN: dict[int, int] = {}
+STARTED = time.time()
+
+
+@functools.lru_cache
+def factor(of: int) -> float:
+    return 2.0 * of
+
+
+def edited_factor(of: int) -> float:
+    return 3.0 * of
+
+
+def doubled(function: Callable[[int], float]) -> Callable[[int], float]:
+    @functools.wraps(function)
+    def twice(of: int) -> float:
+        return 2 * function(of)
+
+    return twice
+
+
+def tripled(function: Callable[[int], float]) -> Callable[[int], float]:
+    @functools.wraps(function)
+    def thrice(of: int) -> float:
+        return 3 * function(of)
+
+    return thrice
+
+
+class Globals(Folds):
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        number = len(SEEN)
+        SEEN[number] = 1
+        return super().loss(model, batch) * FACTORS["a"][0] * WEIGHTS[0] * SETTINGS.fold * factor(1) * STARTED
+
+
+def test_what_the_code_reads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = marks(Globals())
+    edited = "code of Globals.loss was edited"
+    changes: list[tuple[str, Any, str]] = [
+        ("FACTORS", {"a": [2.0]}, edited), ("WEIGHTS", [2.0], edited), ("SETTINGS", Settings(1), edited),
+        ("factor", functools.lru_cache(edited_factor), "code of edited_factor is new"),
+    ]  # fmt: skip
+    for name, value, said in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], name, value)
+            assert said in fingerprint.differences(before, marks(Globals())), name
+    found = []
+    for value in (doubled(edited_factor), tripled(edited_factor), doubled(factor.__wrapped__)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "factor", value)
+            found.append(marks(Globals()))
+    assert fingerprint.differences(found[0], found[1]) == ["code of edited_factor was edited"], "the wrapper"
+    assert "code of factor is new" in fingerprint.differences(found[0], found[2]), "the wrapped"
+    for name, value in (("SEEN", {1: 1}), ("STARTED", time.time() - 9000)):  # a cache, a time of this session
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], name, value)
+            assert fingerprint.differences(before, marks(Globals())) == [], name
+    # a checkpoint of another rank than 0, or of an older form, tells nothing
+    assert fingerprint.differences({}, before) == []
+    assert fingerprint.differences({**before, "form": "1"}, marks(Globals())) == []
+    # the user's folder may begin with the package's name
+    assert not fingerprint._is_installed(fingerprint.PACKAGE + "_mine/task.py")
+    assert fingerprint._is_installed(fingerprint.PACKAGE + "/task.py")
 
 
 # All that a run remembers, killed
