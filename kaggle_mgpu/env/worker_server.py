@@ -13,8 +13,9 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -76,6 +77,10 @@ class Server:
 
 current: Server | None = None
 """The server last started by this process, or by the process from which it was forked."""
+_lock = threading.RLock()
+"""Held while a server is replaced, since several threads may launch."""
+_pins = 0
+"""How many `pinned` blocks are entered."""
 
 
 def running() -> bool:
@@ -92,30 +97,31 @@ def start() -> Server:
     import uuid
 
     global current
-    if current is None:
-        atexit.register(lambda: current.stop() if current is not None else None)
-    else:
-        current.stop()
-    current = None
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server lives)
-    # this process's path, with the current folder last, so that its files shadow no module
-    path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
-    program = f"from kaggle_mgpu.launching.server import main; main({theirs.fileno()})"
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
-        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path), MARK: mark},
-        cwd="/",
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        pass_fds=[theirs.fileno()],
-        start_new_session=True,  # an interrupt of the notebook does not reach the server
-    )
-    theirs.close()
-    current = Server(process, ours, log, os.getpid(), f"{MARK}={mark}", _read_at_start())
-    return current
+    with _lock:
+        if current is None:
+            atexit.register(lambda: current.stop() if current is not None else None)
+        else:
+            current.stop()
+        current = None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server lives)
+        # this process's path, with the current folder last, so that its files shadow no module
+        path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
+        program = f"from kaggle_mgpu.launching.server import main; main({theirs.fileno()})"
+        mark = uuid.uuid4().hex
+        process = subprocess.Popen(
+            [sys.executable, *subprocess._args_from_interpreter_flags(), "-P", "-c", program],  # type: ignore[attr-defined]
+            env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(path), MARK: mark},
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # an interrupt of the notebook does not reach the server
+        )
+        theirs.close()
+        current = Server(process, ours, log, os.getpid(), f"{MARK}={mark}", _read_at_start())
+        return current
 
 
 def _read_at_start() -> dict[str, str]:
@@ -134,18 +140,35 @@ def ready(interrupts: Sequence[float]) -> Server:
         KeyboardInterrupt: `interrupts` is not empty.
     """
     fresh = 0
-    while True:
-        if current is None or not running() or current.variables != _read_at_start():
-            server = start()
-            fresh += 1
-        else:
-            server = current
-        if _has_imported(server, interrupts, patient=fresh < 3):
-            # a fresh server is accepted even if it and this process would never import the same files
-            if fresh or _is_current(server.watched or {}):
-                return server
-            start()
-            fresh += 1
+    with _lock:
+        while True:
+            if current is None or not running() or not (_pins or current.variables == _read_at_start()):
+                server = start()
+                fresh += 1
+            else:
+                server = current
+            if _has_imported(server, interrupts, patient=fresh < 3):
+                # a fresh server is accepted even if it and this process would never import the same files
+                if fresh or _pins or _is_current(server.watched or {}):
+                    return server
+                start()
+                fresh += 1
+
+
+@contextlib.contextmanager
+def pinned(interrupts: Sequence[float]) -> Iterator[None]:
+    """Make a server ready, and replace it within the `with` block only if it dies: a replacement ends other launches.
+
+    Raises:
+        WorkerError, KeyboardInterrupt: as `ready`.
+    """
+    global _pins
+    ready(interrupts)
+    _pins += 1
+    try:
+        yield
+    finally:
+        _pins -= 1
 
 
 def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) -> bool:

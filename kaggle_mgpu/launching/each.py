@@ -7,19 +7,28 @@ results = launch_each(train, [config.replace(lr=lr) for lr in rates], task)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import html
+import inspect
+import io
 import json
 import os
+import pickle
+import re
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 from ..env import worker_server
+from ..errors import WorkerError
 from ..machine import devices, session
+from . import lock
 from .launcher import attempts, collect_interrupts
 from .settings import ProcessSettings, is_run_settings
 
@@ -31,6 +40,8 @@ class _Job:
     name: str
     item: Any
     folder: Path
+    digest: str | None = None
+    """What the value depends on; None for a config, whose run knows by itself, and for a call that has no digest."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
@@ -43,17 +54,19 @@ class _Job:
         return f"{self.name}: {self.state}" + (f"  {said[:160]}" if self.state != "waiting" and said else "")
 
     def kept(self) -> bool:
-        """Whether an earlier launch has finished this job; its value is then read. A config's run knows by itself."""
+        """Whether an earlier launch has finished the same call; the value is then read."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads((self.folder / "value.json").read_text(encoding="utf-8"))
-            if document["item"] == repr(self.item):
+            if self.digest is not None and document["digest"] == self.digest:
                 self.state, self.value = "finished", document["value"]
         return self.state == "finished"
 
     def keep(self) -> None:
-        """Write the value, if JSON has it whole; another is computed again in a later launch."""
+        """Write the value, if JSON has it whole and it is no part ("finished": False); else it is computed again."""
+        if self.digest is None or (isinstance(self.value, dict) and self.value.get("finished") is False):
+            return
         with contextlib.suppress(OSError, TypeError, ValueError):
-            text = json.dumps({"item": repr(self.item), "value": self.value}, allow_nan=False)
+            text = json.dumps({"digest": self.digest, "value": self.value}, allow_nan=False)
             if json.loads(text)["value"] == self.value:
                 (self.folder / ".value.json").write_text(text, encoding="utf-8")
                 os.replace(self.folder / ".value.json", self.folder / "value.json")
@@ -75,7 +88,8 @@ def launch_each(
     The next job starts as soon as a GPU is free. Jobs do not communicate, and a failed job does not end the others.
     After an interrupt (the stop button) no job starts, and those at work are asked to stop; None stands for a job that
     did not end. Run the same again: finished jobs return at once (values that JSON holds are kept in output_dir, a
-    config's run knows by itself), and interrupted runs go on from their checkpoints.
+    config's run knows by itself), and interrupted runs go on from their checkpoints. A kept value counts for the same
+    item, arguments and code of the function, and of the functions that it uses from cells, not from modules.
 
     Args:
         items: numbers, names, or configs. Configs with one output_dir among them get its subfolders fold0, fold1, ….
@@ -93,11 +107,17 @@ def launch_each(
     count = at_once or max(1, len(gpus))
     if count < 1 or (gpus and count > len(gpus)):
         raise ValueError(f"at_once={count}: expected 1 to {max(1, len(gpus))}, one job for each GPU")
-    waiting = [job for job in jobs if is_run_settings(job.item) or not job.kept()]
+    if shared := _digest((function, args, kwargs)):
+        for job in jobs:
+            if not is_run_settings(job.item) and (own := _digest(job.item)):
+                job.digest = f"{shared}-{own}"
+    waiting = [job for job in jobs if not job.kept()]
+    if kept := [job.name for job in jobs if job.state == "finished"]:
+        print(f"kept from an earlier launch: {', '.join(kept)}", flush=True)
     display, shown = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}", ""
-    with collect_interrupts() as interrupts:
+    with collect_interrupts() as interrupts, contextlib.ExitStack() as stack:
         if waiting:
-            worker_server.ready(interrupts)  # before threads would each start one
+            stack.enter_context(worker_server.pinned(interrupts))  # a file that changes ends no job at work
         free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):
@@ -117,7 +137,7 @@ def launch_each(
             shown = text
             time.sleep(0.1 if running else 0.0)
     results = [job.value for job in jobs]
-    if errors := [job.error for job in jobs if isinstance(job.error, Exception)]:
+    if errors := [job.error for job in jobs if job.state == "failed" and isinstance(job.error, Exception)]:
         group = ExceptionGroup(f"{len(errors)} of {len(jobs)} jobs failed", errors)
         group.results = results  # type: ignore[attr-defined]
         raise group
@@ -144,14 +164,59 @@ def _run(
     settings = ProcessSettings() if config is None else ProcessSettings.of(config)
     restarts = settings.max_restarts if max_restarts is None else max_restarts
     try:
+        if config is not None:  # `train` asks for the lock too, but by then the logs of a run there would be gone
+            with lock.held(config.output_dir):
+                pass
         job.value = attempts(
             (function, (job.item, *args), kwargs), config, settings, 1, gpus, job.folder / "logs",
             settings.hang_timeout_minutes * 60 if timeout is None else timeout, restarts, interrupts,
             from_start=timeout is not None, quiet=True,
         )[0]  # fmt: skip
-        job.state = "finished"
-        if config is None:
+        if not interrupts:  # else the value may be what there was when the job was asked to stop
             job.keep()
+        job.state = "finished"
     except BaseException as error:
-        error.add_note(f"in job {job.name}; its log is {job.folder / 'logs' / 'rank0.log'}")
-        job.state, job.error = ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed"), error
+        job.state = "interrupted" if interrupts and isinstance(error, KeyboardInterrupt) else "failed"
+        job.error = error
+        if not isinstance(error, Exception):  # an ExceptionGroup takes no other
+            job.error = WorkerError(f"{type(error).__name__}: {error}")
+            job.error.__cause__ = error
+        job.error.add_note(f"in job {job.name}; its log is {job.folder / 'logs' / 'rank0.log'}")
+
+
+def _digest(value: Any) -> str | None:
+    """Return a digest that is the same in another process, with the code of functions; None if there is none.
+
+    Pickles themselves differ: a cell's code has the process's id in its file name, a cell's class has a random id, and
+    a tensor's storage has its address. A function of a module is in a pickle by name only.
+    """
+    import cloudpickle
+
+    torch = sys.modules.get("torch")
+
+    class Pickler(cloudpickle.Pickler):
+        def reducer_override(self, item: Any) -> Any:
+            if isinstance(item, CodeType):  # sets have an order of their own in each process
+                constants = [
+                    sorted(map(repr, part)) if isinstance(part, frozenset) else part for part in item.co_consts
+                ]
+                return tuple, ([item.co_code, constants, item.co_names, item.co_varnames, item.co_freevars],)
+            if torch is not None and isinstance(item, torch.Tensor):
+                raw = item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                return tuple, ([str(item.dtype), tuple(item.shape), raw],)
+            reduced = super().reducer_override(item)
+            if reduced is NotImplemented and isinstance(item, FunctionType):
+                inner = getattr(inspect.unwrap(item), "__code__", None)  # a decorator's wrapper has code of its own
+                return tuple, ([item.__qualname__, item.__code__, inner, item.__defaults__, item.__kwdefaults__],)
+            if isinstance(item, type) and isinstance(reduced, tuple):
+                random = [isinstance(part, str) and re.fullmatch("[0-9a-f]{32}", part) for part in reduced[1]]
+                kept = tuple(part for part, drop in zip(reduced[1], random, strict=True) if not drop)
+                return reduced[0], kept, *reduced[2:]
+            return reduced
+
+    buffer = io.BytesIO()
+    try:
+        Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    except Exception:  # `attempts` names the part that cannot be sent
+        return None
+    return hashlib.sha256(buffer.getvalue()).hexdigest()

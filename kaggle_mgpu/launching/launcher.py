@@ -186,12 +186,27 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
         yield Path(config.output_dir) / "logs"
         return
     for old in sorted(Path(tempfile.gettempdir()).glob("kaggle_mgpu-logs-*-*"))[: 1 - KEPT_LOGS]:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError), _locked(old):  # not those of a launch that still runs
+            shutil.rmtree(old, ignore_errors=True)
     logs = Path(tempfile.mkdtemp(prefix=f"kaggle_mgpu-logs-{time.strftime('%Y%m%d-%H%M%S')}-"))
-    yield logs
+    with _locked(logs):
+        yield logs
     with contextlib.suppress(OSError):
         if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # else the cell names the file for the rest
             shutil.rmtree(logs)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, or raise BlockingIOError; the folder's files stay as they are."""
+    import fcntl  # not above: Windows has none
+
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(number)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ class Workers:
             can_draw=session.can_draw() and not quiet,
             can_show=session.can_show(),
         )
+        self.server: worker_server.Server | None = None
         self.values: dict[int, Any] = {}
         self.failures: dict[int, BaseException] = {}
         self.ended: set[int] = set()
@@ -134,8 +135,8 @@ class Workers:
             finally:
                 self._signal(signal.SIGKILL)
                 self._wait_for_the_end(END_SECONDS)
-                if worker_server.current is not None and not worker_server.running():
-                    worker_server.current.stop()  # it was killed: what it had under it ends too
+                if self.server is not None and self.server.process.poll() is not None:
+                    self.server.stop()  # it was killed: what it had under it ends too
                 server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
                 self._show_output()
         return [self.values[rank] for rank in range(self.count)]
@@ -155,7 +156,7 @@ class Workers:
             for item in given:
                 theirs.enter_context(item)
             for _ in range(START_ATTEMPTS):
-                current = worker_server.ready(interrupts)
+                current = self.server = worker_server.ready(interrupts)
                 self.channel, channel = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 stack.enter_context(self.channel)
                 with channel, contextlib.suppress(ConnectionError):
@@ -167,7 +168,7 @@ class Workers:
                     self.started = time.monotonic_ns()
                     return
                 said = current.said()
-                worker_server.start()  # the one before was killed just now, or could not start a worker
+                current.stop()  # it was killed just now, or could not start a worker
         raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
 
     def _next(self, timeout: float) -> None:
