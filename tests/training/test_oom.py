@@ -20,7 +20,7 @@ from kaggle_mgpu.checkpoints import format as checkpoint_files
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.data import BatchPlan, randomness
 from kaggle_mgpu.launching import workers
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress import Progress, progress
 from kaggle_mgpu.training import is_out_of_memory, micro_batch
 from tasks import Regression
 
@@ -353,11 +353,19 @@ class SlowToTell(Tight):
         super().__init__(room, rank=rank, since=since)
         self._saved = saved
 
-    def on_record(self, record: dict[str, Any]) -> None:
-        if record["kind"] == "train" and record["step"] == self._since:
-            while not self._saved.is_dir():
-                time.sleep(0.01)
-            time.sleep(0.5)
+    def model(self) -> nn.Module:
+        # not in on_record, after which the ranks meet to hear whether the run shall end
+        write = Progress.record
+
+        def slow(progress: Progress, record: dict[str, Any]) -> None:
+            if distributed.is_main() and record["kind"] == "train" and record["step"] == self._since:
+                while not self._saved.is_dir():
+                    time.sleep(0.01)
+                time.sleep(0.5)
+            write(progress, record)
+
+        Progress.record = slow  # type: ignore[method-assign]
+        return super().model()
 
 
 def test_one_rank_of_two_runs_out_of_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
