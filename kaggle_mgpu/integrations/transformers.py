@@ -87,7 +87,7 @@ class SessionCallback(TrainerCallback):
     ) -> None:
         folder = Path(args.output_dir or ".")
         while _open:
-            _open.pop().close(RuntimeError("an error in training"))
+            _open.pop().close(Exception("an error in training"))
         weights = sum(parameter.nbytes for parameter in given["model"].parameters())
         self.session = Session(
             folder, max_steps=state.max_steps, step=state.global_step, seed=args.seed, nbytes=4 * weights,
