@@ -188,7 +188,7 @@ def test_a_trainer_that_broke_off_leaves_interrupts_and_its_folder_as_they_were(
     pytest.importorskip("transformers")
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match="out of luck"):
-        launch(with_trainer, tmp_path, StreamWithLength(), 2, nproc=1)
+        launch(with_trainer, tmp_path, loops.Augmented(), 2, nproc=1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert launch(with_trainer, tmp_path, StreamWithLength(), nproc=1) == [8]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -196,5 +196,5 @@ def test_a_trainer_that_broke_off_leaves_interrupts_and_its_folder_as_they_were(
 
 def test_lightning_stops_when_asked_before_its_fewest_epochs(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
-    with_lightning(tmp_path, stream_loader("length"), 2, min_epochs=3, min_steps=18)
+    with_lightning(tmp_path, DataLoader(loops.Augmented(), 8), 2, min_epochs=3, min_steps=18)
     assert [path.name for path in tmp_path.glob("checkpoints/*.ckpt")] == ["step-00000003.ckpt"]
