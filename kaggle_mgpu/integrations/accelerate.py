@@ -82,16 +82,19 @@ class Session:
             session.seed_order(rest, self._seed, epoch)
             for number, batch in enumerate(rest, skip):
                 self._position = epoch, number + 1
-                self.begin_step(epoch * len(loader) + number)
+                self.begin_step(number, epoch)
                 yield batch
                 if self._over:
                     return
             epoch, skip = epoch + 1, 0
             self._position = epoch, 0
 
-    def begin_step(self, number: int) -> None:
-        """Seed all random generators from (seed, number, rank), for a micro-batch of this number in the run."""
-        self._session.seed(number)
+    def begin_step(self, number: int, epoch: int = 0) -> None:
+        """Seed all random generators from (seed, number, epoch, rank), for a micro-batch of this number in the epoch.
+
+        With epoch 0 for every micro-batch, `number` counts over the whole run.
+        """
+        self._session.seed(number, epoch)
 
     @property
     def should_stop(self) -> bool:

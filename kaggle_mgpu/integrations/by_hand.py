@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..checkpoints import Checkpoints, checkpoint, resume
-from ..parallel import distributed
+from ..parallel import distributed, shards
 from . import session
 
 
@@ -35,7 +37,11 @@ class Run:
     ) -> None:
         self.max_steps, self.finished = max_steps, False
         self._kept, self._seed, self._log_every = kept, seed, log_every
-        self._models = {name: getattr(o, "module", o) for name, o in objects.items() if isinstance(o, nn.Module)}
+        for name, given in objects.items():
+            _check_whole(name, given)
+        parallel = (DistributedDataParallel, DataParallel)
+        inner = {name: o.module if isinstance(o, parallel) else o for name, o in objects.items()}
+        self._models = {name: o for name, o in inner.items() if isinstance(o, nn.Module)}
         self._others = {name: o for name, o in objects.items() if name not in self._models}
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in self._models.items()}
         self._stamp = {"watched": sorted(objects), "parameters": sizes, "seed": seed}
@@ -66,7 +72,8 @@ class Run:
         """Yield the loader's batches, epoch after epoch, from the run's position to its last step or its stop.
 
         The order of samples, their augmentation and the dropout of each batch depend on the seed and the position
-        alone. Call it once; `step` must follow within each pass of the loop that ends an optimizer step.
+        alone; an iterable dataset is read from its start, and gives its own order and augmentation. Call it once;
+        `step` must follow within each pass of the loop that ends an optimizer step.
         """
         epoch, skip = self._position
         while not self._over:
@@ -75,9 +82,10 @@ class Run:
                 samples.set_epoch(epoch)
             session.seed_order(loader, self._seed, epoch)
             number = skip - 1
-            for number, batch in enumerate(loader, skip):
+            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # nothing else can skip
+            for number, batch in enumerate(itertools.islice(loader, skip if drops else 0, None), skip):
                 self._position = epoch, number + 1
-                self.session.seed(epoch * len(loader) + number)
+                self.session.seed(number, epoch)
                 yield batch
                 if self._over:
                     return
@@ -128,6 +136,19 @@ class Run:
         self.finished = self.session.close(error)
 
 
+def _check_whole(name: str, given: Any) -> None:
+    """Raise a ValueError unless every rank has the whole of a model's or an optimizer's state."""
+    modules = [*given.modules()] if isinstance(given, nn.Module) else []
+    split = any(shards.is_sharded(parameter) for module in modules for parameter in module.parameters(recurse=False))
+    wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in modules)
+    if split or wrapped or hasattr(given, "consolidate_state_dict"):
+        raise ValueError(
+            f"watch: {name} is split over the ranks, but rank 0 saves what it has: expected the same state on every "
+            f"rank. Use DistributedDataParallel and a plain optimizer, or launch(train, config, task), which shards "
+            f"with strategy='fsdp'"
+        )
+
+
 def _number(value: Any) -> float:
     return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
@@ -149,6 +170,7 @@ def watch(
         objects: what to save and restore, by a name of your choice: model=model, optimizer=optimizer, scheduler=….
 
     Raises:
+        ValueError: a model or an optimizer is split over the ranks: fully_shard, FSDP, ZeroRedundancyOptimizer.
         CheckpointError: the folder holds a run of other objects or another seed.
         LockedError: another run has the folder.
     """

@@ -79,15 +79,22 @@ class SessionCallback(Callback):
             if (samples := session.seeded(loader, self.seed, skip)) is not None:
                 samples.set_epoch(trainer.current_epoch)
                 self.samples.append(samples)
-        iter(trainer.fit_loop._data_fetcher)  # the iterator made before knows nothing of this
+        fetcher = trainer.fit_loop._data_fetcher
+        iter(fetcher)  # the iterator made before knows nothing of this
+        if not self.samples:  # iterable datasets, which are read from their start
+            for _ in range(skip):
+                next(fetcher)
+            fetcher.fetched -= skip  # Lightning adds them itself
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         for samples in self.samples:
             samples.set_epoch(trainer.current_epoch)
+        for loader in trainer.fit_loop._combined_loader.flattened:
+            session.seed_order(loader, self.seed, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         assert self.session is not None
-        self.session.seed(trainer.current_epoch * int(trainer.num_training_batches) + batch_idx)
+        self.session.seed(batch_idx, trainer.current_epoch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.session is None or trainer.global_step == self.session.step:
@@ -101,6 +108,7 @@ class SessionCallback(Callback):
             self.save(trainer)
         if leave:
             trainer.should_stop = True
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else it would go on for them
 
     def save(self, trainer: Any) -> None:
         """Save now; every rank must call this. The file gets its name when it is whole."""

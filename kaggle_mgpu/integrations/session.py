@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from .. import progress, training
 from ..checkpoints import write_text
@@ -73,9 +73,9 @@ class Session:
         self._last_step_at = time.monotonic()
         self._next_save = self._last_step_at + self._pause
 
-    def seed(self, number: int) -> None:
-        """Seed all random generators of this rank for a step or a micro-step, counted over the whole run."""
-        randomness.seed_for(self._key, number, self._rank)
+    def seed(self, number: int, epoch: int = 0) -> None:
+        """Seed all random generators of this rank for a step or micro-step: its number in the run, or in an epoch."""
+        randomness.seed_for(self._key, (epoch << 32) + number, self._rank)
 
     def after_step(self, step: int, samples: int = 0) -> tuple[bool, bool]:
         """Take note of an optimizer step; return whether to stop after it, and whether to save. A stop is a save too.
@@ -192,14 +192,20 @@ class Skipping:
 
 
 def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
-    """Let a loader seed its samples, and skip its first batches once; None for a loader of an iterable dataset."""
+    """Let a loader seed its samples, and skip its first batches once; None for a loader of an iterable dataset.
+
+    A loader without a batch sampler (batch_size=None) skips nothing.
+    """
     inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the loader that fetches
-    if not hasattr(inner.dataset, "__getitem__") or not hasattr(inner.dataset, "__len__"):
+    if isinstance(inner.dataset, IterableDataset) or not hasattr(inner.dataset, "__len__"):
         return None
-    samples = inner.dataset if isinstance(inner.dataset, SeededSamples) else SeededSamples(inner.dataset, seed)
+    known = isinstance(inner.dataset, SeededSamples)
+    samples = inner.dataset if known else SeededSamples(inner.dataset, seed)
     for part in {id(loader): loader, id(inner): inner}.values():
+        if (skip or not known) and getattr(part, "_iterator", None) is not None:
+            part._iterator = None  # persistent workers that were started before know nothing of this
         part.__dict__["dataset"] = samples  # DataLoader forbids the plain assignment
-        if skip:
+        if skip and part.batch_sampler is not None:
             part.__dict__["batch_sampler"] = Skipping(part.batch_sampler, skip)
     return samples
 
@@ -208,10 +214,18 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
     """Make the order of an epoch's samples a function of (seed, epoch), before the loader is iterated over."""
     randomness.seed_for(randomness.key(seed, "order"), epoch, 0)
     value = torch.initial_seed()
-    inner = getattr(loader, "batch_sampler", None)
-    for owner in (loader, getattr(loader, "sampler", None), inner, getattr(inner, "sampler", None)):
+    owners: list[Any] = []
+    waiting = [loader]
+    while waiting:
+        if (owner := waiting.pop()) is not None and all(owner is not other for other in owners):
+            owners.append(owner)
+            waiting += [getattr(owner, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
+    for owner in owners:
+        if isinstance(owner, Sampler) and getattr(owner, "generator", 0) is None:
+            # the position of the global generator depends on all that drew from it before
+            vars(owner)["generator"] = torch.Generator()
         for name in ("generator", "synchronized_generator"):
             if isinstance(generator := getattr(owner, name, None), torch.Generator):
                 generator.manual_seed(value)
-        if owner is not None and hasattr(owner, "set_epoch"):
+        if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)

@@ -18,6 +18,7 @@ from ..machine import session as machine
 from ..parallel import distributed
 from .session import SeededSamples, Session, seeded
 
+_open: list[Session] = []  # a Trainer that raises an error tells its callbacks nothing, so nobody closed its session
 _histories: dict[Path, Path] = {}  # output folders, with the folders among the inputs that their runs go on from
 
 
@@ -85,12 +86,15 @@ class SessionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         folder = Path(args.output_dir or ".")
+        while _open:
+            _open.pop().close(Exception("an error in training"))
         weights = sum(parameter.nbytes for parameter in given["model"].parameters())
         self.session = Session(
             folder, max_steps=state.max_steps, step=state.global_step, seed=args.seed, nbytes=4 * weights,
             time_limit=self.time_limit, save_every=self.save_every,
             history=_histories.get(folder.resolve()),
         )  # fmt: skip
+        _open.append(self.session)
         self.batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.samples = seeded(given["train_dataloader"], args.seed)
         self.step_ended = time.monotonic()
@@ -132,4 +136,5 @@ class SessionCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.session is not None:
             self.finished = self.session.close()
+            _open.remove(self.session)
             self.session = None

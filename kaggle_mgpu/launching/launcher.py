@@ -107,7 +107,8 @@ def launch(
     if count == 1 and not in_worker:
         # of no effect once this process has used CUDA
         shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
-        with env.variables({**shown, **without_peer_access(gpus, settings)}):  # dp has several GPUs in this process
+        shown |= without_peer_access(gpus, settings)  # dp has several GPUs in this process
+        with env.variables(shown), _restored_handlers():
             try:
                 value = function(*args, **kwargs)
             except ValueError as error:
@@ -222,6 +223,19 @@ def collect_interrupts() -> Iterator[list[float]]:
         yield times
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _restored_handlers() -> Iterator[None]:
+    """Restore the handlers of SIGINT and SIGTERM after the `with` block: a loop that broke off may leave its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # None: not Python's to handle
+                    signal.signal(number, handler)
 
 
 def _saved(config: RunSettings | None) -> set[tuple[int, int]]:
