@@ -83,7 +83,7 @@ class Kernel:
 
     @property
     def seconds(self) -> float | None:
-        """The seconds a session may take: its limit, else SLACK more than the parameter time_limit, else unknown."""
+        """The quota that a session needs, in seconds: its limit, else SLACK more than time_limit, else unknown."""
         given = self.parameters.get("time_limit")
         return self.limit or (None if given is None else duration(str(given)) + SLACK)
 
@@ -165,7 +165,7 @@ class Kernel:
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
         note |= {"sha256": digest, "time": time.time()}
         try:
-            pushed = kaggle_cli.push(self.folder, self.seconds)
+            pushed = kaggle_cli.push(self.folder, self.limit)  # time_limit is no brake: each run counts its own
         except kaggle_cli.SourcesError as error:
             write_json(self.record, {**note, **vars(error.pushed)})
             raise

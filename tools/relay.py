@@ -193,9 +193,7 @@ class _Relay:
 
     def push(self) -> None:
         """Start the next session with the checkpoints of the best session as an input."""
-        now = kaggle_cli.status_if_any(self.kernel.id)
-        if now is not None and now.active:
-            raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
+        self.check_idle()
         if self.state.prepare and not self.state.prepared:
             self.prepare()
         self.await_quota()
@@ -207,6 +205,7 @@ class _Relay:
         if best is not None and best.step > 0:
             name, source = self.attach(best)
             self.kernel.sources[name] = [*self.kernel.sources.get(name, []), source]
+        self.check_idle()  # again: to prepare, to wait for quota and to upload may have taken days
         session = Session(number)
         self.state.sessions.append(session)
         self.save()  # before the push: if this process ends meanwhile, the next start finds out
@@ -221,6 +220,12 @@ class _Relay:
         session.version, session.url, session.state = pushed.version, pushed.url, "PUSHED"
         self.save()
         self.say(f"session {number}: version {pushed.version}, {pushed.url}")
+
+    def check_idle(self) -> None:
+        """Raise StopError if the kernel runs a session, since two sessions cost quota twice."""
+        now = kaggle_cli.status_if_any(self.kernel.id)
+        if now is not None and now.active:
+            raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
 
     def prepare(self) -> None:
         """Run what comes before training on a session without GPUs, which costs no quota.

@@ -137,8 +137,19 @@ def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch
     assert kernel.seconds is None
     kernel.parameters = {"time_limit": "1h30m"}
     assert kernel.seconds == 5400 + 900
+    brakes: list[float | None] = []
+
+    def push_noting_the_brake(_folder: Path, limit: float | None) -> kaggle_cli.Pushed:
+        brakes.append(limit)
+        return kaggle_cli.Pushed(1, "url")
+
+    monkeypatch.setattr(kaggle_cli, "push", push_noting_the_brake)
+    monkeypatch.setattr(kernels.Kernel, "build", lambda *_: "its sha256")
+    kernel.push(again=True)
     kernel.limit = 1200.0
     assert kernel.seconds == 1200
+    kernel.push(again=True)
+    assert brakes == [None, 1200.0]  # each training in a notebook has its own time_limit: their sum is not known
     short = "the week's GPU quota has 0.3 h left, and a session needs 0.3"
     for left, said in {kaggle_cli.Quota(1199.0, ""): short, kaggle_cli.Quota(1200.0, ""): "", None: ""}.items():
         monkeypatch.setattr(kaggle_cli, "quota", lambda left=left: left)  # None: of an older CLI
@@ -195,6 +206,18 @@ def test_a_relay_leaves_somebody_elses_session_alone(kaggle: KaggleServer, root:
     assert f"ann/{SLUG} is RUNNING, with a session that is not this relay's: wait for it" in said
     assert state(root)["sessions"] == []
     assert len(kaggle.account.running()) == 1
+
+
+def test_a_session_begun_while_the_relay_waited_for_quota_is_left_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter(["COMPLETE", "RUNNING"])
+    monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: kaggle_cli.Status(next(states)))
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: None)
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: pytest.fail("a second session"))
+    with pytest.raises(relay.StopError, match="is RUNNING, with a session that is not this relay's"):
+        relay.run(counting(root), carry=None, interval=0.1)
+    assert state(root)["sessions"] == []
 
 
 # Training
