@@ -163,7 +163,7 @@ class Kernel:
                 f"(python tools/kernels.py wait {self.id}), or push with --again."
             )
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
-        note |= {"sha256": digest, "time": time.time()}
+        note |= {"sha256": digest, "time": time.time(), "comment": comment}
         try:
             pushed = kaggle_cli.push(self.folder, self.limit)  # time_limit is no brake: each run counts its own
         except kaggle_cli.SourcesError as error:

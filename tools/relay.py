@@ -44,7 +44,7 @@ class Session:
 
     number: int
     version: int | None = None
-    """Kaggle's version; None until the push is known to have arrived."""
+    """Kaggle's version; None if unknown: before the push, and if Kaggle's answer to the push did not arrive."""
     url: str = ""
     state: str = "PUSHING"
     step: int = -1
@@ -258,8 +258,10 @@ class _Relay:
         newest = self.state.sessions[-1]
         if self.state.carry == "kernel":
             # an older version is named in any case, as far as Kaggle heeds it
-            name = self.kernel.named(best.version)
-            return "kernel_sources", name if best is newest else f"{self.kernel.id}/{best.version}"
+            if best is newest:
+                return "kernel_sources", self.kernel.named(best.version)
+            if best.version:
+                return "kernel_sources", f"{self.kernel.id}/{best.version}"
         dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
         folder = self.kernel.root / best.folder
         if not any(folder.rglob("checkpoints/step-*/model.safetensors")):
@@ -312,8 +314,10 @@ class _Relay:
         source = kaggle_cli.pull(self.kernel.id, self.kernel.folder)
         if self.marker(session.number) not in source:
             return False
-        earlier = [other.version or 0 for other in self.state.sessions[:-1]]
-        session.version, session.state = max(earlier, default=0) + 1, "PUSHED"
+        record = read_json(self.kernel.record)
+        if record.get("comment") == self.marker(session.number):  # this process ended before it noted the answer
+            session.version, session.url = record.get("version"), record.get("url", "")
+        session.state = "PUSHED"
         self.save()
         self.say(f"session {session.number} had been pushed")
         return True
@@ -322,14 +326,19 @@ class _Relay:
         """Wait until the session has ended, and record its progress."""
         name = self.kernel.named(session.version)
         status = wait_for(name, self.interval, self.say, just_pushed=name == self.kernel.id)
-        folder = self.kernel.results(session.version or session.number)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not session.folder:
+            folder = self.kernel.results(session.version)
+            if session.version is None or folder.exists():  # another session's
+                folder = folder.with_name(f"relay-{self.state.name}-{session.number}")
+            session.folder = folder.relative_to(self.kernel.root).as_posix()
+            self.save()
+        folder = self.kernel.root / session.folder
+        shutil.rmtree(folder, ignore_errors=True)  # of this session, fetched before this process was stopped
         for _ in range(5):
             if kaggle_cli.output(name, folder, SMALL):  # at least the log, once Kaggle has stored it
                 break
             time.sleep(self.interval)
         outcome = self.kernel.outcome(folder)
-        session.folder = folder.relative_to(self.kernel.root).as_posix()
         session.step, session.predicted, session.state = outcome.step, outcome.predicted, status.state
         session.finished = outcome.finished and status.state == "COMPLETE"
         self.save()

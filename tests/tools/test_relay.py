@@ -120,6 +120,44 @@ def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: P
     assert set(asked) == {"v1", "v2"}
 
 
+def test_a_push_without_an_answer_is_no_earlier_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a kernel with versions of its own: their output stays, and the newest session is the one waited for."""
+    kernel = counting(root)
+    kept = root / "runs" / SLUG / "v1" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("somebody's weights")
+    kernels.write_json(kernel.record, {"version": 1, "comment": "Parameters"})
+    at_work = relay._Relay(kernel, None, 0.1, True, lambda _: None)
+    monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: kaggle_cli.Status("RUNNING"))
+    monkeypatch.setattr(kaggle_cli, "pull", lambda *_: at_work.marker(1))
+    monkeypatch.setattr(kaggle_cli, "output", lambda *_: [kept])
+    asked: list[str] = []
+
+    def completed(name: str, *_: Any, **__: Any) -> kaggle_cli.Status:
+        asked.append(name)
+        return kaggle_cli.Status("COMPLETE")
+
+    monkeypatch.setattr(relay, "wait_for", completed)
+    session = relay.Session(1)
+    at_work.state.sessions = [session]
+    assert at_work.arrived(session)
+    at_work.end(session)
+    assert (session.version, asked) == (None, [f"ann/{SLUG}"])
+    assert session.folder == f"runs/{SLUG}/relay-{at_work.state.name}-1"
+    # nor does an answer that names a version empty a folder that is there
+    session = relay.Session(2, 1, state="PUSHED", step=3)
+    monkeypatch.setattr(kaggle_cli, "versions_are_heeded", lambda: True)
+    at_work.end(session)
+    assert session.folder == f"runs/{SLUG}/relay-{at_work.state.name}-2"
+    assert kept.read_text() == "somebody's weights"
+    # and without a version only the newest session's output can be attached
+    best = at_work.state.sessions[0]
+    assert at_work.attach(best) == ("kernel_sources", f"ann/{SLUG}")
+    at_work.state.sessions.append(session)
+    with pytest.raises(relay.StopError, match="session 1 got furthest, but its checkpoints were not fetched"):
+        at_work.attach(best)
+
+
 @pytest.mark.parametrize("older", ["Kaggle CLI 2.2.4", "Kaggle API 1.7.4.5"])
 def test_an_older_cli_is_asked_for_the_newest_version(root: Path, monkeypatch: pytest.MonkeyPatch, older: str) -> None:
     monkeypatch.setattr(kaggle_cli, "call", lambda *_, **__: older)
