@@ -26,12 +26,14 @@ _TOKENS = (
     r"|\bsk-[\w-]{16,}|\bAIza[\w-]{35}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\beyJ[\w-]+\.[\w-]+\.[\w-]+"
     r"|(?i:(?<=bearer )|(?<=basic ))[\w.~+/=-]{8,}|(?<=://)[^/\s:@{}]+:[^/\s@{}]+(?=@)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\bwandb_v1_\w{20,}|\b[0-9a-f]{40}\b[\"']?\s*\|\s*wandb login"
+    r"|(?i:secret_access_key)[\"']?\]?\s*[:=,]?\s*[\"']?[A-Za-z0-9/+]{40}(?![\w/+])"
 )
-"""Tokens of Kaggle, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google and AWS, JWTs, Authorization headers,
+"""Tokens of Kaggle, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google, wandb and AWS, JWTs, Authorization headers,
 user:password in a URL, private keys."""
 _NAMED = (
     r"(?i:(?:api_?key|[\W_](?:key|token|secret|secret_access_key|password|passwd)|^(?:key|token|secret|password))"
-    r"[\"']?\]?\s*[:=,(]\s*[\"']?|wandb\.login\(\s*[\"']|wandb login (?:--relogin )?)"
+    r"[\"']?\]?(?:\s*:\s*[\w.\[\]| ]{1,40}=|\s*[:=,(]|[ \t])\s*[\"']?|wandb\.login\(\s*[\"']|wandb login[^\n]{1,80}?)"
     r"(?P<value>\b(?:[0-9a-f]{32}|[0-9a-f]{40})\b|(?<=[\"'])[A-Za-z0-9/+]{40}(?=[\"']))"
 )
 """Keys of Kaggle (32 hex digits), wandb (40) and AWS (40 letters) after a name such as api_key; without it, hashes."""

@@ -83,7 +83,7 @@ class Kernel:
 
     @property
     def seconds(self) -> float | None:
-        """The seconds a session may take: its limit, else SLACK more than the parameter time_limit, else unknown."""
+        """The quota that a session needs, in seconds: its limit, else SLACK more than time_limit, else unknown."""
         given = self.parameters.get("time_limit")
         return self.limit or (None if given is None else duration(str(given)) + SLACK)
 
@@ -163,9 +163,9 @@ class Kernel:
                 f"(python tools/kernels.py wait {self.id}), or push with --again."
             )
         note: dict[str, Any] = {"kernel": self.id, "notebook": self.notebook, "parameters": self.parameters}
-        note |= {"sha256": digest, "time": time.time()}
+        note |= {"sha256": digest, "time": time.time(), "comment": comment}
         try:
-            pushed = kaggle_cli.push(self.folder, self.seconds)
+            pushed = kaggle_cli.push(self.folder, self.limit)  # time_limit is no brake: each run counts its own
         except kaggle_cli.SourcesError as error:
             write_json(self.record, {**note, **vars(error.pushed)})
             raise
@@ -399,8 +399,31 @@ def metadata(root: Path, kernel: Kernel, needs: Mapping[str, Any]) -> dict[str, 
     return about
 
 
-def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
+def secrets_in(notebook: Any, files: Mapping[str, bytes]) -> list[str]:
+    """Return the places of tokens and keys: cells, metadata, files of a payload, and the given files."""
+    texts = {name: content.decode(errors="replace") for name, content in files.items()}
+    texts["the notebook's metadata"] = json.dumps(notebook.metadata)
+    for number, cell in enumerate(notebook.cells, 1):
+        source = cell.source
+        if "payload" in notebooks.tags(cell) and notebooks.DATA.search(source):
+            packed = {} if files else notebooks.payload_files(source)
+            texts |= {name: content.decode(errors="replace") for name, content in packed.items()}
+            source = notebooks.DATA.sub("", source)
+        texts[f"cell {number}"] = source
+        texts[f"the metadata of cell {number}"] = json.dumps({**cell, "source": ""})
+    return [
+        f"{where} has what looks like a token or key ({found}), which every version would keep: use Kaggle's own "
+        f"secrets (Add-ons > Secrets)"
+        for where, text in texts.items()
+        if (found := kaggle_cli.secret_in(text))
+    ]
+
+
+def validate(notebook: Any, text: str, about: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
     """Check a kernel for mistakes that `kaggle kernels push` does not report.
+
+    Args:
+        files: the files in the payload cell. Default: those of the package, read from the cell.
 
     Raises:
         KernelError: a list of all mistakes.
@@ -438,12 +461,7 @@ def validate(notebook: Any, text: str, about: Mapping[str, Any]) -> None:
             wrong.append(f"the notebook is not valid: {error}")
     if (size := len(text.encode())) > MAX_BYTES:
         wrong.append(f"the notebook has {size:,} bytes; Kaggle takes {MAX_BYTES:,}")
-    for number, cell in enumerate(notebook.cells, 1):
-        if "payload" not in notebooks.tags(cell) and (found := kaggle_cli.secret_in(cell.source)):
-            wrong.append(
-                f"cell {number} has what looks like a token or key ({found}), which every version would keep: use "
-                f"Kaggle's own secrets (Add-ons > Secrets)"
-            )
+    wrong += secrets_in(notebook, files or {})
     if wrong:
         raise KernelError("\n".join([f"{about['id']} would fail on Kaggle:", *wrong]))
 

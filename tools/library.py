@@ -99,7 +99,8 @@ def push(root: Path, user: str, wheel: Path, interval: float, say: Callable[[str
     about |= {"is_private": False, "enable_gpu": False, **{name: [] for name in SOURCES}}
     del about["machine_shape"]
     text = notebooks.dumps(notebook)
-    validate(notebook, text, about)
+    with zipfile.ZipFile(wheel) as archive:
+        validate(notebook, text, about, {name: archive.read(name) for name in archive.namelist()})
     folder = root / "build" / "kernels" / SLUG
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{SLUG}.ipynb").write_text(text, encoding="utf-8")

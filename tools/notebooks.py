@@ -83,7 +83,7 @@ def _carry(files: dict[str, str]) -> str:
     return folder
 
 
-_DATA = re.compile(r'b85decode\("([^"\n]*)"\)')
+DATA = re.compile(r'b85decode\("([^"\n]*)"\)')
 
 
 def content_sha256(files: dict[str, bytes]) -> str:
@@ -132,7 +132,7 @@ def payload_files(source: str) -> dict[str, bytes]:
         NotebookError: the cell carries none, or is damaged.
     """
     try:
-        data = _DATA.search(source)
+        data = DATA.search(source)
         program = bz2.decompress(base64.b85decode(data[1] if data else ""))
         texts: dict[str, str] = ast.literal_eval(program.decode().partition("\n")[0].removeprefix("files = "))
     except (ValueError, OSError, EOFError, SyntaxError) as error:
@@ -214,10 +214,12 @@ def read(path: Path) -> Any:
 
 
 def load(source: Path, package: Path) -> Any:
-    """The notebook that a percent source makes, or one of the user's own as it is, without outputs."""
+    """The notebook that a percent source makes, or one of the user's own without outputs and papermill's notes."""
     if source.suffix != ".ipynb":
         return build(source, package)
     notebook = read(source)
+    for part in (notebook, *notebook.cells):
+        part.metadata.pop("papermill", None)  # of an earlier run: its parameters, and paths of this machine
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -279,7 +281,7 @@ def _payload_differences(cell: Any, wanted: Any) -> list[str]:
     lines += [
         f"{name} differs from the package" for name in sorted(files.keys() & got.keys()) if files[name] != got[name]
     ]
-    if _DATA.sub("", cell.source) != _DATA.sub("", payload_source(got)):
+    if DATA.sub("", cell.source) != DATA.sub("", payload_source(got)):
         lines.append("the code around the payload differs")
     return lines
 

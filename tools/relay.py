@@ -44,7 +44,7 @@ class Session:
 
     number: int
     version: int | None = None
-    """Kaggle's version; None until the push is known to have arrived."""
+    """Kaggle's version; None if unknown: before the push, and if Kaggle's answer to the push did not arrive."""
     url: str = ""
     state: str = "PUSHING"
     step: int = -1
@@ -193,9 +193,7 @@ class _Relay:
 
     def push(self) -> None:
         """Start the next session with the checkpoints of the best session as an input."""
-        now = kaggle_cli.status_if_any(self.kernel.id)
-        if now is not None and now.active:
-            raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
+        self.check_idle()
         if self.state.prepare and not self.state.prepared:
             self.prepare()
         self.await_quota()
@@ -207,6 +205,7 @@ class _Relay:
         if best is not None and best.step > 0:
             name, source = self.attach(best)
             self.kernel.sources[name] = [*self.kernel.sources.get(name, []), source]
+        self.check_idle()  # again: to prepare, to wait for quota and to upload may have taken days
         session = Session(number)
         self.state.sessions.append(session)
         self.save()  # before the push: if this process ends meanwhile, the next start finds out
@@ -221,6 +220,12 @@ class _Relay:
         session.version, session.url, session.state = pushed.version, pushed.url, "PUSHED"
         self.save()
         self.say(f"session {number}: version {pushed.version}, {pushed.url}")
+
+    def check_idle(self) -> None:
+        """Raise StopError if the kernel runs a session, since two sessions cost quota twice."""
+        now = kaggle_cli.status_if_any(self.kernel.id)
+        if now is not None and now.active:
+            raise StopError(f"{self.kernel.id} is {now.state}, with a session that is not this relay's: wait for it")
 
     def prepare(self) -> None:
         """Run what comes before training on a session without GPUs, which costs no quota.
@@ -253,8 +258,10 @@ class _Relay:
         newest = self.state.sessions[-1]
         if self.state.carry == "kernel":
             # an older version is named in any case, as far as Kaggle heeds it
-            name = self.kernel.named(best.version)
-            return "kernel_sources", name if best is newest else f"{self.kernel.id}/{best.version}"
+            if best is newest:
+                return "kernel_sources", self.kernel.named(best.version)
+            if best.version:
+                return "kernel_sources", f"{self.kernel.id}/{best.version}"
         dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
         folder = self.kernel.root / best.folder
         if not any(folder.rglob("checkpoints/step-*/model.safetensors")):
@@ -307,8 +314,10 @@ class _Relay:
         source = kaggle_cli.pull(self.kernel.id, self.kernel.folder)
         if self.marker(session.number) not in source:
             return False
-        earlier = [other.version or 0 for other in self.state.sessions[:-1]]
-        session.version, session.state = max(earlier, default=0) + 1, "PUSHED"
+        record = read_json(self.kernel.record)
+        if record.get("comment") == self.marker(session.number):  # this process ended before it noted the answer
+            session.version, session.url = record.get("version"), record.get("url", "")
+        session.state = "PUSHED"
         self.save()
         self.say(f"session {session.number} had been pushed")
         return True
@@ -317,14 +326,19 @@ class _Relay:
         """Wait until the session has ended, and record its progress."""
         name = self.kernel.named(session.version)
         status = wait_for(name, self.interval, self.say, just_pushed=name == self.kernel.id)
-        folder = self.kernel.results(session.version or session.number)
-        shutil.rmtree(folder, ignore_errors=True)
+        if not session.folder:
+            folder = self.kernel.results(session.version)
+            if session.version is None or folder.exists():  # another session's
+                folder = folder.with_name(f"relay-{self.state.name}-{session.number}")
+            session.folder = folder.relative_to(self.kernel.root).as_posix()
+            self.save()
+        folder = self.kernel.root / session.folder
+        shutil.rmtree(folder, ignore_errors=True)  # of this session, fetched before this process was stopped
         for _ in range(5):
             if kaggle_cli.output(name, folder, SMALL):  # at least the log, once Kaggle has stored it
                 break
             time.sleep(self.interval)
         outcome = self.kernel.outcome(folder)
-        session.folder = folder.relative_to(self.kernel.root).as_posix()
         session.step, session.predicted, session.state = outcome.step, outcome.predicted, status.state
         session.finished = outcome.finished and status.state == "COMPLETE"
         self.save()

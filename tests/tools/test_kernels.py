@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 import kaggle_cli
 import kernel as kernels
+import library
 import notebooks
 import sweep
 from kaggle_cli import KaggleError
@@ -198,6 +200,34 @@ def test_what_would_fail_on_kaggle_is_told_before(
     with pytest.raises(kernels.KernelError, match=message):
         kernel.build()
     assert not (kernel.folder / "kernel-metadata.json").exists()
+
+
+def test_no_secret_goes_with_the_files_or_the_metadata(root: Path) -> None:
+    notebook = notebooks.build(root / "notebooks" / "counting_kaggle_multigpu.py", root / "kaggle_mgpu")
+    assert kernels.secrets_in(notebook, {}) == []
+    token = {"token": "KGAT_" + HEX}
+    notebook.metadata["x"], notebook.cells[0].metadata["x"] = token, token
+    (root / "kaggle_mgpu" / "scratch.py").write_text(f"given = {token}")  # an untracked file, say
+    notebook.cells[1].source = notebooks.payload_source(notebooks.package_files(root / "kaggle_mgpu"))
+    notebook.cells[1].source += f"\nkey = {token}"
+    places = ["kaggle_mgpu/scratch.py", "cell 2", "the notebook's metadata", "the metadata of cell 1"]
+    assert sorted(text.split(" has what looks")[0] for text in kernels.secrets_in(notebook, {})) == sorted(places)
+
+
+def test_no_secret_goes_with_the_wheel(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: pytest.fail("pushed"))
+    wheel = root / "kaggle_mgpu-9.8.7-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("kaggle_mgpu/scratch.py", f"x = 'KGAT_{HEX}'")
+    with pytest.raises(kernels.KernelError, match=r"kaggle_mgpu/scratch\.py has what looks like a token or key \(KGAT"):
+        library.push(root, "ann", wheel, 1, print)
+
+
+def test_papermills_notes_of_an_earlier_run_stay_here(tmp_path: Path) -> None:
+    noted = {"papermill": {"parameters": {"token": "x"}, "input_path": str(tmp_path)}}
+    cell = nbformat.v4.new_code_cell("1", metadata=noted)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=noted), tmp_path / "own.ipynb")
+    assert "papermill" not in notebooks.dumps(notebooks.load(tmp_path / "own.ipynb", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,44 @@ def test_what_a_relay_stops_for_and_how_it_goes_on(kaggle: KaggleServer, root: P
     assert set(asked) == {"v1", "v2"}
 
 
+def test_a_push_without_an_answer_is_no_earlier_version(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a kernel with versions of its own: their output stays, and the newest session is the one waited for."""
+    kernel = counting(root)
+    kept = root / "runs" / SLUG / "v1" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("somebody's weights")
+    kernels.write_json(kernel.record, {"version": 1, "comment": "Parameters"})
+    at_work = relay._Relay(kernel, None, 0.1, True, lambda _: None)
+    monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: kaggle_cli.Status("RUNNING"))
+    monkeypatch.setattr(kaggle_cli, "pull", lambda *_: at_work.marker(1))
+    monkeypatch.setattr(kaggle_cli, "output", lambda *_: [kept])
+    asked: list[str] = []
+
+    def completed(name: str, *_: Any, **__: Any) -> kaggle_cli.Status:
+        asked.append(name)
+        return kaggle_cli.Status("COMPLETE")
+
+    monkeypatch.setattr(relay, "wait_for", completed)
+    session = relay.Session(1)
+    at_work.state.sessions = [session]
+    assert at_work.arrived(session)
+    at_work.end(session)
+    assert (session.version, asked) == (None, [f"ann/{SLUG}"])
+    assert session.folder == f"runs/{SLUG}/relay-{at_work.state.name}-1"
+    # nor does an answer that names a version empty a folder that is there
+    session = relay.Session(2, 1, state="PUSHED", step=3)
+    monkeypatch.setattr(kaggle_cli, "versions_are_heeded", lambda: True)
+    at_work.end(session)
+    assert session.folder == f"runs/{SLUG}/relay-{at_work.state.name}-2"
+    assert kept.read_text() == "somebody's weights"
+    # and without a version only the newest session's output can be attached
+    best = at_work.state.sessions[0]
+    assert at_work.attach(best) == ("kernel_sources", f"ann/{SLUG}")
+    at_work.state.sessions.append(session)
+    with pytest.raises(relay.StopError, match="session 1 got furthest, but its checkpoints were not fetched"):
+        at_work.attach(best)
+
+
 @pytest.mark.parametrize("older", ["Kaggle CLI 2.2.4", "Kaggle API 1.7.4.5"])
 def test_an_older_cli_is_asked_for_the_newest_version(root: Path, monkeypatch: pytest.MonkeyPatch, older: str) -> None:
     monkeypatch.setattr(kaggle_cli, "call", lambda *_, **__: older)
@@ -137,8 +175,19 @@ def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch
     assert kernel.seconds is None
     kernel.parameters = {"time_limit": "1h30m"}
     assert kernel.seconds == 5400 + 900
+    brakes: list[float | None] = []
+
+    def push_noting_the_brake(_folder: Path, limit: float | None) -> kaggle_cli.Pushed:
+        brakes.append(limit)
+        return kaggle_cli.Pushed(1, "url")
+
+    monkeypatch.setattr(kaggle_cli, "push", push_noting_the_brake)
+    monkeypatch.setattr(kernels.Kernel, "build", lambda *_: "its sha256")
+    kernel.push(again=True)
     kernel.limit = 1200.0
     assert kernel.seconds == 1200
+    kernel.push(again=True)
+    assert brakes == [None, 1200.0]  # each training in a notebook has its own time_limit: their sum is not known
     short = "the week's GPU quota has 0.3 h left, and a session needs 0.3"
     for left, said in {kaggle_cli.Quota(1199.0, ""): short, kaggle_cli.Quota(1200.0, ""): "", None: ""}.items():
         monkeypatch.setattr(kaggle_cli, "quota", lambda left=left: left)  # None: of an older CLI
@@ -195,6 +244,18 @@ def test_a_relay_leaves_somebody_elses_session_alone(kaggle: KaggleServer, root:
     assert f"ann/{SLUG} is RUNNING, with a session that is not this relay's: wait for it" in said
     assert state(root)["sessions"] == []
     assert len(kaggle.account.running()) == 1
+
+
+def test_a_session_begun_while_the_relay_waited_for_quota_is_left_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter(["COMPLETE", "RUNNING"])
+    monkeypatch.setattr(kaggle_cli, "status_if_any", lambda _: kaggle_cli.Status(next(states)))
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: None)
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: pytest.fail("a second session"))
+    with pytest.raises(relay.StopError, match="is RUNNING, with a session that is not this relay's"):
+        relay.run(counting(root), carry=None, interval=0.1)
+    assert state(root)["sessions"] == []
 
 
 # Training
