@@ -47,8 +47,8 @@ OUTPUT_DIR ?=
 ARGS ?=
 TESTS ?=
 INSTALL := pip install --quiet --disable-pip-version-check
-# each file of tests in one of two processes, the longest first
-PYTEST := pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+# each file of tests in one of three processes, the longest first: on two cores, since tests wait a third of their time
+PYTEST := pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 KIT := $(BIN)/python -m kaggle_mgpu
 # TensorBoard beside a run, until the run ends. It prints its address, and takes another port where 6006 is in use.
 BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE)) & trap "kill $$!" EXIT; trap : INT TERM;

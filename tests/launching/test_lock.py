@@ -58,13 +58,13 @@ class Waiting(Regression):
 
     def __init__(self, folder: Path, at: int) -> None:
         super().__init__()
-        self.folder, self.at, self.calls = folder, at, 0
+        self._folder, self._at, self.calls = folder, at, 0
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         self.calls += model.training
-        if self.calls == self.at:
-            (self.folder / "stands").touch()
-            while not (self.folder / "go").exists():
+        if self.calls == self._at:
+            (self._folder / "stands").touch()
+            while not (self._folder / "go").exists():
                 time.sleep(0.01)
         return super().loss(model, batch)
 
@@ -120,8 +120,8 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path: Path)
     final = [read_tensors(folder / "model.safetensors") for folder in (run, tmp_path / "undisturbed")]
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[1])
     # finished, it is anybody's
-    assert train(config(run), Regression()).finished
-    assert train(config(run, max_steps=14), Regression()).step == 14
+    assert train(config(run), Waiting(tmp_path, -1)).finished
+    assert train(config(run, max_steps=14), Waiting(tmp_path, -1)).step == 14
 
 
 @pytest.mark.parametrize("data_workers", [0, 1])

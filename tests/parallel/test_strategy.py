@@ -417,6 +417,7 @@ def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def some_steps(kind: type[Strategy], state: Any, first: int, replicas: int = 1) -> tuple[dict[str, Any], bool]:
     """Two steps on from `state`, this rank's half of 8 samples in each; then the state, and whether it loaded whole."""
+    distributed.init()
     model = Net(seed=99)
     strategy = make(kind, model, replicas=replicas)
     optimizer = adamw(model)
@@ -534,6 +535,7 @@ class Normed(nn.Module):
 
 
 def in_two_processes() -> dict[str, Any]:
+    distributed.init()
     rank, found = distributed.rank(), {}
 
     # Only rank 1 meets an infinity, in the first of two micro-steps: that one is not even exchanged by itself

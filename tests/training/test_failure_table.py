@@ -157,6 +157,7 @@ def in_worker(settings: TrainConfig, task: Breaking, renamed: str) -> Result:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests were started by nohup
     patch = pytest.MonkeyPatch()
     patch.setattr(distributed, "RankVote", functools.partial(distributed.RankVote, 0.0))  # in each step
     save_before_the_next_step(patch)
