@@ -343,7 +343,7 @@ class _Reading:
     def _visit(self, items: int) -> None:
         self.left -= items
         if self.left < 0:
-            raise ValueError("too many items")
+            raise ValueError  # caught in `_text`
 
     def _of_items(self, items: Iterable[Any], depth: int) -> str:
         return _checksum(repr([self.text(item, depth - 1) for item in items]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,9 +145,15 @@ class Mishap(Language):
 
 
 class KilledOnce(Mishap):
-    """Is killed at step 10 of its first attempt."""
+    """Is killed at step 10 of its first attempt, when there is a checkpoint to go on from."""
+
+    def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        self._checkpoints = Path(config.output_dir) / "checkpoints"
+        return super().optimizer(model, config)
 
     def on_record(self, record: dict[str, Any]) -> None:
+        while self.kind == "kill" and record.get("step") == 10 and not [*self._checkpoints.glob("step-*")]:
+            time.sleep(0.01)
         if record.get("kind") == "start":
             self.kind = "" if record["step"] else "kill"
         super().on_record(record)
