@@ -9,11 +9,14 @@ import argparse
 import contextlib
 import hashlib
 import io
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
 
 from kaggle_mgpu import Task, TrainConfig, launch, train
 
