@@ -149,13 +149,16 @@ class Kernel:
         (self.folder / "kernel-metadata.json").write_text(about_text, encoding="utf-8")
         return hashlib.sha256((text + about_text).encode()).hexdigest()
 
-    def push(self, comment: str = "Parameters", *, again: bool = False) -> kaggle_cli.Pushed:
+    def push(self, comment: str = "Parameters", *, again: bool = False, ask_quota: bool = False) -> kaggle_cli.Pushed:
         """Build and push the kernel, and record the version.
 
         Raises:
-            KernelError: a session is running already and `again` is False, since two sessions cost quota twice.
+            KernelError: the quota cannot pay for a session, if `ask_quota`; or a session is running already and `again`
+                is False, since two sessions cost quota twice.
         """
-        digest = self.build(comment)
+        digest = self.build(comment)  # first, since what is wrong here needs no question to Kaggle
+        if ask_quota and (short := self.short_of_quota()):
+            raise KernelError(f"not pushed: {short}")
         now = None if again else kaggle_cli.status_if_any(self.id)
         if now is not None and now.active:
             raise KernelError(

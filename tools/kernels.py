@@ -79,10 +79,7 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
 
 def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
     kernel.internet = arguments.internet
-    kernel.build("Parameters")  # what is wrong here is said before Kaggle is asked
-    if short := kernel.short_of_quota():
-        raise KernelError(f"not pushed: {short}")
-    pushed = kernel.push(again=arguments.again)
+    pushed = kernel.push(again=arguments.again, ask_quota=True)
     print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
     about = read_json(kernel.folder / "kernel-metadata.json")
     if about.get("enable_tpu") or str(about.get("machine_shape")).lower().startswith("tpu"):
