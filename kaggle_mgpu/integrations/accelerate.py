@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from accelerate import Accelerator, skip_first_batches
 
 from ..checkpoints import write_text
@@ -74,7 +73,7 @@ class Session:
         """Yield the prepared loader's batches, epoch after epoch, from the run's position to its end or its stop."""
         epoch, skip = self._position
         samples = session.seeded(loader, self._seed)
-        while not self._over:
+        while not self._session.over:
             if samples is not None:
                 samples.set_epoch(epoch)
             rest = skip_first_batches(loader, skip) if skip else loader
@@ -84,7 +83,7 @@ class Session:
                 self._position = epoch, number + 1
                 self.begin_step(number, epoch)
                 yield batch
-                if self._over:
+                if self._session.over:
                     return
             epoch, skip = epoch + 1, 0
             self._position = epoch, 0
@@ -101,22 +100,14 @@ class Session:
         """Whether the ranks have agreed to stop: the session's end is near, or somebody asked."""
         return self._session.leaving
 
-    @property
-    def _over(self) -> bool:
-        return self.should_stop or self.steps_taken >= self.max_steps
-
     def step(self, loss: Any = None) -> bool:
         """Take note of a micro-batch; after an optimizer step record and save. Return whether to leave the loop."""
         if not self.accelerator.sync_gradients:
             return False
         self.steps_taken += 1
-        _, save = self._session.after_step(self.steps_taken, 1)
-        due = self.steps_taken in (1, self.max_steps) or self.steps_taken % self._log_every == 0
-        if loss is not None and due and self.accelerator.is_main_process:
-            self._session.record("train", loss=float(torch.as_tensor(loss).detach()))
-        if save:
+        if self._session.train_step(self.steps_taken, self._log_every, None if loss is None else {"loss": loss}):
             self.save()
-        return self._over
+        return self._session.over
 
     def save(self) -> None:
         """Save with `accelerator.save_state`; the folder gets its name when all ranks have written."""

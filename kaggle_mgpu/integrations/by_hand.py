@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -76,7 +75,7 @@ class Run:
         `step` must follow within each pass of the loop that ends an optimizer step.
         """
         epoch, skip = self._position
-        while not self._over:
+        while not self.session.over:
             samples = session.seeded(loader, self._seed, skip)
             if samples is not None:
                 samples.set_epoch(epoch)
@@ -87,16 +86,12 @@ class Run:
                 self._position = epoch, number + 1
                 self.session.seed(number, epoch)
                 yield batch
-                if self._over:
+                if self.session.over:
                     return
             if number < 0:
                 raise ValueError("run.batches: the loader has no batch")
             epoch, skip = epoch + 1, 0
             self._position = epoch, 0
-
-    @property
-    def _over(self) -> bool:
-        return self.session.leaving or self.steps_taken >= self.max_steps
 
     def step(self, loss: Any = None, **numbers: Any) -> bool:
         """Take note of an optimizer step just taken; return whether to leave the loop. Saves where it is time to.
@@ -106,14 +101,10 @@ class Run:
             numbers: more of them for the record.
         """
         self.steps_taken += 1
-        _, save = self.session.after_step(self.steps_taken, 1)
-        if self.steps_taken in (1, self.max_steps) or self.steps_taken % self._log_every == 0:
-            given = {**numbers} if loss is None else {"loss": loss, **numbers}
-            if distributed.is_main():
-                self.session.record("train", **{name: _number(value) for name, value in given.items()})
-        if save:
+        given = numbers if loss is None else {"loss": loss, **numbers}
+        if self.session.train_step(self.steps_taken, self._log_every, given):
             self.save()
-        return self._over
+        return self.session.over
 
     def save(self) -> None:
         """Save now, in the background: every rank has the same state, and rank 0 writes it."""
@@ -147,10 +138,6 @@ def _check_whole(name: str, given: Any) -> None:
             f"rank. Use DistributedDataParallel and a plain optimizer, or launch(train, config, task), which shards "
             f"with strategy='fsdp'"
         )
-
-
-def _number(value: Any) -> float:
-    return float(value.detach() if isinstance(value, torch.Tensor) else value)
 
 
 @contextlib.contextmanager

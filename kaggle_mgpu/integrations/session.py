@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,25 @@ class Session:
             self.reason = "asked to stop" if stop else "time limit" if no_time else ""
             return self.leaving, self.leaving or save
         return True, True
+
+    @property
+    def over(self) -> bool:
+        """Whether to leave the loop: the ranks have agreed to stop, or all steps are taken."""
+        return self.leaving or self.step >= self.max_steps
+
+    def train_step(self, step: int, log_every: int, values: Mapping[str, Any] | None) -> bool:
+        """Take note of an optimizer step and record it when a record is due; return whether to save.
+
+        Args:
+            log_every: steps between two records.
+            values: numbers or 0-d tensors of this rank, read on rank 0 alone. None: record nothing.
+        """
+        _, save = self.after_step(step, 1)
+        due = step in (1, self.max_steps) or step % log_every == 0
+        if due and values is not None and self._rank == 0:
+            plain = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in values.items()}
+            self.record("train", **{name: float(value) for name, value in plain.items()})
+        return save
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
