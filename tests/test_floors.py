@@ -172,6 +172,14 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.quick
+def test_importing_the_loop_leaves_the_compiler_alone() -> None:
+    """torch._dynamo and sympy take longer than the rest of torch, in each process that trains or reads a result."""
+    code = "import sys, kaggle_mgpu.training; print({'torch._dynamo', 'sympy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_every_name_the_package_hands_on_is_there() -> None:
     import kaggle_mgpu
     from kaggle_mgpu.launching import launch

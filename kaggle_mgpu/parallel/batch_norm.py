@@ -35,13 +35,14 @@ def sync_batch_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synced):
-            module.__class__ = type(type(module).__name__, (_Synced, type(module)), {})
+            # decorated here, since the decorator imports torch._dynamo: two seconds of every process
+            members = {"forward": torch.compiler.disable(_Synced.forward)}
+            module.__class__ = type(type(module).__name__, (_Synced, type(module)), members)
 
 
 class _Synced(nn.Module):
     """A _Synced is a BatchNorm layer whose calls of torch's batch_norm use the statistics of all ranks."""
 
-    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         own: Any = super()
         if isinstance(self, nn.SyncBatchNorm):  # whose forward counts stand-ins, and needs a GPU: the one that it hides

@@ -14,8 +14,6 @@ from kaggle_mgpu import launch, train
 from kaggle_mgpu.errors import DivergedError
 from kaggle_mgpu.recipes.sft import Config, Finetune, models, overflow
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
 SMALL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
@@ -25,6 +23,7 @@ SMALL = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data and two models: a Gemma 3 with sums of 2e5 between its layers, a Llama with one such layer."""
+    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("home")
     rows = [f'{{"user": "What is {a} plus {b}?", "assistant": "{a + b}"}}' for a in range(9) for b in range(9)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
