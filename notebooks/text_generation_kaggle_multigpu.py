@@ -102,6 +102,13 @@ else:
 
 # %% [markdown]
 # ## Let it write
+#
+# First the same beginning at evaluations through the run, then the best weights with prompts of your own.
+
+# %%
+samples = [(record["step"], record["sample"]) for record in result.records() if "sample" in record]
+for step, text in samples[:: max(1, len(samples) // 6)]:
+    print(f"step {step:6,}: {text!r}")
 
 # %%
 model = result.load(task.model(), "best")

@@ -617,13 +617,19 @@ def test_the_trainer_trains_it_and_reports_what_the_task_says(tmp_path):
 
 
 def test_two_processes_share_one_preparation_and_give_the_weights_of_one(tmp_path):
-    config = small(tmp_path, data_path=str(lines(tmp_path)), max_steps=6, strategy="ddp", nproc=2)
+    config = small(tmp_path, data_path=str(lines(tmp_path)), max_steps=6, eval_every=3, strategy="ddp", nproc=2)
     two = launch(train, config, TextGeneration(config))
     assert two.world_size == 2
+    task = TextGeneration(config)
+    samples = {record["step"]: record["sample"] for record in two.records() if record["kind"] == "eval"}
+    assert [*samples] == [3, 6]
+    assert samples[6] == task.sample(two.load(task.model()), "The ", max_new_tokens=40) != samples[3]
+    assert pickle.loads(pickle.dumps(task)).__dict__["_trained"] is None, "weights do not travel with a launch"
     assert len(list((tmp_path / "run" / "data").iterdir())) == 1
     alone = config.replace(strategy="single", nproc=1, output_dir=str(tmp_path / "alone"))
     one = train(alone, TextGeneration(alone))
     assert two.metrics == pytest.approx(one.metrics, rel=1e-5)
+    assert samples == {record["step"]: record["sample"] for record in one.records() if record["kind"] == "eval"}
     a, b = (load_file(Path(run.output_dir) / "model.safetensors") for run in (one, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
 

@@ -48,12 +48,16 @@ class Config(TrainConfig):
     """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-4
     """Where the schedule ends."""
+    sample_tokens: int = 40
+    """Tokens that the model writes at each evaluation, kept in metrics.jsonl as `sample`. 0: none."""
+    sample_prompt: str = "The "
+    """The beginning of these samples."""
     output_dir: str = "text_generation"
     """The run's folder: config, data, metrics, logs, checkpoints, weights, result."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least_of = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 2, "vocab_size": 258}
+        least_of = {"n_layer": 1, "n_head": 1, "n_embd": 2, "block_size": 2, "vocab_size": 258, "sample_tokens": 0}
         for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {getattr(self, name)!r}")

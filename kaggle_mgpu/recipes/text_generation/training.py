@@ -26,6 +26,10 @@ class TextGeneration(Task):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._corpus: Corpus | None = None
+        self._trained: GPT | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_trained": None}  # weights do not travel with a launch
 
     @property
     def corpus(self) -> Corpus:
@@ -50,7 +54,8 @@ class TextGeneration(Task):
 
     def model(self) -> nn.Module:
         c = self.config
-        return GPT(self.corpus.n_vocab, c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout)
+        self._trained = GPT(self.corpus.n_vocab, c.n_layer, c.n_head, c.n_embd, c.block_size, c.dropout)
+        return self._trained
 
     def train_data(self) -> TokenBlocks:
         return self.corpus.blocks("train", self.config.block_size, self.config.random_shift)
@@ -73,6 +78,13 @@ class TextGeneration(Task):
         loss = float(metrics["loss"])
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": self.corpus.bits_per_byte(loss)}
+
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Add a short text, from the weights of this moment, to the record of an evaluation."""
+        c = self.config
+        whole = c.strategy not in ("fsdp", "deepspeed")  # where rank 0 alone has no whole model to write with
+        if record["kind"] == "eval" and c.sample_tokens and self._trained and whole:
+            record["sample"] = self.sample(self._trained, c.sample_prompt, max_new_tokens=c.sample_tokens)
 
     def sample(self, model: nn.Module, prompt: str = "", **options: Any) -> str:
         """`generate` with this task's tokenizer."""
