@@ -471,6 +471,8 @@ def test_a_batch_padded_on_the_left_is_answered_as_each_question_by_itself(home:
                     break
         assert text == task.tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
     assert len(set(texts)) > 1
+    beams = generation.answer(model, task.tokenizer, prompts, max_new_tokens=8, stop=stop, num_beams=4)
+    assert beams != texts, "four beams find likelier answers than the likeliest token each time"
 
 
 def test_answers_are_remembered_while_nothing_changes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,52 @@ def test_a_system_message_comes_first(tmp_path: Path) -> None:
     assert conversation == [{"role": "system", "content": "Be brief."}, *MESSAGES]
 
 
+CALL = {"name": "weather", "arguments": {"city": "Paris"}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+WITH_TOOLS = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}{% for call in message.tool_calls or [] %}"
+    "CALL {{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", [CALL["arguments"], json.dumps(CALL["arguments"])])
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_calls_of_tools_are_learnt_as_the_template_writes_them(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, arguments: Any, tools: Any
+) -> None:
+    call = {"id": "1", "type": "function", "function": {**CALL, "arguments": arguments}}
+    messages = [
+        MESSAGES[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "name": "weather", "tool_call_id": "1", "content": "sunny"},
+        MESSAGES[1],
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages, "tools": tools}))
+    _, conversations = reading.read_conversations(tmp_path)
+    monkeypatch.setattr(tiny, "chat_template", WITH_TOOLS)
+    (example,), _ = data.encode(tiny, conversations, 1000)
+    text = tiny.decode(example.ids)
+    assert f"system\n{json.dumps(TOOLS)}" in text
+    assert "<|im_start|>tool\nsunny" in text
+    learnt = tiny.decode([token for token, own in zip(example.ids, example.learnt, strict=True) if own])
+    called = f"CALL weather {json.dumps(CALL['arguments'])}"
+    assert learnt.replace("\n", "") == f"{called}<|im_end|>{ANSWER}<|im_end|>"
+    assert [answer for _, answer in example.earlier] == [called]
+    monkeypatch.setattr(tiny, "chat_template", models.CHATML)
+    with pytest.raises(ValueError, match=r"leaves out the call of the tool 'weather': it renders the answer as \"\""):
+        data.encode(tiny, conversations, 1000)
+
+
+def test_prompt_and_completion_may_be_lists_of_messages(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}))
+    assert reading.read_conversations(tmp_path) == ("prompt/completion", [MESSAGES])
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": MESSAGES[:1], "completion": ANSWER}))
+    with pytest.raises(ValueError, match="line 1: expected text in 'prompt', got "):
+        reading.read_conversations(tmp_path)
+
+
 GOOD = json.dumps({"input": "a", "target": "b"})
 
 
@@ -133,6 +179,8 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
         ("a.jsonl", '{"conversations": "hello"}', "line 1: expected messages with a role and a content, both text"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', 'line 1: expected messages with a role and a content,'),
         ("a.jsonl", json.dumps({"messages": MESSAGES[1:]}), "line 1: begins with the assistant"),
+        ("a.jsonl", json.dumps({"messages": MESSAGES, "tools": "f(x)"}), "line 1: expected a list of descriptions in"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [3]}]}', "line 1: expected messages with"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str, says: str) -> None:

@@ -17,7 +17,8 @@ class Config(TrainConfig):
     """Config describes a fine-tuning run. A sample is a pack of max_length tokens: several conversations, or a part."""
 
     MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
-        "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens".split()
+        "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens "
+        "generation_num_beams".split()
     )
     # Of these, checkpoints are stamped with what matters: `Finetune.name` and `Finetune.backend`
 
@@ -41,10 +42,10 @@ class Config(TrainConfig):
     """Layers with adapters, as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
     data_path: str | None = None
     """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files: rows with messages or
-    conversations (ShareGPT), or with a question and its answer, and perhaps system: user and assistant, instruction and
-    output (Alpaca) or response (Dolly), prompt and completion or response, question and answer, input and target.
-    None: the largest such file among the Kaggle inputs, else questions and answers from the docstrings of Python's
-    standard library."""
+    conversations (ShareGPT), perhaps with calls of `tools`, or with a question and its answer, and perhaps system: user
+    and assistant, instruction and output (Alpaca) or response (Dolly), prompt and completion or response, question and
+    answer, input and target. None: the largest such file among the Kaggle inputs, else questions and answers from the
+    docstrings of Python's standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
@@ -60,6 +61,8 @@ class Config(TrainConfig):
     """Questions answered at a time."""
     max_new_tokens: int = 64
     """Tokens of an answer at most."""
+    generation_num_beams: int = 1
+    """Beams of the search for an answer. 1: the likeliest token each time."""
     global_batch_size: int | None = 16
     """Packs per optimizer step over all GPUs."""
     epochs: int = 3
@@ -77,7 +80,7 @@ class Config(TrainConfig):
         super().__post_init__()
         least_of = {
             "lora_rank": 1, "max_length": 8, "eval_generate_samples": 0, "eval_generate_batch_size": 1,
-            "max_new_tokens": 1, "lora_alpha": 0,
+            "max_new_tokens": 1, "generation_num_beams": 1, "lora_alpha": 0,
         }  # fmt: skip
         for name, least in least_of.items():
             if getattr(self, name) < least:

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu.parallel import distributed
 
-from .reading import Conversation, short
+from .reading import Conversation, answers, short
 
 IGNORED = -100
 
@@ -94,12 +94,12 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: in
 
 
 def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
-    answers = [i for i, m in enumerate(conversation) if m["role"] == "assistant" and m["content"].strip()]
-    for groups in ([answers], [[answer] for answer in answers]):
+    learnt = [i for i, message in enumerate(conversation) if answers(message)]
+    for groups in ([learnt], [[answer] for answer in learnt]):
         made = [_marked(tokenizer, conversation[: group[-1] + 1], group) for group in groups]
         if None not in made:
             return [example for example in made if example is not None]
-    last = conversation[: answers[-1] + 1]
+    last = conversation[: learnt[-1] + 1]
     raise ValueError(
         "the tokenizer's chat template does not render a question as the beginning of the question with its answer, "
         f"so where the answer begins cannot be told. Question: {short(_render(tokenizer, last[:-1], True))}; "
@@ -107,23 +107,38 @@ def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
     )
 
 
-def _marked(tokenizer: Any, conversation: Conversation, answers: list[int]) -> Example | None:
-    """Return the conversation with these answers learnt; None if the template hides their places."""
-    whole, spans = _render(tokenizer, conversation), []
-    for i in answers:
+def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Example | None:
+    """Return the conversation with these answers learnt; None if the template hides their places.
+
+    Raises:
+        ValueError: a template without calls of tools, for an answer that calls one.
+    """
+    whole, spans, texts = _render(tokenizer, conversation), [], []
+    for i in learnt:
         before = _render(tokenizer, conversation[:i], prompt=True)
         after = _render(tokenizer, conversation[: i + 1])
         if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
             return None
-        spans.append((len(before), _end(before, after, conversation[i]["content"])))
-    return _example(tokenizer, whole, spans, [conversation[i]["content"] for i in answers])
+        answer = conversation[i]
+        spans.append((len(before), _end(before, after, answer["content"])))
+        texts.append(answer["content"])
+        if "tool_calls" in answer:  # the text as generation would give it
+            texts[-1] = tokenizer.decode(_ids(tokenizer, whole[slice(*spans[-1])]), skip_special_tokens=True).strip()
+            missing = [n for call in answer["tool_calls"] if (n := call["function"]["name"]) not in texts[-1]]
+            if missing:
+                raise ValueError(
+                    f"the tokenizer's chat template leaves out the call of the tool {missing[0]!r}: it renders the "
+                    f"answer as {short(texts[-1])}. Take a model whose template has tool calls, or leave such rows out."
+                )
+    return _example(tokenizer, whole, spans, texts)
 
 
 def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
     from jinja2 import TemplateError  # which transformers needs for templates
 
+    tools = messages[0].get("tools")
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         raise ValueError(
             f"the tokenizer's chat template refuses a conversation ({type(error).__name__}: {error}): "

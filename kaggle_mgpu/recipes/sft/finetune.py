@@ -255,8 +255,9 @@ class Finetune(Task):
         prompts = [val.prompt(index) for index in indices]
         try:
             return answers.get(
-                number, weights, model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, stop=stop
-            )
+                number, weights, model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, stop=stop,
+                num_beams=self.config.generation_num_beams,
+            )  # fmt: skip
         except Exception as error:
             self.no_generation = f"{type(error).__name__}: {error}"
             print(f"no answers can be generated ({self.no_generation}): evaluating by loss and perplexity", flush=True)

@@ -30,10 +30,11 @@ def stops(tokenizer: Any, model: nn.Module, examples: Sequence[Sequence[int]]) -
 
 @torch.no_grad()
 def answer(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int]
-) -> list[str]:
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int],
+    num_beams: int = 1,
+) -> list[str]:  # fmt: skip
     """What the model writes after each prompt (token ids), until a stop token, max_new_tokens or the last position that
-    the model knows; greedily.
+    the model knows: greedily, or by beam search with `num_beams`.
 
     Raises:
         ValueError: a prompt takes all positions.
@@ -52,6 +53,7 @@ def answer(
     settings = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - width),
         do_sample=False,
+        num_beams=num_beams,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=list(stop) or None,
@@ -81,10 +83,10 @@ class Answers:
 
     def get(
         self, number: int, weights: str, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
-        *, max_new_tokens: int, stop: Sequence[int],
+        *, max_new_tokens: int, stop: Sequence[int], num_beams: int = 1,
     ) -> list[str]:  # fmt: skip
         """`answer`, or what is remembered of it. weights: a digest of the model's."""
-        asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop)])
+        asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop), num_beams])
         key = hashlib.sha256(asked.encode()).hexdigest()
         file = self.folder / f"answers-{number:03d}.json"
         try:
@@ -93,6 +95,6 @@ class Answers:
                 return list(known["texts"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        texts = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop)
+        texts = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, num_beams=num_beams)
         files.write_text(file, json.dumps({"key": key, "texts": texts}, ensure_ascii=False))
         return texts

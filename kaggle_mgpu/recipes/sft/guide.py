@@ -42,6 +42,7 @@ NAMES = {
     "train.ddp_bucket_cap_mb": "bucket_mb",
     "train.dataloader_num_workers": "data_workers",
     "train.generation_max_new_tokens": "max_new_tokens",
+    "train.generation_num_beams": "generation_num_beams",
     "train.eval_steps": "eval_every",
     "num_gpus": "nproc",
 }
@@ -50,7 +51,6 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "train.bf16": {True: {"precision": "auto"}, False: {}},
     "train.fp16": {True: {"precision": "fp16"}, False: {}},
     "train.predict_with_generate": {True: {"eval_generate_samples": 16}, False: {"eval_generate_samples": 0}},
-    "train.generation_num_beams": {1: {}},
     "train.eval_strategy": {"steps": {}, "epoch": {"eval_every": "epoch"}, "no": {"eval_every": "end"}},
 }
 """Names whose values mean settings. bf16 is taken where the GPU has it (`auto`): a T4 has not."""

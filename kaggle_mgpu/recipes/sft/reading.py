@@ -22,7 +22,8 @@ from typing import Any
 from kaggle_mgpu.machine import session
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
+"""Messages with role and content, perhaps tool_calls. The first holds the row's `tools`, if there are any."""
 LISTS = ("messages", "conversations")
 """Kinds of rows with a list of messages: role and content, or ShareGPT's from and value."""
 PAIRS = {
@@ -35,7 +36,7 @@ PAIRS = {
     "question/answer": ("question", "answer"),
 }
 """Kinds of rows with a question and its answer, by these two fields; the first that fits is taken. The first kind is
-Alpaca's, the second Dolly's."""
+Alpaca's, the second Dolly's. The two fields may also hold lists of messages, as TRL's prompt and completion do."""
 ADDITIONS = ("input", "context")
 """Optional fields with text that belongs to the question."""
 SYSTEM = ("system", "system_prompt")
@@ -150,16 +151,36 @@ def kind_of(row: Any) -> str | None:
     return next(iter([*lists, *(kind for kind, (a, b) in PAIRS.items() if a in row and b in row)]), None)
 
 
-def _message(message: Any) -> dict[str, str] | None:
-    """Return a message with role and content as text; None if it has none. Parts of text are joined."""
+def answers(message: dict[str, Any]) -> bool:
+    """Return whether a message is an answer to learn: of the assistant, with text or with calls of tools."""
+    return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
+
+
+def _message(message: Any) -> dict[str, Any] | None:
+    """Return a message with role and content as text; None if it has none. Parts of text are joined.
+
+    Calls of tools are kept with their arguments as an object, since templates write objects as JSON themselves.
+    """
     if not isinstance(message, dict):
         return None
+    kept = {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
+    if calls := message.get("tool_calls"):
+        message = {**message, "content": message.get("content") or ""}
+        try:
+            functions = [call.get("function", call) for call in calls]
+            given = [(str(f["name"]), f.get("arguments") or {}) for f in functions]
+            given = [(name, json.loads(found) if isinstance(found, str) else found) for name, found in given]
+        except (TypeError, KeyError, ValueError, AttributeError):
+            return None
+        kept["tool_calls"] = [
+            {"type": "function", "function": {"name": name, "arguments": found}} for name, found in given
+        ]
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         return None
-    return {"role": ROLES.get(role, role), "content": content}
+    return {"role": ROLES.get(role, role), "content": content, **kept}
 
 
 def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
@@ -170,15 +191,17 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
     """
     conversation: Conversation = []
     system = _text(row, SYSTEM, place)
-    if kind in LISTS:
-        for message in row[kind] if isinstance(row[kind], list) else [None]:
+    fields = (kind,) if kind in LISTS else PAIRS[kind]
+    if kind in LISTS or all(isinstance(row[name], list) for name in fields):
+        listed = [m for name in fields for m in (row[name] if isinstance(row[name], list) else [None])]
+        for message in listed:
             if (made := _message(message)) is None:
-                got = short(message or row[kind])
+                got = short(message or row[fields[0]])
                 raise ValueError(f"{place}: expected messages with a role and a content, both text, got {got}")
             conversation.append(made)
     else:
         asked, answer = PAIRS[kind]
-        for name in (asked, answer):
+        for name in fields:
             if not isinstance(row[name], str):
                 raise ValueError(f"{place}: expected text in {name!r}, got {short(row[name])}")
         given = _text(row, [name for name in ADDITIONS if name != asked], place)
@@ -186,7 +209,7 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
         conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
     if system and not any(message["role"] == "system" for message in conversation):
         conversation.insert(0, {"role": "system", "content": system})
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in conversation):
+    if not any(answers(message) for message in conversation):
         raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
     for message in conversation:
         try:
@@ -196,6 +219,14 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
             raise ValueError(f"{place}: half of a surrogate pair, {broken!a}, which is no character") from None
     if conversation[0]["role"] == "assistant":
         raise ValueError(f"{place}: begins with the assistant: expected a question before its answer")
+    if tools := row.get("tools"):
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+        except ValueError:
+            tools = None
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError(f"{place}: expected a list of descriptions in 'tools', got {short(row['tools'])}")
+        conversation[0]["tools"] = tools
     return conversation
 
 
