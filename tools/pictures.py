@@ -88,6 +88,8 @@ def text_generation(folder: Path) -> None:
             f'{panel_html(view)}</div><div style="width:460px">{svg}</div></div>'
         )
         shot(f"run-{'dark' if dark else 'light'}", body, width=1030, height=620, dark=dark)
+    samples = [f"step {record['step']}: {record['sample']!r}" for record in records if "sample" in record]
+    of_text("text_generation", "\n\n".join(samples))
 
 
 def sft(folder: Path) -> None:
@@ -127,7 +129,7 @@ def surface_segmentation(folder: Path) -> None:
     from kaggle_mgpu.recipes.surface_segmentation import Config, run
 
     run(Config(nproc=NPROC, output_dir=str(folder), patch_size=32, width=8))
-    write("surface_segmentation", Image.open(folder / "slices.png").convert("RGB"), 700)
+    write("surface_segmentation", Image.open(folder / "slices.png"), 700)
 
 
 def camouflage_segmentation(folder: Path) -> None:
@@ -138,7 +140,7 @@ def camouflage_segmentation(folder: Path) -> None:
     task = CamouflageSegmentation(config)
     result = run(config, task.found)
     task.figure(result.load(task.network(), "best"), folder / "predictions.png", count=3)
-    write("camouflage_segmentation", Image.open(folder / "predictions.png").convert("RGB"), 700)
+    write("camouflage_segmentation", Image.open(folder / "predictions.png"), 700)
 
 
 def check_gpus(folder: Path) -> None:

@@ -61,7 +61,7 @@ def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
     spent = _time_use(records)
     memory = _memory(gpus)
     heights = [3.0, 1.0, 1.5] + [0.35] * bool(spent) + [0.25 + 0.25 * len(memory)] * bool(memory)
-    figure = _figure(8, 1.2 * sum(heights) + 1)
+    figure = figure_of(8, 1.2 * sum(heights) + 1)
     loss, rate, pace, *more = figure.subplots(len(heights), 1, height_ratios=heights)
 
     loss.plot(*_series(train, "loss"), color="tab:blue", linewidth=1, label="training")
@@ -115,7 +115,7 @@ def compare_plot(
     for folder, records in zip(output_dirs, runs, strict=True):
         if not _of_kind(records, "train"):
             raise ValueError(f"{Path(folder) / METRICS}: no training record, so nothing to compare")
-    figure = _figure(10, 4.5 + 0.3 * len(runs))
+    figure = figure_of(10, 4.5 + 0.3 * len(runs))
     grid = figure.add_gridspec(2, 2, height_ratios=[3.2, 0.6 + 0.3 * len(runs)])
     by_step, by_time = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[0, 1])
     by_time.sharey(by_step)
@@ -155,16 +155,22 @@ def compare_plot(
 
 def style(axes: Axes, ylabel: str, xlabel: str = "") -> None:
     """Give axes the labels, grid and frame of all plots."""
-    axes.set_ylabel(ylabel, color=INK)
-    axes.set_xlabel(xlabel, color=INK)
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=INK)
-    for text in (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text()):
-        text.set_color(INK)
-    axes.spines[:].set_color(INK)
+    axes.set_ylabel(ylabel)
+    axes.set_xlabel(xlabel)
+    ink(axes)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def ink(axes: Axes) -> None:
+    """Give title, labels, ticks and frame the grey that shows on light and dark pages, and take the ground away."""
+    axes.patch.set_alpha(0)
+    axes.tick_params(colors=INK)
+    axes.spines[:].set_color(INK)
+    offsets = (axes.xaxis.get_offset_text(), axes.yaxis.get_offset_text())
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *offsets):
+        text.set_color(INK)
 
 
 def save_figure(figure: Figure, stem: Path) -> None:
@@ -184,7 +190,8 @@ def pixels(figure: Figure) -> Any:
     return np.asarray(canvas.buffer_rgba())
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure_of(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches, without a ground of its own."""
     from matplotlib.figure import Figure
 
     class Picture(Figure):

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
 import browser
-from kaggle_mgpu.progress import compare_plot, pixels, plot
+from kaggle_mgpu.progress import compare_plot, pixels, plot, plots
 from runs import make, story, train, write
 
 
@@ -160,6 +160,18 @@ class TestWholePicture:
             assert all(browser.contrast(ink, ground) > 3 for ink in inks), inks
         png = Image.open(io.BytesIO(figure._repr_png_())).convert("RGBA")
         assert png.getpixel((0, 0))[3] == 0
+
+
+def test_the_axes_of_a_recipe_take_the_same_ink():
+    axes = plots.figure_of(3, 3).subplots()
+    axes.imshow([[0.0, 1e9]])
+    axes.set(title="title", xlabel="x", ylabel="y")
+    plots.ink(axes)
+    texts = [text for text in axes.figure.findobj(Text) if text.get_text()]
+    assert {"title", "x", "y"} <= {text.get_text() for text in texts}
+    assert {text.get_color() for text in texts} == {plots.INK}
+    assert {spine.get_edgecolor() for spine in axes.spines.values()} == {to_rgba(plots.INK)}
+    assert axes.figure.get_facecolor()[3] == 0
 
 
 class TestCompare:

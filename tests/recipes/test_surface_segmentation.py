@@ -538,6 +538,7 @@ def test_it_learns_and_beats_the_trivial_answers_on_an_unseen_scroll(finished):
         assert archive.namelist() == ["synthetic_4.tif", "synthetic_5.tif"]
     with Image.open(out / "slices.png") as image:
         assert image.width > 600
+        assert image.convert("RGBA").getpixel((0, 0))[3] == 0, "the ground is the page's"
 
 
 def test_again_it_goes_straight_to_what_is_missing(finished, monkeypatch):

@@ -36,6 +36,7 @@ from kaggle_mgpu.data import BatchPlan, counted
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.machine import devices
 from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.progress import plots
 from kaggle_mgpu.training import Result, Task, train
 
 from .model import CHANCES, Network, augment, triads
@@ -335,12 +336,10 @@ class Report:
 
     def plot(self) -> Figure:
         """The confusion matrix: shares of each true class, with counts."""
-        from matplotlib.figure import Figure
-
         counts = self.confusion["this model"]
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         size = 2.5 + 0.7 * len(counts)
-        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        figure = plots.figure_of(size + 1, size)
         axes = figure.subplots()
         image = axes.imshow(shares.numpy(), cmap="Greys", vmin=0, vmax=1)
         for i, row in enumerate(counts.tolist()):
@@ -352,6 +351,8 @@ class Report:
         axes.set_ylabel("true")
         axes.set_title(f"test: accuracy {self.accuracy():.3f}, macro F1 {self.macro_f1():.3f}")
         figure.colorbar(image, label="share of the true class", shrink=0.8)
+        for drawn in figure.axes:
+            plots.ink(drawn)
         return figure
 
 

@@ -17,6 +17,7 @@ from kaggle_mgpu.checkpoints import checkpoint, files
 from kaggle_mgpu.config import TrainConfig
 from kaggle_mgpu.machine import session
 from kaggle_mgpu.parallel import distributed, shards
+from kaggle_mgpu.progress import plots
 from kaggle_mgpu.training import Task, optim
 
 from . import data
@@ -214,10 +215,8 @@ class CamouflageSegmentation(Task):
 
     def figure(self, model: nn.Module, path: str | Path, count: int = 4) -> Path:
         """Write one PNG: a row for each of the first `count` held-out images: image, mask, prediction, error."""
-        from matplotlib.figure import Figure
-
         count = min(count, 0 if self.found.val is None else len(self.found.val))
-        figure = Figure(figsize=(9, 2.3 * count), layout="constrained")
+        figure = plots.figure_of(9, 2.3 * count)
         axes = figure.subplots(count, 4, squeeze=False)
         for index in range(count):
             image, mask, prediction = self.predict(model, index)
@@ -228,6 +227,7 @@ class CamouflageSegmentation(Task):
             for axis, picture, title in zip(axes[index], shown, titles, strict=True):
                 axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
                 axis.set_title(title, fontsize=9)
+                plots.ink(axis)
                 axis.set_axis_off()
         figure.savefig(path, dpi=100)
         return Path(path)

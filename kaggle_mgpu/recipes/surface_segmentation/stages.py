@@ -29,6 +29,7 @@ from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.machine import devices, session
 from kaggle_mgpu.parallel import distributed
+from kaggle_mgpu.progress import plots
 from kaggle_mgpu.training import Result, train
 
 from . import stacks
@@ -285,10 +286,8 @@ def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[
 
 def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
     """Middle slices of held-out volumes: image, label, prediction."""
-    from matplotlib.figure import Figure
-
     held = surface.split[1][:most]
-    drawn = Figure(figsize=(9, 3.2 * len(held)), layout="constrained")
+    drawn = plots.figure_of(9, 3.2 * len(held))
     axes = drawn.subplots(len(held), 3, squeeze=False)
     for row, volume in zip(axes, held, strict=True):
         middle = stacks.shape_of(volume.image)[0] // 2
@@ -299,5 +298,6 @@ def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
             shown = page if title == "image" else np.array([0.0, 1.0, 0.5])[page]
             axis.imshow(shown, cmap="gray", interpolation="nearest")
             axis.set_title(f"{volume.id}, slice {middle}: {title}", fontsize=8)
+            plots.ink(axis)
             axis.set_axis_off()
     return drawn
