@@ -198,9 +198,42 @@ def test_a_plan_gives_the_limit_of_a_session(house: Path, root: Path) -> None:
     kernel = kernels.kernel_from(house, "text_generation", "ann")
     kernel.parameters = {**TEXT, "max_steps": 6}
     assert kernels.SLACK < kernels.planned(kernel) < 2 * kernels.SLACK
+    kernel = kernels.kernel_from(house, "text_generation", "ann")
+    kernel.sources = {"dataset_sources": ["bob/text"], "kernel_sources": ["ann/kaggle-mgpu"]}
+    with pytest.raises(kernels.KernelError, match=r"bob/text: no such input on this machine, and other data take"):
+        kernels.planned(kernel)
     kernel.parameters = {**TEXT, "data_path": "/kaggle/input/not/here"}
     with pytest.raises(kernels.KernelError, match=r"no plan can be made here: .*no such file or folder"):
         kernels.planned(kernel)
+
+
+def test_a_push_compares_the_plan_with_the_quota(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, said = counting(root), list[str]()
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: kaggle_cli.Quota(3 * 3600.0, ""))
+    kernel.ask_quota(said.append)
+    assert said == []  # of this recipe no plan can be made
+    kernel.estimate = 2 * 3600.0
+    kernel.ask_quota(said.append)
+    assert said == ["the plan expects 2.0 h on two T4s; the week's GPU quota has 3.0 h left"]
+    kernel.estimate = 20 * 3600.0
+    with pytest.raises(
+        kernels.QuotaError, match=r"^not pushed: .* 3\.0 h left, and a session needs 12\.0\. A smaller -p"
+    ):
+        kernel.ask_quota(said.append)
+    kernel.parameters = {"time_limit": "2h"}
+    kernel.ask_quota(said.append)
+    with pytest.raises(kernels.QuotaError, match=r"3\.0 h left, 1\.0 of them for sessions that run, and a session"):
+        kernel.ask_quota(said.append, 3600.0)
+    assert said.count("the plan expects 20.0 h on two T4s; the week's GPU quota has 3.0 h left") == 3
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: None)  # of an older CLI
+    kernel.ask_quota(said.append)
+    assert len(said) == 4
+    # a session without GPUs costs none
+    top = root / "kernel-metadata.json"
+    top.write_text(top.read_text().replace('"enable_gpu": true', '"enable_gpu": false'))
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: kaggle_cli.Quota(0.0, ""))
+    kernel.ask_quota(said.append)
+    assert kernel.short_of_quota() == ""
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])
@@ -322,6 +355,36 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     assert (fetched / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert progress.comparable(progress.read(fetched)) == progress.comparable(progress.read(whole))
     assert planted_in(house / "build", house / "runs", *(session.folder for session in sessions)) == []
+
+
+def test_volumes_are_decoded_on_a_session_without_gpus(kaggle: KaggleServer, house: Path, tmp_path: Path) -> None:
+    """The session with GPUs decodes none: nothing is kept in its temporary folder, where decoded volumes go."""
+    from kaggle_mgpu.recipes.surface_segmentation import synthetic
+
+    synthetic.synthesise(tmp_path / "scrolls", size=16, train=3, test=1)
+    kaggle.account.add_dataset("bob/scrolls", tmp_path / "scrolls")
+    given = flags({"patch_size": 16, "width": 4, "patches_per_volume": 1, "max_steps": 1, "nproc": 1})
+    command = ["relay", "surface_segmentation", "--user", "ann", "--title", "Scrolls", "--interval", "3"]
+    said = tool(kaggle, house, *command, "--prepare", "--dataset", "bob/scrolls", *given)
+    assert "finished: step 1, after one session" in said
+    (prepared,), (trained,) = (kaggle.account.kernels[f"ann/{name}"] for name in ("scrolls-prepare", "scrolls"))
+    assert prepared.request["enableGpu"] is False
+    assert len(list(prepared.session.working.glob("surface_segmentation/data/*/*.image.npy"))) == 3
+    assert trained.request["kernelDataSources"] == ["ann/scrolls-prepare/1"]
+    log = "".join(str(entry["data"]) for entry in trained.session.log)
+    assert re.search(r"3 volumes checked in \d.* s, 3 of them from .*scrolls-prepare/surface_segmentation/data", log)
+    assert [list(folder.iterdir()) for folder in Path(trained.session.temporary.name).glob("kaggle_mgpu-v*")] == [[]]
+
+
+def test_a_recipe_without_work_before_training_is_told_at_once(house: Path) -> None:
+    wanted = r"camouflage_.*: --prepare: camouflage_segmentation has no work before training: leave --prepare out\. Exp"
+    kernel = kernels.kernel_from(house, "camouflage_segmentation", "ann")
+    with pytest.raises(kernels.KernelError, match=wanted):
+        relay.run(kernel, carry=None, interval=60, prepare=True)
+    assert not kernel.folder.exists()
+    kernel = kernels.kernel_from(house, "check_gpus", "ann")
+    with pytest.raises(kernels.KernelError, match=r"check_gpus.*: --prepare: expected a notebook of a recipe, got no"):
+        relay.run(kernel, carry=None, interval=60, prepare=True)
 
 
 def test_what_a_failing_run_says_holds_no_secret(kaggle: KaggleServer, house: Path) -> None:
