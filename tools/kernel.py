@@ -326,7 +326,7 @@ def expected(kernel: Kernel, timeout: float | None = None) -> float:
                 capture_output=True, text=True, check=False, timeout=timeout,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise KernelError(f"{where}: no plan within {timeout:g} s") from None
+        raise KernelError(f"{where}: -t plan: no plan can be made here: {timeout:g} s were too few") from None
     found = re.search(r"^seconds ([\d.e+-]+)$", done.stdout, re.M)
     if found is None:
         said = done.stderr.strip().splitlines()[-1:]

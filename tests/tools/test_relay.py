@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ import kaggle_cli
 import kernel as kernels
 import relay
 from kaggle_mgpu.progress import progress
+from kaggle_mgpu.recipes.surface_segmentation import synthetic
 from kaggle_server import KaggleServer
-from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+from kaggle_server.at_work import COUNTING, ROOT, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
 
 pytestmark = pytest.mark.kaggle
 
@@ -357,22 +359,40 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     assert planted_in(house / "build", house / "runs", *(session.folder for session in sessions)) == []
 
 
-def test_volumes_are_decoded_on_a_session_without_gpus(kaggle: KaggleServer, house: Path, tmp_path: Path) -> None:
-    """The session with GPUs decodes none: nothing is kept in its temporary folder, where decoded volumes go."""
-    from kaggle_mgpu.recipes.surface_segmentation import synthetic
+DECODING = """\
+# %% tags=["payload"]
+# here
 
+# %% tags=["parameters"]
+# Parameters of this notebook
+output_dir = "run"
+
+# %%
+import json, pathlib
+from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation
+
+SurfaceSegmentation(Config(output_dir=output_dir, patch_size=16)).train_data()[0]
+pathlib.Path(output_dir).mkdir()
+pathlib.Path(output_dir, "result.json").write_text(json.dumps({"finished": True, "step": 1}))
+"""
+
+
+def test_volumes_are_decoded_on_a_session_without_gpus(kaggle: KaggleServer, root: Path, tmp_path: Path) -> None:
+    """The session with GPUs decodes none: nothing is kept in its temporary folder, where decoded volumes go."""
+    shutil.rmtree(root / "kaggle_mgpu")
+    (root / "kaggle_mgpu").symlink_to(ROOT / "kaggle_mgpu")
+    (root / "notebooks" / "decoding_kaggle_multigpu.py").write_text(DECODING)
     synthetic.synthesise(tmp_path / "scrolls", size=16, train=3, test=1)
     kaggle.account.add_dataset("bob/scrolls", tmp_path / "scrolls")
-    given = flags({"patch_size": 16, "width": 4, "patches_per_volume": 1, "max_steps": 1, "nproc": 1})
-    command = ["relay", "surface_segmentation", "--user", "ann", "--title", "Scrolls", "--interval", "3"]
-    said = tool(kaggle, house, *command, "--prepare", "--dataset", "bob/scrolls", *given)
+    command = ["relay", "decoding", "--user", "ann", "--title", "Scrolls", "--interval", "6"]
+    said = tool(kaggle, root, *command, "--prepare", "--dataset", "bob/scrolls")
     assert "finished: step 1, after one session" in said
     (prepared,), (trained,) = (kaggle.account.kernels[f"ann/{name}"] for name in ("scrolls-prepare", "scrolls"))
     assert prepared.request["enableGpu"] is False
-    assert len(list(prepared.session.working.glob("surface_segmentation/data/*/*.image.npy"))) == 3
+    assert len(list(prepared.session.working.glob("run/data/*/*.image.npy"))) == 3
     assert trained.request["kernelDataSources"] == ["ann/scrolls-prepare/1"]
     log = "".join(str(entry["data"]) for entry in trained.session.log)
-    assert re.search(r"3 volumes checked in \d.* s, 3 of them from .*scrolls-prepare/surface_segmentation/data", log)
+    assert re.search(r"3 volumes checked in .* s, 3 of them from .*scrolls-prepare/run/data", log)
     assert [list(folder.iterdir()) for folder in Path(trained.session.temporary.name).glob("kaggle_mgpu-v*")] == [[]]
 
 
