@@ -152,7 +152,7 @@ def _library(root: Path, arguments: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {kaggle_cli.redacted(text)}", flush=True)
 
 
 def _seconds(text: str) -> float:

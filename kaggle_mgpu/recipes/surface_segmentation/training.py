@@ -270,7 +270,8 @@ class SurfaceSegmentation(Task):
 def prepare(config: Config) -> str:
     """Check and decode all volumes into output_dir/data, for sessions that find this output among their inputs.
 
-    As many are decoded as cache_gb and nine tenths of the free disk allow: of 20 GB on Kaggle, 270 pairs of 320^3.
+    As many are decoded as cache_gb and nine tenths of the free disk allow; on Kaggle, which keeps 20 GB, at most 18 GB:
+    270 pairs of 320^3.
 
     Returns:
         What was done, in a sentence.
@@ -282,7 +283,8 @@ def prepare(config: Config) -> str:
     c = surface.catalogue
     folder = prepared_folder(config, c)
     folder.mkdir(parents=True, exist_ok=True)
-    cache = surface._cache = Cache(str(folder), int(config.cache_gb * 1e9), share=0.9)
+    most = min(config.cache_gb, 18) if session.on_kaggle() else config.cache_gb
+    cache = surface._cache = Cache(str(folder), int(most * 1e9), share=0.9)
     cache.tidy()
     surface.prepare()
     cache.note_prepared([*c.train, *c.test])
