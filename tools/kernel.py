@@ -123,8 +123,9 @@ class Kernel:
         if (left := kaggle_cli.quota()) is None:
             return
         with contextlib.suppress(KernelError):
-            hours = expected(self, timeout=60) / 3600
-            say(f"the plan expects {hours:.1f} h on two T4s; the week's GPU quota has {left.seconds / 3600:.1f} h left")
+            minutes = expected(self, timeout=60) / 60
+            shown = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{max(1, minutes):.0f} min"
+            say(f"the plan expects {shown} on two T4s; the week's GPU quota has {left.seconds / 3600:.1f} h left")
         if short := self.short_of_quota(left, promised):
             raise QuotaError(f"not pushed: {short}. A smaller -p time_limit makes a shorter session")
 

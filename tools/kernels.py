@@ -252,13 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
+            kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
             if arguments.limit == "plan" and arguments.command != "sweep":
                 kernel.limit = planned(kernel)
             elif arguments.limit not in (None, "plan"):
                 kernel.limit = duration(arguments.limit)
             if arguments.command != "sweep":  # sweep checks each combination itself
                 check_parameters(kernel)
-            kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
         if arguments.command != "sweep":
             kernel.check_user()
         code: int = arguments.function(kernel, arguments)

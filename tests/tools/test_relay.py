@@ -20,6 +20,7 @@ from kaggle_mgpu.progress import progress
 from kaggle_mgpu.recipes.surface_segmentation import synthetic
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, ROOT, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+from kernels import main as tools_main
 
 pytestmark = pytest.mark.kaggle
 
@@ -196,14 +197,18 @@ def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch
         assert kernel.short_of_quota() == said
 
 
-def test_a_plan_gives_the_limit_of_a_session(house: Path, root: Path) -> None:
+def test_a_plan_gives_the_limit_of_a_session(
+    house: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: pytest.fail("pushed"))
     kernel = kernels.kernel_from(house, "text_generation", "ann")
     kernel.parameters = {**TEXT, "max_steps": 6}
     assert kernels.SLACK < kernels.planned(kernel) < 2 * kernels.SLACK
     kernel = kernels.kernel_from(house, "text_generation", "ann")
-    kernel.sources = {"dataset_sources": ["bob/text"], "kernel_sources": ["ann/kaggle-mgpu"]}
-    with pytest.raises(kernels.KernelError, match=r"bob/text: no such input on this machine, and other data take"):
-        kernels.planned(kernel)
+    sources = ["--dataset", "bob/text", "--kernel-source", "ann/kaggle-mgpu"]
+    command = ["--root", str(house), "push", "text_generation", "--user", "ann", "-t", "plan"]
+    assert tools_main([*command, *sources]) == 1
+    assert "plan can be made here: bob/text: no such input on this machine, and other data" in capsys.readouterr().err
     kernel.parameters = {**TEXT, "data_path": "/kaggle/input/not/here"}
     with pytest.raises(kernels.KernelError, match=r"no plan can be made here: .*no such file or folder"):
         kernels.planned(kernel)
@@ -217,6 +222,9 @@ def test_a_push_compares_the_plan_with_the_quota(root: Path, monkeypatch: pytest
     kernel.estimate = 2 * 3600.0
     kernel.ask_quota(said.append)
     assert said == ["the plan expects 2.0 h on two T4s; the week's GPU quota has 3.0 h left"]
+    kernel.estimate = 20.0
+    kernel.ask_quota(said.append)
+    assert said.pop() == "the plan expects 1 min on two T4s; the week's GPU quota has 3.0 h left"
     kernel.estimate = 20 * 3600.0
     with pytest.raises(
         kernels.QuotaError, match=r"^not pushed: .* 3\.0 h left, and a session needs 12\.0\. A smaller -p"
