@@ -74,7 +74,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
     for name in recipes():
         modules[name] = importlib.import_module(f".recipes.{name}", __package__)
         summary = (modules[name].__doc__ or name).split("\n\n")[0]
-        for group in groups if hasattr(modules[name], "prepare") else groups[:2]:
+        for group in groups:
             of_recipe = group.add_parser(name, allow_abbrev=False, help=summary, description=summary)
             of_recipe.add_argument(
                 "--config", metavar="FILE", help="YAML or JSON file with settings; flags override it"
@@ -134,6 +134,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
         if given.command == "prepare":
+            if not hasattr(recipe, "prepare"):
+                able = ", ".join(name for name, module in modules.items() if hasattr(module, "prepare"))
+                print(
+                    f"prepare: {given.recipe} has no work before training: train it. Expected {able}", file=sys.stderr
+                )
+                return 2
             print(recipe.prepare(config))
             return 0
         if given.command == "plan":

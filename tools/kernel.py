@@ -9,6 +9,7 @@ kernels.py is the command line; relay.py and sweep.py push several times.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,6 +54,10 @@ class KernelError(Exception):
     """A kernel cannot be pushed, or failed; the message says why, and the next step."""
 
 
+class QuotaError(KernelError):
+    """The rest of the week's quota cannot pay for a session."""
+
+
 # What is pushed
 @dataclass
 class Kernel:
@@ -74,6 +79,8 @@ class Kernel:
     """Whether only what the recipe does before training is run, on a session without GPUs."""
     internet: bool = False
     """Whether to switch the internet on, whatever the notebook says."""
+    estimate: float | None = None
+    """Seconds of training that a plan expects; None if unknown."""
 
     @property
     def source(self) -> Path:
@@ -83,18 +90,44 @@ class Kernel:
 
     @property
     def seconds(self) -> float | None:
-        """The quota that a session needs, in seconds: its limit, else SLACK more than time_limit, else unknown."""
-        given = self.parameters.get("time_limit")
-        return self.limit or (None if given is None else duration(str(given)) + SLACK)
+        """The quota that a session needs, in seconds: its limit, else time_limit or the estimate, else unknown."""
+        if self.limit:
+            return self.limit
+        if (given := self.parameters.get("time_limit")) is not None:
+            return duration(str(given)) + SLACK
+        return None if self.estimate is None else min(LONGEST, self.estimate + SLACK)
 
-    def short_of_quota(self) -> str:
-        """Return why the week's GPU quota cannot pay for a session, or ""."""
-        left, needed = kaggle_cli.quota(), self.seconds or LEAST
-        if left is None or left.seconds >= needed:
+    def short_of_quota(self, left: kaggle_cli.Quota | None = None, promised: float = 0.0) -> str:
+        """Return why the week's GPU quota cannot pay for a session, or "".
+
+        Args:
+            left: default: Kaggle's answer.
+            promised: seconds of `left` that sessions which run now will need.
+        """
+        if not top_metadata(self.root).get("enable_gpu", True):
+            return ""
+        left, needed = left or kaggle_cli.quota(), self.seconds or LEAST
+        if left is None or left.seconds - promised >= needed:
             return ""
         until = f"; the quota is renewed at {left.renewed}" if left.renewed else ""
+        of_others = f", {promised / 3600:.1f} of them for sessions that run" if promised else ""
         hours, of = left.seconds / 3600, needed / 3600
-        return f"the week's GPU quota has {hours:.1f} h left, and a session needs {of:.1f}{until}"
+        return f"the week's GPU quota has {hours:.1f} h left{of_others}, and a session needs {of:.1f}{until}"
+
+    def ask_quota(self, say: Callable[[str], object], promised: float = 0.0) -> None:
+        """Say how the estimate of a plan compares with the week's GPU quota, if both can be had within a minute.
+
+        Raises:
+            QuotaError: the quota cannot pay for a session.
+        """
+        if (left := kaggle_cli.quota()) is None:
+            return
+        with contextlib.suppress(KernelError):
+            minutes = expected(self, timeout=60) / 60
+            shown = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{max(1, minutes):.0f} min"
+            say(f"the plan expects {shown} on two T4s; the week's GPU quota has {left.seconds / 3600:.1f} h left")
+        if short := self.short_of_quota(left, promised):
+            raise QuotaError(f"not pushed: {short}. A smaller -p time_limit makes a shorter session")
 
     def check_user(self) -> None:
         """Raise KernelError if no user is known."""
@@ -149,16 +182,23 @@ class Kernel:
         (self.folder / "kernel-metadata.json").write_text(about_text, encoding="utf-8")
         return hashlib.sha256((text + about_text).encode()).hexdigest()
 
-    def push(self, comment: str = "Parameters", *, again: bool = False, ask_quota: bool = False) -> kaggle_cli.Pushed:
+    def push(
+        self,
+        comment: str = "Parameters",
+        *,
+        again: bool = False,
+        ask: Callable[[], object] = lambda: None,
+    ) -> kaggle_cli.Pushed:
         """Build and push the kernel, and record the version.
 
+        Args:
+            ask: called between both, such as `ask_quota`.
+
         Raises:
-            KernelError: the quota cannot pay for a session, if `ask_quota`; or a session is running already and `again`
-                is False, since two sessions cost quota twice.
+            KernelError: a session is running already and `again` is False, since two sessions cost quota twice.
         """
         digest = self.build(comment)  # first, since what is wrong here needs no question to Kaggle
-        if ask_quota and (short := self.short_of_quota()):
-            raise KernelError(f"not pushed: {short}")
+        ask()
         now = None if again else kaggle_cli.status_if_any(self.id)
         if now is not None and now.active:
             raise KernelError(
@@ -248,40 +288,57 @@ def check_parameters(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | Non
 
 _PLAN = """
 import dataclasses, importlib, json, sys
+from kaggle_mgpu.machine import session
 from kaggle_mgpu.planning import plan
 recipe = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}")
 fields = {field.name for field in dataclasses.fields(recipe.Config)}
 config = recipe.Config.from_dict({name: value for name, value in json.load(sys.stdin).items() if name in fields})
+if sys.argv[2] and getattr(config, "data_path", None) is None and not session.inputs():
+    sys.exit(f"{sys.argv[2]}: no such input on this machine, and other data take another time")
 runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
 print("seconds", sum(plan(one, task, on="T4x2").seconds for _, one, task in runs))
 """
 
 
-def planned(kernel: Kernel) -> float:
-    """Return a limit for a session: one and a half times the plan's estimate for two T4s, and SLACK.
+def expected(kernel: Kernel, timeout: float | None = None) -> float:
+    """Return a plan's estimate for two T4s in seconds, of the data that the parameters lead to on this machine.
 
-    The estimate is of the data that the parameters lead to on this machine.
+    Args:
+        timeout: seconds for the plan.
 
     Raises:
         KernelError: the notebook has no recipe, or no plan can be made here.
     """
-    notebook = kernel.load()
-    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
-    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import", code, re.M)
-    if recipe is None:
-        raise KernelError(f"{kernel.source.name}: -t plan: expected a notebook of a recipe; give seconds instead")
+    if kernel.estimate is not None:
+        return kernel.estimate
+    notebook, where = kernel.load(), kernel.source.name
+    if (recipe := recipe_of(notebook)) is None:
+        raise KernelError(f"{where}: -t plan: expected a notebook of a recipe; give seconds instead")
+    about = metadata(kernel.root, kernel, notebook.metadata.get("kaggle_mgpu", {}))
+    attached = [source for name in SOURCES for source in about[name] if not source.endswith("/kaggle-mgpu")]
     paths = [str(kernel.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     given = {**notebooks.parameters(notebook), **kernel.parameters}
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-c", _PLAN, recipe[1]], input=json.dumps({**given, "output_dir": folder}),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, "-c", _PLAN, recipe, ", ".join(attached)],
+                input=json.dumps({**given, "output_dir": folder}),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                capture_output=True, text=True, check=False, timeout=timeout,
+            )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{where}: -t plan: no plan can be made here: {timeout:g} s were too few") from None
     found = re.search(r"^seconds ([\d.e+-]+)$", done.stdout, re.M)
     if found is None:
         said = done.stderr.strip().splitlines()[-1:]
-        raise KernelError(f"{kernel.source.name}: -t plan: no plan can be made here: {' '.join(said)}")
-    return min(LONGEST, 1.5 * float(found[1]) + SLACK)
+        raise KernelError(f"{where}: -t plan: no plan can be made here: {' '.join(said)}. Give seconds instead")
+    kernel.estimate = float(found[1])
+    return kernel.estimate
+
+
+def planned(kernel: Kernel) -> float:
+    """Return a limit for a session: one and a half times the plan's estimate, and SLACK; raises as `expected` does."""
+    return min(LONGEST, 1.5 * expected(kernel) + SLACK)
 
 
 def kernel_from(root: Path, name: str, user: str | None, title: str | None = None) -> Kernel:
@@ -359,19 +416,34 @@ given = {{name: value for name, value in notebook_parameters(globals()).items() 
 print({recipe}.prepare({recipe}.Config.from_dict(given)))"""
 
 
+def recipe_of(notebook: Any) -> str | None:
+    """Return the name of the recipe that a notebook imports from, or None."""
+    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
+    found = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import", code, re.M)
+    return found[1] if found else None
+
+
 def preparing(notebook: Any, where: str) -> Any:
     """Return the cell that prepares what the notebook's recipe trains on.
 
     Raises:
         KernelError: the notebook has no recipe, or its recipe no preparation.
     """
-    code = "\n".join(cell.source for cell in notebook.cells if "payload" not in notebooks.tags(cell))
-    recipe = re.search(r"^from kaggle_mgpu\.recipes\.(\w+) import", code, re.M)
-    files = [notebooks.payload_files(c.source) for c in notebook.cells if "payload" in notebooks.tags(c)]
-    name = f"kaggle_mgpu/recipes/{recipe[1]}/__init__.py" if recipe else ""
-    if recipe is None or not files or b'"prepare"' not in files[0].get(name, b""):
-        raise KernelError(f"{where}: --prepare: its recipe prepares nothing: python -m kaggle_mgpu prepare --help")
-    cell = notebooks._library("nbformat").v4.new_code_cell(PREPARE.format(recipe=recipe[1]))
+    if (recipe := recipe_of(notebook)) is None:
+        raise KernelError(
+            f"{where}: --prepare: expected a notebook of a recipe, got no import from kaggle_mgpu.recipes"
+        )
+    payloads = [notebooks.payload_files(c.source) for c in notebook.cells if "payload" in notebooks.tags(c)]
+    if not payloads:
+        raise KernelError(f"{where}: --prepare: the package is not in it: python tools/notebooks.py carry {where}")
+    form = re.compile(r"kaggle_mgpu/recipes/(\w+)/__init__\.py")
+    able = [made[1] for name, text in payloads[0].items() if (made := form.fullmatch(name)) and b'"prepare"' in text]
+    if recipe not in able:
+        raise KernelError(
+            f"{where}: --prepare: {recipe} has no work before training: leave --prepare out. Expected a notebook of "
+            + ", ".join(able)
+        )
+    cell = notebooks._library("nbformat").v4.new_code_cell(PREPARE.format(recipe=recipe))
     cell.id = "prepare"
     return cell
 

@@ -79,7 +79,7 @@ def _init(root: Path, arguments: argparse.Namespace) -> int:
 
 def _push(kernel: Kernel, arguments: argparse.Namespace) -> int:
     kernel.internet = arguments.internet
-    pushed = kernel.push(again=arguments.again, ask_quota=True)
+    pushed = kernel.push(again=arguments.again, ask=lambda: kernel.ask_quota(print))
     print(f"{kernel.id}: version {pushed.version} pushed\n{pushed.url}")
     about = read_json(kernel.folder / "kernel-metadata.json")
     if about.get("enable_tpu") or str(about.get("machine_shape")).lower().startswith("tpu"):
@@ -132,7 +132,7 @@ def _relay(kernel: Kernel, arguments: argparse.Namespace) -> int:
 
 
 def _sweep(kernel: Kernel, arguments: argparse.Namespace) -> int:
-    return sweep.run(kernel, push=arguments.push, interval=arguments.interval, say=_say)
+    return sweep.run(kernel, push=arguments.push, interval=arguments.interval, plan=arguments.limit == "plan", say=_say)
 
 
 def _library(root: Path, arguments: argparse.Namespace) -> int:
@@ -152,7 +152,7 @@ def _library(root: Path, arguments: argparse.Namespace) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {kaggle_cli.redacted(text)}", flush=True)
 
 
 def _seconds(text: str) -> float:
@@ -252,11 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         kernel = kernel_from(root, arguments.kernel, arguments.user, getattr(arguments, "title", None))
         if hasattr(arguments, "parameter"):
             kernel.parameters = assignments(arguments.parameter)
-            if arguments.limit is not None:
-                kernel.limit = planned(kernel) if arguments.limit == "plan" else duration(arguments.limit)
+            kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
+            if arguments.limit == "plan" and arguments.command != "sweep":
+                kernel.limit = planned(kernel)
+            elif arguments.limit not in (None, "plan"):
+                kernel.limit = duration(arguments.limit)
             if arguments.command != "sweep":  # sweep checks each combination itself
                 check_parameters(kernel)
-            kernel.sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
         if arguments.command != "sweep":
             kernel.check_user()
         code: int = arguments.function(kernel, arguments)

@@ -27,7 +27,7 @@ from typing import Any
 
 import kaggle_cli
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, log_end, read_json, wait_for, write_json
+from kernel import SMALL, Kernel, KernelError, log_end, preparing, read_json, wait_for, write_json
 from notebooks import NotebookError
 
 FAILED_ITSELF = re.compile(r"PapermillExecutionError|CellExecutionError|DeadKernelError", re.IGNORECASE)
@@ -119,6 +119,8 @@ def run(
     Raises:
         KernelError: another relay of this kernel runs, or an earlier one had other parameters.
     """
+    if prepare:
+        preparing(kernel.load(), kernel.source.name)  # fails now, before the relay takes note of it
     kernel.folder.mkdir(parents=True, exist_ok=True)
     with _alone(kernel):
         relay = _Relay(kernel, carry, interval, anew, say)

@@ -4,12 +4,14 @@
 
 A list gives the values to sweep over; other values are the same in all runs (a parameter that is a list itself takes a
 list of lists). Each run has a folder in runs/SLUG/sweep-…. After a restart, finished runs are kept and others go on.
-With --push each combination is a kernel, two sessions at a time as Kaggle allows.
+With --push each combination is a kernel, two sessions at a time as Kaggle allows, and as many as the week's quota can
+pay for; the same command goes on with the others.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +24,7 @@ from typing import Any
 import kaggle_cli
 import notebooks
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, Outcome, check_parameters, read_json
+from kernel import LEAST, SMALL, Kernel, KernelError, Outcome, QuotaError, check_parameters, planned, read_json
 
 SESSIONS = 2
 """The number of batch sessions with GPUs that Kaggle runs at once for an account."""
@@ -43,8 +45,14 @@ def points(parameters: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]
     return swept, [{**parameters, **dict(zip(swept, values, strict=True))} for values in combinations]
 
 
-def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], object] = print) -> int:
-    """Run all combinations; return 0 if every run finished, else 1."""
+def run(
+    kernel: Kernel, *, push: bool, interval: float, plan: bool = False, say: Callable[[str], object] = print
+) -> int:
+    """Run all combinations; return 0 if every run finished, else 1.
+
+    Args:
+        plan: Kaggle ends each session by its own plan.
+    """
     swept, settings = points(kernel.parameters)
     check_parameters(kernel, settings)
     if push:
@@ -52,7 +60,7 @@ def run(kernel: Kernel, *, push: bool, interval: float, say: Callable[[str], obj
     outside = [Path(str(each.get("output_dir", ""))) for each in settings]
     if not push and (path := next((path for path in outside if path.is_absolute() or ".." in path.parts), None)):
         raise KernelError(f"sweep: each run has a folder of its own; expected a relative output_dir, got {str(path)!r}")
-    outcomes = _on_kaggle(kernel, swept, settings, interval, say) if push else _here(kernel, swept, settings, say)
+    outcomes = _on_kaggle(kernel, swept, settings, interval, plan, say) if push else _here(kernel, swept, settings, say)
     text = table(swept, settings, outcomes)
     path = kernel.root / "runs" / kernel.slug / "sweep.md"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +103,12 @@ def _from_here(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _on_kaggle(
-    kernel: Kernel, swept: list[str], settings: list[dict[str, Any]], interval: float, say: Callable[[str], object]
+    kernel: Kernel,
+    swept: list[str],
+    settings: list[dict[str, Any]],
+    interval: float,
+    plan: bool,
+    say: Callable[[str], object],
 ) -> list[Outcome]:
     kernels = [
         dataclasses.replace(kernel, title=f"{kernel.title[:38]} Sweep {number}", parameters=given)
@@ -105,17 +118,31 @@ def _on_kaggle(
     running: list[int] = []
     waiting = list(range(len(kernels)))
     begun = dict.fromkeys(waiting, float("-inf"))
-    while waiting or running:
-        while waiting and len(running) < SESSIONS:
+    short, told = False, set[str]()
+
+    def once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            say(text)
+
+    while (waiting and not short) or running:
+        while waiting and not short and len(running) < SESSIONS:
             number = waiting[0]
             each = kernels[number]
             if _pushed_before(each):
                 say(f"{each.id}: pushed before with the same content")
             else:
+                if plan and each.limit is None:
+                    each.limit = planned(each)
                 try:
-                    pushed = each.push()
+                    promised = sum(_left(kernels[other], begun[other]) for other in running)
+                    pushed = each.push(ask=functools.partial(each.ask_quota, once, promised))
                     begun[number] = time.monotonic()
                     say(f"{_shown(swept, each.parameters)}: {pushed.url}")
+                except QuotaError as error:
+                    short = not running
+                    once(f"{error}: trying again when a session has ended" if running else str(error))
+                    break
                 except kaggle_cli.RefusedError as error:
                     if not running:
                         raise
@@ -140,7 +167,15 @@ def _on_kaggle(
                 say(f"{each.id} ({_shown(swept, each.parameters)}): {status.state}\n{outcomes[number].text}")
         if running:
             time.sleep(interval)
-    return [outcomes[number] for number in range(len(kernels))]
+    if short:
+        left = "; ".join(_shown(swept, kernels[number].parameters) for number in waiting)
+        say(f"left for later, when the same command goes on: {left}")
+    return [outcomes.get(number, Outcome(False, 0, "", {})) for number in range(len(kernels))]
+
+
+def _left(kernel: Kernel, begun: float) -> float:
+    """Return the seconds of quota that a session begun here will still need, as far as known."""
+    return max(0.0, (kernel.seconds or LEAST) - (time.monotonic() - begun))
 
 
 def _pushed_before(kernel: Kernel) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from kaggle_mgpu import __main__ as command_line
 from kaggle_mgpu import distributed
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.checkpoints.files import replace_tensors
@@ -268,6 +270,45 @@ def test_what_is_read_once_is_kept_within_bounds_and_gives_the_same_patches(tmp_
     monkeypatch.setattr(data, "read_stack", lambda *_: pytest.fail("read again"))
     again, _ = prepared(small(tmp_path, made))
     assert again._facts == task._facts
+
+
+def test_what_an_earlier_session_prepared_is_not_decoded_again(tmp_path, made, scrolls, monkeypatch, capsys):
+    where = tmp_path / "kaggle" / "input" / "notebooks" / "ann" / "prepared" / "run"
+    command = f"prepare surface_segmentation --data-path {made} --output-dir {where}"
+    assert command_line.main(command.split()) == 0
+    assert f"4 of 4 volumes decoded (0.0 GB), 2 to predict checked, in {where / 'data'}/" in capsys.readouterr().out
+    # in another session the same files may have another path and another time
+    want, _ = prepared(
+        small(tmp_path, made, output_dir=str(tmp_path / "away"), cache_dir=str(tmp_path / "a"), cache_gb=0)
+    )
+    os.utime(scrolls / "train_images" / "synthetic_0.tif", (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "read_stack", lambda *_: pytest.fail("decoded again"))
+        task, patches = prepared(small(tmp_path, scrolls, cache_gb=0))
+        torch.manual_seed(0)
+        assert all(torch.isfinite(patches[index][0]).all() for index in range(len(patches)))
+        assert task.val_data()[0][0].shape == (1, 16, 16, 16)
+    assert task._facts == want._facts
+    assert not list(Path(task.cache.folder).iterdir())
+    assert re.search(r"4 volumes checked in .* s, 4 of them from .*notebooks/ann/prepared/run", capsys.readouterr().out)
+
+
+def test_prepared_here_is_used_here_until_a_file_changes(tmp_path, scrolls, monkeypatch):
+    assert ss.prepare(small(tmp_path, scrolls)).startswith(f"{scrolls} (data_path): 4 of 4 volumes decoded")
+    read, whole = [], data.read_stack
+    monkeypatch.setattr(data, "read_stack", lambda path, *pages: (read.append(Path(path).name), whole(path, *pages))[1])
+    prepared(small(tmp_path, scrolls))
+    assert read == []
+    os.utime(scrolls / "train_images" / "synthetic_0.tif", (1, 1))
+    prepared(small(tmp_path, scrolls))
+    assert read == 2 * ["synthetic_0.tif"]
+    (listed,) = tmp_path.glob("run/data/*/volumes.json")
+    for other in ("[1]", "{", '{"x": 1}'):  # somebody else's
+        listed.write_text(other)
+        assert SurfaceSegmentation(small(tmp_path, scrolls)).catalogue.train
+    assert "2 of 4 volumes decoded" in ss.prepare(
+        small(tmp_path, scrolls, output_dir=str(tmp_path / "two"), cache_gb=6e-5)
+    )
 
 
 # Patches

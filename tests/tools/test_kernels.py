@@ -511,6 +511,14 @@ def test_wait_right_after_a_push_does_not_believe_the_session_before(
 # Sweeps
 def test_sweep(kaggle: KaggleServer, root: Path) -> None:
     given = ["sweep", "counting", "--user", "ann", "-p", "goal=[2,3,4]", "-p", "words=w", "--interval", "1.5"]
+    kaggle.account.quota_hours = [0.9, 0.9, 0.4]
+    said = tool(kaggle, root, *given, "--push", code=1)
+    assert "0.9 h left, 0.5 of them for sessions that run, and a session needs 0.5" in said
+    assert "trying again when a session has ended" in said
+    assert "the week's GPU quota has 0.4 h left, and a session needs 0.5; " in said
+    assert "left for later, when the same command goes on: goal=3; goal=4\n" in said
+    assert list(kaggle.account.kernels) == [f"ann/{SLUG}-sweep-1"]
+    kaggle.account.quota_hours = []
     said = tool(kaggle, root, *given, "--push")
     rows = ["| goal | finished | step | best | loss | seconds |", "|---|---|---|---|---|---|"]
     rows += [f"| {goal} | yes | {goal} |  | {1 / goal:.4g} |  |" for goal in (2, 3, 4)]

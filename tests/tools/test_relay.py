@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ import kaggle_cli
 import kernel as kernels
 import relay
 from kaggle_mgpu.progress import progress
+from kaggle_mgpu.recipes.surface_segmentation import synthetic
 from kaggle_server import KaggleServer
-from kaggle_server.at_work import COUNTING, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+from kaggle_server.at_work import COUNTING, ROOT, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
+from kernels import main as tools_main
 
 pytestmark = pytest.mark.kaggle
 
@@ -194,13 +197,53 @@ def test_how_long_a_session_may_take(root: Path, monkeypatch: pytest.MonkeyPatch
         assert kernel.short_of_quota() == said
 
 
-def test_a_plan_gives_the_limit_of_a_session(house: Path, root: Path) -> None:
+def test_a_plan_gives_the_limit_of_a_session(
+    house: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kaggle_cli, "push", lambda *_: pytest.fail("pushed"))
     kernel = kernels.kernel_from(house, "text_generation", "ann")
     kernel.parameters = {**TEXT, "max_steps": 6}
     assert kernels.SLACK < kernels.planned(kernel) < 2 * kernels.SLACK
+    kernel = kernels.kernel_from(house, "text_generation", "ann")
+    sources = ["--dataset", "bob/text", "--kernel-source", "ann/kaggle-mgpu"]
+    command = ["--root", str(house), "push", "text_generation", "--user", "ann", "-t", "plan"]
+    assert tools_main([*command, *sources]) == 1
+    assert "plan can be made here: bob/text: no such input on this machine, and other data" in capsys.readouterr().err
     kernel.parameters = {**TEXT, "data_path": "/kaggle/input/not/here"}
     with pytest.raises(kernels.KernelError, match=r"no plan can be made here: .*no such file or folder"):
         kernels.planned(kernel)
+
+
+def test_a_push_compares_the_plan_with_the_quota(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, said = counting(root), list[str]()
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: kaggle_cli.Quota(3 * 3600.0, ""))
+    kernel.ask_quota(said.append)
+    assert said == []  # of this recipe no plan can be made
+    kernel.estimate = 2 * 3600.0
+    kernel.ask_quota(said.append)
+    assert said == ["the plan expects 2.0 h on two T4s; the week's GPU quota has 3.0 h left"]
+    kernel.estimate = 20.0
+    kernel.ask_quota(said.append)
+    assert said.pop() == "the plan expects 1 min on two T4s; the week's GPU quota has 3.0 h left"
+    kernel.estimate = 20 * 3600.0
+    with pytest.raises(
+        kernels.QuotaError, match=r"^not pushed: .* 3\.0 h left, and a session needs 12\.0\. A smaller -p"
+    ):
+        kernel.ask_quota(said.append)
+    kernel.parameters = {"time_limit": "2h"}
+    kernel.ask_quota(said.append)
+    with pytest.raises(kernels.QuotaError, match=r"3\.0 h left, 1\.0 of them for sessions that run, and a session"):
+        kernel.ask_quota(said.append, 3600.0)
+    assert said.count("the plan expects 20.0 h on two T4s; the week's GPU quota has 3.0 h left") == 3
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: None)  # of an older CLI
+    kernel.ask_quota(said.append)
+    assert len(said) == 4
+    # a session without GPUs costs none
+    top = root / "kernel-metadata.json"
+    top.write_text(top.read_text().replace('"enable_gpu": true', '"enable_gpu": false'))
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: kaggle_cli.Quota(0.0, ""))
+    kernel.ask_quota(said.append)
+    assert kernel.short_of_quota() == ""
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"name": "x"}', '{"sessions": [{"nr": 1}]}'])
@@ -322,6 +365,54 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     assert (fetched / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert progress.comparable(progress.read(fetched)) == progress.comparable(progress.read(whole))
     assert planted_in(house / "build", house / "runs", *(session.folder for session in sessions)) == []
+
+
+DECODING = """\
+# %% tags=["payload"]
+# here
+
+# %% tags=["parameters"]
+# Parameters of this notebook
+output_dir = "run"
+
+# %%
+import json, pathlib
+from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation
+
+SurfaceSegmentation(Config(output_dir=output_dir, patch_size=16)).train_data()[0]
+pathlib.Path(output_dir).mkdir()
+pathlib.Path(output_dir, "result.json").write_text(json.dumps({"finished": True, "step": 1}))
+"""
+
+
+def test_volumes_are_decoded_on_a_session_without_gpus(kaggle: KaggleServer, root: Path, tmp_path: Path) -> None:
+    """The session with GPUs decodes none: nothing is kept in its temporary folder, where decoded volumes go."""
+    shutil.rmtree(root / "kaggle_mgpu")
+    (root / "kaggle_mgpu").symlink_to(ROOT / "kaggle_mgpu")
+    (root / "notebooks" / "decoding_kaggle_multigpu.py").write_text(DECODING)
+    synthetic.synthesise(tmp_path / "scrolls", size=16, train=3, test=1)
+    kaggle.account.add_dataset("bob/scrolls", tmp_path / "scrolls")
+    command = ["relay", "decoding", "--user", "ann", "--title", "Scrolls", "--interval", "6"]
+    said = tool(kaggle, root, *command, "--prepare", "--dataset", "bob/scrolls")
+    assert "finished: step 1, after one session" in said
+    (prepared,), (trained,) = (kaggle.account.kernels[f"ann/{name}"] for name in ("scrolls-prepare", "scrolls"))
+    assert prepared.request["enableGpu"] is False
+    assert len(list(prepared.session.working.glob("run/data/*/*.image.npy"))) == 3
+    assert trained.request["kernelDataSources"] == ["ann/scrolls-prepare/1"]
+    log = "".join(str(entry["data"]) for entry in trained.session.log)
+    assert re.search(r"3 volumes checked in .* s, 3 of them from .*scrolls-prepare/run/data", log)
+    assert [list(folder.iterdir()) for folder in Path(trained.session.temporary.name).glob("kaggle_mgpu-v*")] == [[]]
+
+
+def test_a_recipe_without_work_before_training_is_told_at_once(house: Path) -> None:
+    wanted = r"camouflage_.*: --prepare: camouflage_segmentation has no work before training: leave --prepare out\. Exp"
+    kernel = kernels.kernel_from(house, "camouflage_segmentation", "ann")
+    with pytest.raises(kernels.KernelError, match=wanted):
+        relay.run(kernel, carry=None, interval=60, prepare=True)
+    assert not kernel.folder.exists()
+    kernel = kernels.kernel_from(house, "check_gpus", "ann")
+    with pytest.raises(kernels.KernelError, match=r"check_gpus.*: --prepare: expected a notebook of a recipe, got no"):
+        relay.run(kernel, carry=None, interval=60, prepare=True)
 
 
 def test_what_a_failing_run_says_holds_no_secret(kaggle: KaggleServer, house: Path) -> None:

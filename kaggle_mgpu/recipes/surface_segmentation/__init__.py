@@ -11,7 +11,7 @@ itself on small made-up volumes, and says so.
 
 from .inference import sliding_window, validate_submission
 from .stages import baselines, figure, infer, run
-from .training import Config, SurfaceSegmentation, task
+from .training import Config, SurfaceSegmentation, prepare, task
 
 __all__ = [
     "Config",
@@ -19,6 +19,7 @@ __all__ = [
     "baselines",
     "figure",
     "infer",
+    "prepare",
     "run",
     "sliding_window",
     "task",

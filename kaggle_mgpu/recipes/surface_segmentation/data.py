@@ -177,6 +177,15 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
 
 
 # What is kept of a volume once it was decoded
+PREPARED = "volumes.json"
+"""The list of prepared volumes, written last."""
+
+
+def _identity(volume: Volume) -> str:
+    """Return the volume's name and file sizes, which are the same in every session, as in `Catalogue.digest`."""
+    return json.dumps([volume.id, *(os.path.getsize(file) for file in (volume.image, volume.label) if file)])
+
+
 @dataclass
 class Cache:
     """Decoded volumes as .npy files, mapped into memory by every process: they need disk and only free memory.
@@ -190,6 +199,10 @@ class Cache:
     """Limit for all .npy files together. Further volumes are decoded for each patch, only the needed pages."""
     held: set[str] = field(default_factory=set)
     """Return the ids of the volumes with room in the cache."""
+    prepared: dict[Volume, str] = field(default_factory=dict)
+    """Beginnings of the paths of files that `prepare` has written; nothing is written there again."""
+    share: float = 0.5
+    """Share of the free disk to take at most."""
 
     @classmethod
     def at(cls, folder: str | None, max_gb: float) -> Cache:
@@ -198,25 +211,61 @@ class Cache:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if home.is_symlink() or home.stat().st_uid != os.getuid():
             raise PermissionError(f"{home} is not this user's own folder: give another cache_dir")
-        for torn in home.glob(".writing-*"):  # by a process that was killed; a running one may still be at it
+        made = cls(str(home), int(max_gb * 1e9))
+        made.tidy()
+        return made
+
+    def tidy(self) -> None:
+        """Remove files half written by killed processes; a running process may still write its own."""
+        for torn in Path(self.folder).glob(".writing-*"):
             pid = torn.name.split("-")[1]
             if not Path("/proc", pid).exists():
                 torn.unlink(missing_ok=True)
-        return cls(str(home), int(max_gb * 1e9))
 
     def path(self, volume: Volume, what: str) -> Path:
+        """Return the path of a prepared file if there is one, else the path in the folder."""
+        if volume in self.prepared and (found := Path(f"{self.prepared[volume]}.{what}")).exists():
+            return found
+        return Path(self.folder) / f"{self.key(volume)}.{what}"
+
+    @staticmethod
+    def key(volume: Volume) -> str:
+        """Return a digest of the volume's paths, sizes and times of change."""
         parts = []
         for file in (volume.image, volume.label):
             if file is not None:
                 status = os.stat(file)
                 parts.append([file, status.st_size, status.st_mtime_ns])
-        return Path(self.folder) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}.{what}"
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
+
+    def note_prepared(self, volumes: Sequence[Volume]) -> None:
+        """Write, last of all, the list of the volumes whose files are in the folder, for `use_prepared`."""
+        listed = {_identity(volume): self.key(volume) for volume in volumes if self.path(volume, "json").exists()}
+        self.save(Path(self.folder, PREPARED), json.dumps(listed))
+
+    def use_prepared(self, folder: Path, volumes: Sequence[Volume], moved: bool) -> None:
+        """Read the files of volumes from a folder with a list of `note_prepared`.
+
+        Args:
+            moved: the folder comes from another session, where paths and times of the same files may have been others.
+        """
+        try:
+            listed = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+            keys = {volume: listed.get(_identity(volume)) for volume in volumes}
+        except (OSError, ValueError, AttributeError):  # no list, or somebody else's file
+            return
+        for volume, key in keys.items():
+            if isinstance(key, str) and (moved or key == self.key(volume)):
+                self.prepared[volume] = str(folder / key)
 
     def plan(self, volumes: Sequence[Volume]) -> set[str]:
-        """The ids of the volumes to keep: the first ones, as far as max_bytes and half of the free disk go."""
+        """The ids of the volumes to keep: prepared ones, and the first others that max_bytes and the disk allow."""
         disk = os.statvfs(self.folder)
-        free, budget, held = disk.f_bavail * disk.f_frsize // 2, self.max_bytes, set()
+        free, budget = int(disk.f_bavail * disk.f_frsize * self.share), self.max_bytes
+        held = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
         for volume in volumes:
+            if volume.id in held:
+                continue
             pages, height, width = shape_of(volume.image)
             budget -= 2 * pages * height * width
             if not self.path(volume, "image.npy").exists():  # else its disk is taken already
@@ -227,7 +276,8 @@ class Cache:
         return held
 
     def save(self, path: Path, content: Array | str) -> None:
-        """Whole or not at all; several processes may save the same at once."""
+        """Whole or not at all, and in the folder; several processes may save the same at once."""
+        path = Path(self.folder, path.name)
         temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
         with temporary.open("wb") as file:
             if isinstance(content, str):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -132,13 +131,16 @@ class SurfaceSegmentation(Task):
         """The volumes. All ranks must ask for them together at first: rank 0 searches while the others wait."""
         if self._catalogue is None:
             components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
-            found: Callable[[], Catalogue] = lambda: data.find_volumes(  # noqa: E731
-                self.config.data_path, Path(self.cache.folder) / "synthetic-1"
-            )
-            self._catalogue = distributed.from_main(found)
+            self._catalogue, self.cache.prepared = distributed.from_main(self._find)
             # Stamps the checkpoints: other volumes make another run
             self.name = f"SurfaceSegmentation {self._catalogue.digest}"
         return self._catalogue
+
+    def _find(self) -> tuple[Catalogue, dict[Volume, str]]:
+        found = data.find_volumes(self.config.data_path, Path(self.cache.folder) / "synthetic-1")
+        folder = session.find_prepared(own := prepared_folder(self.config, found), data.PREPARED)
+        self.cache.use_prepared(folder, [*found.train, *found.test], moved=folder != own)
+        return found, self.cache.prepared
 
     @property
     def cache(self) -> Cache:
@@ -184,7 +186,7 @@ class SurfaceSegmentation(Task):
         cache.held = distributed.from_main(lambda: cache.plan(c.train))
         facts: dict[str, Facts] = {}
         error: Exception | None = None
-        said = time.monotonic()
+        began = said = time.monotonic()
         try:
             for volume in c.test[distributed.rank() :: distributed.world_size()]:
                 data.look_through(volume, cache)
@@ -201,6 +203,10 @@ class SurfaceSegmentation(Task):
             if failure is not None:
                 raise failure
             self._facts |= theirs
+        if distributed.is_main():
+            known = sum(volume in cache.prepared for volume in c.train)
+            earlier = f", {known} of them from {Path(next(iter(cache.prepared.values()))).parent}" if known else ""
+            print(f"{len(c.train)} volumes checked in {time.monotonic() - began:.1f} s{earlier}", flush=True)
 
     def _trained(self) -> bool:
         """Return whether this run's training has finished, from its checkpoints."""
@@ -259,6 +265,40 @@ class SurfaceSegmentation(Task):
             "precision": hit / (hit + false) if hit + false else 0.0,
             "recall": hit / (hit + missed) if hit + missed else 0.0,
         }
+
+
+def prepare(config: Config) -> str:
+    """Check and decode all volumes into output_dir/data, for sessions that find this output among their inputs.
+
+    As many are decoded as cache_gb and nine tenths of the free disk allow; on Kaggle, which keeps 20 GB, at most 18 GB:
+    270 pairs of 320^3.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        ValueError: a malformed volume; named with its path.
+    """
+    surface = SurfaceSegmentation(config)
+    c = surface.catalogue
+    folder = prepared_folder(config, c)
+    folder.mkdir(parents=True, exist_ok=True)
+    most = min(config.cache_gb, 18) if session.on_kaggle() else config.cache_gb
+    cache = surface._cache = Cache(str(folder), int(most * 1e9), share=0.9)
+    cache.tidy()
+    surface.prepare()
+    cache.note_prepared([*c.train, *c.test])
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
+    rest = "" if len(cache.held) == len(c.train) else "; cache_gb and the disk have no room for the others"
+    return (
+        f"{c.source} ({c.reason}): {len(cache.held)} of {len(c.train)} volumes decoded ({size:.1f} GB), "
+        f"{len(c.test)} to predict checked, in {folder}{rest}"
+    )
+
+
+def prepared_folder(config: Config, catalogue: Catalogue) -> Path:
+    """Return the folder of `prepare`, named by a digest of the data."""
+    return Path(config.output_dir).resolve() / "data" / catalogue.digest
 
 
 def task(config: Config) -> SurfaceSegmentation:
