@@ -120,7 +120,8 @@ class Kernel:
         Raises:
             QuotaError: the quota cannot pay for a session.
         """
-        if (left := kaggle_cli.quota()) is None:
+        left = kaggle_cli.quota()
+        if left is None or left.seconds - promised >= LONGEST:  # enough for any session: a plan costs ten seconds
             return
         with contextlib.suppress(KernelError):
             minutes = expected(self, timeout=60) / 60

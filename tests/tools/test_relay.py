@@ -235,6 +235,8 @@ def test_a_push_compares_the_plan_with_the_quota(root: Path, monkeypatch: pytest
     with pytest.raises(kernels.QuotaError, match=r"3\.0 h left, 1\.0 of them for sessions that run, and a session"):
         kernel.ask_quota(said.append, 3600.0)
     assert said.count("the plan expects 20.0 h on two T4s; the week's GPU quota has 3.0 h left") == 3
+    monkeypatch.setattr(kaggle_cli, "quota", lambda: kaggle_cli.Quota(12 * 3600.0, ""))  # whatever a plan says
+    kernel.ask_quota(said.append)
     monkeypatch.setattr(kaggle_cli, "quota", lambda: None)  # of an older CLI
     kernel.ask_quota(said.append)
     assert len(said) == 4
