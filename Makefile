@@ -101,7 +101,7 @@ tensorboard: $(VENV)/installed
 	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 
 quick: $(VENV)/installed
-	$(BIN)/python -m $(PYTEST) --quick $(TESTS)
+	$(BIN)/python -m $(subst -n 3,-n 2,$(PYTEST)) --quick $(TESTS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m $(PYTEST) $(TESTS)
