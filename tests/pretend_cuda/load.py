@@ -143,6 +143,8 @@ class Cuda:
         }
         for name, value in replaced.items():
             setattr(cuda, name, value)
+            if hasattr(cuda.random, name):  # libraries call its functions there, and they call each other
+                setattr(cuda.random, name, value)
         for name, value in {
             "is_available": cuda.is_available,
             "current_accelerator": lambda check_available=False: torch.device("cuda") if visible() else None,
