@@ -122,7 +122,7 @@ class ShortOfMemory(Language):
 
 
 class Mishap(Language):
-    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt), or the last rank in its 12th loss (hang)."""
+    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt), the last rank in its 12th loss (hang)."""
 
     name = "Language"
 

@@ -1,4 +1,4 @@
-"""Every template notebook once on two pretend T4s, with the small parameters that it also has on the stand-in for Kaggle.
+"""Every template notebook once on two pretend T4s, with the parameters that it has in test_notebooks_on_kaggle.py.
 
 pytest tests/pretend_cuda/test_template_notebooks.py    # one process runs all: see run_notebooks.py
 """
