@@ -373,7 +373,7 @@ def gpt(folder: str, quick: bool) -> dict[str, Any]:
     return {"right": quick or found["kit"]["ms"] <= 1.05 * found["plain"]["ms"], **found}
 
 
-def _adapters(folder: str, tuning: str, quick: bool) -> dict[str, Any]:
+def _adapters(folder: str, tuning: Any, quick: bool) -> dict[str, Any]:
     base, rows = Path(folder, "base"), Path(folder, "rows.jsonl")
     if not rows.exists():
         sizes: dict[str, int] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
