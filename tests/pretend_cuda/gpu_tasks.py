@@ -122,7 +122,7 @@ class ShortOfMemory(Language):
 
 
 class Mishap(Language):
-    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt) or 15, or rank 1 in step 12 (hang)."""
+    """Meets with a mishap: rank 0 at the record of step 10 (kill, interrupt), the last rank in its 12th loss (hang)."""
 
     name = "Language"
 
@@ -132,7 +132,7 @@ class Mishap(Language):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         self.losses += model.training
-        if self.kind == "hang" and self.losses == 12 and distributed.rank() == 1:
+        if self.kind == "hang" and self.losses == 12 and distributed.rank() + 1 == distributed.world_size():
             time.sleep(60)
         return super().loss(model, batch)
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,6 +144,8 @@ class Cuda:
         }
         for name, value in replaced.items():
             setattr(cuda, name, value)
+            if hasattr(cuda.random, name):  # libraries call its functions there, and they call each other
+                setattr(cuda.random, name, value)
         for name, value in {
             "is_available": cuda.is_available,
             "current_accelerator": lambda check_available=False: torch.device("cuda") if visible() else None,
@@ -234,10 +237,11 @@ def stream_classes(torch: Any, pair: Cuda) -> dict[str, Any]:
     class Event:
         def __init__(self, *args: Any, **options: Any) -> None:
             self.stream: int | None = None
+            self.seconds = 0.0
 
         def record(self, on: Stream | None = None) -> None:
             on = on or current_stream()
-            self.stream = on.stream_id
+            self.stream, self.seconds = on.stream_id, time.perf_counter()
             watch.note("record_event", on.device.index, on.stream_id)
 
         def wait(self, on: Stream | None = None) -> None:
@@ -250,7 +254,7 @@ def stream_classes(torch: Any, pair: Cuda) -> dict[str, Any]:
             return True
 
         def elapsed_time(self, end: Event) -> float:
-            return 0.0
+            return (end.seconds - self.seconds) * 1e3
 
     def current_stream(device: Any = None) -> Stream:
         index = pair.index(device)

@@ -139,6 +139,7 @@ def install(found: Any) -> None:
     original = dist.init_process_group
 
     def init_process_group(backend: str | None = None, **options: Any) -> None:
-        original("pretend_nccl" if backend and "cuda" in backend else backend, **options)
+        ours = torch.cuda.is_available() if backend is None else "cuda" in backend or backend == "nccl"
+        original("pretend_nccl" if ours else backend, **options)
 
     dist.init_process_group = init_process_group

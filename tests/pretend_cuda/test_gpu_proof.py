@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import gpu_proof as command
 from kaggle_mgpu.planning import gpu_proof
 
 SECTIONS = [section.__name__ for section in gpu_proof.SECTIONS]
@@ -46,10 +46,8 @@ def test_a_section_fails_by_itself_and_in_time(
     assert "WRONG  broken" in capsys.readouterr().out
 
 
-def test_without_a_gpu_the_command_says_so(tmp_path: Path) -> None:
-    program = Path(__file__).parents[2] / "tools" / "gpu_proof.py"
-    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(program), str(tmp_path / "p.json")]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    assert "gpu_proof needs a GPU" in done.stderr
+def test_without_a_gpu_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["gpu_proof", str(tmp_path / "p.json")])
+    with pytest.raises(RuntimeError, match=r"gpu_proof needs a GPU: .* Choose one in Settings > Accelerator"):
+        command.main()

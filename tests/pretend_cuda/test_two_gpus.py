@@ -145,19 +145,27 @@ def test_the_largest_micro_batch_that_fits_is_found(nproc: int, folder: Path) ->
 # --- kills, stops and hangs ------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(folder: Path) -> None:
-    undisturbed, killed = (config(folder, name, save_every=10) for name in ("undisturbed", "killed"))
-    launch(train, undisturbed, Language())
+# dp is one process, which only a worker's launcher can outlive: hence in_worker
+BOTH = pytest.mark.parametrize("strategy", ["ddp", "dp"])
+
+
+@BOTH
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(strategy: str, folder: Path) -> None:
+    undisturbed, killed = (
+        config(folder, f"{strategy}, {name}", strategy=strategy, save_every=10) for name in ("undisturbed", "killed")
+    )
+    launch(train, undisturbed, Language(), in_worker=True)
     with pytest.raises(WorkerDiedError, match="SIGKILL"):
-        launch(train, killed, Mishap("kill"))
-    result = launch(train, killed, Language())
-    assert result.finished
+        launch(train, killed, Mishap("kill"), in_worker=True)
+    result = launch(train, killed, Language(), in_worker=True)
+    assert (result.finished, result.strategy) == (True, strategy)
     assert torch.equal(weights(killed.output_dir), weights(undisturbed.output_dir))
 
 
-def test_a_restart_needs_no_second_call(folder: Path, on_cpu: str) -> None:
-    settings = config(folder, "restarted", max_restarts=1, save_every=5)
-    assert launch(train, settings, KilledOnce("kill")).finished
+@BOTH
+def test_a_restart_needs_no_second_call(strategy: str, folder: Path, on_cpu: str) -> None:
+    settings = config(folder, f"{strategy}, restarted", strategy=strategy, max_restarts=1, save_every=5)
+    assert launch(train, settings, KilledOnce("kill"), in_worker=True).finished
     assert difference(settings.output_dir, on_cpu) < 1e-5
 
 
@@ -172,18 +180,23 @@ def test_a_run_moves_from_gpus_to_the_cpu_and_back(folder: Path, on_cpu: str) ->
     assert difference(result.output_dir, on_cpu) < 1e-5
 
 
-def test_an_interrupt_saves_and_the_run_goes_on(folder: Path, on_cpu: str) -> None:
-    settings = config(folder, "interrupted")
-    stopped = launch(train, settings, Mishap("interrupt"))
-    assert not stopped.finished
+@BOTH
+def test_an_interrupt_saves_and_the_run_goes_on(strategy: str, folder: Path, on_cpu: str) -> None:
+    settings = config(folder, f"{strategy}, interrupted", strategy=strategy)
+    stopped = launch(train, settings, Mishap("interrupt"), in_worker=True)
+    assert (stopped.finished, stopped.strategy) == (False, strategy)
     assert stopped.reason.startswith("asked to stop")
-    assert launch(train, settings, Language()).finished
+    assert launch(train, settings, Language(), in_worker=True).finished
     assert difference(settings.output_dir, on_cpu) < 1e-5
 
 
-def test_a_hang_names_the_rank_that_is_behind(folder: Path) -> None:
-    with pytest.raises(HangError, match="rank 1"):
-        launch(train, config(folder, "hung"), Mishap("hang"), timeout=4.0)
+@pytest.mark.parametrize(("strategy", "behind"), [("ddp", "rank 1"), ("dp", "rank 0")])
+def test_a_hang_names_the_rank_that_is_behind(strategy: str, behind: str, folder: Path) -> None:
+    """Under dp a replica that comes to no end keeps the only process from its next step."""
+    with pytest.raises(HangError, match=behind):
+        launch(
+            train, config(folder, f"{strategy}, hung", strategy=strategy), Mishap("hang"), timeout=4.0, in_worker=True
+        )
 
 
 # --- before and beside training --------------------------------------------------------------------------------------

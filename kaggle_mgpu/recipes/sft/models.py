@@ -209,10 +209,13 @@ def most_positions(configuration: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def make_tiny(folder: Path, texts: Sequence[str], seed: int) -> None:
+def make_tiny(folder: Path, texts: Sequence[str], seed: int, **sizes: int) -> None:
     """A Llama of 1.7 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
 
     For trying things out where no model is at hand. The same texts and seed make the same files.
+
+    Args:
+        sizes: of LlamaConfig, in the place of TINY's.
     """
     transformers, tokenizers = require("transformers"), require("tokenizers")
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -232,7 +235,7 @@ def make_tiny(folder: Path, texts: Sequence[str], seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ends = {"eos_token_id": fast.eos_token_id, "pad_token_id": fast.pad_token_id, "bos_token_id": None}
-        transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY, **ends)).save_pretrained(folder)
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **sizes}, **ends)).save_pretrained(folder)
 
 
 # Loading and adapting
