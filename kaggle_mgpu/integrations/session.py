@@ -23,6 +23,10 @@ from ..machine import devices, session
 from ..parallel import distributed
 
 
+HOLDERS = ("base_dataloader", "_dataloader")
+"""The loader that fetches, as an attribute of accelerate's and of Fabric's loaders."""
+
+
 class Session:
     """A Session sees one run of a loop through one session of the machine. Every rank makes one and makes every call.
 
@@ -281,7 +285,7 @@ def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
 
     A loader without a batch sampler (batch_size=None) skips nothing.
     """
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the loader that fetches
+    inner = next((getattr(loader, name) for name in HOLDERS if hasattr(loader, name)), loader)
     if isinstance(inner.dataset, IterableDataset) or not hasattr(inner.dataset, "__len__"):
         return None
     known = isinstance(inner.dataset, SeededSamples)
@@ -304,7 +308,7 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
     while waiting:
         if (owner := waiting.pop()) is not None and all(owner is not other for other in owners):
             owners.append(owner)
-            waiting += [getattr(owner, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
+            waiting += [getattr(owner, name, None) for name in (*HOLDERS, "sampler", "batch_sampler")]
     for owner in owners:
         if isinstance(owner, Sampler) and getattr(owner, "generator", 0) is None:
             # the position of the global generator depends on all that drew from it before
@@ -314,3 +318,5 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
                 generator.manual_seed(value)
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
+        if hasattr(owner, "_num_iter_calls"):  # Fabric's loader takes this for the epoch
+            owner._num_iter_calls = epoch
