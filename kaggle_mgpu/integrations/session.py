@@ -22,7 +22,6 @@ from ..launching import lock
 from ..machine import devices, session
 from ..parallel import distributed
 
-
 HOLDERS = ("base_dataloader", "_dataloader")
 """The loader that fetches, as an attribute of accelerate's and of Fabric's loaders."""
 
