@@ -198,6 +198,34 @@ def by_hand(folder: str, kill: int | None = None, stop: int | None = None, limit
     return run.finished, run.steps_taken, weights(generator, critic)
 
 
+def plain_loop(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
+    """A loop without DistributedDataParallel, which averages the gradients itself."""
+    import torch.distributed as dist
+    from torch.utils.data import Subset
+
+    from kaggle_mgpu.integrations import watch
+
+    dist.init_process_group()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    share = Subset(Augmented(), range(dist.get_rank(), 48, dist.get_world_size()))
+    loader = DataLoader(share, 4, shuffle=True, num_workers=1)
+    with watch(folder, max_steps=STEPS, time_limit=limit, model=model, optimizer=optimizer) as run:
+        for batch in run.batches(loader):
+            loss = model(**batch)["loss"]
+            loss.backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss)
+            save_surely(run)
+            maybe_end(run.steps_taken, kill)
+            maybe_ask_to_stop(run.steps_taken, stop)
+    return run.finished, run.steps_taken, weights(model)
+
+
 def with_lightning(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
     import lightning
 

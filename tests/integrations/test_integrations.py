@@ -16,6 +16,7 @@ from kaggle_mgpu.errors import WorkerDiedError
 
 LIBRARIES = {
     loops.by_hand: "torch",
+    loops.plain_loop: "torch",
     loops.with_accelerate: "accelerate",
     loops.with_trainer: "transformers",
     loops.with_lightning: "lightning",

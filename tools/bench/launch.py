@@ -82,7 +82,7 @@ def with_trainer(folder):
 
     args = TrainingArguments(
         f"{folder}/run", max_steps=1, per_device_train_batch_size=32, use_cpu=True, save_strategy="no", report_to=[],
-        disable_tqdm=True, logging_strategy="no",
+        disable_tqdm=True, logging_strategy="no", ddp_find_unused_parameters=False,
     )
     data = [{"x": torch.randn(64), "labels": torch.randn(64)} for _ in range(64)]
     trainer = Trainer(Net(64, 64), args, train_dataset=data, callbacks=[Notes()])
@@ -120,6 +120,7 @@ CONTENDERS = {
         "subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',"
         " launch_step.__file__, folder], check=True, capture_output=True)",
     ),
+    # Where bitsandbytes is installed, a cell with `from transformers import Trainer` imports it, and accelerate refuses
     "kaggle_mgpu Trainer": (
         "import transformers\nfrom kaggle_mgpu import env, launch\nenv.fix(verbose=False, start_workers=True)",
         "launch(launch_step.with_trainer, folder, nproc=2)",

@@ -465,8 +465,13 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
         confusions.append(confusion(y, given.argmax(1), len(windows.classes)))
     found = CrossValidation(windows.classes, subjects, probabilities, confusions)
     folder = Path(config.output_dir)
-    arrays = {"y": windows.y, "subject": np.array(whose), "fold": number_of}
-    np.savez(folder / "out_of_fold.npz", probabilities=probabilities.numpy(), **arrays)
+    np.savez(
+        folder / "out_of_fold.npz",
+        probabilities=probabilities.numpy(),
+        y=windows.y,
+        subject=np.array(whose),
+        fold=number_of,
+    )
     document = {"classes": windows.classes, "subjects": subjects, **found.scores()}
     (folder / "folds.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     return found
