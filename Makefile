@@ -13,6 +13,7 @@
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make gpu-proof   on a machine with GPUs: eight minutes of what only real ones show, as a table and build/gpu_proof.jsonl
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
+# make test-trl   TRL's SFTTrainer, kept, stopped, killed and resumed, in an environment of its own under build/
 # demo, quick and test make .venv first, with the versions of the lock. PYTHON=python3.12 chooses another interpreter.
 #
 # make gpu-info, memory-check, train-distributed RECIPE=sft CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
@@ -55,7 +56,7 @@ BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 # a file of settings, and flags that override it
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
-.PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu gpu-proof test-deepspeed
+.PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu gpu-proof test-deepspeed test-trl
 .PHONY: lock wheel release lint notebooks bench measure pictures clean
 
 install: $(VENV)/installed
@@ -175,13 +176,23 @@ gpu-proof: $(VENV)/installed
 DEEPSPEED := build/deepspeed
 $(DEEPSPEED)/installed: $(LOCK)
 	test -x $(DEEPSPEED)/bin/python || $(PYTHON) -m venv $(DEEPSPEED)
-	$(DEEPSPEED)/bin/python -m $(INSTALL) -c $(LOCK) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest psutil setuptools ninja
+	$(DEEPSPEED)/bin/python -m $(INSTALL) -c $(LOCK) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest hypothesis psutil setuptools ninja
 	$(DEEPSPEED)/bin/python -m $(INSTALL) -c $(LOCK) "deepspeed>=0.19"
 	touch $@
 
 test-deepspeed: $(DEEPSPEED)/installed
 	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(CURDIR)/build/torch_extensions" \
 	    $(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/parallel/test_zero.py
+
+TRL := build/trl
+$(TRL)/installed: $(LOCK)
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m $(INSTALL) -c $(LOCK) torch numpy safetensors cloudpickle PyYAML tqdm matplotlib pytest hypothesis psutil \
+	    transformers accelerate "trl>=1.0"
+	touch $@
+
+test-trl: $(TRL)/installed
+	$(TRL)/bin/python -m pytest -m trl -s tests/integrations/test_integrations.py
 
 test-env:
 	$(PYTHON) tools/env_matrix.py

@@ -20,7 +20,14 @@ env.fix()  # before anything else is imported
 
 
 from kaggle_mgpu import devices, launch, notebook_parameters, train
-from kaggle_mgpu.recipes.activity_recognition import ActivityRecognition, Config, comparison, measure, side_by_side
+from kaggle_mgpu.recipes.activity_recognition import (
+    ActivityRecognition,
+    Config,
+    comparison,
+    cross_validate,
+    measure,
+    side_by_side,
+)
 
 # %matplotlib inline
 print(devices.report())
@@ -59,11 +66,12 @@ output_dir = "activity_recognition"
 seed = 1337
 compare = True  # single, dp and ddp side by side, a few steps each
 compare_steps = 60
+folds = None  # 5: cross-validation with as many folds of the people, one fold per GPU at a time
 
 # %%
 # What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
 parameters = notebook_parameters(globals())
-compare, compare_steps = parameters.pop("compare"), parameters.pop("compare_steps")
+compare, compare_steps, folds = (parameters.pop(name) for name in ("compare", "compare_steps", "folds"))
 config = Config.from_dict(parameters)
 task = ActivityRecognition(config)
 print(task.describe())
@@ -98,6 +106,17 @@ else:
 
 # %%
 report.plot() if report else None
+
+# %% [markdown]
+# ## Cross-validation
+#
+# With `folds` each person is in one fold, and each fold has a model of its own, trained without the fold's people: one
+# model per GPU at a time, on one GPU each. The mean over folds says how good the method is on new people, the standard
+# deviation how much this depends on who they are. out_of_fold.npz has the prediction for each window by the model that
+# did not know its person. Finished folds do not run again.
+
+# %%
+folds and print(cross_validate(config, folds))
 
 # %% [markdown]
 # ## The strategies side by side

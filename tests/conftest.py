@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-    if importlib.util.find_spec("deepspeed") is None:
-        for item in items:
-            if item.get_closest_marker("deepspeed"):
-                item.add_marker(pytest.mark.skip(reason="needs DeepSpeed: make test-deepspeed"))
+    for name, label in {"deepspeed": "DeepSpeed", "trl": "TRL"}.items():
+        if importlib.util.find_spec(name) is None:
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=f"needs {label}: make test-{name}"))

@@ -565,10 +565,7 @@ class Outcome:
             output_dir: the place of the run's own result.json in the folder. Default: the folder itself, else each
                 folder in it.
         """
-        steps: dict[Path, int] = {}
-        for path in sorted(folder.rglob("checkpoints/step-*/state.json")):
-            run, found = path.parents[2], re.fullmatch(r"step-(\d+)", path.parent.name)
-            steps[run] = max(steps.get(run, 0), int(found[1]) if found else 0)
+        steps = {run: max(kept) for run, kept in checkpoints(folder).items()}
         paths = sorted(folder.rglob("result.json"), key=lambda path: (len(path.parts), path))
         for path in reversed(paths):  # deepest first: a finished run replaces the runs below
             result = read_json(path)
@@ -594,7 +591,20 @@ class Outcome:
         return cls(finished, sum(steps.values()), "\n".join(lines), results, predicted)
 
 
-SMALL = r"(^|/)(result\.json|predictions/count\.json|checkpoints/step-\d+/state\.json)$"
+def checkpoints(folder: Path) -> dict[Path, dict[int, Path]]:
+    """Return the folders of whole checkpoints by run and step: checkpoints/step-N, or a Trainer's checkpoint-N."""
+    found: dict[Path, dict[int, Path]] = {}
+    for pattern in ("checkpoints/step-*/state.json", "checkpoint-*/trainer_state.json"):  # each is written last
+        for file in folder.rglob(pattern):
+            run, number = file.parents[pattern.count("/")], file.parent.name.rpartition("-")[2]
+            if number.isdecimal():
+                found.setdefault(run, {})[int(number)] = file.parent
+    return found
+
+
+SMALL = (
+    r"(^|/)(result\.json|predictions/count\.json|checkpoints/step-\d+/state\.json|checkpoint-\d+/trainer_state\.json)$"
+)
 """The files that tell the outcome of a session, for `kaggle kernels output --file-pattern`."""
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import kaggle_cli
 from kaggle_cli import KaggleError
-from kernel import SMALL, Kernel, KernelError, log_end, preparing, read_json, wait_for, write_json
+from kernel import SMALL, Kernel, KernelError, checkpoints, log_end, preparing, read_json, wait_for, write_json
 from notebooks import NotebookError
 
 FAILED_ITSELF = re.compile(r"PapermillExecutionError|CellExecutionError|DeadKernelError", re.IGNORECASE)
@@ -266,7 +266,8 @@ class _Relay:
                 return "kernel_sources", f"{self.kernel.id}/{best.version}"
         dataset = f"{self.kernel.user}/{self.kernel.slug[:44].rstrip('-')}-state"
         folder = self.kernel.root / best.folder
-        if not any(folder.rglob("checkpoints/step-*/model.safetensors")):
+        kept = [path for run in checkpoints(folder).values() for path in run.values()]
+        if not any(len([*path.iterdir()]) > 1 for path in kept):  # else one file tells that the checkpoint is whole
             if best is not newest and self.kernel.named(best.version) == self.kernel.id:
                 raise StopError(
                     f"session {best.number} got furthest, but its checkpoints were not fetched, and the CLI gives only "
@@ -279,22 +280,20 @@ class _Relay:
     def fetch(self, session: Session) -> None:
         """Fetch the files that a later session needs: the two newest checkpoints of each run, and the best weights."""
         folder = self.kernel.root / session.folder
-        newest = []
-        for checkpoints in sorted(folder.rglob("checkpoints")):
-            steps = sorted(path.name for path in checkpoints.glob("step-*"))[-2:]
-            newest += [f"{re.escape(checkpoints.relative_to(folder).as_posix())}/{step}/" for step in steps]
-        pattern = "|".join([*newest, r"(^|/)(best|predictions)/", r"(^|/)(metrics\.jsonl|config\.json)$"])
+        runs = checkpoints(folder).values()
+        newest = [kept[step] for kept in runs for step in sorted(kept)[-2:]]
+        wanted = [re.escape(f"{path.relative_to(folder).as_posix()}/") for path in newest]
+        pattern = "|".join([*wanted, r"(^|/)(best|predictions)/", r"(^|/)(metrics\.jsonl|config\.json)$"])
         self.say(f"fetching the checkpoints of session {session.number}")
         kaggle_cli.output(self.kernel.named(session.version), folder, pattern)
-        for state in sorted(folder.rglob("checkpoints/step-*/state.json")):
-            if not (state.parent / "model.safetensors").is_file():
-                shutil.rmtree(state.parent)  # an older checkpoint, of which only state.json was fetched
+        for path in (path for kept in runs for path in kept.values() if path not in newest):
+            shutil.rmtree(path)  # of which only the small file was fetched
 
     def upload(self, dataset: str, folder: Path, session: Session) -> None:
         """Upload the fetched files as the newest version of a private dataset, and wait until Kaggle is ready."""
         carried = self.kernel.folder / "carry"
         shutil.rmtree(carried, ignore_errors=True)
-        wanted = ("checkpoints/", "best/", "predictions/", "metrics.jsonl", "config.json", "result.json")
+        wanted = ("checkpoints/", "checkpoint-", "best/", "predictions/", "metrics.jsonl", "config.json", "result.json")
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_file() and any(part in f"/{name}" for part in (f"/{each}" for each in wanted)):

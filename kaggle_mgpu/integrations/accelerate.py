@@ -11,16 +11,12 @@ with Session(accelerator, "run", max_steps=1000, seed=0) as session:
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from accelerate import Accelerator, skip_first_batches
 
-from ..checkpoints import write_text
-from ..machine import session as machine
-from ..parallel import distributed
 from . import session
 
 
@@ -44,49 +40,39 @@ class Session:
     ) -> None:  # fmt: skip
         self.accelerator, self.max_steps, self.finished = accelerator, max_steps, False
         self._seed, self._keep_last, self._log_every = seed, keep_last, log_every
-        self._folder = Path(output_dir) / "checkpoints"
+        self._output_dir = Path(output_dir)
         start = self.resume()
         weights = sum(p.nbytes for model in accelerator._models for p in model.parameters())
         self._session = session.Session(
             output_dir, max_steps=max_steps, step=self.steps_taken, seed=seed, time_limit=time_limit,
             save_every=save_every, nbytes=4 * weights, history=None if start is None else start.parent.parent,
-            unit="steps",
+            unit="steps", position=self._position,
         )  # fmt: skip
 
     def resume(self) -> Path | None:
         """Load the newest whole checkpoint of the run's folder, or of a folder of its name among Kaggle's inputs."""
-        name = self._folder.resolve().parent.name
-        files = distributed.from_main(lambda: [*self._folder.glob("step-*/state.json")] or [
-            path for path in machine.find("checkpoints/step-*/state.json") if path.parents[2].name == name
-        ])  # fmt: skip
-        start = max((file.parent for file in files), key=lambda path: path.name, default=None)
+        start = session.newest(self._output_dir)
         self.steps_taken, self._position = 0, (0, 0)
         if start is not None:
             facts = json.loads((start / "state.json").read_text())
             self.accelerator.load_state(str(start))
             self.steps_taken, self._position = facts["step"], tuple(facts["position"])
-            self.accelerator.print(f"going on from {start}: step {self.steps_taken} of {self.max_steps}")
         self._saved = self.steps_taken
         return start
 
     def batches(self, loader: Any) -> Iterator[Any]:
         """Yield the prepared loader's batches, epoch after epoch, from the run's position to its end or its stop."""
-        epoch, skip = self._position
         samples = session.seeded(loader, self._seed)
-        while not self._session.over:
+
+        def passes(epoch: int, skip: int) -> Any:
             if samples is not None:
                 samples.set_epoch(epoch)
             rest = skip_first_batches(loader, skip) if skip else loader
             rest.iteration = epoch
             session.seed_order(rest, self._seed, epoch)
-            for number, batch in enumerate(rest, skip):
-                self._position = epoch, number + 1
-                self.begin_step(number, epoch)
-                yield batch
-                if self._session.over:
-                    return
-            epoch, skip = epoch + 1, 0
-            self._position = epoch, 0
+            return rest
+
+        return self._session.batches(passes)
 
     def begin_step(self, number: int, epoch: int = 0) -> None:
         """Seed all random generators from (seed, number, epoch, rank), for a micro-batch of this number in the epoch.
@@ -114,19 +100,8 @@ class Session:
         if self._saved == self.steps_taken:
             return
         self._saved = self.steps_taken
-        final = self._folder / f"step-{self.steps_taken:08d}"
-        temporary = self._folder / f".writing-{final.name}"
-        with self._session.saving(self.steps_taken):
-            distributed.from_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            self.accelerator.save_state(str(temporary))
-            distributed.barrier()
-            if self.accelerator.is_main_process:
-                facts = {"step": self.steps_taken, "position": self._position}
-                write_text(temporary / "state.json", json.dumps(facts))
-                shutil.rmtree(final, ignore_errors=True)
-                temporary.rename(final)
-                for old in sorted(self._folder.glob("step-*"))[: -self._keep_last]:
-                    shutil.rmtree(old)
+        with self._session.checkpoint(self.steps_taken, self._keep_last, position=self._session.position) as folder:
+            self.accelerator.save_state(str(folder))
 
     def __enter__(self) -> Self:
         return self

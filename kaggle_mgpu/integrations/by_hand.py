@@ -53,7 +53,7 @@ class Run:
         weights = sum(p.nbytes for model in self._models.values() for p in model.parameters())
         self.session = session.Session(
             kept.folder.parent, max_steps=max_steps, step=self.steps_taken, seed=seed, nbytes=4 * weights, unit="steps",
-            history=None if start is None else start.parent.parent, **options,
+            history=None if start is None else start.parent.parent, position=self._position, **options,
         )  # fmt: skip
 
     def _load(self, start: Path) -> None:
@@ -74,24 +74,16 @@ class Run:
         alone; an iterable dataset is read from its start, and gives its own order and augmentation. Call it once;
         `step` must follow within each pass of the loop that ends an optimizer step.
         """
-        epoch, skip = self._position
-        while not self.session.over:
+
+        def passes(epoch: int, skip: int) -> Iterator[Any]:
             samples = session.seeded(loader, self._seed, skip)
             if samples is not None:
                 samples.set_epoch(epoch)
             session.seed_order(loader, self._seed, epoch)
-            number = skip - 1
             drops = samples is None or getattr(loader, "batch_sampler", None) is None  # nothing else can skip
-            for number, batch in enumerate(itertools.islice(loader, skip if drops else 0, None), skip):
-                self._position = epoch, number + 1
-                self.session.seed(number, epoch)
-                yield batch
-                if self.session.over:
-                    return
-            if number < 0:
-                raise ValueError("run.batches: the loader has no batch")
-            epoch, skip = epoch + 1, 0
-            self._position = epoch, 0
+            return itertools.islice(loader, skip if drops else 0, None)
+
+        return self.session.batches(passes)
 
     def step(self, loss: Any = None, **numbers: Any) -> bool:
         """Take note of an optimizer step just taken; return whether to leave the loop. Saves where it is time to.
@@ -115,7 +107,7 @@ class Run:
             if distributed.is_main():
                 models = {name: model.state_dict() for name, model in self._models.items()}
                 others = {name: other.state_dict() for name, other in self._others.items()}
-                facts = {"position": self._position, "stamp": self._stamp, "config": {}}
+                facts = {"position": self.session.position, "stamp": self._stamp, "config": {}}
                 self._kept.begin(self.steps_taken, tensors=models, state=others, facts=facts)
 
     def close(self, error: BaseException | None = None) -> None:

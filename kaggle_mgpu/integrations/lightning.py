@@ -7,7 +7,6 @@ trainer.fit(module, loader, ckpt_path=keeper.find_checkpoint())
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ try:
 except ImportError:
     from pytorch_lightning import Callback  # type: ignore[assignment]
 
-from ..machine import session as machine
 from ..parallel import distributed
 from . import session
 
@@ -27,7 +25,7 @@ class SessionCallback(Callback):
     """Stop and save before the session ends or when asked; save by the clock; record; make a resumed run exact.
 
     Args:
-        output_dir: the run's folder; checkpoints lie in checkpoints/step-N.ckpt.
+        output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
         seed: for augmentation and dropout.
         time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
         save_every: time between two saves.
@@ -47,15 +45,9 @@ class SessionCallback(Callback):
 
     def find_checkpoint(self) -> str | None:
         """Return the newest checkpoint in the run's folder, or in a folder of its name among Kaggle's inputs."""
-        return distributed.from_main(self._find)
-
-    def _find(self) -> str | None:
-        name = self.output_dir.resolve().name
-        own = list(self.output_dir.glob("checkpoints/step-*.ckpt"))
-        theirs = [path for path in machine.find("checkpoints/step-*.ckpt") if path.parents[1].name == name]
-        newest = max(own or theirs, key=lambda path: path.name, default=None)
-        self.history = None if own or newest is None else newest.parents[1]
-        return None if newest is None else str(newest)
+        found = session.newest(self.output_dir)
+        self.history = None if found is None else found.parent.parent
+        return None if found is None else str(found / "model.ckpt")
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if trainer.world_size != distributed.world_size():
@@ -116,14 +108,8 @@ class SessionCallback(Callback):
         if self.saved == trainer.global_step:
             return
         self.saved = trainer.global_step
-        folder = self.output_dir / "checkpoints"
-        with self.session.saving(trainer.global_step):
-            path = folder / f"step-{trainer.global_step:08d}.ckpt"
-            trainer.save_checkpoint(folder / ".writing.ckpt")
-            if trainer.is_global_zero:
-                os.replace(folder / ".writing.ckpt", path)
-                for old in sorted(folder.glob("step-*.ckpt"))[: -self.keep_last]:
-                    old.unlink()
+        with self.session.checkpoint(trainer.global_step, self.keep_last) as folder:
+            trainer.save_checkpoint(folder / "model.ckpt")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if self.session is not None and trainer.is_global_zero and not trainer.sanity_checking:

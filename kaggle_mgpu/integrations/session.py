@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from ..fields import parse_duration
 from ..launching import lock
 from ..machine import devices, session
 from ..parallel import distributed
+
+HOLDERS = ("base_dataloader", "_dataloader")
+"""The loader that fetches, as an attribute of accelerate's and of Fabric's loaders."""
 
 
 class Session:
@@ -35,6 +39,7 @@ class Session:
         nbytes: size of a checkpoint, for a guess at the duration of the first save.
         history: folder of the run to continue, if another one.
         unit: what `after_step` counts.
+        position: for `batches`: the epoch, and the batches taken in it before.
 
     Raises:
         LockedError: another run has the folder.
@@ -43,10 +48,10 @@ class Session:
     def __init__(
         self, output_dir: str | Path, *, max_steps: int, step: int = 0, seed: int = 0,
         time_limit: str | float | None = None, save_every: str | float | None = "15m", nbytes: int = 0,
-        history: Path | None = None, unit: str = "samples",
+        history: Path | None = None, unit: str = "samples", position: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
         folder = self.output_dir = Path(output_dir)
-        self.max_steps, self.step, self.unit, self.reason = max_steps, step, unit, ""
+        self.max_steps, self.step, self.unit, self.reason, self.position = max_steps, step, unit, "", position
         self.metrics: dict[str, Any] = {}
         self.leaving = False
         """Whether the ranks have agreed to stop."""
@@ -76,6 +81,29 @@ class Session:
     def seed(self, number: int, epoch: int = 0) -> None:
         """Seed all random generators of this rank for a step or micro-step: its number in the run, or in an epoch."""
         randomness.seed_for(self._key, (epoch << 32) + number, self._rank)
+
+    def batches(self, passes: Callable[[int, int], Iterable[Any]]) -> Iterator[Any]:
+        """Yield batches, epoch after epoch, from the run's position to its last step or its stop; seed before each.
+
+        Args:
+            passes: gives an epoch's batches, without so many at its beginning: (epoch, skip).
+
+        Raises:
+            ValueError: an epoch without a batch.
+        """
+        epoch, skip = self.position
+        while not self.over:
+            number = skip - 1
+            for number, batch in enumerate(passes(epoch, skip), skip):
+                self.position = epoch, number + 1
+                self.seed(number, epoch)
+                yield batch
+                if self.over:
+                    return
+            if number < 0:
+                raise ValueError("batches: the loader has no batch, since its data is empty, or smaller than a batch")
+            epoch, skip = epoch + 1, 0
+            self.position = epoch, 0
 
     def after_step(self, step: int, samples: int = 0) -> tuple[bool, bool]:
         """Take note of an optimizer step; return whether to stop after it, and whether to save. A stop is a save too.
@@ -126,6 +154,28 @@ class Session:
         distributed.saving(False)
         self.saved(step, time.monotonic() - began)
 
+    @contextlib.contextmanager
+    def checkpoint(self, step: int, keep_last: int, **facts: Any) -> Iterator[Path]:
+        """Give a folder to write a checkpoint into; it becomes checkpoints/step-N when all ranks have written.
+
+        Args:
+            keep_last: checkpoints that stay.
+            facts: what state.json has beside the step.
+        """
+        folder = self.output_dir / "checkpoints"
+        final = folder / f"step-{step:08d}"
+        temporary = folder / f".writing-{final.name}"
+        with self.saving(step):
+            distributed.from_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            yield temporary
+            distributed.barrier()
+            if self._rank == 0:
+                write_text(temporary / "state.json", json.dumps({"step": step, **facts}))
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                for old in sorted(folder.glob("step-*"))[:-keep_last]:
+                    shutil.rmtree(old)
+
     def saved(self, step: int, seconds: float) -> None:
         """Record a save, and begin the time to the next."""
         self.clock.saved(seconds)
@@ -153,6 +203,25 @@ class Session:
             self.progress.close(result)
         self._stack.__exit__(*(None, None, None) if error is None else (type(error), error, error.__traceback__))
         return finished
+
+
+def newest(output_dir: Path) -> Path | None:
+    """Return a run's newest checkpoint, from its folder or from a folder of its name among Kaggle's inputs.
+
+    Every rank gets the same answer.
+    """
+
+    def find() -> Path | None:
+        name = output_dir.resolve().name
+        files = [*output_dir.glob("checkpoints/step-*/state.json")] or [
+            path for path in session.find("checkpoints/step-*/state.json") if path.parents[2].name == name
+        ]
+        found = max((file.parent for file in files), key=lambda path: path.name, default=None)
+        if found is not None:
+            print(f"going on from {found}", flush=True)
+        return found
+
+    return distributed.from_main(find)
 
 
 class SeededSamples(Dataset[Any]):
@@ -215,7 +284,7 @@ def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
 
     A loader without a batch sampler (batch_size=None) skips nothing.
     """
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders hold the loader that fetches
+    inner = next((getattr(loader, name) for name in HOLDERS if hasattr(loader, name)), loader)
     if isinstance(inner.dataset, IterableDataset) or not hasattr(inner.dataset, "__len__"):
         return None
     known = isinstance(inner.dataset, SeededSamples)
@@ -238,7 +307,7 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
     while waiting:
         if (owner := waiting.pop()) is not None and all(owner is not other for other in owners):
             owners.append(owner)
-            waiting += [getattr(owner, name, None) for name in ("base_dataloader", "sampler", "batch_sampler")]
+            waiting += [getattr(owner, name, None) for name in (*HOLDERS, "sampler", "batch_sampler")]
     for owner in owners:
         if isinstance(owner, Sampler) and getattr(owner, "generator", 0) is None:
             # the position of the global generator depends on all that drew from it before
@@ -248,3 +317,5 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
                 generator.manual_seed(value)
         if hasattr(owner, "set_epoch"):
             owner.set_epoch(epoch)
+        if hasattr(owner, "_num_iter_calls"):  # Fabric's loader takes this for the epoch
+            owner._num_iter_calls = epoch

@@ -40,6 +40,7 @@ def _find(folder: Path) -> str | None:
             if is_whole(path):
                 if among is theirs:
                     _histories[folder.resolve()] = path.parent
+                print(f"going on from {path}", flush=True)
                 return str(path)
             print(f"checkpoint {path} is not whole: trying the one before it", flush=True)
     return None

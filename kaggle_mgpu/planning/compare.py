@@ -104,7 +104,27 @@ def compare_strategies(
             continue
         rows.append(_row(name, count, got, rows, task.unit, not gpus))
     print(table(rows, task.unit), flush=True)
+    if gpus and (said := advice(rows)):
+        print(said, flush=True)
     return rows
+
+
+def advice(rows: Sequence[Row]) -> str:
+    """Return how much more one job per GPU gives, for several runs, than all GPUs together; "" for less than 10 %."""
+    rates = {row.strategy: row.samples_per_s for row in rows if row.samples_per_s}
+    ddp = next((row for row in rows if row.strategy == "ddp" and row.samples_per_s), None)
+    if ddp is None or "single" not in rates:
+        return ""
+    together, apart = rates["ddp"], ddp.replicas * rates["single"]
+    if apart < 1.1 * together:
+        return ""
+    said = (
+        f"several runs (folds, seeds, settings): launch_each, one job per GPU, gives up to {apart:.1f} samples/s on "
+        f"{ddp.replicas} GPUs, {apart / together:.1f} x ddp's"
+    )
+    if together < rates["single"]:  # T4s have no peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
+        said += ". A single run is faster on one GPU: the exchange of gradients takes longer than the second GPU saves"
+    return said
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:

@@ -15,6 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from kaggle_mgpu import distributed
 
 STEPS = 12
+TRAINING: dict[str, Any] = {
+    "num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 4,
+    "logging_steps": 1, "use_cpu": True, "dataloader_num_workers": 1, "report_to": [], "disable_tqdm": True,
+    "learning_rate": 1e-2,
+}  # fmt: skip
 asked = False
 
 
@@ -64,7 +69,17 @@ def maybe_ask_to_stop(step: int, stop: int | None) -> None:
 
 
 def with_trainer(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
+
+    return kept_trainer(
+        lambda callbacks: Trainer(
+            network(), TrainingArguments(folder, **TRAINING), train_dataset=Augmented(), callbacks=callbacks
+        ), folder, kill, stop, limit,
+    )  # fmt: skip
+
+
+def kept_trainer(make: Any, folder: str, kill: int | None, stop: int | None, limit: float | None) -> Any:
+    from transformers import TrainerCallback
 
     from kaggle_mgpu.integrations.transformers import SessionCallback, find_checkpoint
 
@@ -75,14 +90,33 @@ def with_trainer(folder: str, kill: int | None = None, stop: int | None = None, 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             maybe_ask_to_stop(state.global_step, stop)
 
-    args = TrainingArguments(
-        folder, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=4,
-        logging_steps=1, use_cpu=True, dataloader_num_workers=1, report_to=[], disable_tqdm=True, learning_rate=1e-2,
-    )  # fmt: skip
     keeper = SessionCallback(time_limit=limit)
-    trainer = Trainer(network(), args, train_dataset=Augmented(), callbacks=[keeper, Ends()])
+    trainer = make([keeper, Ends()])
     trainer.train(resume_from_checkpoint=find_checkpoint(folder))
     return keeper.finished, trainer.state.global_step, weights(trainer.model)
+
+
+def with_trl(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
+    """Fine-tune a Llama from random weights, with dropout, on token lists of many lengths."""
+    from datasets import Dataset as Table
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(32)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
+    table = Table.from_dict({"input_ids": [[2 + (i * j) % 30 for j in range(3 + i % 7)] for i in range(1, 49)]})
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        attention_dropout=0.3, pad_token_id=0, eos_token_id=1,
+    ))  # fmt: skip
+    args = SFTConfig(folder, bf16=False, gradient_checkpointing=False, **TRAINING)
+    return kept_trainer(
+        lambda callbacks: SFTTrainer(
+            model, args, train_dataset=table, processing_class=tokenizer, callbacks=callbacks
+        ), folder, kill, stop, limit,
+    )  # fmt: skip
 
 
 def with_accelerate(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
@@ -110,6 +144,16 @@ def with_accelerate(folder: str, kill: int | None = None, stop: int | None = Non
                 maybe_end(session.steps_taken, kill)
                 maybe_ask_to_stop(session.steps_taken, stop)
     return session.finished, session.steps_taken, weights(model)
+
+
+def save_surely(run: Any) -> None:
+    """Save a watched run after two of its steps, to the end, which else comes during the next steps."""
+    if run.steps_taken in (4, 8):
+        run.save()
+        run.session.progress.note("saved")
+        if distributed.is_main():
+            run._kept.wait()
+        distributed.barrier()
 
 
 def by_hand(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
@@ -147,16 +191,39 @@ def by_hand(folder: str, kill: int | None = None, stop: int | None = None, limit
             critic_adam.zero_grad()
             schedule.step()
             run.step(loss, critic=critic_loss)
-            if run.steps_taken in (4, 8):
-                run.save()
-                run.session.progress.note("saved")
-                if distributed.is_main():
-                    run._kept.wait()
-                distributed.barrier()
+            save_surely(run)
             maybe_end(run.steps_taken, kill)
             maybe_ask_to_stop(run.steps_taken, stop)
     dist.destroy_process_group()
     return run.finished, run.steps_taken, weights(generator, critic)
+
+
+def plain_loop(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
+    """A loop without DistributedDataParallel, which averages the gradients itself."""
+    import torch.distributed as dist
+    from torch.utils.data import Subset
+
+    from kaggle_mgpu.integrations import watch
+
+    dist.init_process_group()
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    share = Subset(Augmented(), range(dist.get_rank(), 48, dist.get_world_size()))
+    loader = DataLoader(share, 4, shuffle=True, num_workers=1)
+    with watch(folder, max_steps=STEPS, time_limit=limit, model=model, optimizer=optimizer) as run:
+        for batch in run.batches(loader):
+            loss = model(**batch)["loss"]
+            loss.backward()
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= dist.get_world_size()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss)
+            save_surely(run)
+            maybe_end(run.steps_taken, kill)
+            maybe_ask_to_stop(run.steps_taken, stop)
+    return run.finished, run.steps_taken, weights(model)
 
 
 def with_lightning(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
@@ -193,3 +260,27 @@ def with_lightning(folder: str, kill: int | None = None, stop: int | None = None
     module = Module()
     trainer.fit(module, DataLoader(Augmented(), 2, shuffle=True, num_workers=1), ckpt_path=keeper.find_checkpoint())
     return keeper.finished, trainer.global_step, weights(module)
+
+
+def with_fabric(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
+    from lightning.fabric import Fabric
+
+    from kaggle_mgpu.integrations import watch
+
+    fabric = Fabric(accelerator="cpu", devices=distributed.local_world_size(), strategy="ddp")
+    fabric.launch()
+    net = network()
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), 1e-2))
+    loader = fabric.setup_dataloaders(DataLoader(Augmented(), 4, shuffle=True, num_workers=1))
+    with watch(folder, max_steps=STEPS, time_limit=limit, model=model, optimizer=optimizer) as run:
+        for batch in run.batches(loader):
+            loss = model(**batch)["loss"]
+            fabric.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss)
+            save_surely(run)
+            maybe_end(run.steps_taken, kill)
+            maybe_ask_to_stop(run.steps_taken, stop)
+    assert fabric.world_size == distributed.world_size()
+    return run.finished, run.steps_taken, weights(net)

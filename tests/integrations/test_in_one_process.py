@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import loops
 from kaggle_mgpu import launch, watch
@@ -147,6 +147,14 @@ def test_a_loop_over_any_loader_resumes_with_the_weights_of_one_that_was_not_cut
     assert torch.equal(loop(tmp_path / "cut", loader()), whole)
 
 
+@pytest.mark.parametrize("loop", [by_hand, with_accelerate])
+def test_a_loader_without_a_batch_is_an_error(loop: Any, tmp_path: Path) -> None:
+    pytest.importorskip(LOOPS[loop])
+    few = Subset(loops.Augmented(), range(3))
+    with pytest.raises(ValueError, match="the loader has no batch, since its data is empty"):
+        loop(tmp_path, DataLoader(few, 4, drop_last=True))
+
+
 def test_a_checkpoint_holds_the_whole_of_a_model_that_has_a_part_named_module(tmp_path: Path) -> None:
     class WithHead(nn.Module):
         def __init__(self) -> None:
@@ -197,4 +205,4 @@ def test_a_trainer_that_broke_off_leaves_interrupts_and_its_folder_as_they_were(
 def test_lightning_stops_when_asked_before_its_fewest_epochs(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     with_lightning(tmp_path, DataLoader(loops.Augmented(), 8), 2, min_epochs=3, min_steps=18)
-    assert [path.name for path in tmp_path.glob("checkpoints/*.ckpt")] == ["step-00000003.ckpt"]
+    assert [path.name for path in tmp_path.glob("checkpoints/step-00000003/*.ckpt")] == ["model.ckpt"]

@@ -16,13 +16,17 @@ from kaggle_mgpu.errors import WorkerDiedError
 
 LIBRARIES = {
     loops.by_hand: "torch",
+    loops.plain_loop: "torch",
     loops.with_accelerate: "accelerate",
     loops.with_trainer: "transformers",
     loops.with_lightning: "lightning",
+    loops.with_fabric: "lightning",
+    loops.with_trl: "trl",
 }
+CASES = [pytest.param(loop, marks=pytest.mark.trl if name == "trl" else ()) for loop, name in LIBRARIES.items()]
 
 
-@pytest.mark.parametrize("loop", LIBRARIES, ids=lambda loop: loop.__name__)
+@pytest.mark.parametrize("loop", CASES, ids=lambda loop: loop.__name__)
 def test_a_loop_that_was_killed_or_stopped_ends_with_the_weights_of_one_that_was_not(
     loop: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

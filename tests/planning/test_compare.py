@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kaggle_mgpu import TrainConfig, compare_strategies, devices, launch, plan, train
-from kaggle_mgpu.planning.compare import Row, measure, same_micro_batch, table
+from kaggle_mgpu.planning.compare import Row, advice, measure, same_micro_batch, table
 from tasks import Language, Regression
 
 
@@ -115,6 +115,20 @@ def test_a_table_reads_in_columns() -> None:
         "ddp       2         190.0      260.0      1.90   25           1.00 GiB, 0.50 GiB",
         "dp        2         out of memory",
     ]
+
+
+def test_one_job_per_gpu_is_advised_where_it_gives_more() -> None:
+    def said(ddp: float | None, single: float = 100.0) -> str:
+        return advice(
+            [Row("single", 1, single), Row("dp", 2, 50.0), Row("ddp", 2, ddp, note="" if ddp else "out of memory")]
+        )
+
+    slow = (
+        "several runs (folds, seeds, settings): launch_each, one job per GPU, gives up to 200.0 samples/s on 2 GPUs, "
+    )
+    assert said(150.0) == f"{slow}1.3 x ddp's"
+    assert said(80.0).startswith(f"{slow}2.5 x ddp's. A single run is faster on one GPU: ")
+    assert said(190.0) == said(None) == advice([Row("ddp", 2, 150.0)]) == ""
 
 
 @pytest.mark.parametrize("changes", [{"gradient_compression": "fp16"}, {"bucket_mb": 1}])

@@ -665,6 +665,36 @@ def test_without_validation_the_final_weights_are_tested(tmp_path, npz):
     assert "72 windows of the test set, final weights" in str(report)
 
 
+def test_each_window_is_predicted_by_the_model_that_did_not_know_its_subject(tmp_path, npz, capsys):
+    config = small(tmp_path, npz, max_steps=2, nproc=2)
+    found = ar.cross_validate(config, 2)
+    folders = sorted((tmp_path / "run" / "2-fold").iterdir())
+    subject = ActivityRecognition(config).windows.subject
+    for folder, held in zip(folders, found.subjects, strict=True):
+        settings = json.loads((folder / "config.json").read_text())
+        of_fold = Config.from_dict({name: settings[name] for name in settings if name in config.to_dict()})
+        task = ActivityRecognition(of_fold)
+        assert task.subjects("test") == sorted(held) and not {*task.subjects("train"), *task.subjects("val")} & {*held}
+        net = train(of_fold, task).load(task.model(), "best")
+        assert torch.equal(found.probabilities[np.isin(subject, held)], ar.predict(net, task.part("test")[0]))
+    assert sorted(name for held in found.subjects for name in held) == sorted(set(subject.tolist()))
+    arrays = np.load(tmp_path / "run" / "out_of_fold.npz")
+    hits = arrays["probabilities"].argmax(1) == arrays["y"]
+    accuracy = [hits[arrays["fold"] == number].mean() for number in (0, 1)]
+    assert found.scores()["accuracy"] == pytest.approx(accuracy)
+    mean, deviation = str(found).splitlines()[-2:]
+    assert float(mean.split()[1]) == pytest.approx(np.mean(accuracy), abs=1e-4)
+    assert float(deviation.split()[2]) == pytest.approx(np.std(accuracy, ddof=1), abs=1e-4)
+    capsys.readouterr()
+    again = ar.cross_validate(config, 2)  # at once: both have finished
+    assert torch.equal(again.probabilities, found.probabilities)
+    for folder in folders:
+        assert "already finished" in (folder / "logs" / "rank0.log").read_text()
+    for wrong in (1, 9):
+        with pytest.raises(ValueError, match="folds: expected 2 to 8, the number of subjects in the data, got"):
+            ar.cross_validate(config, wrong)
+
+
 def test_the_strategies_side_by_side_give_the_same_model(tmp_path, npz):
     # a batch per GPU, of which the global one follows: it must be the same for one GPU as for two
     config = small(tmp_path, npz, nproc=2, global_batch_size=None, micro_batch_size=16)

@@ -283,6 +283,35 @@ def test_predictions_are_progress_and_are_carried(root: Path, monkeypatch: pytes
         at_work.judge(sessions[1])
 
 
+def test_a_trainers_checkpoints_are_progress_and_are_carried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a session killed in the save of step 12, without a result."""
+    at_work = relay._Relay(counting(root), "dataset", 0.1, True, lambda _: None)
+    names = [f"out/checkpoint-{step}/{name}" for step in (4, 8, 10) for name in ("model.bin", "trainer_state.json")]
+    names += ["out/checkpoint-12/model.bin", "out/metrics.jsonl"]
+    there: list[str] = []
+
+    def output(_name: str, folder: Path, pattern: str) -> list[Path]:
+        found = [folder / name for name in names if re.search(pattern, name)]
+        for path in found:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+        return found
+
+    monkeypatch.setattr(kaggle_cli, "output", output)
+    monkeypatch.setattr(kaggle_cli, "upload", lambda _dataset, _title, folder, _note: there.extend(
+        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.*"))
+    ))  # fmt: skip
+    monkeypatch.setattr(kaggle_cli, "dataset_status", lambda _: "ready")
+    monkeypatch.setattr(relay, "wait_for", lambda *_, **__: kaggle_cli.Status("ERROR"))
+    session = relay.Session(1, 1)
+    at_work.state.sessions = [session]
+    at_work.end(session)
+    assert session.step == 10
+    at_work.judge(session)
+    at_work.attach(session)
+    assert there == sorted(name for name in names if re.search(r"-(8|10)/|metrics", name))
+
+
 def test_a_relay_leaves_somebody_elses_session_alone(kaggle: KaggleServer, root: Path) -> None:
     push(kaggle, root, "gate=never")
     said = relayed(kaggle, root, code=1)

@@ -7,6 +7,7 @@ Each launcher has a Jupyter kernel, where two workers (gloo, CPU) take a Distrib
 with AdamW. A round is a launch of each in turn; the time is from the call to the end of the step on the slower rank.
 Figures are medians after some rounds of warm-up; on a noisy machine read the ratios. A second table compares the first
 launch of a fresh kernel with the second, with the server started a cell before the call and by the call itself.
+The launchers with "Trainer" in their names run a step of transformers' Trainer, and are compared with each other.
 `pip install -e '.[bench]'` installs the other launchers.
 """
 
@@ -66,6 +67,28 @@ def with_accelerate(folder):
     step(folder)
     leave()
 
+def with_trainer(folder):
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Net(torch.nn.Linear):
+        def forward(self, x, labels):
+            return {"loss": (super().forward(x) - labels).square().mean()}
+
+    class Notes(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            with open(f"{folder}/{args.process_index}", "w") as file:
+                file.write(repr(time.monotonic()))
+
+    args = TrainingArguments(
+        f"{folder}/run", max_steps=1, per_device_train_batch_size=32, use_cpu=True, save_strategy="no", report_to=[],
+        disable_tqdm=True, logging_strategy="no", ddp_find_unused_parameters=False,
+    )
+    data = [{"x": torch.randn(64), "labels": torch.randn(64)} for _ in range(64)]
+    trainer = Trainer(Net(64, 64), args, train_dataset=data, callbacks=[Notes()])
+    assert args.world_size == 2
+    trainer.train()
+
 if __name__ == "__main__":
     import sys
     import torch.distributed as dist
@@ -96,6 +119,15 @@ CONTENDERS = {
         "import subprocess, sys",
         "subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',"
         " launch_step.__file__, folder], check=True, capture_output=True)",
+    ),
+    # Where bitsandbytes is installed, a cell with `from transformers import Trainer` imports it, and accelerate refuses
+    "kaggle_mgpu Trainer": (
+        "import transformers\nfrom kaggle_mgpu import env, launch\nenv.fix(verbose=False, start_workers=True)",
+        "launch(launch_step.with_trainer, folder, nproc=2)",
+    ),
+    "accelerate Trainer": (
+        "import transformers\nos.environ['ACCELERATE_USE_CPU'] = '1'\nfrom accelerate import notebook_launcher",
+        "notebook_launcher(launch_step.with_trainer, (folder,), num_processes=2, use_port=str(free_port()))",
     ),
     "torchrunx": (
         "import torchrunx",
@@ -183,12 +215,13 @@ def compare(names: list[str], rounds: int, warmup: int, folder: str) -> None:
                     continue
                 if number >= warmup:
                     times[name].append(taken)
-        ours = statistics.median(times[names[0]])
+        middles = {name: statistics.median(times[name]) for name in names if times[name]}
         print(f"call to first training step, median of {rounds} after {warmup}; the notebook's own memory")
-        for name in names:
+        for name, middle in middles.items():
+            ours = middles.get("kaggle_mgpu Trainer" if name.endswith("Trainer") else "kaggle_mgpu", float("nan"))
             grown = kernels[name].run(MEMORY) - memory[name]
-            middle, spread = statistics.median(times[name]), f"{min(times[name]):.3f}-{max(times[name]):.3f}"
-            print(f"{name:12} {middle:7.3f} s  ({spread})  {middle / ours:6.1f} x  {grown:+7.1f} MB", flush=True)
+            spread = f"{min(times[name]):.3f}-{max(times[name]):.3f}"
+            print(f"{name:19} {middle:7.3f} s  ({spread})  {middle / ours:6.1f} x  {grown:+7.1f} MB", flush=True)
 
 
 def first_and_second(rounds: int, folder: str) -> None:
@@ -229,7 +262,8 @@ def main() -> None:
     modules = {"spawn": "torch", "torchrun": "torch"}
     names = ["kaggle_mgpu"]
     for name in filter(None, given.peers.split(",")):
-        if importlib.util.find_spec(modules.get(name, name)) is None:
+        needed = "transformers" if name.endswith("Trainer") else modules.get(name, name)
+        if importlib.util.find_spec(needed) is None:
             print(f"{name} is not installed")
         else:
             names.append(name)

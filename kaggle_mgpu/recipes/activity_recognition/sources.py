@@ -373,8 +373,8 @@ def split(
 ) -> dict[str, NDArray[np.int64]]:
     """Return the windows' indices of "train", "val" and "test", in order; no subject is in two parts.
 
-    A published test set stays as it is. Else `test_subjects` are the test set, else a `test_fraction` of the subjects,
-    chosen by a digest of (seed, name). A `val_fraction` of the other subjects is for validation. Where the data does
+    `test_subjects` are the test set, else the published one, else a `test_fraction` of the subjects, chosen by a digest
+    of (seed, name). A `val_fraction` of the other subjects is for validation. Where the data does
     not say whose a window is, validation takes that fraction of each class.
 
     Raises:
@@ -384,19 +384,19 @@ def split(
     everything = np.arange(n)
     whose = windows.subject if windows.subject is not None else np.array([f"window {i}" for i in range(n)])
     names = sorted(set(whose.tolist()))
-    if windows.test is not None:
+    if windows.test is not None and not test_subjects:
         test = windows.test
     else:
         if unknown := sorted(set(test_subjects or ()) - set(names)):
             raise ValueError(f"test_subjects: {', '.join(unknown)} not in the data, which has {', '.join(names)}")
-        test = np.isin(whose, test_subjects or _chosen(names, test_fraction, seed))
+        test = np.isin(whose, test_subjects or chosen(names, test_fraction, seed))
     rest = everything[~test]
     if windows.subject is None:
         held: list[str] = []
         for label in range(len(windows.classes)):
-            held += _chosen(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
+            held += chosen(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
     else:
-        held = _chosen(sorted(set(whose[rest].tolist())), val_fraction, seed)
+        held = chosen(sorted(set(whose[rest].tolist())), val_fraction, seed)
     val = np.isin(whose, held) & ~test
     parts = {"train": everything[~test & ~val], "val": everything[val], "test": everything[test]}
     if not len(parts["train"]) or not len(parts["test"]):
@@ -413,7 +413,7 @@ def split(
     return parts
 
 
-def _chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+def chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
     """Return the names with the smallest digests of (seed, name): a fraction of all, at least one unless it is 0."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
