@@ -100,7 +100,8 @@ def main(control_fd: int) -> NoReturn:
         except ImportError as error:
             if name in ("torch", "cloudpickle"):
                 raise
-            print(f"not preloaded: {name} ({error})")
+            if error.name != name:  # another version of torch may lack such a module
+                print(f"not preloaded: {name} ({error})")
     os.environ.clear()
     os.environ.update(variables)
     gc.collect()
