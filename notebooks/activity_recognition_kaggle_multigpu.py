@@ -116,7 +116,8 @@ report.plot() if report else None
 # did not know its person. Finished folds do not run again.
 
 # %%
-folds and print(cross_validate(config, folds))
+if folds:
+    print(cross_validate(config, folds) or "")
 
 # %% [markdown]
 # ## The strategies side by side
