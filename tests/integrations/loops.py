@@ -90,6 +90,8 @@ def kept_trainer(make: Any, folder: str, kill: int | None, stop: int | None, lim
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             maybe_ask_to_stop(state.global_step, stop)
 
+    # transformers 5.0, Kaggle's, loads a rank's optimizer to "cpu:0", which torch does not know; "cuda:0" it does
+    torch.serialization.register_package(11, lambda _: None, lambda obj, place: obj if place == "cpu:0" else None)
     keeper = SessionCallback(time_limit=limit)
     trainer = make([keeper, Ends()])
     trainer.train(resume_from_checkpoint=find_checkpoint(folder))
