@@ -148,14 +148,16 @@ def with_accelerate(folder: str, kill: int | None = None, stop: int | None = Non
     return session.finished, session.steps_taken, weights(model)
 
 
-def save_surely(run: Any) -> None:
-    """Save a watched run after two of its steps, to the end, which else comes during the next steps."""
+def after_step(run: Any, kill: int | None, stop: int | None) -> None:
+    """Save a watched run after two of its steps, to the end, which else comes during the next steps; kill, or stop."""
     if run.steps_taken in (4, 8):
         run.save()
         run.session.progress.note("saved")
         if distributed.is_main():
             run._kept.wait()
         distributed.barrier()
+    maybe_end(run.steps_taken, kill)
+    maybe_ask_to_stop(run.steps_taken, stop)
 
 
 def by_hand(folder: str, kill: int | None = None, stop: int | None = None, limit: float | None = None) -> Any:
@@ -193,9 +195,7 @@ def by_hand(folder: str, kill: int | None = None, stop: int | None = None, limit
             critic_adam.zero_grad()
             schedule.step()
             run.step(loss, critic=critic_loss)
-            save_surely(run)
-            maybe_end(run.steps_taken, kill)
-            maybe_ask_to_stop(run.steps_taken, stop)
+            after_step(run, kill, stop)
     dist.destroy_process_group()
     return run.finished, run.steps_taken, weights(generator, critic)
 
@@ -222,9 +222,7 @@ def plain_loop(folder: str, kill: int | None = None, stop: int | None = None, li
             optimizer.step()
             optimizer.zero_grad()
             run.step(loss)
-            save_surely(run)
-            maybe_end(run.steps_taken, kill)
-            maybe_ask_to_stop(run.steps_taken, stop)
+            after_step(run, kill, stop)
     return run.finished, run.steps_taken, weights(model)
 
 
@@ -281,8 +279,6 @@ def with_fabric(folder: str, kill: int | None = None, stop: int | None = None, l
             optimizer.step()
             optimizer.zero_grad()
             run.step(loss)
-            save_surely(run)
-            maybe_end(run.steps_taken, kill)
-            maybe_ask_to_stop(run.steps_taken, stop)
+            after_step(run, kill, stop)
     assert fabric.world_size == distributed.world_size()
     return run.finished, run.steps_taken, weights(net)
