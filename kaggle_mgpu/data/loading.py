@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
@@ -148,6 +148,10 @@ class Step:
     """Samples in the global batch, over all ranks."""
     terms: Callable[[], int]
     """Returns the number of loss terms in the global batch, after waiting for the counts of all ranks."""
+    own_terms: int = 0
+    """This rank's part of that number."""
+    next_terms: distributed.Count | None = None
+    """The number of the step that follows, where the gradients of this step are to carry it."""
 
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
@@ -268,6 +272,7 @@ class Batches:
     """Batches yields endless `Step`s for training, from the sampler's position on.
 
     `count` returns the number of loss terms in a batch; None if each sample is one term, which saves a collective.
+    With `carried`, gradients carry the number, and each step has its successor's `next_terms`.
     """
 
     def __init__(
@@ -279,8 +284,10 @@ class Batches:
         workers: int = 0,
         pin_memory: bool = False,
         prefetch: int = 2,
+        carried: bool = False,
     ) -> None:
-        self.count, self.fetch = count, fetch
+        self.count, self.fetch, self.carried = count, fetch, carried
+        self.coming: Step | None = None
         sampler.lengths = fetch.lengths
         self.shares = iter(sampler)
         self.loaded: Iterator[Any] | None = None  # None: fetched in this process
@@ -291,19 +298,29 @@ class Batches:
         return self
 
     def __next__(self) -> Step:
+        if not self.carried:
+            return self._load()
+        step, self.coming = self.coming or self._load(), self._load()
+        step.next_terms = cast(distributed.Count, self.coming.terms)
+        return step
+
+    def _load(self) -> Step:
         share = next(self.shares)
         if self.loaded is None:
             batches = [self.fetch[share.epoch, part] for part in share.micro_batches]
         else:
             batches = [next(self.loaded) for _ in share.micro_batches]
         distributed.alive()
+        weights = [float(real) for real in share.real]
         if self.count is None:
-            terms: Callable[[], int] = lambda: share.samples  # noqa: E731
-        else:
-            # counted on the CPU, so that no count waits for the GPU
-            mine = sum(int(self.count(batch)) for batch, real in zip(batches, share.real, strict=True) if real)
-            terms = distributed.sum_later(mine)
-        return Step(batches, [float(real) for real in share.real], share.samples, terms)
+            own = sum(len(part) for part, real in zip(share.micro_batches, share.real, strict=True) if real)
+            return Step(batches, weights, share.samples, lambda: share.samples, own)
+        # counted on the CPU, so that no count waits for the GPU
+        own = sum(int(self.count(batch)) for batch, real in zip(batches, share.real, strict=True) if real)
+        terms = distributed.Count(own)
+        if not self.carried:
+            terms.start()
+        return Step(batches, weights, share.samples, terms, own)
 
 
 class _Parts:
@@ -375,7 +392,7 @@ def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
         # queued yet and overlaps with the copy.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
-            return Step([move(batch, device) for batch in step.micro_batches], step.weights, step.samples, step.terms)
+            return replace(step, micro_batches=[move(batch, device) for batch in step.micro_batches])
 
     coming = start_copy(next(steps))
     while True:

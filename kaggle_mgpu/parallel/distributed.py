@@ -217,6 +217,27 @@ def sum_later(value: T) -> Callable[[], T]:
     return wait
 
 
+class Count:
+    """A Count is this rank's part of a whole number; calling a Count returns the sum over all ranks.
+
+    The sum is a collective of its own, unless the gradients of the step before carry the parts: see `Distributed`.
+    """
+
+    def __init__(self, own: int) -> None:
+        self.own = own
+        self.total: Callable[[], int] | None = None
+
+    def start(self) -> None:
+        """Start the collective. All ranks must call this, or none."""
+        self.total = sum_later(self.own)
+
+    def __call__(self) -> int:
+        if self.total is None:
+            self.start()
+        assert self.total is not None
+        return self.total()
+
+
 def agree(flag: bool) -> bool:
     """Return True on every rank if `flag` is true on any rank."""
     return sum(int(flag)) > 0

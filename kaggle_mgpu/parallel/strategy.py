@@ -111,6 +111,8 @@ class Strategy:
     name = "single"
     alone = True
     """Whether a rank can compute with the model without other ranks."""
+    carries_count = False
+    """Whether a step's gradients also carry a count over all ranks: the number of terms of the next step."""
 
     def __init__(
         self,
@@ -214,8 +216,12 @@ class Strategy:
             return self.call.forward(batch)  # skips Module.__call__, since only the wrapped model has hooks
         return self.parallel(batch)
 
-    def begin_step(self) -> None:
-        """Copy the buffers for `undo_step`, since each forward pass changes running statistics."""
+    def begin_step(self, next_terms: distributed.Count | None = None) -> None:
+        """Copy the buffers for `undo_step`, since each forward pass changes running statistics.
+
+        Args:
+            next_terms: the number of terms of the next step, if gradients carry counts (`carries_count`).
+        """
         for buffers, before in self.buffers:
             torch._foreach_copy_(before, buffers)
         self.within = "gradient"

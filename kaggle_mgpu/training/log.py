@@ -93,14 +93,17 @@ class Log:
         in_a_row = parts.strategy.skipped_in_a_row
         if not due and (isinstance(in_a_row, Tensor) or in_a_row == 0):
             return None
-        total = torch.stack([loss.double() for loss in losses]).sum(0).cpu()
-        loss, *loss_parts = (distributed.sum(total).reshape(-1) / batch.terms()).tolist()
+        own = torch.stack([loss.double() for loss in losses]).sum(0).cpu().reshape(-1)
+        ranks = distributed.all_gather(torch.cat([own, own.new_tensor([batch.own_terms])]))
+        loss, *loss_parts = (torch.stack(ranks).sum(0)[:-1] / batch.terms()).tolist()
         if divergence.is_hopeless(state.step, loss, int(in_a_row), parts.strategy.precision):
             return loss
         if due:
             record = {"kind": "train", "step": state.step, "samples": state.samples_seen}
             record["epoch"] = round(state.samples_seen / parts.plan.dataset_size, 4)
             record |= {f"loss_{name}": part for name, part in zip(parts.strategy.part_names, loss_parts, strict=True)}
+            if len(ranks) > 1:  # the mean over each rank's own terms
+                record |= {f"rank{i}_loss": float(each[0] / each[-1]) for i, each in enumerate(ranks) if each[-1]}
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(parts.strategy.skipped)}
             self.progress.record({**record, **self.clock.throughput(parts.task.unit), **self._times(parts)})
         return None

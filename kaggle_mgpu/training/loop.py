@@ -181,7 +181,7 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
     """
     strategy = parts.strategy
     randomness.seed_for(parts.rng_key, step, parts.rank)
-    strategy.begin_step()
+    strategy.begin_step(batch.next_terms)
     losses, last = [], len(batch.micro_batches) - 1
     for i, micro_batch in enumerate(batch.micro_batches):
         with strategy.micro_step(sync=i == last):

@@ -86,7 +86,7 @@ class Parts(StepParts):
         pinned = self.device.type == "cuda"
         steps = data.Batches(
             sampler, self.fetch, count=count, workers=self.workers, pin_memory=pinned,
-            prefetch=self.config.prefetch_factor,
+            prefetch=self.config.prefetch_factor, carried=count is not None and self.strategy.carries_count,
         )  # fmt: skip
         return data.on_device(steps, self.strategy.input_device)
 
@@ -254,7 +254,10 @@ def _batch_plan(config: TrainConfig, dataset_size: int, num_replicas: int) -> da
 def _strategy_options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
     """Return the arguments of the named strategy alone."""
     if name == "ddp":
-        return {"gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb}
+        return {
+            "gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb,
+            "counts_terms": type(task).count is not Task.count,
+        }  # fmt: skip
     if name == "fsdp":
         return {"units": task.fsdp_units, "cpu_offload": config.cpu_offload, "meta_init": config.meta_init}
     if name == "deepspeed":

@@ -10,13 +10,16 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from kaggle_mgpu import distributed, launch
+from kaggle_mgpu import TrainConfig, distributed, launch, progress, train
 from kaggle_mgpu.parallel import distributed as module
 from kaggle_mgpu.parallel.distributed import RankVote
+from kaggle_mgpu.training import build_parts, take_step
+from tasks import Language
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,3 +279,52 @@ def test_votes_that_are_asked_for_do_not_slow_the_others(monkeypatch: pytest.Mon
         ranks.vote(False)
         ranks.vote_next(step % 10 == 0)
     assert 10 <= ranks.interval <= 13
+
+
+class Many(Language):
+    """A task whose counts are large and odd, and differ between samples."""
+
+    def count(self, batch: Any) -> int:
+        return (1 << 26) + int(batch["length"].sum())
+
+
+def test_each_ranks_loss_stands_in_the_records(tmp_path: Path) -> None:
+    settings = TrainConfig(
+        global_batch_size=12, max_steps=2, lr=0.1, output_dir=str(tmp_path), eval_every="end", nproc=2
+    )
+    launch(train, settings, Language(24))
+    train_records = [record for record in progress.read(tmp_path) if record.get("kind") == "train"]
+    assert len(train_records) == 2
+    for record in train_records:
+        low, high = sorted(record[f"rank{rank}_loss"] for rank in range(2))
+        assert low < record["loss"] < high, "the mean over all terms lies between the ranks' own"
+
+
+def counts_of_steps(config: TrainConfig, task: Language) -> tuple[list[int], list[int], int]:
+    """Return the counts of four steps: as the strategy has them, as one collective each gives them, and the number of
+    collectives that the strategy's took.
+    """
+    parts, asked, own = build_parts(config, task), [], []
+    with mock.patch.object(module, "sum_later", wraps=module.sum_later) as sums:
+        batches = parts.batches(0)
+        for step in range(4):
+            batch = next(batches)
+            mine = [task.count(part) for part, weight in zip(batch.micro_batches, batch.weights, strict=True) if weight]
+            take_step(parts, batch, step)
+            asked.append(batch.terms())
+            own.append(sum(mine))
+        used = sums.call_count
+    return asked, [distributed.sum(mine) for mine in own], used
+
+
+@pytest.mark.parametrize(("nproc", "changes", "collectives"), [
+    (2, {}, 1), (2, {"gradient_accumulation_steps": 3}, 1), (3, {}, 1),
+    (2, {"gradient_compression": "fp16"}, 4), (2, {"find_unused_parameters": True}, 4),
+])  # fmt: skip
+def test_gradients_carry_the_number_of_terms(
+    tmp_path: Path, nproc: int, changes: dict[str, Any], collectives: int
+) -> None:
+    plain = TrainConfig(global_batch_size=12, max_steps=4, output_dir=str(tmp_path), data_workers=0, **changes)
+    for asked, expected, used in launch(counts_of_steps, plain, Many(20), nproc=nproc):
+        assert asked == expected
+        assert used == collectives, "only the first step's count is exchanged apart"
