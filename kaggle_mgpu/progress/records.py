@@ -5,7 +5,8 @@
 
 Every record has a "kind" and a "step". Kinds: "start" (a session begins; describes the run), "train", "eval", "save",
 "gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the seconds of the run over all sessions;
-"spent" says how the seconds since the previous record were used. These records suffice to show and plot a run.
+"spent" says how the seconds since the previous record were used; "rank0_loss" and so on, of several processes, are each
+one's mean loss over its own part of the batch. These records suffice to show and plot a run.
 """
 
 from __future__ import annotations

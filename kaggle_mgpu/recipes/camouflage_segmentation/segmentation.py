@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import zipfile
 from collections.abc import Iterator
@@ -25,6 +26,13 @@ from .data import Samples
 from .metrics import measure, report
 from .model import Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
 from .settings import PRESETS, Config, stages
+
+
+@functools.cache  # a fifth of a second each
+def _cost(body: str, width: int | None, decoder_width: int | None, experts: int | None, size: int | None) -> Any:
+    """Return what `cost` does, of a segmenter with random weights."""
+    whole = backbone(body, width=width or 0, weights=None, image_size=size)
+    return cost(Segmenter(whole, width=decoder_width or 0, num_experts=experts or 0).to("meta"), size or 0)
 
 
 class CamouflageSegmentation(Task):
@@ -95,7 +103,7 @@ class CamouflageSegmentation(Task):
             mine = name == config.preset
             # soft, which costs the same: another preset may have fewer experts than top_k
             its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
-            parameters, flops, kept = cost(self.network(its).to("meta"), int(its.image_size or 0))
+            parameters, flops, kept = _cost(its.backbone, its.width, its.decoder_width, its.num_experts, its.image_size)
             # weights, gradients, two moments and the average, four bytes each
             memory = batch * kept + 20 * parameters
             yield (
