@@ -7,6 +7,9 @@ imports what a first training step needs, touches no GPU and starts no thread, s
 launch's supervisor forks the workers, passes signals on to them, reports how each of them ended, and then ends whatever
 they left behind. Whatever happens to one of these processes, those to its right end too: the server notices that the
 notebook is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
+
+multiprocessing's forkserver with preloaded modules takes little longer (two ranks in 0.080 s where this server takes
+0.070, medians of 12 launches), but it leaves orphans, and does not notice that code or environment have changed.
 """
 
 from __future__ import annotations
