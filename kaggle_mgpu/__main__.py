@@ -143,16 +143,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(recipe.prepare(config))
             return 0
         if given.command == "plan":
-            from .planning import plan, together
+            from .planning import plan_all, together
 
             # a recipe of several stages is several runs
             runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
-            plans = []
-            for number, (name, one, task) in enumerate(runs, 1):
-                if name:
-                    print(f"{name} ({number} of {len(runs)})")
-                plans.append(plan(one, task, on=given.plan_on))
-                print(plans[-1], flush=True)
+            plans = plan_all([(one, task) for _, one, task in runs], on=given.plan_on)
+            for number, ((name, *_), planned) in enumerate(zip(runs, plans, strict=True), 1):
+                print(f"{name} ({number} of {len(runs)})\n{planned}" if name else planned)
             if len(plans) > 1:
                 print(together(plans))
             return 0

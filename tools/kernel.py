@@ -290,14 +290,14 @@ def check_parameters(kernel: Kernel, settings: Sequence[Mapping[str, Any]] | Non
 _PLAN = """
 import dataclasses, importlib, json, sys
 from kaggle_mgpu.machine import session
-from kaggle_mgpu.planning import plan
+from kaggle_mgpu.planning import plan_all
 recipe = importlib.import_module(f"kaggle_mgpu.recipes.{sys.argv[1]}")
 fields = {field.name for field in dataclasses.fields(recipe.Config)}
 config = recipe.Config.from_dict({name: value for name, value in json.load(sys.stdin).items() if name in fields})
 if sys.argv[2] and getattr(config, "data_path", None) is None and not session.inputs():
     sys.exit(f"{sys.argv[2]}: no such input on this machine, and other data take another time")
 runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
-print("seconds", sum(plan(one, task, on="T4x2").seconds for _, one, task in runs))
+print("seconds", sum(each.seconds for each in plan_all([run[1:] for run in runs], on="T4x2")))
 """
 
 

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from . import check, gpu_proof
     from .compare import compare_strategies
     from .estimate import Target
-    from .planner import plan, together
+    from .planner import plan, plan_all, together
 
-_HOMES = {"plan": "planner", "together": "planner", "Target": "estimate", "compare_strategies": "compare"}
+_HOMES = {
+    "plan": "planner", "plan_all": "planner", "together": "planner", "Target": "estimate",
+    "compare_strategies": "compare",
+}  # fmt: skip
 _MODULES = {"check", "gpu_proof"}
 
 
@@ -27,4 +30,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Target", "check", "compare_strategies", "gpu_proof", "plan", "together"]
+__all__ = ["Target", "check", "compare_strategies", "gpu_proof", "plan", "plan_all", "together"]

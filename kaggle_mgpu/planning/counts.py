@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,13 +117,21 @@ def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) 
         half: under autocast, in fp16 or bf16, whose sizes are the same.
         on_cpu: the run is to be on a CPU, whose autocast keeps other layers in half precision than a GPU's.
     """
+    return count_all([(config, task, half)], on_cpu=on_cpu)[0]
+
+
+def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = False) -> list[Facts]:
+    """Count several runs as `count` does, one after the other in one worker, which imports what counts only once."""
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
-        quiet = config.replace(
-            strategy="single", nproc=1, compile=False, output_dir=folder, resume="never", max_restarts=0,
-            global_batch_size=1, micro_batch_size=1, gradient_accumulation_steps=1,
-        )  # fmt: skip
-        facts: list[Facts] = launch(_count, quiet, task, half, on_cpu, nproc=1, in_worker=True)
+        alone = {"strategy": "single", "nproc": 1, "compile": False, "resume": "never", "max_restarts": 0}
+        alone |= {"global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+        quiet = [(config.replace(output_dir=folder, **alone), task, half) for config, task, half in runs]
+        facts: list[list[Facts]] = launch(_count_each, quiet, on_cpu, nproc=1, in_worker=True)
     return facts[0]
+
+
+def _count_each(runs: Sequence[tuple[TrainConfig, Task, bool]], on_cpu: bool) -> list[Facts]:
+    return [_count(config, task, half, on_cpu) for config, task, half in runs]
 
 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:

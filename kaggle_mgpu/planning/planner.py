@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +23,7 @@ from ..launching import launch
 from ..machine import devices, session
 from ..training import Task, expect, is_out_of_memory
 from . import compare, estimate, selftest
-from .counts import Facts, count
+from .counts import Facts, count_all
 from .estimate import Exchange, Target
 
 MEASURING_SECONDS = 5.0
@@ -108,16 +110,42 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         TypeError: not a TrainConfig and a Task.
         ValueError: the settings contradict each other or the GPUs, as in `train`.
     """
-    expect(config, task, "plan")
+    return plan_all([(config, task)], on, steps)[0]
+
+
+def plan_all(runs: Sequence[tuple[TrainConfig, Task]], on: str | None = None, steps: int = 5) -> list[Plan]:
+    """Plan several runs, such as the stages of a recipe, as `plan` does each."""
+    for config, task in runs:
+        expect(config, task, "plan")
     if steps < 1:
         raise ValueError(f"steps: expected 1 or more, got {steps}")
-    gpus = devices.select(config.gpu_ids) if on is None else []
-    target = Target.at_hand(gpus) if on is None else Target.named(on)
-    precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())
-    if target.published is None and not target.here and config.precision == "auto":
-        why = f"{target.name} is unknown here"
-    replicas = _replicas(config, target)
-    facts = count(config, task, precision != "fp32", on_cpu=target.on_cpu)
+    settled = [_Settled.of(config, on) for config, _ in runs]
+    asked = [(config, task, each.precision != "fp32") for (config, task), each in zip(runs, settled, strict=True)]
+    facts = count_all(asked, on_cpu=any(each.target.on_cpu for each in settled))
+    return [_plan(*run, each, found, steps) for run, each, found in zip(runs, settled, facts, strict=True)]
+
+
+class _Settled(NamedTuple):
+    """What a plan stands on before anything is counted."""
+
+    gpus: list[devices.GPU]
+    target: Target
+    precision: str
+    precision_reason: str
+    replicas: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, on: str | None) -> _Settled:
+        gpus = devices.select(config.gpu_ids) if on is None else []
+        target = Target.at_hand(gpus) if on is None else Target.named(on)
+        precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())
+        if target.published is None and not target.here and config.precision == "auto":
+            why = f"{target.name} is unknown here"
+        return cls(gpus, target, precision, why, _replicas(config, target))
+
+
+def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, steps: int) -> Plan:
+    gpus, target, precision, why, replicas = settled
     batch = _batch(config, facts, target, replicas)
     strategy = config.strategy if config.strategy != "auto" else ("ddp" if replicas > 1 else "single")
     evaluated = _evaluations(config, batch) * facts.val_samples
