@@ -121,7 +121,7 @@ def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) 
 
 
 def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = False) -> list[Facts]:
-    """Count several runs as `count` does, one after the other in one worker, which imports what counts only once."""
+    """Count several runs as `count` does, in one worker, so that the counting modules are imported once."""
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
         alone = {"strategy": "single", "nproc": 1, "compile": False, "resume": "never", "max_restarts": 0}
         alone |= {"global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -135,7 +135,7 @@ def _count_each(runs: Sequence[tuple[TrainConfig, Task, bool]], on_cpu: bool) ->
 
 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
-    """A pass of four samples, and what two keep: what grows is per sample, what does not is fixed."""
+    """Count a pass of four samples, and the bytes that two keep: the growth is per sample, the rest is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # where auto means fp32 (a GPU before sm_70, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
@@ -172,7 +172,7 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
 
 @contextlib.contextmanager
 def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
-    """In this block the model's weights have shapes and no data; afterwards they are its own again."""
+    """Replace the model's weights within a `with` block by tensors that have shapes and no data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: list[tuple[Any, str, torch.Tensor]] = []
     try:
@@ -190,7 +190,7 @@ def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
-    """A pass of up to four samples; and two of them, or none where there are no more, with the bytes that they keep."""
+    """Count a pass of up to four samples; return the pass, two as a smaller number (or 0), and its bytes kept."""
     whole, fewer = min(4, size), 2 if size > 2 else 0
     kept = 0
     if fewer:
@@ -201,7 +201,7 @@ def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tup
 
 
 def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int]:
-    """The same with values; one sample alone where memory does not allow more."""
+    """Count as `_counted` does, with real values; one sample alone where memory does not allow more."""
     try:
         return _counted(parts, size)
     except RuntimeError as error:
@@ -214,7 +214,7 @@ def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int
 
 
 def _batch(parts: Parts, samples: int, fake: FakeTensorMode | None) -> Any:
-    """The first samples on the device; with `fake`, their shapes."""
+    """Return the first samples on the device, or with `fake` their shapes."""
     order = data.Order(parts.plan.dataset_size, parts.config.seed, 0)[:samples]
     batch = data.move(parts.fetch[order], parts.strategy.input_device)
     return batch if fake is None else tree_map_only(torch.Tensor, fake.from_tensor, batch)
@@ -240,7 +240,7 @@ def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
 
 
 def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
-    """Forward and backward of the first samples, twice: each way of counting would be in the other's way."""
+    """Run forward and backward of the first samples twice, since two ways of counting disturb each other."""
     distributed.alive()
     strategy, model, batch = parts.strategy, parts.strategy.model, _batch(parts, samples, fake)
     without_values = fake or contextlib.nullcontext()

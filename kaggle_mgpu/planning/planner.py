@@ -126,7 +126,7 @@ def plan_all(runs: Sequence[tuple[TrainConfig, Task]], on: str | None = None, st
 
 
 class _Settled(NamedTuple):
-    """What a plan stands on before anything is counted."""
+    """The GPUs, precision and number of replicas of a plan."""
 
     gpus: list[devices.GPU]
     target: Target
@@ -213,7 +213,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
 
 
 def together(plans: list[Plan]) -> str:
-    """One line with the time and the share of the week's quota of runs that follow each other."""
+    """Return a line with the time of runs that follow each other, and their share of the week's quota."""
     known = [each.seconds for each in plans if each.seconds is not None]
     time = _duration(sum(known)) if len(known) == len(plans) else "unknown"
     quota = [each.quota for each in plans if each.quota is not None]
@@ -277,7 +277,7 @@ def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
 
 
 def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[float, str] | None:
-    """Seconds of a step on this CPU, and how they were estimated, where to measure `steps` would take too long."""
+    """Return estimated seconds of a step on this CPU and the method, if measuring `steps` would take too long."""
     side = 512
     matrix = torch.ones(side, side)
     matrix @ matrix

@@ -52,7 +52,7 @@ VAL_SCENES = 10**9
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes number `first` to `first + count - 1`."""
+    """Scenes draws the synthetic scenes numbered `first` to `first + count - 1`."""
 
     first: int
     count: int
@@ -71,7 +71,7 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Files:
-    """Pairs of an image's and its mask's path."""
+    """Files reads pairs of an image and its mask."""
 
     pairs: tuple[Pair, ...]
 
@@ -314,7 +314,7 @@ def _by(size: tuple[int, int]) -> str:
 
 # Samples
 class Samples(Dataset[dict[str, Tensor]]):
-    """A source's images, resized, and augmented with random numbers seeded for each sample."""
+    """Samples resizes a source's images, and augments them with random numbers seeded for each sample."""
 
     def __init__(self, source: Source, size: int, augment: bool) -> None:
         self.source, self.size, self.augment = source, size, augment
@@ -330,14 +330,14 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def pixels(image: Image, size: int) -> Tensor:
-    """A Pillow image as (3, size, size) uint8."""
+    """Return a Pillow image as uint8[3, size, size]."""
     if image.size != (size, size):
         image = image.resize((size, size), pillow().Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
-    """A random part of three quarters of each side or more, mirrored half of the time, of other colours."""
+    """Cut out a random part of at least three quarters of each side, mirror half of the parts, change colours."""
     from PIL import ImageEnhance
 
     pil = pillow()
@@ -359,7 +359,7 @@ def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
 
 
 def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch: image (B, 3, S, S); mask (B, H, W), padded to the largest by 0; size (B, 2), each mask's own."""
+    """Return a batch: image (B, 3, S, S); mask (B, H, W), padded by 0 to the largest; size (B, 2) of each mask."""
     samples = list(samples)
     sizes = torch.tensor([sample["mask"].shape for sample in samples])
     height, width = sizes.amax(0).tolist()
@@ -372,7 +372,7 @@ def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 # Drawn scenes
 @functools.lru_cache(maxsize=2048)
 def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image (size, size, 3) and mask (size, size) of a synthetic scene: the same for the same number.
+    """Draw the image (size, size, 3) and mask (size, size) of a scene; a number always gives the same scene.
 
     An object with a smooth random outline lies in a texture of waves of one direction. Its own has the same colours and
     contrast, but somewhat finer waves of all directions: no brightness or colour gives it away.
@@ -398,7 +398,7 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
-    """Noise of about `grain` cycles a pixel: waves across `direction`, or in all directions; mean 0, deviation 1."""
+    """Draw noise of about `grain` cycles a pixel, across `direction` or in all directions; mean 0, deviation 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     if direction is None:
         keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)

@@ -107,7 +107,7 @@ def _ssim(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def e_measure(values: Floats, truth: NDArray[np.bool_]) -> tuple[float, Floats]:
-    """Enhanced alignment measure (Fan et al. 2018): at twice the mean, and at the 256 thresholds from 255 down."""
+    """Return the enhanced alignment measure (Fan et al. 2018) at twice the mean, and at thresholds 255 to 0."""
     threshold = min(2 * values.mean(), 1)
     at = values >= threshold
     levels = (values * 255).astype(np.uint8)
@@ -120,7 +120,7 @@ def e_measure(values: Floats, truth: NDArray[np.bool_]) -> tuple[float, Floats]:
 
 
 def _aligned(hits: NDArray[np.int64], false: NDArray[np.int64], objects: int, size: int) -> Floats:
-    """The measure from pixel counts: found in the object, found outside, of the object, of the image."""
+    """Return the measure from four counts of pixels: found inside, found outside, in the object, in the image."""
     found = hits + false
     if objects == 0:
         total: Any = size - found
@@ -137,7 +137,7 @@ def _aligned(hits: NDArray[np.int64], false: NDArray[np.int64], objects: int, si
 
 
 def weighted_f(values: Floats, truth: NDArray[np.bool_]) -> float:
-    """Weighted F-measure, beta 1 (Margolin et al. 2014). 0 where the mask is empty."""
+    """Return the weighted F-measure, beta 1 (Margolin et al. 2014); 0 for an empty mask."""
     if not truth.any():
         return 0.0
     error = np.abs(values - truth)
@@ -153,7 +153,7 @@ def weighted_f(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def _gaussian(values: Floats, truth: NDArray[np.bool_]) -> Floats:
-    """MATLAB's imfilter(values, fspecial('gaussian', 7, 5)), zeros beyond the edge, computed around the object only."""
+    """Filter as MATLAB's imfilter(values, fspecial('gaussian', 7, 5)), zeros beyond the edge, near the object only."""
     kernel = np.exp(-(np.arange(-3, 4) ** 2) / 50.0)
     kernel /= kernel.sum()
     (top, bottom), (left, right) = ((i.min(), i.max() + 1) for i in np.nonzero(truth))

@@ -43,12 +43,12 @@ class Output(NamedTuple):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Of about eight channels a group, over one image: what the rest of the batch holds does not matter."""
+    """Return a group normalisation of about eight channels a group, which sees one image at a time."""
     return nn.GroupNorm(math.gcd(channels, max(1, channels // 8)), channels)
 
 
 class Block(nn.Module):
-    """ResNet's basic block (He et al. 2016) with group normalisation."""
+    """Block is ResNet's basic block (He et al. 2016) with group normalisation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Compact(nn.Module):
-    """The backbone that needs no package and no download: four levels of residual blocks, trained from scratch.
+    """Compact is a backbone of four levels of residual blocks, trained from scratch, without package or download.
 
     With the balanced decoder 2.5 M parameters at width 32. Its features have width, 2, 4 and 8 times width channels.
     (ConvNeXt's blocks over a stem of two 3 x 3 kernels learn textures from scratch more slowly: IoU 0.24 where these
@@ -93,7 +93,7 @@ class Compact(nn.Module):
 
 
 def state_dict(path: str) -> dict[str, Tensor]:
-    """The weights in a file of torch.save's, the averaged ones where there are such, by timm's names for both.
+    """Return the weights in a file of torch.save, by timm's names; averaged weights where the file has any.
 
     Raises:
         ValueError: it cannot be read, or not without running code that is in it.
@@ -113,11 +113,11 @@ def state_dict(path: str) -> dict[str, Tensor]:
 
 
 class WeightsError(ValueError):
-    """A file of weights does not fit the backbone that it was given for."""
+    """Raised for a file of weights that does not fit its backbone."""
 
 
 class Timm(nn.Module):
-    """A backbone of timm's, by name; its features of strides 4 to 32.
+    """Timm wraps a backbone of timm, and returns its features of strides 4 to 32.
 
     BatchNorm keeps the running statistics it came with, in training too: they would otherwise depend on how the batch
     is split. With random weights they are 0 and 1, so choose a backbone without BatchNorm to train from scratch.
@@ -213,7 +213,7 @@ def _timm(name: str) -> Any:
 
 
 def backbone(name: str, *, width: int, weights: str | None = None, image_size: int | None = None) -> nn.Module:
-    """Make `compact`, or one of timm's backbones by its name; `channels` says those of its four features.
+    """Make `compact`, or a backbone of timm by its name; `channels` lists the channels of its four features.
 
     Args:
         width: of the compact one.
@@ -224,7 +224,7 @@ def backbone(name: str, *, width: int, weights: str | None = None, image_size: i
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """A backbone's parts in the order of its forward pass: what is unfrozen, from the last on, one after the other."""
+    """Return a backbone's parts in the order of its forward pass; stages unfreeze them from the last on."""
     parts = [child for child in module.children() if any(True for _ in child.parameters())]
     while len(parts) == 1 and any(True for _ in parts[0].children()):
         parts = [child for child in parts[0].children() if any(True for _ in child.parameters())]
@@ -232,7 +232,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 
 class Experts(nn.Module):
-    """A mixture of experts for each pixel: out = x + sum of gate x expert(x).
+    """Experts mixes the outputs of several experts at each pixel: out = x + sum of gate x expert(x).
 
     Args:
         top_k: how many experts a pixel uses; None: all of them, weighted softly.
@@ -252,7 +252,7 @@ class Experts(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, and (B,) the balance of each image."""
+        """Return the features, and the balance of each image, (B,)."""
         y = self.norm(x)
         shares = self.router(y).float().softmax(1)
         gates = shares
@@ -269,7 +269,7 @@ class Experts(nn.Module):
 
 
 def balance(shares: Tensor, top_k: int | None) -> Tensor:
-    """The load-balancing term of Fedus et al. 2021 (Switch Transformer, eq. 4) over the pixels of each image by itself.
+    """Return the load-balancing term of Fedus et al. 2021 (Switch Transformer, eq. 4), of each image by itself.
 
     num_experts x sum over experts of (share of the choices that fall on it) x (its mean share): 1 where all are used
     alike. Over the images of a batch it would depend on how the batch is split. With soft routing both factors are the
@@ -290,7 +290,7 @@ def balance(shares: Tensor, top_k: int | None) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """Backbone and decoder. `backbone` and `decoder` are the two halves that stages train by rates of their own."""
+    """Segmenter joins a backbone and a decoder; stages train these two with different rates."""
 
     mean: Tensor
     std: Tensor
@@ -323,7 +323,7 @@ class Segmenter(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From the coarsest feature to the finest: add, mix by experts, predict (Lin et al. 2017's pyramid)."""
+    """Decoder adds, mixes by experts and predicts, from the coarsest feature to the finest (Lin et al. 2017)."""
 
     def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
@@ -362,7 +362,7 @@ def _maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
 
 # Losses: each gives one number an image, so that their sum is the same however the batch is split
 def pixel_weights(target: Tensor) -> Tensor:
-    """1 + 5 |mean of the pixels around - the pixel's own| of (B, 1, H, W): up to six times 1 near the edge.
+    """Return 1 + 5 |mean of the neighbourhood - pixel| of a mask (B, 1, H, W): 1 to 6, largest near the edge.
 
     Around means a square of 31 pixels at F3Net's image size of 352, and as large a part of any other: on small images
     31 pixels would be everywhere near the edge.
@@ -375,7 +375,7 @@ def pixel_weights(target: Tensor) -> Tensor:
 
 
 def structure_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Weighted binary cross entropy plus weighted IoU (Wei, Wang and Huang 2020, F3Net), for each image by itself.
+    """Return weighted binary cross entropy plus weighted IoU (Wei, Wang and Huang 2020, F3Net) of each image.
 
     (F3Net's published code averages the cross entropy before it is weighted, by an outdated argument of torch's, as
     most copies of it do; this is the formula of the paper.) In fp32 whatever the logits are: sums over an image
@@ -398,13 +398,13 @@ def structure_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None)
 
 
 def boundary_of(target: Tensor) -> Tensor:
-    """(B, 1, H, W): 1 on both sides of the object's edge, one pixel wide each, else 0."""
+    """Return (B, 1, H, W): 1 for the pixels on both sides of the object's edge, else 0."""
     solid = (target > 0.5).float()
     return F.max_pool2d(solid, 3, 1, 1) + F.max_pool2d(-solid, 3, 1, 1)
 
 
 def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy plus Dice of the edge, (B,); in fp32."""
+    """Return cross entropy plus Dice of the edge, (B,), in fp32."""
     logits, edge = logits.float(), boundary_of(target.float())
     over = (1, 2, 3)
     entropy = F.binary_cross_entropy_with_logits(logits, edge, reduction="none").mean(over)
@@ -413,7 +413,7 @@ def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tensor:
-    """The whole loss of each image, (B,).
+    """Return the whole loss of each image, (B,).
 
     The prediction's structure loss; 1/2, 1/4 and 1/8 of the coarser ones'; half of the boundary's; and the balance of
     the experts.
@@ -429,13 +429,13 @@ def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tens
 
 
 def enlarged(logits: Tensor, size: Any) -> Tensor:
-    """Logits at another size, bilinear, in fp32."""
+    """Resize logits, bilinear, in fp32."""
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
 # What it costs
 def cost(model: Segmenter, size: int) -> tuple[int, float, float]:
-    """Parameters, FLOPs of one image's forward pass, and bytes that it and its loss keep for the backward pass (fp32).
+    """Count parameters, FLOPs of one image's forward pass, and bytes kept for its backward pass (fp32).
 
     Counted on torch's meta device: nothing is computed. `model` is on it: `model.to("meta")`.
     """

@@ -1,4 +1,4 @@
-"""The task: a batch's loss, an image's measures, the optimizer's groups; predictions, figures and baselines."""
+"""This module has the task (loss, measures, optimizer), predictions, figures and baselines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cost(body: str, width: int | None, decoder_width: int | None, experts: int 
 
 
 class CamouflageSegmentation(Task):
-    """Where is the object? A batch: see `data.collate`.
+    """CamouflageSegmentation finds the object in each image; `data.collate` makes its batches.
 
     Args:
         found: the data; None: searched, and checked, when they are first needed.
@@ -63,7 +63,7 @@ class CamouflageSegmentation(Task):
 
     @property
     def found(self) -> data.Found:
-        """The data. At first all ranks ask for them together: rank 0 searches and checks, the others wait."""
+        """The data. At first all ranks must ask together: rank 0 searches and checks, the others wait."""
         if self._found is None:
             self._use(distributed.from_main(lambda: find(self._given)))
         assert self._found is not None
@@ -82,7 +82,7 @@ class CamouflageSegmentation(Task):
         return self._given.settled(drawn=self.found.drawn)
 
     def describe(self) -> str:
-        """The data and why they were chosen, the stages, and what each preset costs."""
+        """Describe the data and the reason for their choice, the stages, and the cost of each preset."""
         found, config = self.found, self.config
         count = 0 if found.val is None else len(found.val)
         parts = [f"{stage.name} {stage.config.epochs} ({stage.share:.0%})" for stage in stages(config, found)]
@@ -113,7 +113,7 @@ class CamouflageSegmentation(Task):
         yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
 
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
-        """A segmenter as `config` (with no field left to the preset; default: the task's own) describes it."""
+        """Make the segmenter of a config with no field left to the preset; default: the task's own."""
         config = config or self.config
         body = backbone(config.backbone, width=config.width or 0, weights=weights, image_size=config.image_size)
         top_k = config.top_k if config.routing == "topk" else None
@@ -139,12 +139,12 @@ class CamouflageSegmentation(Task):
         return data.collate(samples)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Each image's loss (model.py), summed."""
+        """Sum the loss of each image (model.py)."""
         target = batch["mask"][:, None].float() / 255
         return loss_terms(model(batch["image"]), target, balance_weight=self._given.balance_weight).sum()
 
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
-        """The measures of metrics.py, and the prediction's structure loss, at each mask's own size.
+        """Return the measures of metrics.py, and the prediction's structure loss, at each mask's own size.
 
         One image at a time: what a convolution gives depends in its last bit on the batch, and a threshold makes a
         pixel of it. So no figure depends on how the images were batched. The measures, on the CPU, take longer.
@@ -164,7 +164,7 @@ class CamouflageSegmentation(Task):
         return report({name: value.numpy() for name, value in metrics.items()})
 
     def probability(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Of images (1, 3, S, S): where the object is, 0 to 1, and the logits, both (1, 1, *size)."""
+        """Return the object's probability and logits in an image (1, 3, S, S), both (1, 1, *size)."""
         logits = enlarged(model(image).logits[-1], size)
         probability = logits.sigmoid()
         if self._given.tta:
@@ -173,7 +173,7 @@ class CamouflageSegmentation(Task):
         return probability, logits
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        """AdamW; the backbone's blocks have rates of their own."""
+        """Make AdamW, with separate rates for the backbone's blocks."""
         assert isinstance(model, Segmenter) and isinstance(config, Config)
         own = config.backbone == "compact"
         scale = config.backbone_lr_scale if config.backbone_lr_scale is not None else 1.0 if own else 0.1
@@ -195,7 +195,7 @@ class CamouflageSegmentation(Task):
 
     # What the trained model says
     def predict(self, model: nn.Module, index: int) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint8]]:
-        """A held-out image (Pillow's), its mask and its prediction, both (height, width) uint8."""
+        """Return a held-out image (Pillow's), its mask and its prediction, both uint8[height, width]."""
         if self.found.val is None:
             raise ValueError("predict: nothing is held out (val_scenes or val_fraction is 0)")
         image, mask = self.found.val.load(index)
@@ -242,7 +242,7 @@ class CamouflageSegmentation(Task):
 
 
 def find(config: Config) -> data.Found:
-    """The data that the config means, checked (see `data.prepare`)."""
+    """Find and check the data that the config names (see `data.prepare`)."""
     return data.prepare(
         config.data_path,
         val_fraction=config.val_fraction,
@@ -253,7 +253,7 @@ def find(config: Config) -> data.Found:
 
 
 def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
-    """Each stage's name, config and task, in their order, for a plan of them: none starts from another's weights."""
+    """Return the name, config and task of each stage for a plan; none starts from another's weights."""
     found = find(config)
     return [
         (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
@@ -299,14 +299,14 @@ def weights_from(config: Config) -> str:
 
 
 def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
-    """(…, height, width), 0 to 1, as the 8-bit image that the field stores and measures."""
+    """Convert (…, height, width), 0 to 1, to the 8-bit image that the field stores and measures."""
     image: NDArray[np.uint8] = (255 * probability.float()).round().to(torch.uint8).flatten(0, -3)[0].cpu().numpy()
     return image
 
 
 # What the model has to beat
 def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
-    """The measures, over the held-out images, of three predictions that need no model.
+    """Measure three predictions that need no model, over the held-out images.
 
     nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast:
     where there is more fine detail than elsewhere.
@@ -331,7 +331,7 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
 
 
 def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(height, width), 255 where there is most fine detail in a square of an eighth of the image, 0 up to the mean."""
+    """Return (height, width): 255 where a square of an eighth of the image has most fine detail, 0 up to the mean."""
     pixels = torch.from_numpy(grey).float()[None, None]
 
     def around(values: Tensor, side: int) -> Tensor:

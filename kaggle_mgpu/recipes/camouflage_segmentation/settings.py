@@ -144,7 +144,7 @@ class Config(TrainConfig):
             )
 
     def settled(self, *, drawn: bool) -> Config:
-        """A copy with no field left to the preset.
+        """Return a copy with no field left to the preset.
 
         Args:
             drawn: whether the data are synthetic scenes.
@@ -168,7 +168,7 @@ def _zero_stage(file: str | None) -> Any:
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of several."""
+    """A Stage is one of several runs that follow each other."""
 
     name: str
     config: Config
@@ -178,7 +178,7 @@ class Stage:
 
 
 def stages(config: Config, found: Found) -> list[Stage]:
-    """Stage 1 and the parts of stage 2, each with its own folder, length, rate, batch and schedule."""
+    """Return stage 1 and the parts of stage 2, each with its own folder, length, rate, batch and schedule."""
     config = config.settled(drawn=found.drawn)
     parts = config.unfreeze_parts if config.partial_epochs else 1
     frozen: dict[str, Any] = {
@@ -213,7 +213,7 @@ def stages(config: Config, found: Found) -> list[Stage]:
 
 
 def _resume(config: Config, stage: str) -> str:
-    """Return one stage's `resume`: for the folder of an earlier run, the newest checkpoint of the stage there.
+    """Return one stage's `resume`: in the folder of an earlier run, the stage's newest checkpoint.
 
     Raises:
         FileNotFoundError: there is no run of this recipe in the folder.
