@@ -218,7 +218,7 @@ class Checkpoints:
         return final
 
     def all(self) -> list[Path]:
-        """Checkpoint folders, newest (highest step) first, whether valid or not."""
+        """Return all checkpoint folders, newest (highest step) first, whether valid or not."""
         return all_in(self.folder)
 
     def newest(self, warn: Callable[[str], None] = print) -> Path | None:

@@ -91,7 +91,7 @@ class Layout:
         return cls(header, [unique[name] for name in order], [len(header) + o for o in offsets], len(header) + position)
 
     def pieces(self) -> Iterable[Any]:
-        """The file's content, a tensor at a time."""
+        """Yield the file's content, a tensor at a time."""
         yield self.header
         for tensor in self.tensors:
             yield _bytes_of(tensor.cpu().contiguous())
@@ -224,7 +224,7 @@ def no_room(path: Path, error: OSError, needed: int | None = None) -> DiskFullEr
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes free for this user on the folder's disk."""
+    """Return the bytes free for this user on the folder's disk."""
     return shutil.disk_usage(folder).free
 
 
@@ -250,7 +250,7 @@ def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a .safetensors file, from its header alone."""
+    """Return the name and shape of every tensor of a .safetensors file, from its header alone."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -316,7 +316,7 @@ def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or a folder: the name alone survives a crash sooner than the content does."""
+    """Flush a file or a folder to disk (fsync), since a crash may keep a name without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -325,7 +325,7 @@ def flush(path: Path) -> None:
 
 
 def crc32(path: Path) -> int:
-    """The checksum of a file's content."""
+    """Return the checksum of a file's content."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(_PIECE):
@@ -335,7 +335,7 @@ def crc32(path: Path) -> int:
 
 # Any state as tensors and text: what a .safetensors file and its metadata can hold, and nothing that runs when read
 def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
-    """Tensors by their path in the tree ("optimizer/state/weight/exp_avg"), and the rest as JSON.
+    """Return tensors by their path in the tree ("optimizer/state/weight/exp_avg"), and the rest as JSON.
 
     Raises:
         TypeError: it holds something else than tensors, plain values, lists, tuples and dictionaries.

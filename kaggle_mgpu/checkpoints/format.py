@@ -62,7 +62,7 @@ def step_of(path: Path) -> int:
 
 
 def all_in(folder: Path) -> list[Path]:
-    """Checkpoint folders in `folder`, highest step first (by number: as text, step-999… would come after step-1000)."""
+    """Return the checkpoint folders in `folder`, highest step first (by number, not as text)."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
@@ -86,7 +86,7 @@ def damage(path: Path) -> str | None:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+    """Read state.json of a checkpoint.
 
     Raises:
         CheckpointError: it is not there or is not what this version writes.
@@ -174,7 +174,7 @@ def _load(path: Path, facts: dict[str, Any], whole: bool) -> Checkpoint:
 
 
 def whose(name: str) -> str:
-    """model for model.safetensors and for model-00001-of-00002.safetensors."""
+    """Return the part of a file: model for model.safetensors and model-00001-of-00002.safetensors."""
     stem = Path(name).stem
     part = _PART.fullmatch(stem)
     return part[1] if part else stem
@@ -194,7 +194,7 @@ def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where:
 
 
 def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> str:
-    """The first differences of names and shapes; "" where there are none."""
+    """Describe the first differences of names and shapes; "" without any."""
     problems = [f"{name}: not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in model]
     problems += [
@@ -222,7 +222,7 @@ def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bo
 
 
 def write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Write each content to the file of its name; their lengths and checksums, for `write_facts`."""
+    """Write each content to the file of its name; return lengths and checksums for `write_facts`."""
     return {name: files.write(folder / name, pieces) for name, pieces in contents.items()}
 
 

@@ -1,4 +1,4 @@
-"""Conversations as tokens, packed without seeing each other; only answers are learnt.
+"""Turn conversations into packs of tokens that do not see each other; only answers are learnt.
 
     examples, left_out = encode(tokenizer, conversations, max_length=1024)
     batch = Packs(store, pack(lengths, 1024)).batch(torch.tensor([0, 1]))
@@ -35,7 +35,7 @@ IGNORED = -100
 # Tokens
 @dataclass(frozen=True)
 class Example:
-    """The tokens of one conversation; `learnt` is True for tokens of an answer."""
+    """Example holds the tokens of a conversation; `learnt` is True for tokens of an answer."""
 
     ids: list[int]
     learnt: list[bool]
@@ -57,7 +57,7 @@ class Example:
 
 @dataclass
 class LeftOut:
-    """The examples and tokens beyond max_length."""
+    """LeftOut counts the examples and tokens beyond max_length."""
 
     truncated: int = 0
     """Number of examples cut at the end."""
@@ -68,7 +68,7 @@ class LeftOut:
 
 
 def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: int) -> tuple[list[Example], LeftOut]:
-    """Each conversation by the tokenizer's chat template, answers marked, cut at max_length tokens.
+    """Encode conversations by the tokenizer's chat template, mark answers, and cut at max_length tokens.
 
     What is learnt is what the template adds for a message of the assistant after its generation prompt: the answer and
     the mark that ends it. A template that renders a message otherwise once another follows (reasoning that is left out
@@ -148,7 +148,7 @@ def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str
 
 
 def _end(before: str, after: str, content: str) -> int:
-    """Where what is learnt ends: white space after the mark that ends an answer is the template's, not the answer's."""
+    """Return the end of an answer: white space after the end mark belongs to the template."""
     added = after[len(before) :]
     marked = added.rstrip()
     return len(before) + (len(marked) if marked != content.rstrip() else len(added))
@@ -197,7 +197,7 @@ def write_examples(folder: Path, part: str, examples: Sequence[Example]) -> str:
 
 
 class Examples:
-    """What `write_examples` wrote, memory-mapped at first use: pickled it is a path."""
+    """Examples reads the files of `write_examples`, memory-mapped at first use, and is pickled as a path."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self.folder, self.part = folder, part
@@ -219,23 +219,24 @@ class Examples:
         return list(np.diff(self.array("starts")).tolist())
 
     def __getitem__(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Token ids int32[length], and which are learnt bool[length]."""
+        """Return token ids int32[length], and bool[length], True for learnt tokens."""
         a, b = self.array("starts")[index : index + 2]
         return self.array("tokens")[a:b], self.array("learnt")[a:b]
 
     def prompt(self, index: int) -> list[int]:
-        """The tokens before the last answer."""
+        """Return the tokens before the last answer."""
         return list(self[index][0][: self.array("prompts")[index]].tolist())
 
     def answers(self) -> list[str]:
-        """The text of each example's last answer."""
+        """Return the text of each example's last answer."""
         return list(json.loads((self.folder / f"{self.part}.json").read_text(encoding="utf-8")))
 
 
 # Packs
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which examples share a pack of at most `capacity` tokens: best fit, longest first (Johnson 1974: at most 11/9 of
-    the fewest packs possible, and 6/9 of one more).
+    """Distribute examples over packs of at most `capacity` tokens: best fit, longest first.
+
+    The number of packs is at most 11/9 of the smallest possible, plus 6/9 (Johnson 1974).
 
     >>> pack([5, 3, 3, 2, 2], 8)
     [[0, 1], [2, 3, 4]]
@@ -262,7 +263,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Packs(Dataset[dict[str, Tensor]]):
-    """Packs as training samples; for evaluation also batches of prompts.
+    """Packs gives packs as training samples, and batches of prompts for evaluation.
 
     Args:
         packs: the examples of each pack.

@@ -1,4 +1,4 @@
-"""Answers to prompts: in batches, padded on the left, with cached keys and values; remembered while nothing changes.
+"""Answer prompts in batches, padded on the left, with cached keys and values, and remember the answers.
 
 texts = answer(model, tokenizer, prompts, max_new_tokens=64)   # the likeliest token each time
 """
@@ -33,8 +33,9 @@ def answer(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int],
     num_beams: int = 1,
 ) -> list[str]:  # fmt: skip
-    """What the model writes after each prompt (token ids), until a stop token, max_new_tokens or the last position that
-    the model knows: greedily, or by beam search with `num_beams`.
+    """Continue each prompt (token ids), greedily or by beam search with `num_beams`.
+
+    An answer ends at a stop token, after max_new_tokens, or at the last position that the model knows.
 
     Raises:
         ValueError: a prompt takes all positions.
@@ -75,8 +76,11 @@ def answer(
 
 
 class Answers:
-    """Answers on disk, a file for each batch of prompts: read again as long as weights, prompts and settings are the
-    same, as when a killed run comes back to an evaluation, or a notebook is run again."""
+    """Answers keeps answers on disk, a file for each batch of prompts.
+
+    The file is read again as long as weights, prompts and settings are the same: after a kill during an evaluation, or
+    when a notebook is run again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -89,7 +89,7 @@ def nested(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Give the guide's settings the kit's names; returns them, and a sentence for each that was changed.
+    """Give the guide's settings the kit's names; return the settings, and a sentence for each change.
 
     Settings that have the kit's names already are left as they are.
 
@@ -134,7 +134,7 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _named(section: Mapping[str, Any], above: str) -> dict[str, Any]:
-    """A section's settings by their full names: lora's in tuning is tuning.lora.r."""
+    """Yield a section's settings by their full names, such as tuning.lora.r."""
     found: dict[str, Any] = {}
     for name, value in section.items():
         full = f"{above}.{name}"

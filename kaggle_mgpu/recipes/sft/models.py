@@ -122,8 +122,10 @@ def find(name: str) -> str:
 
 
 def digest(path: str) -> str:
-    """What tells one model's files from another's: its configuration, its tokenizer, and the size and first megabyte of
-    each file of weights. A checkpoint of adapters fits exactly one model."""
+    """Return a digest of a model's files: configuration, tokenizer, size and first megabyte of each file of weights.
+
+    A checkpoint of adapters fits exactly one model.
+    """
     folder, found = Path(path), hashlib.sha256()
     if not folder.is_dir():
         return hashlib.sha256(path.encode()).hexdigest()[:16]
@@ -181,8 +183,10 @@ def hub() -> str:
 
 
 def hub_answers(seconds: float = 5) -> bool:
-    """Whether the hub takes a connection. Without internet its own client tries for a minute before it gives up; behind
-    a proxy only that client can tell, and it is left to it."""
+    """Return whether the hub accepts a connection; True behind a proxy, where only the hub's client can tell.
+
+    Without internet that client tries for a minute before it gives up.
+    """
     if {"http", "https", "all"} & urllib.request.getproxies().keys():
         return True
     address, taken = urllib.parse.urlsplit(hub()), threading.Event()
@@ -200,7 +204,7 @@ def hub_answers(seconds: float = 5) -> bool:
 
 
 def positions(path: str) -> int | None:
-    """How many positions a model knows; None where its configuration sets no limit."""
+    """Return the number of positions of a model; None if the configuration sets no limit."""
     return most_positions(_from_pretrained(require("transformers").AutoConfig, path))
 
 
@@ -210,7 +214,7 @@ def most_positions(configuration: Any) -> int | None:
 
 
 def make_tiny(folder: Path, texts: Sequence[str], seed: int, **sizes: int) -> None:
-    """A Llama of 1.7 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
+    """Make a Llama of 1.7 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
 
     For trying things out where no model is at hand. The same texts and seed make the same files.
 
@@ -316,7 +320,7 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
 
 
 def _full_where_shared(names: Sequence[str], there: Mapping[str, Sequence[str]], elsewhere: set[str]) -> list[str]:
-    """The names, those that a layer outside the language model has too replaced by its layers' full names."""
+    """Replace names that also occur outside the language model by the full names of its layers."""
     return [full for name in names for full in (there[name] if name in elsewhere else [name])]
 
 
@@ -337,7 +341,7 @@ def language_model(model: nn.Module) -> str:
 
 
 def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, path: str) -> nn.Module:
-    """The model with LoRA adapters in fp32, everything else frozen. Hu et al. 2021, arXiv 2106.09685.
+    """Add LoRA adapters in fp32 and freeze everything else (Hu et al. 2021, arXiv 2106.09685).
 
     `saved_names` are the adapters' names: the kit's checkpoints hold nothing else.
     """

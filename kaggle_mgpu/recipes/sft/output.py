@@ -41,7 +41,7 @@ class Tuned(Protocol):
 
 
 def weights_file(result: Result, which: str) -> Path:
-    """The "best" or the "final" weights; the final ones where nothing was evaluated."""
+    """Return the file of the "best" or the "final" weights; the final file if nothing was evaluated."""
     best = which == "best" and result.best is not None
     return Path(result.output_dir) / ("best/model.safetensors" if best else "model.safetensors")
 
@@ -208,7 +208,7 @@ def _with_adapters(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `python -m kaggle_mgpu merge`."""
+    """Add the arguments of `python -m kaggle_mgpu merge`."""
     parser.description = parser.description or merge.__doc__
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the folder of a run of the recipe sft")
     parser.add_argument("--dtype", choices=sorted(models.DTYPES), default="fp16", help="of the weights (default: fp16)")

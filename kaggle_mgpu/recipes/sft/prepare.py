@@ -18,7 +18,7 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Prepared:
-    """The conversations as tokens in a folder, and their model."""
+    """Prepared holds a folder of conversations as tokens, and their model."""
 
     folder: str
     model: str

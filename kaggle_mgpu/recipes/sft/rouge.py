@@ -1,4 +1,4 @@
-"""ROUGE-L of an answer against its reference, for any language.
+"""Compute ROUGE-L of an answer against a reference, in any language.
 
     rouge_l("a cat sat", "the cat sat down")   # F-measure: 2 PR / (P + R) of the longest common subsequence of words
 
@@ -52,7 +52,7 @@ def words(text: str) -> list[str]:
 
 
 def common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, bit-parallel: one addition of len(a) bits for each word of b.
+    """Return the length of the longest common subsequence, by one addition of len(a) bits for each word of b.
 
     Hyyrö, "Bit-Parallel LCS-length Computation Revisited", 2004.
     """
@@ -68,7 +68,7 @@ def common_subsequence(a: list[str], b: list[str]) -> int:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F-measure in [0, 1]; 0 where either has no word."""
+    """Return the F-measure in [0, 1]; 0 if either text has no word."""
     a, b = words(answer), words(reference)
     common = common_subsequence(a, b)
     if not common:
