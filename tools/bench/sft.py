@@ -54,20 +54,20 @@ def make_model(arguments: argparse.Namespace) -> None:
 
 def ours(arguments: argparse.Namespace, mode: str) -> dict[str, float]:
     from kaggle_mgpu import train
-    from kaggle_mgpu.recipes.sft import Finetune, models
+    from kaggle_mgpu.recipes.sft import Finetune, memory
 
     task = Finetune(settings(arguments, mode))
     estimated = task.plan()[0].total
     records = [record for record in train(task.config, task).records() if record["kind"] == "train"]
     speed = statistics.median(record["tokens_per_s"] for record in records[3:])
-    return {"tokens_per_s": speed, "peak_bytes": models.peak_memory(), "estimated_bytes": estimated}
+    return {"tokens_per_s": speed, "peak_bytes": memory.peak_memory(), "estimated_bytes": estimated}
 
 
 def theirs(arguments: argparse.Namespace, mode: str) -> dict[str, float]:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from kaggle_mgpu.recipes.sft import Finetune, models
+    from kaggle_mgpu.recipes.sft import Finetune, memory, models
 
     task = Finetune(settings(arguments, mode))
     model, examples = task.base(), task.examples("train")
@@ -107,7 +107,7 @@ def theirs(arguments: argparse.Namespace, mode: str) -> dict[str, float]:
     Trainer(model=model, args=options, train_dataset=rows, data_collator=collate, callbacks=[Watch()]).train()
     times = [b - a for a, b in itertools.pairwise(moments[2:])]
     speeds = [count / seconds for count, seconds in zip(counted[3:], times, strict=False)]
-    return {"tokens_per_s": statistics.median(speeds), "peak_bytes": models.peak_memory()}
+    return {"tokens_per_s": statistics.median(speeds), "peak_bytes": memory.peak_memory()}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from kaggle_mgpu.machine import devices
 from kaggle_mgpu.parallel import distributed, shards
 from kaggle_mgpu.training import Result, Task
 
-from . import data, generation, models, output, overflow, rouge
+from . import data, generation, memory, models, output, overflow, rouge
 from .config import Config
 from .prepare import Prepared, prepare
 
@@ -320,7 +320,7 @@ class Finetune(Task):
         return torch.bincount(learnt, minlength=len(self.tokenizer)).double()
 
     # What there is to say
-    def plan(self) -> tuple[models.Estimate, list[str]]:
+    def plan(self) -> tuple[memory.Estimate, list[str]]:
         """Return the estimated memory of a GPU, and the names of the layers with adapters."""
         if "plan" not in self._tools:
             config, packs = self.config, self._packs("train")
@@ -333,7 +333,7 @@ class Finetune(Task):
             lengths = packs.examples.lengths
             longest = max(sum(lengths[i] for i in pack) for pack in packs.packs[:100])
             learnt = self.prepared.train_learnt / max(1, self.prepared.train_tokens)
-            self._tools["plan"] = models.estimate(
+            self._tools["plan"] = memory.estimate(
                 self.prepared.model,
                 config,
                 base_dtype=self.base_dtype,
@@ -341,14 +341,14 @@ class Finetune(Task):
                 tokens=micro * longest,
                 learnt=int(micro * longest * learnt),
             )
-        found: tuple[models.Estimate, list[str]] = self._tools["plan"]
+        found: tuple[memory.Estimate, list[str]] = self._tools["plan"]
         return found
 
     def describe(self) -> str:
         """Describe model, tuning, data, losses by truncation, packs and estimated memory in five lines."""
         p, config = self.prepared, self.config
         packs = self._packs("train").packs
-        memory, names = self.plan()
+        planned, names = self.plan()
         tuned = (
             f"LoRA rank {config.lora_rank} on {', '.join(names)}; base weights in "
             + ("nf4" if config.mode == "qlora" else str(self.base_dtype).removeprefix("torch."))
@@ -368,7 +368,7 @@ class Finetune(Task):
             asked = f"; no answers can be generated ({self.no_generation}): evaluating by loss and perplexity"
         return "\n".join(
             [
-                f"model: {p.model}: {memory.parameters:,} parameters, {memory.trainable:,} of them trained "
+                f"model: {p.model}: {planned.parameters:,} parameters, {planned.trainable:,} of them trained "
                 f"({self.backend}: {tuned})"
                 + ("; none was given: random weights, for a try, which learn with lr=4e-3" * (config.model is None)),
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
@@ -376,13 +376,13 @@ class Finetune(Task):
                 f"template: {p.template}; {len(packs):,} "
                 + (f"packs of at most {config.max_length} tokens, {full:.0%} full" if config.packing else "samples")
                 + f"; {p.val:,} examples held out{asked if p.val else none_held}",
-                f"memory of a GPU, estimated{limit}: {memory.sentence()}",
+                f"memory of a GPU, estimated{limit}: {planned.sentence()}",
             ]
         )
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Add rank 0's peak memory to every record."""
-        record["peak_memory_mib"] = round(models.peak_memory() / 2**20)
+        record["peak_memory_mib"] = round(memory.peak_memory() / 2**20)
 
     # What a run leaves
     def untrained(self) -> nn.Module:

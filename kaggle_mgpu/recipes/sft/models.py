@@ -1,4 +1,4 @@
-"""Find models in folders, load them, add adapters, merge them, and estimate their memory.
+"""Find models in folders, load them, add adapters, and write adapters.
 
 transformers, peft and bitsandbytes are imported when they are first needed; `require` names what to install.
 """
@@ -18,7 +18,6 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def digest(path: str) -> str:
 def tokenizer(path: str) -> tuple[Any, str]:
     """Return the tokenizer of a model's folder, and a note about the chat template."""
     transformers = require("transformers")
-    loaded = _from_pretrained(transformers.AutoTokenizer, path)
+    loaded = from_pretrained(transformers.AutoTokenizer, path)
     said = "the tokenizer's own chat template"
     if not loaded.chat_template:
         bos, eos = (json.dumps(token or "") for token in (loaded.bos_token, loaded.eos_token))
@@ -153,7 +152,7 @@ def tokenizer(path: str) -> tuple[Any, str]:
     return loaded, said
 
 
-def _from_pretrained(kind: Any, path: str, **options: Any) -> Any:
+def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     here = os.path.isdir(path)
     answers = here or hub_answers()
     try:
@@ -205,7 +204,7 @@ def hub_answers(seconds: float = 5) -> bool:
 
 def positions(path: str) -> int | None:
     """Return the number of positions of a model; None if the configuration sets no limit."""
-    return most_positions(_from_pretrained(require("transformers").AutoConfig, path))
+    return most_positions(from_pretrained(require("transformers").AutoConfig, path))
 
 
 def most_positions(configuration: Any) -> int | None:
@@ -279,7 +278,7 @@ def load(
             bnb_4bit_compute_dtype=compute_dtype,
         )
         options["device_map"] = {"": device}
-    model = _from_pretrained(transformers.AutoModelForCausalLM, path, **options)
+    model = from_pretrained(transformers.AutoModelForCausalLM, path, **options)
     keep_4bit_layout(model)
     return model
 
@@ -415,101 +414,6 @@ def checkpoint_activations(model: nn.Module) -> None:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
 
     model.gradient_checkpointing_enable = non_reentrant  # type: ignore[assignment]
-
-
-# Memory
-@dataclass(frozen=True)
-class Estimate:
-    """Estimate the bytes on one GPU from the model's configuration, before anything is loaded."""
-
-    parameters: int
-    trainable: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    def sentence(self) -> str:
-        parts = ("weights", "gradients", "optimizer", "activations")
-        return f"{size(self.total)} = " + " + ".join(f"{name} {size(getattr(self, name))}" for name in parts)
-
-
-def size(nbytes: float) -> str:
-    """
-    >>> size(2_500_000_000), size(3_000_000)
-    ('2.33 GiB', '2.9 MiB')
-    """
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def estimate(
-    path: str, config: Any, *, base_dtype: torch.dtype, precision: str, tokens: int, learnt: int
-) -> tuple[Estimate, list[str]]:
-    """Estimate the memory of training, and name the layers for adapters, from a model on the meta device.
-
-    weights: 4 bytes a parameter for full (and 2 for autocast's copy), base_dtype's for lora; for qlora half a byte a
-    weight of a linear layer, and 0.016 for its scales (one byte for 64, four for 16384: Dettmers et al. 2023, arXiv
-    2305.14314), base_dtype's for the rest; 4 for adapters. gradients 4, AdamW 8, a trainable parameter. activations:
-    what a layer keeps for backward, as counted for Llamas with torch's saved_tensors_hooks: c h + 2 kv + 5 i numbers a
-    token (h hidden, kv keys' width, i intermediate; c 9 for full and 5 for adapters, in half precision, whose norms
-    keep fp32, 17 and 9), adapters 2 r for each target; h alone with checkpointing, and one layer whole; and three times
-    the logits of the learnt tokens. Llamas of two sizes kept 0.8 to 1.1 of it.
-
-    Args:
-        tokens: of a micro-batch. learnt: how many of them belong to answers.
-    """
-    transformers = require("transformers")
-    about = _from_pretrained(transformers.AutoConfig, path)
-    try:
-        with torch.device("meta"), quiet():
-            model = transformers.AutoModelForCausalLM.from_config(about)
-    except ValueError as error:  # of another kind: no causal language model
-        raise ValueError(f"model: {path} is none that writes text: {short(str(error))}") from None
-    names = targets(model, config.lora_targets) if config.mode != "full" else []
-    head = head_of(model)
-    conv = transformers.pytorch_utils.Conv1D
-    linear = adapters = places = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | conv) and module is not head:
-            linear += module.weight.numel()
-            if name in names or name.rpartition(".")[2] in names:
-                adapters += config.lora_rank * sum(module.weight.shape)
-                places += 1
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    half = 2 if precision in ("fp16", "bf16") else 4
-    rest = base_dtype.itemsize
-    trainable = parameters if config.mode == "full" else adapters
-    weights = {
-        "full": parameters * 4 + (linear * 2 if half == 2 else 0),
-        "lora": parameters * rest + adapters * 4,
-        "qlora": linear * (0.5 + 1 / 64 + 4 / 16384) + (parameters - linear) * rest + adapters * 4,
-    }[config.mode]
-    text = about.get_text_config()
-    hidden, layers = text.hidden_size, text.num_hidden_layers
-    heads = getattr(text, "num_attention_heads", 1)
-    kv = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    wide = {(True, 4): 9, (True, 2): 17, (False, 4): 5, (False, 2): 9}[config.mode == "full", half]
-    layer = wide * hidden + 2 * kv + 5 * inner + 2 * config.lora_rank * places // max(layers, 1)
-    kept = layers * hidden + layer if config.gradient_checkpointing else layers * layer
-    logits = learnt * text.vocab_size * (half + 4 + 4)
-    found = Estimate(
-        parameters, trainable, int(weights), 4 * trainable, 8 * trainable, tokens * kept * half + int(logits)
-    )
-    return found, names
-
-
-def peak_memory() -> int:
-    """Return this process's peak memory in bytes: of the GPU if there is one, else of main memory."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # What a run leaves

@@ -17,7 +17,7 @@ from torch import nn
 from kaggle_mgpu.checkpoints import files
 from kaggle_mgpu.training import Result
 
-from . import models
+from . import memory, models
 from .config import Config
 from .prepare import Prepared
 
@@ -37,7 +37,7 @@ class Tuned(Protocol):
     def precision(self) -> str: ...
     @property
     def backend(self) -> str: ...
-    def plan(self) -> tuple[models.Estimate, list[str]]: ...
+    def plan(self) -> tuple[memory.Estimate, list[str]]: ...
 
 
 def weights_file(result: Result, which: str) -> Path:
@@ -73,7 +73,7 @@ def measured(result: Result) -> dict[str, str]:
     records = result.records()
     trained = [record for record in records if record["kind"] == "train"]
     speeds = sorted(record["tokens_per_s"] for record in trained[1:] if "tokens_per_s" in record)
-    memory = max((record.get("peak_memory_mib", 0) for record in records), default=0)
+    peak = max((record.get("peak_memory_mib", 0) for record in records), default=0)
     rows = {f"held-out {name}, last evaluation": f"{value:.4f}" for name, value in result.metrics.items()}
     if result.best is not None:
         rows["best held-out value"] = f"{result.best:.4f}"
@@ -81,7 +81,7 @@ def measured(result: Result) -> dict[str, str]:
     rows["training time"] = f"{result.seconds:.0f} s on {result.world_size} x {result.strategy}, {result.precision}"
     if speeds:
         rows["answer tokens a second, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
-    rows["peak memory, rank 0"] = models.size(memory * 2**20)
+    rows["peak memory, rank 0"] = memory.size(peak * 2**20)
     return rows
 
 
@@ -133,10 +133,10 @@ learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {confi
 
 def farewell(task: Tuned, result: Result, folder: Path) -> str:
     """List the files, and the measured figures beside the estimates."""
-    memory, _ = task.plan()
+    planned, _ = task.plan()
     found = measured(result)
     lines = [
-        f"peak memory of rank 0: {found['peak memory, rank 0']} (estimated for the model: {models.size(memory.total)}"
+        f"peak memory of rank 0: {found['peak memory, rank 0']} (estimated for the model: {memory.size(planned.total)}"
         + ("; the process itself and its libraries come on top on a CPU)" if not torch.cuda.is_available() else ")"),
         f"model card: {folder / 'README.md'}",
         f"one model without adapters: python -m kaggle_mgpu merge {result.output_dir} --dtype fp16 --to FOLDER",
