@@ -67,7 +67,10 @@ def nothing(): pass
 def test_plain(): pass
 @pytest.mark.quick
 def test_marked(): subprocess.run([sys.executable, "-c", ""], check=True)
-def test_popen(): subprocess.run([sys.executable, "-c", ""], check=True)
+def test_popen():
+    with open("begun.txt", "a") as file:
+        file.write("begun ")
+    subprocess.run([sys.executable, "-c", ""], check=True)
 def test_fork():
     if os.fork() == 0:
         os._exit(0)
@@ -102,9 +105,15 @@ def test_quick_leaves_out_what_starts_a_process_or_trains(tmp_path: Path, worker
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = quick\n")
     command = [sys.executable, "-m", "pytest", "-v", "-p", "quick", "-p", "at_the_end", "--quick", *workers]
     variables = {"PYTHONPATH": str(Path(at_the_end.__file__).parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = set(re.findall(r"(test_\w+) PASSED|PASSED .*::(test_\w+)", done.stdout))
-    assert {one or other for one, other in passed} == {"test_plain", "test_marked", "test_plain_afterwards"}
-    assert "skipped: starts a process (9); trains (1)\n" in done.stdout
+    begun = []
+    for edit in ("", "", "\n"):
+        with (tmp_path / "test_each.py").open("a") as file:
+            file.write(edit)
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        passed = set(re.findall(r"(test_\w+) PASSED|PASSED .*::(test_\w+)", done.stdout))
+        assert {one or other for one, other in passed} == {"test_plain", "test_marked", "test_plain_afterwards"}
+        assert "skipped: starts a process (9); trains (1)\n" in done.stdout
+        begun.append((tmp_path / "begun.txt").read_text().count("begun"))
+    assert begun == [1, 1, 2], "the second run remembers what the first left out, until the file is edited"
     assert f"pytest {pytest.__version__} (locked 0)" in done.stdout, "how the environment differs from the lock"

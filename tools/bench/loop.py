@@ -295,6 +295,7 @@ CONTENDERS: dict[str, Any] = {f.__name__: f for f in (kit, hand, people, acceler
 
 def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, list[float]]]:
     """Return the seconds per step of each model, contender and round; every rank must call this."""
+    distributed.init()
     torch.set_num_threads(1)
     results: dict[str, dict[str, list[float]]] = {}
     for task in (MLPTask(), GPTTask()):
