@@ -69,10 +69,10 @@ class Config(TrainConfig):
     (0, 1, 2): eight flips, for eight times the work."""
     tta_in_training: bool = False
     """Mirror these axes in the evaluations during training too."""
-    threshold: float | Literal["auto"] = 0.5
+    threshold: float | Literal["auto"] = "auto"
     """Lowest probability of a sheet voxel. auto: the best by the Dice of the held-out volumes; kept beside the weights
     in postprocessing.json, which a prediction with these weights and settings reads."""
-    min_component: int | Literal["auto"] = 0
+    min_component: int | Literal["auto"] = "auto"
     """Remove predicted parts of fewer voxels. 0: keep all. auto: chosen as the threshold is."""
     save_probabilities: bool = False
     """Also keep the probabilities of all predicted volumes, as uint8 stacks in steps of 1/255."""
