@@ -5,7 +5,7 @@
 # measures it on people whom the model has never seen.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
 # Add the UCI HAR dataset as an input, or your own signals as .npz or .csv (how they must look is told if they do not):
-# they are found. Without any it trains on BasicMotions from an installed package, else on synthetic signals.
+# they are found. Without any it trains on recordings from an installed package, else on synthetic signals.
 
 # %% [markdown]
 # The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
@@ -42,6 +42,7 @@ print(devices.report())
 # %% tags=["parameters"]
 # Parameters of this notebook
 data_path = None  # the UCI HAR folder, an .npz, a .csv or a folder of them; None: what is found among the inputs
+predict_path = None  # an .npz of windows without labels, to predict into predictions.csv
 test_fraction = 0.2  # of the subjects, where the data has no published test set
 val_fraction = 0.15  # of the other subjects: they choose the best weights
 epochs = 20
@@ -143,6 +144,8 @@ print(
             "model.safetensors": "the final weights, with the signals' mean and standard deviation",
             "best/model.safetensors": "the weights with the lowest validation loss",
             "test.json": "what the test gave: scores, confusion matrix, classes in their order, accuracy by subject",
+            "test_predictions.csv": "label and probabilities of each of the test's windows",
+            "predictions.csv": "those of the windows of predict_path",
             "confusion.png": "the confusion matrix",
         }
     )

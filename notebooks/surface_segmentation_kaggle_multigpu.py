@@ -50,7 +50,12 @@ warmup_steps = 0.05  # a fraction of the run, or steps
 deep_supervision = False
 gradient_checkpointing = False  # less memory, a third more time
 overlap = 0.5  # of the windows that predict a volume
-min_component = 0  # remove predicted parts of fewer voxels
+tta_axes = ()  # (0, 1, 2): the mean over eight flips of each window, for eight times the work
+threshold = "auto"  # of the probability; auto: chosen on the held-out volumes
+min_component = "auto"  # remove predicted parts of fewer voxels; auto: chosen on the held-out volumes
+save_probabilities = False  # also keep the probabilities of the predicted volumes
+weights = "best"  # or "final", or .safetensors files: then nothing is trained, and their mean predicts
+ignore_label = 2  # of voxels without annotation; 255 in many data sets
 strategy = "auto"  # auto, single, dp or ddp
 nproc = "auto"  # processes; auto: one per GPU
 precision = "auto"  # auto, fp32, fp16 or bf16
@@ -113,6 +118,7 @@ print(
         {
             "submission.zip": "one TIFF a test volume, checked; on Kaggle also in /kaggle/working",
             "predictions": "every predicted volume, held out or test",
+            "predictions/postprocessing.json": "the threshold and the smallest part, where they were chosen",
             "slices.png": "image, label and prediction",
             "best/model.safetensors": "the weights with the highest validation Dice, which predict",
         }

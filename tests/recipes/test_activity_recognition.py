@@ -1,5 +1,6 @@
 """The activity recipe: readers and what they refuse, split, augmentation, network, figures of merit, real runs."""
 
+import csv
 import importlib.util
 import json
 import os
@@ -260,6 +261,23 @@ def test_a_truncated_npz_is_named(tmp_path):
         sources.find(str(path))
 
 
+def test_what_cannot_be_predicted_is_refused_before_training(tmp_path, npz):
+    def refused(error, message, **given):
+        path = tmp_path / "new.npz"
+        if given:
+            save_npz(path, **given)
+        with pytest.raises(error, match=message):
+            ActivityRecognition(small(tmp_path, npz, predict_path=str(path))).describe()
+
+    refused(FileNotFoundError, r"predict_path: no such file: .*new\.npz")
+    refused(ValueError, r"new\.npz: x: expected .*\(windows, 6 channels, 8 or .* got float64 \(0,\)", y=[1])
+    refused(ValueError, r"expected finite numbers .* got float64 \(2, 5, 64\)", x=np.zeros((2, 5, 64)))
+    refused(ValueError, r"expected finite numbers .* got float64 \(2, 6, 64\)", x=np.full((2, 6, 64), np.nan))
+    refused(ValueError, r"id: expected shape \(2,\), as x has, got \(3,\)", x=np.zeros((2, 6, 64)), id=[1, 2, 3])
+    (tmp_path / "new.npz").write_text("no zip")
+    refused(ValueError, r"new\.npz: not a readable \.npz of plain arrays")
+
+
 # .csv
 def write_csv(path, recordings, header="subject,label,time,acc_x,acc_y"):
     """(subject, label, times) a recording; acc_x counts rows over all, acc_y is its negative."""
@@ -393,6 +411,59 @@ def test_basic_motions_is_read_from_an_installed_package(tmp_path, monkeypatch, 
     file.write_text(file.read_text().replace("1000.0,", "", 1))
     with pytest.raises(ValueError, match=rf"BasicMotions_TEST\{suffix}, line 4: "):
         embedded.embedded()
+
+
+def watch_package(folder, **changes):
+    """An installed seglearn whose file has the published form: 30 recordings of 5 people and 3 exercises."""
+    here = folder / "seglearn" / "data"
+    here.mkdir(parents=True, exist_ok=True)
+    (folder / "seglearn" / "__init__.py").write_text("raise ImportError('imported')\n")
+    chance = np.random.default_rng(0)
+    content = {
+        "X": [chance.normal(size=(20 + i, 6)) for i in range(30)], "y": np.arange(30) % 3,
+        "subject": np.arange(30) // 6 + 1, "side": np.ones(30), "X_labels": ["ax", "ay", "az", "wx", "wy", "wz"],
+        "y_labels": ["PEN", "ABD", "OTHER"], **changes,
+    }  # fmt: skip
+    np.save(here / "watch_dataset.npy", content, allow_pickle=True)
+    return content
+
+
+def test_seglearns_people_come_before_other_packages_and_are_held_out(tmp_path, monkeypatch):
+    content = watch_package(tmp_path)
+    fake_package(tmp_path, "aeon", ".ts")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = ActivityRecognition(Config(window=10, stride=5, val_fraction=0.25))
+    w = task.windows
+    assert "from the installed package seglearn" in task.describe()
+    assert w.classes == ("pendulum", "abduction", "OTHER")
+    counts = [(20 + i - 10) // 5 + 1 for i in range(30)]
+    assert w.x.shape == (sum(counts), 6, 10)
+    assert w.subject.tolist() == np.repeat(content["subject"].astype(str), counts).tolist()
+    assert w.y.tolist() == np.repeat(content["y"], counts).tolist()
+    assert np.allclose(w.x[counts[0] + 1], content["X"][1][5:15].T)
+    assert model.triads(w.channels) == [[0, 1, 2], [3, 4, 5]]
+    people = [set(task.subjects(part)) for part in ("train", "val", "test")]
+    assert [len(part) for part in people] == [3, 1, 1] and len(set.union(*people)) == 5
+
+
+def test_a_file_of_seglearn_that_would_run_code_or_is_of_another_form_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for changes, message in (
+        (
+            {"X_labels": Path("x")},
+            r"watch_dataset\.npy: not the recordings of .*: its pickle asks for pathlib",
+        ),
+        ({"X": [np.zeros((20, 5))] * 30}, r"expected finite numbers \(rows, 6\), got \(20, 5\)"),
+        ({"y": np.full(30, 3)}, r"expected labels 0 to 2, got 3 to 3"),
+        ({"X": [np.zeros((9, 6))] * 30}, r"in windows of 10 rows: "),
+    ):
+        watch_package(tmp_path, **changes)
+        with pytest.raises(ValueError, match=message):
+            embedded.embedded(10, 5)
+    file = tmp_path / "seglearn" / "data" / "watch_dataset.npy"
+    file.write_bytes(file.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"not the recordings of seglearn"):
+        embedded.embedded(10, 5)
 
 
 def test_the_synthesis_says_what_it_is_and_repeats():
@@ -628,7 +699,24 @@ def test_it_learns_and_is_measured_on_people_it_never_saw(tmp_path, npz, capsys)
     assert probabilities.shape == (len(y), 6)
     assert torch.allclose(probabilities.sum(1), torch.ones(len(y)))
     assert (probabilities.argmax(1) == y).double().mean().item() == pytest.approx(result.metrics["accuracy"])
+    # a row of the test's predictions for each window, and of windows without labels
+    with (tmp_path / "run" / "test_predictions.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert list(rows[0]) == ["id", "label", *embedded.ACTIVITIES]
+    w, places = task.windows, [int(row["id"]) for row in rows]
+    assert sorted(set(w.subject[places])) == sorted(task.subjects("test")) and len(places) == 600
+    right = np.mean([w.classes[w.y[at]] == row["label"] for at, row in zip(places, rows, strict=True)])
+    assert right == pytest.approx(document["accuracy"])
+    given = ar.predict(net, torch.from_numpy(w.x[places[:1]]))[0].tolist()
+    assert [float(rows[0][name]) for name in embedded.ACTIVITIES] == pytest.approx(given, abs=1e-5)
+    assert not (tmp_path / "run" / "predictions.csv").exists()
+    new = save_npz(tmp_path / "new.npz", x=w.x[places[:2]], id=["first", "second, with a comma"])
+    config = config.replace(predict_path=str(new))
     assert ar.run(config).metrics == result.metrics  # at once: it has finished
+    with (tmp_path / "run" / "predictions.csv").open(newline="") as lines:
+        found = list(csv.DictReader(lines))
+    assert [row.pop("id") for row in found] == ["first", "second, with a comma"]
+    assert [list(row.values()) for row in found] == [list(row.values())[1:] for row in rows[:2]]
     assert "already finished" in capsys.readouterr().out
 
 

@@ -191,8 +191,11 @@ def test_a_malformed_volume_is_named_before_training(tmp_path, scrolls):
     image.write_bytes(b"not a picture")
     with pytest.raises(ValueError, match=r"train_images/synthetic_1\.tif: not a readable TIFF stack"):
         prepared(small(tmp_path, scrolls))
-    stack(image, np.zeros((24, 24, 24), np.uint16))
-    with pytest.raises(ValueError, match=r"synthetic_1\.tif: page 0: expected 8-bit grey of 24 x 24, got mode 'I;16'"):
+    stack(image, np.zeros((24, 24, 24, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"page 0: expected 8-bit or 16-bit grey of 24 x 24, got mode 'RGB'"):
+        prepared(small(tmp_path, scrolls))
+    stack(image, [np.zeros((24, 24), np.uint16), np.zeros((24, 24), np.uint8)])
+    with pytest.raises(ValueError, match=r"synthetic_1\.tif: page 1: expected 16-bit grey of 24 x 24, got mode 'L'"):
         prepared(small(tmp_path, scrolls))
     stack(image, [np.zeros((24, 24), np.uint8), np.zeros((24, 20), np.uint8)])
     with pytest.raises(ValueError, match=r"synthetic_1\.tif: page 1: expected 8-bit grey of 24 x 24, got .* 20 x 24"):
@@ -683,7 +686,7 @@ def test_weights_alone_predict_and_nothing_is_trained(finished, tmp_path, monkey
     assert figures and alone.metrics == figures
     with pytest.raises(FileNotFoundError, match="weights: no such file: "):
         ss.run(config.replace(weights="/nowhere.safetensors", output_dir=str(tmp_path / "none")))
-    with pytest.raises(ValueError, match=r"weights: expected best, final or a .safetensors file, got 'last'"):
+    with pytest.raises(ValueError, match=r"weights: expected best, final or .safetensors files, got 'last'"):
         config.replace(weights="last")
 
 

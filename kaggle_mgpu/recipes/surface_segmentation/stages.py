@@ -15,27 +15,27 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from kaggle_mgpu.checkpoints import check_model, read_tensors, whole, write_text
+from kaggle_mgpu.checkpoints import read_tensors, whole, write_text
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.launching import launch
-from kaggle_mgpu.machine import devices, session
+from kaggle_mgpu.machine import session
 from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.progress import plots
 from kaggle_mgpu.training import Result, train
 
 from . import stacks
-from .data import Volume
+from .data import Volume, read_label
+from .ensemble import load
 from .inference import Job, predict, validate_submission, write_submission
 from .metrics import measures
+from .postprocessing import FILE, Choice, choose, known
 from .training import Config, SurfaceSegmentation, read_json
 
 if TYPE_CHECKING:
@@ -77,14 +77,17 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if (document := read_json(out / "result.json")) is None:
         raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) does both")
     result = dataclasses.replace(Result(**document), output_dir=str(out))
-    weights = _given(config) or out / "best" / "model.safetensors"
-    if _given(config) is None and (config.weights == "final" or result.best is None or not weights.is_file()):
+    weights = out / "best" / "model.safetensors"
+    if config.weights == "final" or result.best is None or not weights.is_file():
         weights = out / "model.safetensors"
+    paths = _given(config) or [weights]
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
     size = surface.patch_size
+    checksums = [_checksum(file) for file in paths]
+    mirrored = [list(config.tta_axes)] if config.tta_axes else []
     stamp = {
-        "weights": _checksum(weights),
-        "settings": [size, config.overlap, config.threshold, config.min_component],
+        "weights": checksums if len(checksums) > 1 else checksums[0],
+        "settings": [size, config.overlap, config.threshold, config.min_component, *mirrored],
         "volumes": _digest([*held, *test]),
     }
 
@@ -97,27 +100,37 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
             shutil.rmtree(folder, ignore_errors=True)
             (folder / "test").mkdir(parents=True)
             write_text(folder / "stamp.json", json.dumps(stamp))
-        _carry_over(folder, stamp, [job.path for job in jobs])
+        _carry_over(folder, stamp, jobs)
 
-    jobs = [
-        Job(v.image, folder / part / f"{v.id}.tif") for part, vs in (("held_out", held), ("test", test)) for v in vs
-    ]
+    jobs = [_job(v, folder, part) for part, volumes in (("held_out", held), ("test", test)) for v in volumes]
     distributed.from_main(begin)
-    forward = _forward(config, surface.model(), weights)
-    left = predict(
-        forward,
-        jobs,
-        size=size,
-        overlap=config.overlap,
-        threshold=config.threshold,
-        min_component=config.min_component,
+    forward = load(surface.model, paths, config.tta_axes, config.precision)
+
+    def predicted(some: list[Job], choice: Choice | None) -> int:
         # what comes after the predictions takes time too: a few seconds a volume
-        seconds_left=min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began),
-        count=folder / "count.json",
-    )
+        rest = min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began)
+        count = folder / "count.json"
+        return predict(forward, some, size=size, overlap=config.overlap, choice=choice, seconds_left=rest, count=count)
+
+    made_for = {"weights": checksums, "settings": stamp["settings"]}
+    beside = paths[0].with_name(FILE)
+    given, files = (config.threshold, config.min_component), [folder / FILE, beside]
+    left, choice = 0, distributed.from_main(lambda: known(*given, made_for, files, bool(held)))
+    if choice is None:
+        left = predicted(jobs[: len(held)], None)
+    if choice is None and not left:
+        choice = choose(held, folder / "probabilities" / "held_out", *given, made_for)
+        if main:
+            for file in files[:1] if config.given else files:  # the folder of given weights may be an input
+                write_text(file, choice.to_json())
+    if choice is not None:
+        if main and choice.volumes:
+            print(choice, flush=True)
+        left = predicted(distributed.from_main(lambda: _with_probabilities(jobs, config.save_probabilities)), choice)
     if left:
         result = dataclasses.replace(result, finished=False, reason="time limit")
         if main:
+            left = max(left, sum(not job.path.is_file() for job in jobs))
             print(f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same again.")
             _write(out, result)
         return result
@@ -136,34 +149,47 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     result = dataclasses.replace(result, finished=True, reason="finished", metrics=metrics)
     if main:
         _write(out, result)
+        if "auto" in given and not config.save_probabilities:
+            shutil.rmtree(folder / "probabilities", ignore_errors=True)
         if held:
             _draw(surface, out / "slices.png")
     distributed.barrier()
     return result
 
 
+def _job(volume: Volume, folder: Path, part: str) -> Job:
+    name = f"{volume.id}.tif"
+    return Job(volume.image, folder / part / name, folder / "probabilities" / part / name)
+
+
+def _with_probabilities(jobs: list[Job], keep: bool) -> list[Job]:
+    """Return the jobs without the probabilities' files, where these are neither wanted nor there already."""
+    there = [keep or (job.probability is not None and job.probability.is_file()) for job in jobs]
+    return [job if yes else dataclasses.replace(job, probability=None) for job, yes in zip(jobs, there, strict=True)]
+
+
 def _write(out: Path, result: Result) -> None:
     write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
-def _given(config: Config) -> Path | None:
-    """Return the file of weights named by the config; None for the run's own weights.
+def _given(config: Config) -> list[Path]:
+    """Return the files of weights named by the config; [] for the run's own weights.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if config.weights in ("best", "final"):
-        return None
-    if not (path := Path(config.weights)).is_file():
-        raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
-    return path
+    paths = [Path(name) for name in config.given]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
+    return paths
 
 
 def _untrained(config: Config) -> Result:
     """Return the result of a run without training, for given weights."""
     _given(config)
     if distributed.is_main():
-        print(f"nothing is trained: the weights are {config.weights}", flush=True)
+        print(f"nothing is trained: the weights are {', '.join(config.given)}", flush=True)
     return Result(
         output_dir=config.output_dir, finished=True, reason="weights were given", step=0, max_steps=0, samples_seen=0,
         metrics={}, best=None, seconds=0.0, world_size=distributed.world_size(), strategy=config.strategy,
@@ -192,9 +218,10 @@ def _copied(source: Path, target: Path) -> Path:
     return target
 
 
-def _carry_over(folder: Path, stamp: dict[str, Any], wanted: list[Path]) -> None:
+def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
     """Copy the predictions of an earlier session among the inputs, made with the same weights and settings."""
-    copied = 0
+    own = sum(job.begun() for job in jobs)
+    wanted = [folder / FILE, *(path for job in jobs for path in (job.path, job.probability) if path is not None)]
     for path in session.find("predictions/stamp.json"):
         if path.parent.resolve() == folder.resolve() or read_json(path) != stamp:
             continue
@@ -203,9 +230,8 @@ def _carry_over(folder: Path, stamp: dict[str, Any], wanted: list[Path]) -> None
             if source.is_file() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _copied(source, target)
-                copied += 1
-    if copied:
-        print(f"{copied} of {len(wanted)} volumes were predicted by an earlier session, among the inputs", flush=True)
+    if copied := sum(job.begun() for job in jobs) - own:
+        print(f"{copied} of {len(jobs)} volumes were predicted by an earlier session, among the inputs", flush=True)
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
@@ -221,31 +247,11 @@ def _digest(volumes: list[Volume]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
 
 
-def _forward(config: Config, model: nn.Module, weights: Path) -> Callable[[Tensor], Tensor]:
-    """Return the trained model for `sliding_window`, on this rank's device and in the run's precision."""
-    device = distributed.device()
-    tensors = read_tensors(weights)
-    check_model(tensors, model.state_dict(), str(weights))
-    model.load_state_dict(tensors)
-    model.to(device).eval()
-    chosen = devices.precision(config.precision, devices.gpus() if device.type == "cuda" else [])[0]
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen)
-
-    def forward(windows: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits: Tensor = model(windows.to(device))
-        return logits.float().cpu()
-
-    return forward
-
-
 def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
     """Return the mean `measures` of the held-out volumes, and write each volume's into folder/figures.json."""
     mine: dict[str, dict[str, float]] = {}
     for volume in held[distributed.rank() :: distributed.world_size()]:
-        mine[volume.id] = measures(
-            stacks.read_stack(str(folder / f"{volume.id}.tif")), stacks.read_stack(str(volume.label))
-        )
+        mine[volume.id] = measures(stacks.read_stack(str(folder / f"{volume.id}.tif")), read_label(volume))
         distributed.alive()
     every = {name: row for part in distributed.gather(mine) for name, row in part.items()}
     rows = [every[volume.id] for volume in held]
@@ -261,18 +267,18 @@ def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[
     training volumes. About 12 s for a held-out volume of 320^3, hence not all of them.
     """
     train_volumes, held, _ = surface.split
-    counts = np.zeros((2, 256))
+    counts = np.zeros((2, 65536))
     for volume in train_volumes[:volumes]:
-        image, label = stacks.read_stack(volume.image), stacks.read_stack(str(volume.label))
+        image, label = stacks.read_stack(volume.image), read_label(volume)
         for value in (0, 1):
-            counts[value] += np.bincount(image[label == value], minlength=256)
+            counts[value] += np.bincount(image[label == value], minlength=65536)
     from_here_up = counts[:, ::-1].cumsum(1)[:, ::-1]
     dices = 2 * from_here_up[1] / np.maximum(from_here_up.sum(0) + counts[1].sum(), 1)
     best = int(dices.argmax())
     rows: dict[str, list[dict[str, float]]] = {"all is sheet": [], f"brighter than {best - 1}": []}
     predicted = read_json(Path(surface.config.output_dir) / "predictions" / "held_out" / "figures.json")
     for volume in held[:volumes]:
-        image, label = stacks.read_stack(volume.image), stacks.read_stack(str(volume.label))
+        image, label = stacks.read_stack(volume.image), read_label(volume)
         for name, mask in zip(rows, (np.ones_like(image), image >= best), strict=False):
             rows[name].append(measures(mask, label))
         if predicted:
@@ -294,7 +300,8 @@ def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
         predicted = Path(surface.config.output_dir) / "predictions" / "held_out" / f"{volume.id}.tif"
         paths = {"image": volume.image, "label (grey: unlabelled)": str(volume.label), "prediction": str(predicted)}
         for axis, (title, path) in zip(row, paths.items(), strict=True):
-            page = stacks.read_stack(path, middle, middle + 1)[0]
+            label = title.startswith("label")
+            page = (read_label(volume, middle, middle + 1) if label else stacks.read_stack(path, middle, middle + 1))[0]
             shown = page if title == "image" else np.array([0.0, 1.0, 0.5])[page]
             axis.imshow(shown, cmap="gray", interpolation="nearest")
             axis.set_title(f"{volume.id}, slice {middle}: {title}", fontsize=8)

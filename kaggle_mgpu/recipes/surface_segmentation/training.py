@@ -20,16 +20,17 @@ from kaggle_mgpu.training import Task
 
 from . import data
 from .data import Cache, Catalogue, Facts, Patches, Tiles, Volume
+from .ensemble import averaged
 from .metrics import components
 from .model import UNet, segmentation_loss
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """How to train on patches and predict volumes. A sample, and a term of the loss, is a patch."""
+    """How to train on patches and predict volumes. A sample, and a term of the loss, is a patch with some label."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | frozenset(
-        "data_path cache_dir cache_gb weights overlap threshold min_component".split()
+        "data_path cache_dir cache_gb weights overlap threshold min_component tta_axes save_probabilities".split()
     )
 
     data_path: str | None = None
@@ -38,9 +39,12 @@ class Config(TrainConfig):
     cache_dir: str | None = None
     """Folder for decoded volumes. None: the temporary folder (60 GB on Kaggle, lost with the session)."""
     cache_gb: float = 40.0
-    """Disk for decoded volumes (at most half of the free space): 2 bytes a voxel, so 600 pairs of 320^3. They
+    """Disk for decoded volumes (at most half of the free space): 2 bytes a voxel (3 of 16-bit
+    images), so 600 pairs of 320^3. They
     are memory-mapped and shared by all loader processes, which so hold a patch each and nothing else in memory. What
     does not fit is decoded again for each patch: 0.5 s instead of 5 ms."""
+    ignore_label: int = 2
+    """The number of voxels without annotation in the labels, left out of loss and figures; 255 in many data sets."""
     val_fraction: float = 0.05
     """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
     patch_size: int | Literal["auto"] = "auto"
@@ -55,14 +59,23 @@ class Config(TrainConfig):
     """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
-    weights: str = "best"
-    """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained)."""
+    weights: str | tuple[str, ...] = "best"
+    """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained). Several
+    files, as a list or separated by commas, of runs with the same model: the mean of their probabilities."""
     overlap: float = 0.5
     """Of neighbouring windows when a volume is predicted."""
-    threshold: float = 0.5
-    """Lowest probability of a sheet voxel."""
-    min_component: int = 0
-    """Remove predicted parts of fewer voxels. 0: keep all."""
+    tta_axes: tuple[int, ...] = ()
+    """Axes to mirror when a volume is predicted, of 0 (depth), 1 and 2; the probabilities of all flips are averaged.
+    (0, 1, 2): eight flips, for eight times the work."""
+    tta_in_training: bool = False
+    """Mirror these axes in the evaluations during training too."""
+    threshold: float | Literal["auto"] = "auto"
+    """Lowest probability of a sheet voxel. auto: the best by the Dice of the held-out volumes; kept beside the weights
+    in postprocessing.json, which a prediction with these weights and settings reads."""
+    min_component: int | Literal["auto"] = "auto"
+    """Remove predicted parts of fewer voxels. 0: keep all. auto: chosen as the threshold is."""
+    save_probabilities: bool = False
+    """Also keep the probabilities of all predicted volumes, as uint8 stacks in steps of 1/255."""
 
     global_batch_size: int | None = 8
     """Patches per optimizer step over all GPUs."""
@@ -87,8 +100,12 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in ("best", "final") and not self.weights.endswith(".safetensors"):
-            raise ValueError(f"Config.weights: expected best, final or a .safetensors file, got {self.weights!r}")
+        if self.weights not in ("best", "final") and not all(w.endswith(".safetensors") for w in self.given or ("",)):
+            raise ValueError(f"Config.weights: expected best, final or .safetensors files, got {self.weights!r}")
+        if not set(self.tta_axes) <= {0, 1, 2} or len(set(self.tta_axes)) < len(self.tta_axes):
+            raise ValueError(f"Config.tta_axes: expected some of 0, 1 and 2, each once, got {self.tta_axes!r}")
+        if not 2 <= self.ignore_label <= 65535:
+            raise ValueError(f"Config.ignore_label: expected 2 to 65535, got {self.ignore_label!r}")
         size = self.patch_size
         if isinstance(size, int) and (size < 8 or size % 2 ** (_levels(size) - 1)):
             raise ValueError(
@@ -106,8 +123,15 @@ class Config(TrainConfig):
             "threshold": (1e-6, 1 - 1e-6),
         }
         for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:
+            if getattr(self, name) != "auto" and not low <= getattr(self, name) <= high:
                 raise ValueError(f"Config.{name}: expected {low} to {high}, got {getattr(self, name)!r}")
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Return the files of given weights; () where the run's own predict."""
+        if self.weights in ("best", "final"):
+            return ()
+        return tuple(self.weights.split(",")) if isinstance(self.weights, str) else self.weights
 
 
 def _levels(size: int) -> int:
@@ -137,7 +161,8 @@ class SurfaceSegmentation(Task):
         return self._catalogue
 
     def _find(self) -> tuple[Catalogue, dict[Volume, str]]:
-        found = data.find_volumes(self.config.data_path, Path(self.cache.folder) / "synthetic-1")
+        c = self.config
+        found = data.find_volumes(c.data_path, Path(self.cache.folder) / "synthetic-1", c.ignore_label)
         folder = session.find_prepared(own := prepared_folder(self.config, found), data.PREPARED)
         self.cache.use_prepared(folder, [*found.train, *found.test], moved=folder != own)
         return found, self.cache.prepared
@@ -249,12 +274,16 @@ class SurfaceSegmentation(Task):
         image, label = batch
         return segmentation_loss(model(image), label)
 
+    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+        """Return the number of patches with a labelled voxel; the loss of the others is 0."""
+        return int((batch[1] != data.IGNORED).flatten(1).any(1).sum())
+
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
         image, label = batch
-        logits = model(image)
+        logits = averaged([model], self.config.tta_axes if self.config.tta_in_training else ())(image)
         p, q, known = logits[:, 0] > 0, label == 1, label != data.IGNORED
         voxels = torch.stack([(p & q).sum(), (p & ~q & known).sum(), (~p & q).sum()])
-        return {"loss": (segmentation_loss(logits, label), len(label)), "voxels": (voxels, len(label))}
+        return {"loss": (segmentation_loss(logits, label), self.count(batch)), "voxels": (voxels, len(label))}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """loss (a patch), and dice, precision and recall of all held-out voxels together, unblended."""

@@ -1,0 +1,108 @@
+"""Train one model a fold of the subjects, and predict all windows by models that do not know their subjects."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kaggle_mgpu.launching import launch_each
+from kaggle_mgpu.training import train
+
+from .evaluation import predict
+from .metrics import confusion, macro_f1
+from .settings import Config
+from .sources import chosen, split
+from .training import ActivityRecognition
+
+
+@dataclass
+class CrossValidation:
+    """Predictions for all windows, each by the model of its fold, trained without the window's subject."""
+
+    classes: tuple[str, ...]
+    subjects: list[tuple[str, ...]]
+    """By fold."""
+    probabilities: Tensor
+    """Float (windows, classes), in the order of `ActivityRecognition.windows`."""
+    confusion: list[Tensor]
+    """By fold."""
+
+    def scores(self) -> dict[str, list[float]]:
+        """Return accuracy and macro F1 by fold."""
+        accuracy = [float(matrix.trace() / matrix.sum()) for matrix in self.confusion]
+        return {"accuracy": accuracy, "macro_f1": [macro_f1(matrix) for matrix in self.confusion]}
+
+    def __str__(self) -> str:
+        scores = list(zip(*self.scores().values(), strict=True))
+        lines = [f"{'':20}subjects  windows  accuracy  macro F1"]
+        for number, (people, matrix, row) in enumerate(zip(self.subjects, self.confusion, scores, strict=True)):
+            lines.append(f"fold {number:<15}{len(people):8}{int(matrix.sum()):9}{row[0]:10.4f}{row[1]:10.4f}")
+        for name, of in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+            lines.append(f"{name:37}" + "".join(f"{of(column):10.4f}" for column in zip(*scores, strict=True)))
+        return "\n".join(lines)
+
+
+def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
+    """Train on all subjects but those of a fold, for each fold, one fold per GPU at a time; predict the fold's windows.
+
+    Writes out_of_fold.npz (probabilities, y, subject, fold) and folds.json into the run's folder. Call it again after
+    an interrupt or in the next session: finished folds return at once, the others go on.
+
+    Args:
+        config: nproc is the number of folds at the same time.
+
+    Returns:
+        None while folds have not finished.
+
+    Raises:
+        ValueError: fewer than two folds or more than there are subjects, or a fold that cannot be.
+    """
+    windows = ActivityRecognition(config).windows
+    whose = [] if windows.subject is None else windows.subject.tolist()
+    names = chosen(sorted(set(whose)), 1.0, config.split_seed)
+    if not 2 <= folds <= len(names):
+        raise ValueError(f"folds: expected 2 to {len(names)}, the number of subjects in the data, got {folds}")
+    subjects = [tuple(names[number::folds]) for number in range(folds)]
+    configs = [
+        config.replace(test_subjects=held, nproc=1, strategy="single", output_dir=f"{config.output_dir}/{folds}-fold")
+        for held in subjects
+    ]
+    parts = [split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed) for c in configs]
+    at_once = None if config.nproc == "auto" else int(config.nproc)
+    predicted = launch_each(_predict_fold, configs, at_once=at_once, gpu_ids=config.gpu_ids)
+    if missing := sum(each is None for each in predicted):
+        print(f"{folds - missing} of {folds} folds have finished: run this again, and the others go on", flush=True)
+        return None
+    probabilities, number_of = torch.empty(len(whose), len(windows.classes)), np.empty(len(whose), np.int64)
+    confusions = []
+    for number, (part, given) in enumerate(zip(parts, predicted, strict=True)):
+        probabilities[part["test"]], number_of[part["test"]] = given, number
+        y = torch.from_numpy(windows.y[part["test"]].astype(np.int64))
+        confusions.append(confusion(y, given.argmax(1), len(windows.classes)))
+    found = CrossValidation(windows.classes, subjects, probabilities, confusions)
+    folder = Path(config.output_dir)
+    np.savez(
+        folder / "out_of_fold.npz",
+        probabilities=probabilities.numpy(),
+        y=windows.y,
+        subject=np.array(whose),
+        fold=number_of,
+    )
+    document = {"classes": windows.classes, "subjects": subjects, **found.scores()}
+    (folder / "folds.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return found
+
+
+def _predict_fold(config: Config) -> Tensor | None:
+    """Train a fold's model; return its probabilities for the fold's windows, or None if the run has not finished."""
+    task = ActivityRecognition(config)
+    result = train(config, task)
+    if not result.finished:
+        return None
+    return predict(result.load(task.model(), "final" if result.best is None else "best"), task.part("test")[0])

@@ -1,0 +1,168 @@
+"""Choose the threshold and the smallest connected part of predicted masks on held-out volumes, by their mean Dice.
+
+chosen = choose(volumes, folder, threshold="auto", min_component="auto")   # folder: probabilities as <id>.tif
+mask = chosen.mask(probability)                                            # uint8 0 ... 255 -> uint8 0 and 1
+write_text(path, chosen.to_json()); Choice.read(path)
+
+Probabilities are stored in steps of 1/255, so thresholds lie between two steps, at (k - 0.5) / 255.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kaggle_mgpu.parallel import distributed
+
+from .data import IGNORED, Volume, read_label
+from .metrics import components, without_specks
+from .stacks import read_stack
+
+FILE = "postprocessing.json"
+SIZES = (0, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
+"""The candidates for the smallest part, in voxels."""
+Auto = Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How masks are made of probabilities, and what that was chosen on."""
+
+    threshold: float = 0.5
+    min_component: int = 0
+    volumes: int = 0
+    """Held-out volumes that the values were chosen on; 0: they were given."""
+    dice_before: float | None = None
+    """Mean Dice of these volumes with the threshold 0.5 and all parts kept."""
+    dice_after: float | None = None
+    """Mean Dice with the chosen values, a little too good for the choice was made on the same volumes."""
+    made_for: dict[str, Any] | None = None
+    """The checksums of the weights, and the settings of the prediction."""
+
+    def mask(self, probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the sheet (1) of a volume's probabilities in 1/255, without its small parts."""
+        return without_specks(probability >= step(self.threshold), self.min_component)
+
+    def __str__(self) -> str:
+        text = f"threshold {self.threshold:.3f}, parts of {self.min_component} voxels or more"
+        if self.dice_before is None or self.dice_after is None:
+            return text
+        many = f"{self.volumes} held-out volume{'s' * (self.volumes != 1)}"
+        return f"{text}, chosen on {many}: Dice {self.dice_before:.4f} -> {self.dice_after:.4f}"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def read(cls, path: Path, made_for: dict[str, Any]) -> Choice | None:
+        """Return the choice in a file; None for a missing or damaged file, or a choice for other predictions."""
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            fits = (
+                made_for.items() <= (found.made_for or {}).items()
+                and 0 < found.threshold < 1
+                and found.min_component >= 0
+            )
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return found if fits else None
+
+
+def known(
+    threshold: float | Auto, min_component: int | Auto, made_for: dict[str, Any], files: Sequence[Path], held_out: bool
+) -> Choice | None:
+    """Return the choice that is given or that a file holds; None where held-out volumes have yet to decide.
+
+    Without held-out volumes a choice for the same weights will do, made with whatever settings; else the defaults.
+    """
+    if threshold != "auto" and min_component != "auto":
+        return Choice(threshold, min_component)
+    for file in files:
+        if found := Choice.read(file, made_for if held_out else {"weights": made_for["weights"]}):
+            return found
+    if held_out:
+        return None
+    defaults = Choice(0.5 if threshold == "auto" else threshold, 0 if min_component == "auto" else min_component)
+    print(f"nothing is held out to choose them on: {defaults}", flush=True)
+    return defaults
+
+
+def step(threshold: float) -> int:
+    """Return the lowest k of 1 ... 255 for which the probability k / 255, rounded, is above the threshold."""
+    return min(255, max(1, math.ceil(255 * threshold + 0.5 - 1e-9)))
+
+
+def quantised(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return sigmoid(logits) in steps of 1/255."""
+    return np.rint(255 / (1 + np.exp(-logits.clip(-30, 30)))).astype(np.uint8)
+
+
+def choose(
+    volumes: Sequence[Volume],
+    folder: Path,
+    threshold: float | Auto,
+    min_component: int | Auto,
+    made_for: dict[str, Any] | None = None,
+) -> Choice:
+    """Choose what is "auto" by the mean Dice of the volumes, on every rank, each its share of the volumes.
+
+    First the threshold, with all parts kept; then the smallest part, with that threshold. Of equal values the one
+    nearest to 0.5, and the smallest part, are taken.
+    """
+    mine = volumes[distributed.rank() :: distributed.world_size()]
+    curve = _mean([dice_by_step(_probability(v, folder), read_label(v)) for v in mine])
+    steps = sorted(range(1, 256), key=lambda k: (-curve[k - 1], abs(k - 128)))
+    at = (steps[0] - 0.5) / 255 if threshold == "auto" else threshold
+    least, after = min_component, curve[step(at) - 1]
+    if least == "auto" or least > 0:
+        sizes = SIZES if least == "auto" else (least,)
+        by_size = _mean([dice_by_size(_probability(v, folder) >= step(at), read_label(v), sizes) for v in mine])
+        best = int(by_size.argmax())
+        least, after = sizes[best], by_size[best]
+    return Choice(at, least, len(volumes), float(curve[step(0.5) - 1]), float(after), made_for)
+
+
+def _probability(volume: Volume, folder: Path) -> NDArray[np.uint8]:
+    return read_stack(str(folder / f"{volume.id}.tif"))
+
+
+def _mean(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    distributed.alive()
+    every = [row for part in distributed.gather(rows) for row in part]
+    mean: NDArray[np.float64] = np.mean(every, axis=0)
+    return mean
+
+
+def dice_by_step(probability: NDArray[np.uint8], label: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return the Dice of probability >= k against the sheet for k = 1 ... 255, as `metrics.dice` has it."""
+    sheet = np.bincount(probability[label == 1], minlength=256)
+    other = np.bincount(probability[label == 0], minlength=256)
+    hits, found = (counts[::-1].cumsum()[::-1][1:] for counts in (sheet, sheet + other))
+    return _dice(hits, found, int(sheet.sum()))
+
+
+def dice_by_size(mask: NDArray[Any], label: NDArray[np.uint8], sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Return the Dice of a mask without its parts below each size; unlabelled voxels count for the size alone."""
+    numbers, count = components(mask)
+    flat, known = numbers.reshape(-1), (label != IGNORED).reshape(-1)
+    size = np.bincount(flat, minlength=count + 1)
+    found = np.bincount(flat[known], minlength=count + 1)
+    hits = np.bincount(flat[(label == 1).reshape(-1)], minlength=count + 1)
+    for counts in (size, found, hits):
+        counts[0] = 0  # the background
+    kept = [size >= least for least in sizes]
+    total = int((label == 1).sum())
+    return _dice(np.array([hits[k].sum() for k in kept]), np.array([found[k].sum() for k in kept]), total)
+
+
+def _dice(hits: NDArray[Any], found: NDArray[Any], sheet: int) -> NDArray[np.float64]:
+    total = found + sheet
+    return np.where(total > 0, 2 * hits / np.maximum(total, 1), 1.0)
