@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import loops
 from kaggle_mgpu import launch, watch
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 class Stream(IterableDataset[Any]):
@@ -126,6 +129,30 @@ def with_trainer(folder: Path, data: Any, fail: int | None = None) -> int:
     trainer = Trainer(loops.network(), args, train_dataset=data, callbacks=[SessionCallback(), Fails()])
     trainer.train()
     return trainer.state.global_step
+
+
+def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    from kaggle_mgpu.integrations.transformers import SessionCallback, find_checkpoint
+
+    (diff,) = re.findall(r"```diff\n(-trainer = Trainer.*?)\n\n", README, re.DOTALL)
+    added = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    for before in (None, "checkpoint-3"):
+        found = find_checkpoint(args.output_dir)
+        assert (found and Path(found).name) == before
+        names: dict[str, Any] = {
+            "Trainer": Trainer, "model": loops.network(), "args": args, "data": loops.Augmented(),
+            "SessionCallback": SessionCallback, "find_checkpoint": find_checkpoint,
+        }  # fmt: skip
+        exec(added, names)
+        assert names["trainer"].state.global_step == 3
 
 
 LOOPS = {by_hand: "torch", with_accelerate: "accelerate", with_lightning: "lightning"}
