@@ -131,15 +131,13 @@ def with_trainer(folder: Path, data: Any, fail: int | None = None) -> int:
     return trainer.state.global_step
 
 
-def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from transformers import Trainer, TrainingArguments
 
-    from kaggle_mgpu.integrations.transformers import SessionCallback, find_checkpoint
+    from kaggle_mgpu.integrations.transformers import find_checkpoint
 
-    (diff,) = re.findall(r"```diff\n(-trainer = Trainer.*?)\n\n", README, re.DOTALL)
+    (diff,) = re.findall(r"```diff\n( # transformers.*?)\n\n", README, re.DOTALL)
     added = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
     args = TrainingArguments(
         str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True
@@ -149,7 +147,6 @@ def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(
         assert (found and Path(found).name) == before
         names: dict[str, Any] = {
             "Trainer": Trainer, "model": loops.network(), "args": args, "data": loops.Augmented(),
-            "SessionCallback": SessionCallback, "find_checkpoint": find_checkpoint,
         }  # fmt: skip
         exec(added, names)
         assert names["trainer"].state.global_step == 3
