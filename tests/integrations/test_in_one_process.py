@@ -152,6 +152,15 @@ def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(tmp_path: Path)
         assert names["trainer"].state.global_step == 3
 
 
+def test_a_loop_that_passes_by_its_last_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with watch(tmp_path, max_steps=2, model=loops.network()) as run:
+        for _ in range(4):
+            run.step()
+    assert (
+        capsys.readouterr().out.count("NOTE: the loop goes on after max_steps=2: iterate over run.batches(loader)") == 1
+    )
+
+
 LOOPS = {by_hand: "torch", with_accelerate: "accelerate", with_lightning: "lightning"}
 CASES = [(loop, kind) for loop in LOOPS for kind in ("length", "no length", "shuffled")]
 
