@@ -97,6 +97,10 @@ task = Sine()
 def train_fold(fold):
     return fold
 print("folds", {each})
+import shutil
+for copy in ("one", "other"):
+    shutil.copytree("sine", copy)
+{progress}
 with torch.no_grad():
     print("error", (model(torch.ones(1, 1)) - torch.ones(1, 1).sin()).abs().item())
 """
@@ -105,13 +109,19 @@ with torch.no_grad():
 def test_the_code_of_a_task_is_a_script_too(tmp_path: Path) -> None:
     (plan,) = re.findall(r"`(print\(plan\(.*?\)\))`", README)
     (each,) = re.findall(r"`(launch_each\(.*?\)\))`", README)
-    code = block("class Sine") + f"from kaggle_mgpu import plan\n{SPANS_THAT_RUN.format(plan=plan, each=each)}"
+    (progress,) = re.findall(
+        r"```python\n(from kaggle_mgpu import progress\n.*?)```", PAGES["notebooks/README.md"], re.DOTALL
+    )
+    progress = re.sub(r"^progress\.stop\(.*\n", "", progress, flags=re.MULTILINE)  # refuses a run that has ended
+    spans = SPANS_THAT_RUN.format(plan=plan, each=each, progress=progress)
+    code = f"{block('class Sine')}from kaggle_mgpu import plan\n{spans}"
     (tmp_path / "mine.py").write_text(code)
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "folds [0, 1, 2, 3, 4]" in done.stdout
     assert "T4" in done.stdout
     assert float(done.stdout.rpartition("error ")[2]) < 0.05
+    assert (tmp_path / "compare.png").is_file()
     assert {"run.png", "result.json", "model.safetensors"} <= {path.name for path in (tmp_path / "sine").iterdir()}
 
 

@@ -152,6 +152,25 @@ def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(tmp_path: Path)
         assert names["trainer"].state.global_step == 3
 
 
+def test_the_lines_of_the_page_around_an_accelerate_loop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    page = (Path(__file__).parents[2] / "notebooks" / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"```diff\n.*?( # accelerate.*?)```", page, re.DOTALL)
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    assert code.count(": ...") == 1, "the place of the user's own lines"
+    own = 'loss = model(**batch)["loss"]; accelerator.backward(loss); optimizer.step(); optimizer.zero_grad()'
+    monkeypatch.chdir(tmp_path)
+    accelerator = accelerate.Accelerator(cpu=True)
+    network = loops.network()
+    prepared = accelerator.prepare(
+        network, torch.optim.SGD(network.parameters(), 1e-3), DataLoader(loops.Augmented(), 4)
+    )
+    names: dict[str, Any] = dict(zip(("model", "optimizer", "loader"), prepared, strict=True))
+    names["accelerator"] = accelerator
+    exec(code.replace(": ...", f": {own}"), names)
+    assert (names["session"].finished, names["session"].steps_taken) == (True, 1000)
+
+
 def test_a_loop_that_passes_by_its_last_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with watch(tmp_path, max_steps=2, model=loops.network()) as run:
         for _ in range(4):
