@@ -180,6 +180,26 @@ def test_a_loop_that_passes_by_its_last_step_is_told(tmp_path: Path, capsys: pyt
     )
 
 
+def test_a_finished_trainer_takes_no_step_more(tmp_path: Path) -> None:
+    """Trainer itself takes one step on resuming a run whose max_steps ended within an epoch."""
+    pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    from kaggle_mgpu.integrations.transformers import SessionCallback, find_checkpoint
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    ends = []
+    for _ in range(2):
+        keeper = SessionCallback()
+        trainer = Trainer(loops.network(), args, train_dataset=loops.Augmented(), callbacks=[keeper])
+        trainer.train(resume_from_checkpoint=find_checkpoint(args.output_dir))
+        assert (trainer.state.global_step, keeper.finished) == (3, True)
+        ends.append(loops.weights(trainer.model))
+    assert torch.equal(*ends)
+
+
 LOOPS = {by_hand: "torch", with_accelerate: "accelerate", with_lightning: "lightning"}
 CASES = [(loop, kind) for loop in LOOPS for kind in ("length", "no length", "shuffled")]
 
