@@ -38,11 +38,12 @@ class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as
     Args:
         text: the traceback.
         in_collective: whether torch.distributed raised the exception.
+        log: the path of the worker's log, which has the traceback too; "" if there is none.
     """
 
-    def __init__(self, text: str, in_collective: bool = False) -> None:
+    def __init__(self, text: str, in_collective: bool = False, log: str = "") -> None:
         super().__init__(text)
-        self.in_collective = in_collective
+        self.in_collective, self.log = in_collective, log
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"

@@ -28,14 +28,31 @@ def version(root: Path) -> str:
     return found[1]
 
 
-@pytest.fixture(scope="module")
-def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by make from a copy of the checkout, where an earlier build has left a module behind."""
-    source = tmp_path_factory.mktemp("source")
+def checkout(root: Path, source: Path) -> Path:
+    """Copy what an installation reads into the folder `source`."""
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, source)
     for name in ("kaggle_mgpu", "tools"):
         shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return source
+
+
+def install(environment: Path, *arguments: str | Path) -> Path:
+    """Make an environment that borrows what the package requires from this one; install into it; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=600)
+    python = environment / "bin" / "python"
+    site = sysconfig.get_path("purelib", vars={"base": str(environment)})
+    borrowed = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (Path(site) / "borrowed.pth").write_text("\n".join(borrowed))
+    options = ["install", "--quiet", "--no-deps", "--no-index", *arguments]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *options], check=True, timeout=600)
+    return python
+
+
+@pytest.fixture(scope="module")
+def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by make from a copy of the checkout, where an earlier build has left a module behind."""
+    source = checkout(root, tmp_path_factory.mktemp("source"))
     left = source / "build" / "lib" / "kaggle_mgpu" / "moved_since.py"
     left.parent.mkdir(parents=True)
     left.touch()
@@ -61,15 +78,8 @@ def test_a_training_with_two_processes_runs_from_it(
 ) -> None:
     """In a fresh environment that borrows what the package requires from this one."""
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=600)
-    python = environment / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([python, "-c", where], capture_output=True, text=True, timeout=600, check=True).stdout.strip()
-    borrowed = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
-    (Path(site) / "borrowed.pth").write_text("\n".join(borrowed))
-    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
-    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True, timeout=600)
-
+    python = install(environment, wheel)
+    site = sysconfig.get_path("purelib", vars={"base": str(environment)})
     monkeypatch.delenv("PYTHONPATH")
     monkeypatch.chdir(tmp_path)
     kit = [python, "-m", "kaggle_mgpu"]
@@ -85,6 +95,20 @@ def test_a_training_with_two_processes_runs_from_it(
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["finished"], result["step"], result["world_size"]) == (True, 6, 2)
+
+
+def test_the_install_of_the_readme_uses_the_checkout(
+    root: Path, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (command,) = re.findall(r"^pip install (.+)$", (root / "README.md").read_text(), re.MULTILINE)
+    (tmp_path / "source").mkdir()
+    monkeypatch.chdir(checkout(root, tmp_path / "source"))
+    python = install(tmp_path / "environment", "--no-build-isolation", *command.split())  # setuptools is here already
+    monkeypatch.delenv("PYTHONPATH")
+    monkeypatch.chdir(tmp_path)
+    says = [python, "-m", "kaggle_mgpu", "--version"]
+    done = subprocess.run(says, capture_output=True, text=True, timeout=600, check=True)
+    assert done.stdout == f"kaggle_mgpu {version} from {tmp_path / 'source' / 'kaggle_mgpu'}\n"
 
 
 def test_the_version_needs_nothing_installed(root: Path, version: str) -> None:

@@ -8,6 +8,7 @@ The table's rows are found by their commands; rows of other commands (hours, GPU
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -49,7 +50,13 @@ def filled(page: str, command: str, printed: str) -> str:
     return page
 
 
-def main(words: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("words", nargs="*", help=f"of some commands; default: {'; '.join(MEASURED)}")
+    words = parser.parse_args().words
+    for word in words:
+        if not any(word in command for command in MEASURED):
+            parser.error(f"no command has {word!r} in it: expected words of {'; '.join(MEASURED)}")
     for command in MEASURED:
         if words and not any(word in command for word in words):
             continue
@@ -66,4 +73,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -9,9 +9,12 @@ Runs are kept under build/pictures and go on where they were. The panel and text
 from __future__ import annotations
 
 import argparse
+import base64
 import html
 import io
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +32,27 @@ from kaggle_mgpu.progress import View, panel_html, plot, read
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, IMAGES = ROOT / "build" / "pictures", ROOT / "notebooks" / "images"
 MOST_BYTES = 120_000
+PALETTE_ERROR = 16  # of 255
 NPROC = 2
 
 
 def write(name: str, picture: Image.Image, width: int = 900) -> None:
-    """Write a picture of at most `width` pixels and MOST_BYTES, with as many colours as that allows."""
+    """Write a picture of at most `width` pixels and MOST_BYTES.
+
+    It gets a palette where that changes no value by more than PALETTE_ERROR, for a palette loses rare colours, such as
+    a thin line's; else all colours, or as many as MOST_BYTES allow.
+    """
     picture.thumbnail((width, 10 * width))
-    for colours in (256, 64, 32, 16):
-        small = picture.quantize(colours, method=Image.Quantize.FASTOCTREE if picture.mode == "RGBA" else None)
-        small.save(written := io.BytesIO(), format="PNG", optimize=True)
+    method = Image.Quantize.FASTOCTREE if picture.mode == "RGBA" else None
+    reduced = {colours: picture.quantize(colours, method=method) for colours in (256, 64, 32, 16)}
+    extremes: Any = ImageChops.difference(picture, reduced[256].convert(picture.mode)).getextrema()
+    faithful = max(high for _, high in extremes) <= PALETTE_ERROR
+    for chosen in [*reduced.values()] if faithful else [picture, *reduced.values()]:
+        chosen.save(written := io.BytesIO(), format="PNG", optimize=True)
         if len(written.getvalue()) <= MOST_BYTES:
             break
     (IMAGES / f"{name}.png").write_bytes(written.getvalue())
-    print(f"{name}.png: {len(written.getvalue()) / 1000:.0f} kB, {colours} colours", flush=True)
+    print(f"{name}.png: {len(written.getvalue()) / 1000:.0f} kB", flush=True)
 
 
 def shot(name: str, body: str, *, width: int, height: int, dark: bool = False) -> None:
@@ -54,11 +65,26 @@ def shot(name: str, body: str, *, width: int, height: int, dark: bool = False) -
     write(name, picture if box is None else picture.crop((0, 0, min(width, box[2] + 8), min(height, box[3] + 8))))
 
 
+def both(name: str, body: str, *, width: int, height: int = 900) -> None:
+    """Write a page's pictures for light pages and for dark ones."""
+    for dark in (False, True):
+        shot(f"{name}-{'dark' if dark else 'light'}", body, width=width, height=height, dark=dark)
+
+
 def of_text(name: str, text: str) -> None:
     style = "font:13px/1.45 monospace;white-space:pre-wrap;width:880px;margin:4px"
-    for dark in (False, True):
-        shot(f"{name}-{'dark' if dark else 'light'}", f'<div style="{style}">{html.escape(text)}</div>',
-             width=900, height=900, dark=dark)  # fmt: skip
+    both(name, f'<div style="{style}">{html.escape(text)}</div>', width=900)
+
+
+def of_rows(name: str, rows: list[tuple[str, str]]) -> None:
+    """Write the pictures of a table: a label and a text in each row, line breaks as they are."""
+    label = 'style="padding:5px 16px 5px 0;opacity:.65;text-align:right;white-space:nowrap;vertical-align:top"'
+    cell = 'style="padding:5px 0;font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere"'
+    lines = "".join(
+        f"<tr><td {label}>{html.escape(head)}</td><td {cell}>{html.escape(text)}</td></tr>" for head, text in rows
+    )
+    style = "font:13px/1.45 system-ui,sans-serif;width:700px;border-collapse:collapse"
+    both(name, f'<table style="{style}">{lines}</table>', width=740, height=1200)
 
 
 def text_generation(folder: Path) -> None:
@@ -80,20 +106,52 @@ def text_generation(folder: Path) -> None:
         view.take(record)
     view.hint = ""
     plot(folder)
-    svg = (folder / "run.svg").read_text(encoding="utf-8").split("?>", 1)[-1]
-    svg = svg.replace("<svg ", '<svg style="width:100%;height:auto" ', 1)
-    for dark in (False, True):
-        body = (
-            '<div style="display:flex;gap:16px;align-items:center"><div style="width:520px">'
-            f'{panel_html(view)}</div><div style="width:460px">{svg}</div></div>'
-        )
-        shot(f"run-{'dark' if dark else 'light'}", body, width=1030, height=620, dark=dark)
-    samples = [f"step {record['step']}: {record['sample']!r}" for record in records if "sample" in record]
-    of_text("text_generation", "\n\n".join(samples))
+    svg = base64.b64encode((folder / "run.svg").read_bytes()).decode()  # as an image: its style sheet stays in it
+    both(
+        "run",
+        '<div style="display:flex;gap:16px;align-items:center">'
+        f'<div style="width:430px">{panel_html(view)}</div>'
+        f'<img style="width:590px" src="data:image/svg+xml;base64,{svg}"></div>',
+        width=1060,
+    )
+    evals = [record for record in records if "sample" in record]
+    of_rows("text_generation", [
+        (f"step {record['step']}, loss {record['val_loss']:.2f}", str(record["sample"])) for record in evals
+    ])  # fmt: skip
+
+
+def bring_your_own_loop(folder: Path) -> None:
+    """The panels of the notebook's three loops as they end, and what its last cell says of the folds."""
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "notebooks.py"),
+        "run",
+        "bring_your_own_loop",
+        "-p",
+        "nproc",
+        str(NPROC),
+    ]
+    subprocess.run([*command, "-p", "output_dir", str(folder), "--output", f"{folder}.ipynb"], check=True)
+    cells = json.loads(Path(f"{folder}.ipynb").read_text(encoding="utf-8"))["cells"]
+    printed = [text for cell in cells for output in cell.get("outputs", []) for text in output.get("text", [])]
+    (folds,) = [text for text in printed if text.startswith("accuracy of each fold")]
+    panels = ""
+    for name, title in {"trainer": "Trainer", "accelerate": "accelerate", "by_hand": "DistributedDataParallel"}.items():
+        view = View()
+        for record in read(folder / name):
+            view.take(record)
+        ended = view.outcome(json.loads((folder / name / "result.json").read_text(encoding="utf-8")))
+        panels += f'<div style="width:330px"><b>{title}</b>{panel_html(view, ended, "finished")}</div>'
+    both(
+        "bring_your_own_loop",
+        f'<div style="font:13px/1.45 system-ui,sans-serif"><div style="display:flex;gap:12px">{panels}</div>'
+        f'<div style="font-family:monospace;margin-top:10px">{html.escape(folds)}</div></div>',
+        width=1040,
+    )
 
 
 def sft(folder: Path) -> None:
-    """One held-out conversation before and after."""
+    """Two held-out conversations before and after."""
     from kaggle_mgpu.recipes.sft import Config, Finetune
 
     config = Config(
@@ -109,9 +167,11 @@ def sft(folder: Path) -> None:
     task = Finetune(config)
     before = task.answers(task.untrained())
     after = task.answers(task.load(launch(train, config, task)))
-    question, expected, earlier = before[0]
-    said = f"question: {question}\nexpected: {expected}\n\nbefore:   {earlier[:160]!r}\nafter:    {after[0][2]}"
-    of_text("sft", said)
+    rows = []
+    for (question, expected, earlier), (_, _, later) in zip(before[:2], after[:2], strict=True):
+        asked = "\n".join(question.splitlines()[1:-1])  # without the lines that name who speaks
+        rows += [("question", asked), ("expected", expected), ("before", earlier[:160]), ("after", later)]
+    of_rows("sft", rows)
 
 
 def activity_recognition(folder: Path) -> None:
@@ -139,8 +199,8 @@ def camouflage_segmentation(folder: Path) -> None:
     config = Config(nproc=NPROC, output_dir=str(folder), epochs=10)
     task = CamouflageSegmentation(config)
     result = run(config, task.found)
-    task.figure(result.load(task.network(), "best"), folder / "predictions.png", count=3)
-    write("camouflage_segmentation", Image.open(folder / "predictions.png"), 700)
+    task.figure(result.load(task.network(), "best"), folder / "predictions.png", count=2)
+    write("camouflage_segmentation", Image.open(folder / "predictions.png"), 560)
 
 
 def check_gpus(folder: Path) -> None:
@@ -152,7 +212,15 @@ def check_gpus(folder: Path) -> None:
 
 DRAWN: dict[str, Callable[[Path], Any]] = {
     each.__name__: each
-    for each in (text_generation, sft, activity_recognition, surface_segmentation, camouflage_segmentation, check_gpus)
+    for each in (
+        text_generation,
+        bring_your_own_loop,
+        sft,
+        activity_recognition,
+        surface_segmentation,
+        camouflage_segmentation,
+        check_gpus,
+    )
 }
 
 

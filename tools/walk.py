@@ -11,6 +11,7 @@ call by the same function in between, counts once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import sys
@@ -76,9 +77,9 @@ def walk(part: str) -> Counter[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["step"], ["setup"]):
-        sys.exit("usage: python tools/walk.py step|setup")
-    switches = walk(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("part", choices=("step", "setup"))
+    switches = walk(parser.parse_args().part)
     files = sorted({file for pair in switches for file in pair})
     switches = Counter({pair: count for pair, count in switches.items() if pair[0] != pair[1]})
     print("\n".join(f"{count:4} {there} -> {here}" for (there, here), count in sorted(switches.items())))

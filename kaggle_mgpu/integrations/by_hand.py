@@ -96,6 +96,11 @@ class Run:
         given = numbers if loss is None else {"loss": loss, **numbers}
         if self.session.train_step(self.steps_taken, self._log_every, given):
             self.save()
+        if self.steps_taken == self.max_steps + 1:
+            self.session.progress.note(
+                f"NOTE: the loop goes on after max_steps={self.max_steps}: iterate over run.batches(loader), which "
+                f"ends there and in time, or leave the loop when run.step(…) returns True"
+            )
         return self.session.over
 
     def save(self) -> None:
@@ -132,6 +137,18 @@ def _check_whole(name: str, given: Any) -> None:
         )
 
 
+def _check_group() -> None:
+    """Print a warning if several ranks run the loop without a process group, which no gradient can cross."""
+    if distributed.world_size() > 1 and not distributed.joined() and distributed.is_main():
+        print(
+            f"WARNING: watch: the {distributed.world_size()} ranks have no process group, so each trains a model of "
+            f"its own, and rank 0 saves its own. Before watch call torch.distributed.init_process_group(), wrap the "
+            f"model in DistributedDataParallel and give the loader a DistributedSampler; for separate runs use "
+            f"launch_each.",
+            flush=True,
+        )
+
+
 @contextlib.contextmanager
 def watch(
     output_dir: str | Path, *, max_steps: int, seed: int = 0, time_limit: str | float | None = None,
@@ -153,6 +170,7 @@ def watch(
         CheckpointError: the folder holds a run of other objects or another seed.
         LockedError: another run has the folder.
     """
+    _check_group()
     folder = Path(output_dir)
     kept = Checkpoints(folder / "checkpoints", keep_last=keep_last)
     options: dict[str, Any] = {"time_limit": time_limit, "save_every": save_every}

@@ -7,6 +7,7 @@ trainer.train(resume_from_checkpoint=find_checkpoint(args.output_dir))
 from __future__ import annotations
 
 import json
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -97,7 +98,9 @@ class SessionCallback(TrainerCallback):
         )  # fmt: skip
         _open.append(self.session)
         self.batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.samples = seeded(given["train_dataloader"], args.seed)
+        # Trainer takes a step before it asks whether one is left: it gets no batch for it
+        over = state.global_step >= state.max_steps
+        self.samples = seeded(given["train_dataloader"], args.seed, skip=sys.maxsize if over else 0)
         self.step_ended = time.monotonic()
 
     def on_epoch_begin(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import itertools
 import os
 import shutil
@@ -21,13 +22,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from .. import env
 from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
 from ..machine import devices
+from ..names import nearest
 from . import lock, server
 from .output import CELL_CHARACTERS
 from .settings import ProcessSettings, RunSettings, is_run_settings
@@ -83,7 +85,7 @@ def launch(
         in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
 
     Raises:
-        TypeError: `function` is none.
+        TypeError: `function` is none, or `kwargs` has a misspelt argument of `launch`.
         ValueError: more processes than there are GPUs, or than a launch can start.
         WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
@@ -92,6 +94,7 @@ def launch(
         raise TypeError(
             f"launch expects a function first, got a {type(function).__name__}: launch(train, config, task)"
         )
+    _check_names(function, kwargs)
     config = next((value for value in [*args, *kwargs.values()] if is_run_settings(value)), None)
     settings = ProcessSettings() if config is None else ProcessSettings.of(config)
     one_value = getattr(function, "returns_rank0", False)
@@ -130,6 +133,21 @@ def launch(
             from_start=timeout is not None,
         )  # fmt: skip
     return values[0] if one_value else values
+
+
+def _check_names(function: Callable[..., Any], kwargs: Iterable[str]) -> None:
+    """Raise TypeError for an argument that the function does not take, and whose name is like one of `launch`."""
+    try:
+        accepted = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
+        return
+    own = ("nproc", "gpu_ids", "timeout", "max_restarts", "in_worker")
+    for name in {*kwargs} - {parameter.name for parameter in accepted}:
+        if near := nearest(name, own):
+            called = getattr(function, "__name__", "the function")
+            raise TypeError(f"{called} has no parameter {name!r}. Did you mean launch's {near[0]!r}?")
 
 
 def attempts(

@@ -20,7 +20,11 @@ _Given = ParamSpec("_Given")
 _Value = TypeVar("_Value")
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_WRAPPERS = ("contextlib.py", os.path.join("torch", "nn", "modules", "module.py"))
+_WRAPPERS = (
+    "contextlib.py",
+    os.path.join("torch", "nn", "modules", "module.py"),
+    os.path.join("torch", "nn", "parallel", "distributed.py"),
+)
 _ENTRY = re.compile(r'  File "(.+)", line \d+.*\n(?:    .*\n|  \[Previous.*\n)*')
 
 
@@ -46,7 +50,7 @@ def _rendered(error: Exception) -> list[str]:
 
     whole = error.__cause__
     if isinstance(whole, WorkerTraceback):
-        error.__cause__ = WorkerTraceback(_shortened(str(whole.args[0])), whole.in_collective)
+        error.__cause__ = WorkerTraceback(_shortened(str(whole.args[0]), whole.log), whole.in_collective, whole.log)
     try:
         tools = IPython.get_ipython().InteractiveTB
         lines: list[str] = tools.structured_traceback(type(error), error, _users(error.__traceback__), tb_offset=0)
@@ -70,9 +74,8 @@ def _users(trace: TracebackType | None) -> TracebackType | None:
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
 
 
-def _shortened(text: str) -> str:
-    """Return a worker's traceback without the hidden frames, and with a last line that says where all are."""
-    rank = re.match(r"rank (\d+)", text)
+def _shortened(text: str, log: str) -> str:
+    """Return a worker's traceback without the hidden frames, and with a last line that names the log with all."""
     left_out = 0
 
     def entry(found: re.Match[str]) -> str:
@@ -82,7 +85,8 @@ def _shortened(text: str) -> str:
         return "" if hidden else found[0]
 
     shown = _ENTRY.sub(entry, text)
-    where = f"logs/rank{rank[1]}.log" if rank else "logs"
     if not left_out:
         return text
-    return f"{shown.rstrip()}\n\n{left_out} frames of kaggle_mgpu and of wrappers are left out: all are in {where}"
+    frames = "1 frame" if left_out == 1 else f"{left_out} frames"
+    verb = "is" if left_out == 1 else "are"
+    return f"{shown.rstrip()}\n\n{frames} of kaggle_mgpu and of wrappers {verb} left out: {log} has all"

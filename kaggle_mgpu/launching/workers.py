@@ -240,7 +240,7 @@ class Workers:
             error = error if pickled is None else pickle.loads(pickled)
         if isinstance(error, SystemExit):  # would end this process, silently
             error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
-        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective)
+        error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective, str(self.log_paths[rank]))
         return error
 
     def _hear_them_out(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import loops
 from kaggle_mgpu import launch, watch
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 class Stream(IterableDataset[Any]):
@@ -126,6 +129,75 @@ def with_trainer(folder: Path, data: Any, fail: int | None = None) -> int:
     trainer = Trainer(loops.network(), args, train_dataset=data, callbacks=[SessionCallback(), Fails()])
     trainer.train()
     return trainer.state.global_step
+
+
+def test_the_lines_of_the_readme_around_a_trainer_run_and_resume(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    from kaggle_mgpu.integrations.transformers import find_checkpoint
+
+    (diff,) = re.findall(r"```diff\n( # transformers.*?)\n\n", README, re.DOTALL)
+    added = "\n".join(line[1:] for line in diff.splitlines() if line.startswith("+"))
+    args = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, per_device_train_batch_size=16, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    for before in (None, "checkpoint-3"):
+        found = find_checkpoint(args.output_dir)
+        assert (found and Path(found).name) == before
+        names: dict[str, Any] = {
+            "Trainer": Trainer, "model": loops.network(), "args": args, "data": loops.Augmented(),
+        }  # fmt: skip
+        exec(added, names)
+        assert names["trainer"].state.global_step == 3
+
+
+def test_the_lines_of_the_page_around_an_accelerate_loop_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    page = (Path(__file__).parents[2] / "notebooks" / "README.md").read_text(encoding="utf-8")
+    (diff,) = re.findall(r"```diff\n.*?( # accelerate.*?)```", page, re.DOTALL)
+    code = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    assert code.count(": ...") == 1, "the place of the user's own lines"
+    own = 'loss = model(**batch)["loss"]; accelerator.backward(loss); optimizer.step(); optimizer.zero_grad()'
+    monkeypatch.chdir(tmp_path)
+    accelerator = accelerate.Accelerator(cpu=True)
+    network = loops.network()
+    prepared = accelerator.prepare(
+        network, torch.optim.SGD(network.parameters(), 1e-3), DataLoader(loops.Augmented(), 4)
+    )
+    names: dict[str, Any] = dict(zip(("model", "optimizer", "loader"), prepared, strict=True))
+    names["accelerator"] = accelerator
+    exec(code.replace(": ...", f": {own}"), names)
+    assert (names["session"].finished, names["session"].steps_taken) == (True, 1000)
+
+
+def test_a_loop_that_passes_by_its_last_step_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with watch(tmp_path, max_steps=2, model=loops.network()) as run:
+        for _ in range(4):
+            run.step()
+    assert (
+        capsys.readouterr().out.count("NOTE: the loop goes on after max_steps=2: iterate over run.batches(loader)") == 1
+    )
+
+
+def test_a_finished_trainer_takes_no_step_more(tmp_path: Path) -> None:
+    """Trainer itself takes one step on resuming a run whose max_steps ended within an epoch."""
+    pytest.importorskip("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    from kaggle_mgpu.integrations.transformers import SessionCallback, find_checkpoint
+
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    ends = []
+    for _ in range(2):
+        keeper = SessionCallback()
+        trainer = Trainer(loops.network(), args, train_dataset=loops.Augmented(), callbacks=[keeper])
+        trainer.train(resume_from_checkpoint=find_checkpoint(args.output_dir))
+        assert (trainer.state.global_step, keeper.finished) == (3, True)
+        ends.append(loops.weights(trainer.model))
+    assert torch.equal(*ends)
 
 
 LOOPS = {by_hand: "torch", with_accelerate: "accelerate", with_lightning: "lightning"}

@@ -34,6 +34,7 @@ def test_a_loop_that_was_killed_or_stopped_ends_with_the_weights_of_one_that_was
     whole, other = launch(loop, str(tmp_path / "whole"), nproc=2)
     assert whole[:2] == other[:2] == (True, loops.STEPS)
     assert torch.equal(whole[2], other[2])
+    assert "no process group" not in capsys.readouterr().out
 
     with pytest.raises(WorkerDiedError, match="rank 1 of 2 ended by SIGKILL"):
         launch(loop, str(tmp_path / "cut"), 9, nproc=2)

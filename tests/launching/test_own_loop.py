@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kaggle_mgpu import distributed, launch
+from kaggle_mgpu import distributed, launch, watch
 
 SCRIPT = """
 import os, sys
@@ -138,6 +138,29 @@ def test_ranks_that_train_apart_are_warned_and_so_are_two_writers_of_events(
     assert f"rank 1 has written TensorBoard events too, to {tmp_path}" in capsys.readouterr().out
     launch(trains, str(tmp_path), 4, True, nproc=1, in_worker=True)
     assert capsys.readouterr().out == ""
+
+
+def watched(folder: str) -> int:
+    model = nn.Linear(1, 1)
+    with watch(folder, max_steps=1, model=model) as run:
+        run.step()
+    return run.steps_taken
+
+
+def test_a_watched_loop_without_a_group_of_its_own_is_warned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(watched, str(tmp_path), nproc=2) == [1, 1]
+    assert "the 2 ranks have no process group, so each trains a model of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "meant"), [("nprocs", "nproc"), ("num_gpus", "nproc"), ("gpu_id", "gpu_ids")])
+def test_a_misspelt_argument_of_launch_is_told_from_the_functions_own(name: str, meant: str) -> None:
+    def main(folder: str = "") -> None: ...
+
+    with pytest.raises(TypeError, match=rf"^main has no parameter '{name}'. Did you mean launch's '{meant}'\?$"):
+        launch(main, **{name: 2})
+    assert launch(lambda **given: given, **{name: 2}) == [{name: 2}]
 
 
 def test_a_script_that_spawns_runs_in_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,12 @@ config = TrainConfig(global_batch_size=20, max_steps=3, output_dir="run")
 """
 CELLS = [
     "launch(train, config, Wrong(samples=40))",
-    "launch(train, config.replace(output_dir='two'), Wrong(samples=40), nproc=2)",
+    "launch(train, config.replace(output_dir='two'), Wrong(samples=40, val_samples=0), nproc=2)",  # in DDP's forward
     "launch(train, config, Regression(samples=40), nproc=0)",
     "import traceback; print(''.join(traceback.format_exception(sys.last_value)))",
+    "import torch\ndef own_loop():\n    torch.nn.Linear(2, 1)(torch.ones(1, 3))\n\nlaunch(own_loop, nproc=2)",
 ]
+LEFT_OUT = re.compile(r"(\d+) frames? of kaggle_mgpu and of wrappers (?:is|are) left out: (\S+/rank\d.log) has all")
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +62,17 @@ def test_an_error_of_the_task_shows_the_users_lines_alone(cell: int, outputs: tu
     assert "name 'undefined_name' is not defined" in shown
     assert "return undefined_name(model, batch)" in shown
     assert CELLS[cell - 1] in shown
-    assert "kaggle_mgpu/" not in shown
+    assert "kaggle_mgpu/" not in shown and "torch/nn" not in shown
     assert len(shown.splitlines()) < 25
 
 
-def test_the_whole_traceback_of_a_worker_is_in_its_log(outputs: tuple[list[Any], Path]) -> None:
-    shown = text(outputs[0][2])
-    found = re.search(r"(\d+) frames of kaggle_mgpu and of wrappers are left out: all are in (logs/rank\d.log)", shown)
+@pytest.mark.parametrize(("cell", "frames"), [(2, 4), (5, 2)], ids=["of a task", "of an own loop"])
+def test_the_whole_traceback_of_a_worker_is_in_its_log(cell: int, frames: int, outputs: tuple[list[Any], Path]) -> None:
+    shown = text(outputs[0][cell])
+    found = LEFT_OUT.search(shown)
     assert found is not None, shown
-    log = (outputs[1] / "two" / found[2]).read_text()
-    assert log.count('  File "') > int(found[1]) > 3
+    log = (outputs[1] / found[2]).read_text()
+    assert log.count('  File "') > int(found[1]) >= frames
 
 
 def test_an_error_of_the_package_shows_the_cell_and_the_message(outputs: tuple[list[Any], Path]) -> None:
