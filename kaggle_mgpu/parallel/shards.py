@@ -71,22 +71,26 @@ def shard_of(tensor: Tensor) -> Shard:
     return Shard(spread.to_local(), tuple(tensor.shape), min(rank * -(-rows // ranks), rows))
 
 
+def rows_of(full: Any, like: Tensor) -> Any:
+    """Return this rank's rows of a full tensor (or its `Pieces`), cut as the tensor `like` of the same shape is."""
+    if not is_sharded(like):
+        return full
+    shard = shard_of(like)
+    return full[shard.start : shard.start + len(shard.rows)]
+
+
 @torch.no_grad()
 def copy_(target: Tensor, source: Any) -> None:
     """Copy a full tensor into a possibly sharded tensor; each rank takes its rows, without communication."""
-    if is_sharded(target):
-        shard = shard_of(target)
-        shard.rows.copy_(source[shard.start : shard.start + len(shard.rows)])
-    else:
-        target.copy_(source)
+    local(target).copy_(rows_of(source, target))
 
 
 def spread_like(value: Any, like: Tensor) -> Tensor:
     """Shard a full tensor (or its `Pieces`) like the tensor `like` of the same shape, on the same device."""
     from torch.distributed.tensor import DTensor
 
-    shard, spread = shard_of(like), cast(Any, like)
-    rows = value[shard.start : shard.start + len(shard.rows)].to(shard.rows.device, copy=True)
+    spread = cast(Any, like)
+    rows = rows_of(value, like).to(local(like).device, copy=True)
     return DTensor.from_local(
         rows, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

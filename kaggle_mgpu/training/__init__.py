@@ -7,6 +7,7 @@ from . import optim
 from .clock import Clock, StepTaken, disk_speed, floor
 from .loop import take_step, train
 from .micro_batch import settle_micro_batch
+from .muon import Muon
 from .out_of_memory import is_out_of_memory, release
 from .parts import Parts, StepParts, build_parts, count_parameters, keep_4bit_layout
 from .stop_requests import stop_requests
@@ -14,6 +15,7 @@ from .task import Result, Task, TrainState, expect
 
 __all__ = [
     "Clock",
+    "Muon",
     "Parts",
     "Result",
     "StepTaken",

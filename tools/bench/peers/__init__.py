@@ -1,0 +1,1 @@
+"""The contenders of tools/bench/recipes.py: for each recipe the kit, and what people use instead of it."""
