@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
 from ..checkpoints import Checkpoints, checkpoint, resume
 from ..parallel import distributed, shards
@@ -74,6 +75,12 @@ class Run:
         alone; an iterable dataset is read from its start, and gives its own order and augmentation. Call it once;
         `step` must follow within each pass of the loop that ends an optimizer step.
         """
+
+        if distributed.joined() and distributed.world_size() > 1 and _same_everywhere(loader):
+            self.session.progress.note(
+                "WARNING: the loader has no DistributedSampler, so every rank trains on the same samples: "
+                "DataLoader(dataset, batch_size, sampler=DistributedSampler(dataset))"
+            )
 
         def passes(epoch: int, skip: int) -> Iterator[Any]:
             samples = session.seeded(loader, self._seed, skip)
@@ -135,6 +142,13 @@ def _check_whole(name: str, given: Any) -> None:
             f"rank. Use DistributedDataParallel and a plain optimizer, or launch(train, config, task), which shards "
             f"with strategy='fsdp'"
         )
+
+
+def _same_everywhere(loader: Any) -> bool:
+    """Return whether a loader has one of torch's own samplers, which know no ranks, and no batch sampler of its own."""
+    sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+    plain = batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
+    return plain and type(sampler) in (RandomSampler, SequentialSampler)
 
 
 def _check_group() -> None:

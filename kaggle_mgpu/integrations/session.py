@@ -74,6 +74,8 @@ class Session:
         self._stack.enter_context(self.progress)
         start = {"max_steps": max_steps, "unit": unit, "device_line": names, "world_size": distributed.world_size()}
         self.record("start", **start, time_left=None if limit == math.inf else limit)
+        if step >= max_steps:
+            self.progress.note(f"already finished after {step} steps: the loop's body does not run again")
         self._stop = self._stack.enter_context(training.stop_requests())
         self._last_step_at = time.monotonic()
         self._next_save = self._last_step_at + self._pause
@@ -201,6 +203,9 @@ class Session:
                 write_text(self.output_dir / "result.json", json.dumps(result, indent=1, default=str))
             self.record("stop", **{name: result[name] for name in ("finished", "reason", "metrics", "seconds")})
             self.progress.close(result)
+            if self.leaving and not finished and self._rank == 0:
+                at = f"step {self.step} of {self.max_steps}"
+                print(f"not finished: {at}. The same launch goes on with it.", flush=True)
         self._stack.__exit__(*(None, None, None) if error is None else (type(error), error, error.__traceback__))
         return finished
 

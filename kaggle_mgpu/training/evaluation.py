@@ -204,7 +204,7 @@ def _explained(parts: Parts, method: str, error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((package, str(Path(torch.__file__).parent)))]
     where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
-    advice = f"Correct {kind.__name__}.{method} and run the same again."
+    advice = f"Correct {kind.__name__}.{method}, or the model that it calls, and run the same again."
     if method == "metrics" and kind.metrics is Task.metrics:
         advice = f"{kind.__name__} has no metrics of its own, so this calls its loss and count: define Task.metrics."
     if NO_GRADIENT in str(error):

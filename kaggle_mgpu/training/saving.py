@@ -226,6 +226,11 @@ def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> t
             lines.append(f"{best} cannot be used, the best is found anew: {error}")
             state.best = None
     lines.append(f"going on from {start}: step {state.step} of {parts.plan.max_steps}")
+    if state.step > parts.plan.max_steps:
+        lines.append(
+            f"NOTE: the checkpoint has taken more steps than the settings ask for: its weights stay as they are, after "
+            f"{state.step} steps. For a run of {parts.plan.max_steps} steps choose another output_dir."
+        )
     if changes := resume.changes(saved.facts, parts.config.to_dict(), parts.config.MAY_CHANGE):
         listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changes.items())
         lines.append(f"changed since, which is allowed: {listed}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kaggle_mgpu import distributed, launch, watch
 
@@ -152,6 +153,29 @@ def test_a_watched_loop_without_a_group_of_its_own_is_warned(
 ) -> None:
     assert launch(watched, str(tmp_path), nproc=2) == [1, 1]
     assert "the 2 ranks have no process group, so each trains a model of its own" in capsys.readouterr().out
+
+
+def loaded(folder: str, kind: str) -> int:
+    dist.init_process_group("gloo")
+    data, model = TensorDataset(torch.randn(16, 1)), nn.parallel.DistributedDataParallel(nn.Linear(1, 1))
+    loader = {
+        "same": lambda: DataLoader(data, 4, shuffle=True),
+        "shared": lambda: DataLoader(data, 4, sampler=DistributedSampler(data)),
+        "batches of its own": lambda: DataLoader(data, batch_sampler=[[0, 1], [2, 3]]),
+    }[kind]()
+    with watch(folder, max_steps=2, model=model) as run:
+        for (x,) in run.batches(loader):
+            model(x).sum().backward()
+            run.step()
+    return run.steps_taken
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("same", True), ("shared", False), ("batches of its own", False)])
+def test_a_watched_loader_that_gives_all_ranks_the_same_samples_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, warned: bool
+) -> None:
+    assert launch(loaded, str(tmp_path), kind, nproc=2) == [2, 2]
+    assert ("the loader has no DistributedSampler" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize(("name", "meant"), [("nprocs", "nproc"), ("num_gpus", "nproc"), ("gpu_id", "gpu_ids")])

@@ -606,8 +606,8 @@ def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
     timm.calls.clear()
     assert run(config).finished
     # pretrained weights are asked for once: stage 2 begins with stage 1's
-    described = 3 * [False]  # what each preset costs is said first, of networks without weights
-    assert [options["pretrained"] for _, options in timm.calls] == [*described, True, False, False]
+    # `describe` has counted what each preset costs, which is not counted again
+    assert [options["pretrained"] for _, options in timm.calls] == [True, False, False]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["backbone_weights"] == "timm's own, downloaded"
     one, two = (read_tensors(tmp_path / "run" / name / "model.safetensors") for name in ("stage1", "stage2"))
