@@ -67,7 +67,8 @@ def test_the_recipes_of_ten_lines_train(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name in names}
-    assert len(names) == 9
+    assert len(names) == 10
+    assert results["measured"]["metrics"]["accuracy"] > 0.5
     assert all(result["finished"] for result in results.values())
     assert {name for name, result in results.items() if result["stopped_early"]} == {"early", "enough"}
     assert "NOTE" not in done.stdout
