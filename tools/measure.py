@@ -28,6 +28,14 @@ MEASURED = {
         r"with the panel ([-+][\d.]+) % in the median.*twice a second: ([\d.]+) % of one core",
         "{1} % of one core to draw; switched on and off every half second of a run, {0} % in the median",
     ),
+    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 101": (
+        2 * r".*?kit +([\d.]+) +([\d.]+) +\(([\d.]+) to ([\d.]+)\)",
+        "{0} ms MLP {1} x ({2} to {3}), {4} ms GPT {5} x ({6} to {7})",
+    ),
+    "python tools/bench/start.py": (
+        r"together +([\d.]+) +([\d.]+)\s+without trial and first step +([\d.]+)",
+        "{1} s; {2} s without the trial of an evaluation and the step. The first launch, with its data: {0} s",
+    ),
     "python -m kaggle_mgpu check": (r"\(([\d.]+) s\)\s*$", "{0} s"),
 }
 """Command: the pattern of its figures in what it prints, and the text of the table's cell."""

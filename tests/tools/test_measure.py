@@ -20,6 +20,19 @@ PRINTED = {
         "a drawing 0.25 ms, twice a second: 0.050 % of one core\n",
         "0.050 % of one core to draw; switched on and off every half second of a run, +0.06 % in the median",
     ),
+    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 101": (
+        "MLP, 2 processes: ms per step, ratio to the loop by hand\n"
+        "  kit              3.197   1.009  (0.996 to 1.026)\n  hand             3.170   1.000  (1.000 to 1.000)\n"
+        "GPT, 2 processes: ms per step, ratio to the loop by hand\n"
+        "  kit             11.539   0.996  (0.986 to 1.008)\n  hand            11.632   1.000  (1.000 to 1.000)\n",
+        "3.197 ms MLP 1.009 x (0.996 to 1.026), 11.539 ms GPT 0.996 x (0.986 to 1.008)",
+    ),
+    "python tools/bench/start.py": (
+        "the first step                             0.194   0.182\n"
+        "together                                   0.765   0.558\n"
+        "without trial and first step                       0.305\n",
+        "0.558 s; 0.305 s without the trial of an evaluation and the step. The first launch, with its data: 0.765 s",
+    ),
     "python -m kaggle_mgpu check": ("this machine trains right; 2 skipped (5.4 s)\n", "5.4 s"),
 }
 
