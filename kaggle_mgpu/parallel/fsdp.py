@@ -167,8 +167,14 @@ class Sharded(Strategy):
     def forward(self, batch: Any) -> Tensor:
         return self.call(batch)
 
-    def global_norm(self, norm: Tensor) -> Tensor:
-        return shards.whole(norm)
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        # torch's function would exchange a number for each gradient, in a way that may hang on a CPU: see shards.whole
+        own = [shards.local(gradient) for gradient in gradients if shards.is_sharded(gradient)]
+        others = [gradient for gradient in gradients if not shards.is_sharded(gradient)]
+        total = nn.utils.get_total_norm(own, foreach=True).double().square()
+        dist.all_reduce(total)
+        total += nn.utils.get_total_norm(others, foreach=True).to(total.device).square()
+        return total.sqrt().to(torch.promote_types(gradients[0].dtype, torch.float32))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -60,8 +61,22 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor on every rank; all ranks must call `whole` for the same tensor."""
-    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
+    """Return the full tensor on every rank, without gradients; all ranks must call `whole` for the same tensor.
+
+    On a CPU full_tensor may stand still for ever (torch 2.13): it holds the GIL while it waits for the lock of gloo's
+    queue, and gloo's thread, which has the lock, may wait for the GIL to free a tensor. all_gather releases the GIL.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    spread = cast(Any, tensor)
+    if spread.device.type != "cpu" or not spread.placements[0].is_shard(0):
+        return cast(Tensor, spread.detach().full_tensor())
+    shard, mesh = shard_of(tensor), spread.device_mesh
+    own = shard.rows.detach().new_zeros((-(-shard.shape[0] // mesh.size()), *shard.shape[1:]))
+    own[: len(shard.rows)] = shard.rows.detach()
+    parts = [torch.empty_like(own) for _ in range(mesh.size())]
+    dist.all_gather(parts, own, group=mesh.get_group())
+    return torch.cat(parts)[: shard.shape[0]]
 
 
 def shard_of(tensor: Tensor) -> Shard:

@@ -255,7 +255,7 @@ class Strategy:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.global_norm(nn.utils.get_total_norm([p.grad for p in parameters], foreach=True))
+        norm = self.total_norm([cast(Tensor, p.grad) for p in parameters])
         # a fused Adam divides gradients by grad_scale, so clipping needs no separate pass
         by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
         if max_norm is not None and not by_itself:
@@ -301,9 +301,9 @@ class Strategy:
             parameter.grad = None
         return norm
 
-    def global_norm(self, norm: Tensor) -> Tensor:
-        """Return the norm over all ranks, given the norm of this rank's gradient; here both are equal."""
-        return norm
+    def total_norm(self, gradients: list[Tensor]) -> Tensor:
+        """Return the norm of all gradients together, over all ranks."""
+        return nn.utils.get_total_norm(gradients, foreach=True)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:

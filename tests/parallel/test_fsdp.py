@@ -6,6 +6,7 @@ precision, clipping, checkpoints whole and in shards that move between strategie
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from kaggle_mgpu.checkpoints import format as checkpoint_files
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import workers
 from kaggle_mgpu.parallel import Strategy, choose, shards
-from tasks import Block, Tied, TiedLanguage
+from tasks import Block, Language, Tied, TiedLanguage
 from test_resume import SPLITTABLE, chaos, config, several
 from test_strategy import loss, metrics, samples
 
@@ -516,3 +518,23 @@ def test_rank_0_names_it_when_all_parts_are_there_and_not_before(tmp_path: Path)
     assert "dropping older checkpoints would not make room" in told["no room"][2][2]
     assert told["rank 1 is gone"][2][:2] == (3, False)
     assert "rank 1 has not written its part of" in told["rank 1 is gone"][2][2]
+
+
+def without_functional_collectives(config: TrainConfig, task: Language) -> bool:
+    """Train and save where torch's functional collectives raise."""
+    from torch.distributed import _functional_collectives as functional
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a functional collective on a CPU may stand still for ever")
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", "all_gather_tensor", "all_gather_single", "all_gather_into_tensor"):
+            if hasattr(functional, name):
+                stack.enter_context(mock.patch.object(functional, name, refused))
+        return train(config, task).finished
+
+
+def test_a_step_and_a_save_on_cpus_take_no_functional_collective(tmp_path: Path) -> None:
+    """Torch 2.13 enqueues these with the GIL held, which gloo's thread may need while it holds the queue's lock."""
+    plain = TrainConfig(global_batch_size=12, max_steps=2, strategy="fsdp", save_every=1, output_dir=str(tmp_path))
+    assert launch(without_functional_collectives, plain, Language(24), nproc=2) == [True, True]
