@@ -1,6 +1,6 @@
 """Count the operations and bytes that training a model takes, from shapes alone: nothing is computed.
 
-facts = count(config, task, half=True)   # as it would be under autocast on a GPU
+(facts,) = count_all([(config, task, True)])   # as it would be under autocast on a GPU
 facts.memory(samples=32)                 # bytes on one GPU, by what they are for
 
 The forward and backward passes run on torch's fake tensors, which have shapes and no data: a U-Net on cubes of 128
@@ -110,18 +110,13 @@ def _as_fp32(value: Any) -> Any:
     return value.float() if half else value
 
 
-def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) -> Facts:
-    """Count in a worker of its own.
+def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = False) -> list[Facts]:
+    """Count runs one after the other in one worker, so that the counting modules are imported once.
 
     Args:
-        half: under autocast, in fp16 or bf16, whose sizes are the same.
-        on_cpu: the run is to be on a CPU, whose autocast keeps other layers in half precision than a GPU's.
+        runs: config, task, and whether to count under autocast, in fp16 or bf16, whose sizes are the same.
+        on_cpu: the runs are to be on a CPU, whose autocast keeps other layers in half precision than a GPU's.
     """
-    return count_all([(config, task, half)], on_cpu=on_cpu)[0]
-
-
-def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = False) -> list[Facts]:
-    """Count several runs as `count` does, in one worker, so that the counting modules are imported once."""
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
         alone = {"strategy": "single", "nproc": 1, "compile": False, "resume": "never", "max_restarts": 0}
         alone |= {"global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1}

@@ -15,7 +15,7 @@ from kaggle_mgpu import Task, TrainConfig, devices, plan
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.planning import Target, compare, planner
 from kaggle_mgpu.planning.compare import Measured
-from kaggle_mgpu.planning.counts import Facts, count
+from kaggle_mgpu.planning.counts import Facts, count_all
 from kaggle_mgpu.planning.estimate import BUCKET, PUBLISHED, REACHED, exchange
 from kaggle_mgpu.planning.selftest import all_reduce_bandwidth
 from kaggle_mgpu.training import count_parameters
@@ -38,6 +38,10 @@ class Wide(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         return model(batch[0]).square().sum()
+
+
+def count(config: TrainConfig, task: Task, half: bool, *, on_cpu: bool = False) -> Facts:
+    return count_all([(config, task, half)], on_cpu=on_cpu)[0]
 
 
 def test_what_is_counted() -> None:

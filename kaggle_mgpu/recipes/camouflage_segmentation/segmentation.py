@@ -28,11 +28,18 @@ from .model import Segmenter, backbone, blocks, cost, enlarged, loss_terms, stru
 from .settings import PRESETS, Config, stages
 
 
+def _segmenter(
+    body: str, width: int | None, decoder_width: int | None, experts: int | None, size: int | None,
+    *, weights: str | None = None, top_k: int | None = None,
+) -> Segmenter:  # fmt: skip
+    whole = backbone(body, width=width or 0, weights=weights, image_size=size)
+    return Segmenter(whole, width=decoder_width or 0, num_experts=experts or 0, top_k=top_k)
+
+
 @functools.cache  # a fifth of a second each
 def _cost(body: str, width: int | None, decoder_width: int | None, experts: int | None, size: int | None) -> Any:
     """Return what `cost` does, of a segmenter with random weights."""
-    whole = backbone(body, width=width or 0, weights=None, image_size=size)
-    return cost(Segmenter(whole, width=decoder_width or 0, num_experts=experts or 0).to("meta"), size or 0)
+    return cost(_segmenter(body, width, decoder_width, experts, size).to("meta"), size or 0)
 
 
 class CamouflageSegmentation(Task):
@@ -115,9 +122,10 @@ class CamouflageSegmentation(Task):
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
         """Make the segmenter of a config with no field left to the preset; default: the task's own."""
         config = config or self.config
-        body = backbone(config.backbone, width=config.width or 0, weights=weights, image_size=config.image_size)
-        top_k = config.top_k if config.routing == "topk" else None
-        return Segmenter(body, width=config.decoder_width or 0, num_experts=config.num_experts or 0, top_k=top_k)
+        return _segmenter(
+            config.backbone, config.width, config.decoder_width, config.num_experts, config.image_size,
+            weights=weights, top_k=config.top_k if config.routing == "topk" else None,
+        )  # fmt: skip
 
     def model(self) -> nn.Module:
         config = self.config
