@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ KAGGLE = ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_IS_COMPETITION_RERUN")
 OURS = tuple(f"KAGGLE_MGPU_{name}" for name in ("DISPLAY", "KAGGLE_ROOT", "PROTOBUF", "QUIET", "SESSION_END"))
 for name in (*KAGGLE, *OURS, "MAKEFLAGS"):
     os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _kaggles_variables_stay() -> Iterator[None]:
+    """A variable that a test leaves behind would decide what a later one sees, where that one runs in its process."""
+
+    def variables() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith("KAGGLE")}
+
+    before = variables()
+    yield
+    assert variables() == before, "left in os.environ"
 
 
 # The files that take longest, longest first: begun last, one of them would run on beside an idle core

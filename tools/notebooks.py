@@ -27,6 +27,7 @@ import re
 import sys
 import tempfile
 import time
+import unittest.mock
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -351,19 +352,9 @@ def literal(text: str) -> Any:
         return text
 
 
-def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[str, Any]:
-    """Execute a notebook with papermill in `folder`, and return what its result.json says.
-
-    Raises:
-        NotebookError: a parameter the notebook does not have, a cell that failed, a run that left no result.
-    """
-    papermill, notebook = _library("papermill"), read(path)
-    check_names(notebook, given, path.name)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    result = folder / str({**parameters(notebook), **given}.get("output_dir", "")) / "result.json"
-    os.environ.setdefault("KAGGLE_MGPU_DISPLAY", "lines")  # nobody watches the cell: lines, as in a Kaggle batch run
-    before = time.time()
+def _execute(path: Path, given: dict[str, Any], output: Path, folder: Path) -> None:
+    """Run a notebook's cells with papermill."""
+    papermill = _library("papermill")
     for last in (False, False, True):
         try:
             papermill.execute_notebook(
@@ -385,6 +376,23 @@ def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[s
             if not last and "Kernel died before replying to kernel_info" in str(error):
                 continue
             raise NotebookError(f"{path.name} failed: {error}\nThe notebook as far as it came: {output}") from error
+
+
+def run(path: Path, given: dict[str, Any], output: Path, folder: Path) -> dict[str, Any]:
+    """Execute a notebook with papermill in `folder`, and return what its result.json says.
+
+    Raises:
+        NotebookError: a parameter the notebook does not have, a cell that failed, a run that left no result.
+    """
+    notebook = read(path)
+    check_names(notebook, given, path.name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / str({**parameters(notebook), **given}.get("output_dir", "")) / "result.json"
+    before = time.time()
+    # nobody watches the cell: lines, as in a Kaggle batch run
+    with unittest.mock.patch.dict(os.environ, {"KAGGLE_MGPU_DISPLAY": os.environ.get("KAGGLE_MGPU_DISPLAY", "lines")}):
+        _execute(path, given, output, folder)
     if not result.is_file():
         raise NotebookError(
             f"{path.name}: expected {result} after the run, found none. The executed notebook: {output}"
