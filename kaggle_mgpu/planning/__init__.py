@@ -3,7 +3,7 @@
 A run imports nothing from here. The names below load on first use, because `check` must work without torch. Start
 reading at `plan` in planner.py and `run` in check.py. selftest.py runs in a check's workers, counts.py counts a step's
 operations and memory, estimate.py turns the counts into times, compare.py measures strategies, and gpu_proof.py proves
-that training on real GPUs is right.
+that training on real GPUs is right (with gpu_task.py) and quick (gpu_speed.py).
 """
 
 from importlib import import_module

@@ -16,7 +16,7 @@ import torch
 from kaggle_mgpu import TrainConfig, devices, launch, train
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import WorkerDiedError
-from kaggle_mgpu.planning.gpu_proof import Sum
+from kaggle_mgpu.planning.gpu_task import Sum
 
 pytestmark = pytest.mark.gpu
 
