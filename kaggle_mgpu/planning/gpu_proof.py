@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import progress
+from .. import env, progress
 from ..errors import WorkerDiedError
 from ..launching import launch
 from ..machine import devices
@@ -66,7 +66,7 @@ def worker(folder: str, quick: bool) -> dict[str, Any]:
 
 def precisions(folder: str, quick: bool) -> dict[str, Any]:
     """Train in each precision twice, and compare with the CPU."""
-    with _hidden_gpus():
+    with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
         on_cpu = train_in(f"{folder}/cpu", Sum())
     kinds = [kind for kind in RELATIVE if kind != "bf16" or devices.precision("auto", devices.gpus())[0] == "bf16"]
     found: dict[str, Any] = {}
@@ -207,18 +207,6 @@ SECTIONS: dict[Callable[[str, bool], dict[str, Any]], int] = {
 """The sections with their limits in seconds."""
 LIMIT = 480
 """Seconds for all sections together; sections that have not begun by then are left out."""
-
-
-@contextlib.contextmanager
-def _hidden_gpus() -> Iterator[None]:
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 @contextlib.contextmanager
