@@ -2,16 +2,15 @@
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
-A checkpoint is copied to host memory, which is all that training waits for; a thread then writes it into a temporary
-folder, flushes it to disk and renames the folder: it exists once its name does. state.json, written last, holds every
-file's length and checksum and its own, so that one which a disk or a download damaged is recognised, named, and passed
-over for the one before it. Nothing in it can run code when it is loaded: the optimizer's state too is tensors and JSON.
+Training waits only while the state is copied to host memory. A thread then writes the copy into a temporary folder,
+flushes the files to disk, and renames the folder; a checkpoint exists once the folder has its final name. state.json is
+written last and holds the length and checksum of every file, so a checkpoint that a disk or a download has damaged is
+recognised, and the one before it is used. Loading a checkpoint runs no code: all files are tensors and JSON.
 
-Tensors that are spread over the ranks can be written as they are, each rank its own rows into files of its own:
-model-00001-of-00002.safetensors and so on. What is loaded from these are whole tensors again. (The format of
-torch.distributed.checkpoint is another one, whose list of contents is a pickle.)
+Under fsdp each rank can write its own rows to files of its own (model-00001-of-00002.safetensors); loading joins them.
+(torch.distributed.checkpoint has another format, with a pickled list of contents.)
 
-What the files hold is in format.py, which checkpoint a run goes on from in resume.py.
+format.py defines the files' contents; resume.py chooses the checkpoint that a run goes on from.
 """
 
 from __future__ import annotations
@@ -51,23 +50,23 @@ class Saved:
 
     step: int
     path: Path | None
-    """None where it could not be written."""
+    """The checkpoint's folder; None if the save failed."""
     seconds: float
-    """From its beginning to the last byte on the disk."""
+    """Duration from the beginning to the last byte on the disk."""
     note: str = ""
-    """What there is to say about it: that the disk is full, and what was done; or which error there was."""
+    """A sentence for the log if the disk was full or the save failed, else ""."""
     error: OSError | None = None
-    """What writing failed with, where that was not want of room: the next save may well be written."""
+    """The error if the save failed for another reason than a full disk; the next save may succeed."""
 
 
 class Checkpoints:
     """Manage the checkpoints of one run in `folder`; only one process may write there.
 
-    Used as a context, it waits for the last save on the way out, also when an error ends the run.
+    The end of a `with` block waits for the last save, also when an error ends the run.
 
     Args:
-        keep_last: how many stay when a new one is written.
-        flush_first: files that a checkpoint relies on (the records up to its step), flushed before it exists.
+        keep_last: the number of checkpoints that stay.
+        flush_first: files to flush to disk before a checkpoint gets its name: the records up to its step.
     """
 
     def __init__(self, folder: Path, *, keep_last: int = 4, flush_first: Sequence[Path] = ()) -> None:
@@ -78,7 +77,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._failed = 0  # saves in a row
         self.news = False
-        """Whether a save has ended that `collect` has not told of yet."""
+        """Whether a save has ended that `collect` has not returned yet."""
 
     def __enter__(self) -> Self:
         return self
@@ -92,9 +91,9 @@ class Checkpoints:
         """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
 
         Raises:
-            DiskFullError: there is no room, and removing the oldest would not make any. All that was there still is.
-            OSError: it could not be written for another reason.
-            TypeError: the state holds what is neither a tensor nor plain.
+            DiskFullError: the disk is full, also without the older checkpoints. Nothing was removed.
+            OSError: writing failed for another reason.
+            TypeError: the state holds something else than tensors and plain values.
         """
         self.begin(step, tensors=tensors, state=state, facts=facts)
         saved = self.wait()[-1]
@@ -107,7 +106,7 @@ class Checkpoints:
     ) -> None:
         """Save in the background: copy everything to host memory, hand the copy to a thread and return.
 
-        One is written at a time, so a second call waits for the first. What came of it is told by `collect`.
+        A second call waits for the first save to end. `collect` returns the outcomes.
         """
         self._join()
         began = time.monotonic()
@@ -121,8 +120,7 @@ class Checkpoints:
     ) -> None:
         """Save on all ranks in the background; each rank writes its rows of sharded tensors.
 
-        Rank 0 gives the checkpoint its name, and so its being, when it has heard from every rank that its part is on
-        the disk, which all of them must see.
+        Rank 0 renames the folder after every rank has reported that its part is on the disk, which all ranks must see.
         """
         self._join()
         began = time.monotonic()
@@ -175,14 +173,14 @@ class Checkpoints:
         """Return the saves that ended since the last call.
 
         Raises:
-            OSError: this one and the two before it could not be written, and not for want of room.
+            OSError: three saves in a row failed, and not because of a full disk.
         """
         self.news = False
         if self._error is not None:
             self._saved.clear()
             error, self._error = self._error, None
             raise error
-        # taken out one by one: the thread may be about to add one to this very list
+        # one by one, since the thread may add to the list at the same time
         return [self._saved.pop(0) for _ in range(len(self._saved))]
 
     @property
@@ -191,7 +189,7 @@ class Checkpoints:
         return 0 < self._failed < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
-        """`collect`, once nothing is being written any more."""
+        """Wait for the save in progress, then return the same as `collect`."""
         self._join()
         return self.collect()
 
@@ -253,8 +251,8 @@ class Checkpoints:
     def put_aside(self, after: int = -1) -> Path | None:
         """Move the checkpoints of steps later than `after` into another folder; return this folder.
 
-        They are damaged, or a future that the run has been taken back from: counted as the newest, they would push
-        what is saved from now on out of the folder.
+        They are damaged, or newer than the checkpoint that the run goes on from. If they stayed, `keep_last` would
+        count them as the newest and remove the checkpoints that this run saves.
         """
         later = [path for path in self.all() if step_of(path) > after]
         return self._move(later) if later else None
@@ -272,16 +270,16 @@ class Checkpoints:
     def write_with_room(self, path: Path, pieces: Callable[[], Iterable[Any]], nbytes: int) -> tuple[Any, str]:
         """Replace a file; on a full disk drop the oldest checkpoints first, if this makes room.
 
-        Returns its length and checksum, and what was dropped, in words.
+        Returns the file's length and checksum, and a sentence about dropped checkpoints or "".
 
         Raises:
-            DiskFullError: there is no room, and dropping all but the newest would not make any.
+            DiskFullError: the disk is full, also without all checkpoints but the newest.
         """
         try:
             return files.replace(path, pieces(), nbytes), ""
         except DiskFullError:
             needed = nbytes + _SLACK
-            # a quota does not show in what the disk says is free
+            # free space does not account for a quota
             free = 0 if (said := files.free_bytes(path.parent)) >= needed else said
             if not (dropped := self._make_room(needed, free)):
                 raise
@@ -368,7 +366,7 @@ class Checkpoints:
             self._write_and_rename(final, contents, facts, needed)
             return final, ""
         except DiskFullError as error:
-            # a quota does not show in what the disk says is free
+            # free space does not account for a quota
             free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
             full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
             dropped = self._make_room(needed, free)
@@ -385,7 +383,7 @@ class Checkpoints:
 
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
-        # asked first, so that the records of the run find room to the end
+        # checked first, so that room for the run's records remains
         if (free := files.free_bytes(self.folder)) < needed:
             raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
         try:
@@ -399,7 +397,7 @@ class Checkpoints:
         for path in self.flush_first:
             if path.exists():
                 files.flush(path)
-        if final.exists():  # the same step again, after a resume that did not trust it
+        if final.exists():  # the same step again, after a resume from an earlier checkpoint
             self._remove(final)
         os.replace(temporary, final)
         files.flush(self.folder)
@@ -409,7 +407,7 @@ class Checkpoints:
             self._remove(path)
 
     def _make_room(self, needed: int, free: int) -> list[Path]:
-        """Remove as many of the oldest checkpoints as make room, but none if all would not, and never the newest."""
+        """Remove the oldest checkpoints until there is room; none if that cannot help, and never the newest."""
         checkpoints = self.all()
         newest = next((path for path in checkpoints if damage(path) is None), None)
         dropped: list[Path] = []

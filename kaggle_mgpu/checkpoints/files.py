@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import DiskFullError
 
-# What the format calls them (https://huggingface.co/docs/safetensors); it is little-endian, as is every machine here
+# Names of the format (https://huggingface.co/docs/safetensors), which is little-endian, as these machines are
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -47,7 +47,7 @@ class Layout:
     offsets: list[int]
     """Where each tensor's bytes begin, counted from the file's first byte."""
     nbytes: int
-    """Of the whole file."""
+    """The whole file's length."""
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
@@ -100,9 +100,9 @@ class Layout:
 class Buffer:
     """Reuse host memory for every save, since fresh memory costs more than the copy.
 
-    Page-locked for a GPU's tensors, which then come at the bus' full speed. torch rounds each page-locked piece up to a
-    power of two (CachingHostAllocator), so that 9 GB in one piece would take 16 of about 31 on Kaggle: the buffer is
-    several pieces whose lengths are powers of two.
+    Memory for a GPU's tensors is page-locked, so that copies have the bus's full speed. torch rounds each page-locked
+    piece up to a power of two (CachingHostAllocator): 9 GB in one piece would take 16 of Kaggle's 31 GB. The buffer
+    therefore consists of pieces whose lengths are powers of two.
     """
 
     SMALLEST = 1 << 20
@@ -277,14 +277,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 _LEFT_BEHIND = 3600.0
-"""Seconds after which nobody is writing a file any more."""
+"""Seconds after which a temporary file is taken for a killed process's, and removed."""
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Give a temporary file beside `path`, flushed and renamed to `path` when the `with` block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a name of this process's own: two that write the same file at the same time would take each other's away
+    # with the process id, so that two processes can write the same file at the same time
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # by a process that was killed
         with contextlib.suppress(OSError):

@@ -5,8 +5,8 @@
     problem = damage(path)      # None where every file has the length and checksum that state.json says
     checkpoint = load(path)     # its tensors, put together where each rank has written rows of its own
 
-state.json is written last; checkpoint.py then gives the folder its name. Parts that other ranks write are made known to
-rank 0 by a small file each.
+state.json is written last; checkpoint.py then gives the folder its name. Each other rank tells rank 0 of its part by a
+small file.
 """
 
 from __future__ import annotations
@@ -127,11 +127,11 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     """Read a checkpoint; its tensors are memory maps of the files, read on use.
 
     Args:
-        whole: put tensors together whose rows lie in several files; else they are `shards.Pieces`, for callers that
-            want a few rows of each.
+        whole: join tensors whose rows are in several files; otherwise return them as `shards.Pieces`, for callers that
+            need only some rows.
 
     Raises:
-        CheckpointError: it is damaged, or holds what could run code; the message says where.
+        CheckpointError: a file is damaged, or could run code when loaded; the message names the place.
     """
     problem = damage(path)
     if problem:
@@ -143,7 +143,7 @@ def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoin
     """Load a checkpoint as `load` does, without looking at the checksums.
 
     Raises:
-        CheckpointError: what is in it is none of the kit's.
+        CheckpointError: the content is not in the kit's format.
     """
     try:
         return _load(path, facts, whole)

@@ -2,9 +2,9 @@
 
     examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
 
-A checksum shows that a file is as it was written, not that its content belongs to this run: a checkpoint among the
-inputs may be anybody's. So each value has to have its type and its range, and tensors have to have the names and shapes
-of this run's model, average and optimizer. The optimizer's state is tried with one step on tensors without memory.
+A checksum shows that a file is undamaged, not that its content fits this run: a checkpoint among the inputs may come
+from anybody. So the type and range of each value are checked, and the names and shapes of tensors are compared with
+this run's model, averages and optimizer. The optimizer's state is tried in one step on tensors without memory.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
     """Read all of a checkpoint whose checksums are right, and compare it with the expected; return its facts.
 
     Raises:
-        OtherRunError: it is sound, but another model's or another optimizer's.
-        CheckpointError: a value in it cannot be; the message says which, and what was expected.
+        OtherRunError: the checkpoint is of another model or another optimizer.
+        CheckpointError: a value is impossible; the message names the value and the expected range.
     """
     try:
         facts = format.read_facts(path)
@@ -138,7 +138,7 @@ def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]
 
 
 def _parts(what: str, value: Any) -> list[Tensor]:
-    """Return the tensors that make up a value. They have to cover all its rows."""
+    """Return the tensors of a value's parts, which must cover all rows."""
     if isinstance(value, Tensor):
         return [value]
     parts = sorted(value.found, key=lambda part: part[0])
@@ -229,8 +229,8 @@ def _alike(then: Any, now: Any) -> bool:
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
     """Compare the saved state with a step's state on meta tensors (no memory), and try a step from the saved state.
 
-    Only with torch's optimizers and the kit's: another one may talk to the other ranks in its step, which are not in
-    it. Of the parameters of a group that have the same shape one is enough.
+    Only torch's optimizers and the kit's are tried, since the step of another one may wait for the other ranks. One
+    parameter of each shape in a group is enough.
     """
     if not type(expected.optimizer).__module__.startswith(("torch.optim.", "kaggle_mgpu.")):
         return

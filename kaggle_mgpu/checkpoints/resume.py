@@ -39,11 +39,11 @@ def starting_point(
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: identifies the run beside the settings.
         defaults: values of settings that a checkpoint does not name, because they are younger than the checkpoint.
-        expected: what a checkpoint has to hold; None: only its checksums, settings and stamp are looked at.
+        expected: the required content of a checkpoint; None checks only checksums, settings and stamp.
 
     Raises:
-        CheckpointError: all that could be used in this run's own folder is another run's (the message lists each
-            setting then and now), or the checkpoint that `resume` names cannot be used.
+        CheckpointError: the folder's usable checkpoints are of another run (the message lists each setting then and
+            now), or the checkpoint given as `resume` cannot be used.
     """
 
     def examined(path: Path) -> Path:

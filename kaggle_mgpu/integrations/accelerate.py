@@ -2,10 +2,10 @@
 
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 with Session(accelerator, "run", max_steps=1000, seed=0) as session:
-    for batch in session.batches(loader):          # epoch after epoch, from where the run was cut
+    for batch in session.batches(loader):          # epoch after epoch, from where the last session ended
         with accelerator.accumulate(model):
             ...                                    # as before
-        session.step(loss)                         # shows, saves by the clock; `batches` ends when it is time to
+        session.step(loss)                         # records, saves every 15 minutes; `batches` ends at a stop
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ class Session:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the ranks have agreed to stop: the session's end is near, or somebody asked."""
+        """Whether the ranks have agreed to stop, for the session's end or a request."""
         return self._session.leaving
 
     def step(self, loss: Any = None) -> bool:
-        """Take note of a micro-batch; after an optimizer step record and save. Return whether to leave the loop."""
+        """Count a micro-batch; after an optimizer step record and save. Return whether to leave the loop."""
         if not self.accelerator.sync_gradients:
             return False
         self.steps_taken += 1

@@ -1,9 +1,9 @@
 """Keep a run of a training loop written by hand.
 
 with watch("run", max_steps=1000, model=model, optimizer=optimizer) as run:
-    for batch in run.batches(loader):       # goes on where the run was cut
+    for batch in run.batches(loader):       # goes on where the last session ended
         loss = ...; loss.backward(); optimizer.step(); optimizer.zero_grad()
-        run.step(loss)                      # shows, saves by the clock; `batches` ends where it is time to stop
+        run.step(loss)                      # records, saves every 15 minutes; `batches` ends when the run must stop
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Run:
 
     Args:
         kept: the checkpoints in the run's folder.
-        objects: models, and whatever else has `state_dict` and `load_state_dict`.
+        objects: models, optimizers and other objects with `state_dict` and `load_state_dict`.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Run:
         return self.session.batches(passes)
 
     def step(self, loss: Any = None, **numbers: Any) -> bool:
-        """Take note of an optimizer step just taken; return whether to leave the loop. Saves where it is time to.
+        """Record the optimizer step just taken, and save if a save is due; return whether to leave the loop.
 
         Args:
             loss: a number or a 0-d tensor, of this rank; read on rank 0 when a record is due.
-            numbers: more of them for the record.
+            numbers: further numbers for the record.
         """
         self.steps_taken += 1
         given = numbers if loss is None else {"loss": loss, **numbers}
@@ -145,14 +145,14 @@ def _check_whole(name: str, given: Any) -> None:
 
 
 def _same_everywhere(loader: Any) -> bool:
-    """Return whether a loader has one of torch's own samplers, which know no ranks, and no batch sampler of its own."""
+    """Return whether a loader has one of torch's samplers, which give all ranks the same samples."""
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     plain = batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
     return plain and type(sampler) in (RandomSampler, SequentialSampler)
 
 
 def _check_group() -> None:
-    """Print a warning if several ranks run the loop without a process group, which no gradient can cross."""
+    """Print a warning if several ranks run the loop without a process group, and so exchange no gradients."""
     if distributed.world_size() > 1 and not distributed.joined() and distributed.is_main():
         print(
             f"WARNING: watch: the {distributed.world_size()} ranks have no process group, so each trains a model of "

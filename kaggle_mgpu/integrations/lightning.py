@@ -22,7 +22,7 @@ from . import session
 
 
 class SessionCallback(Callback):
-    """Stop and save before the session ends or when asked; save by the clock; record; make a resumed run exact.
+    """Save at intervals, before the session ends and on request; record; make a resumed run exact.
 
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
@@ -72,7 +72,7 @@ class SessionCallback(Callback):
                 samples.set_epoch(trainer.current_epoch)
                 self.samples.append(samples)
         fetcher = trainer.fit_loop._data_fetcher
-        iter(fetcher)  # the iterator made before knows nothing of this
+        iter(fetcher)  # the fetcher's iterator was made before this change
         if not self.samples:  # iterable datasets, which are read from their start
             for _ in range(skip):
                 next(fetcher)
@@ -100,10 +100,10 @@ class SessionCallback(Callback):
             self.save(trainer)
         if leave:
             trainer.should_stop = True
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else it would go on for them
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else it goes on
 
     def save(self, trainer: Any) -> None:
-        """Save now; every rank must call this. The file gets its name when it is whole."""
+        """Save now; every rank must call this. The file gets its name when complete."""
         assert self.session is not None
         if self.saved == trainer.global_step:
             return
@@ -122,7 +122,7 @@ class SessionCallback(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        if not self.began:  # a run that was whole before takes no step
+        if not self.began:  # a finished run takes no step
             self.finished = 0 < epochs <= trainer.current_epoch or 0 < steps <= trainer.global_step
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -27,12 +27,12 @@ HOLDERS = ("base_dataloader", "_dataloader")
 
 
 class Session:
-    """A Session sees one run of a loop through one session of the machine. Every rank makes one and makes every call.
+    """A Session accompanies a loop from its start or resume to its end or stop. All ranks make the same calls.
 
     Args:
         output_dir: the run's folder, for metrics.jsonl and result.json; locked while the run lasts.
         max_steps: optimizer steps of the run.
-        step: steps taken before.
+        step: optimizer steps of earlier sessions.
         seed: of the run, for the random generators.
         time_limit: "11h30m", or seconds. The end of Kaggle's session counts too.
         save_every: time between two saves, or None: only before the end.
@@ -88,7 +88,7 @@ class Session:
         """Yield batches, epoch after epoch, from the run's position to its last step or its stop; seed before each.
 
         Args:
-            passes: gives an epoch's batches, without so many at its beginning: (epoch, skip).
+            passes: a function of (epoch, skip) that returns an epoch's batches without the first `skip`.
 
         Raises:
             ValueError: an epoch without a batch.
@@ -108,7 +108,7 @@ class Session:
             self.position = epoch, 0
 
     def after_step(self, step: int, samples: int = 0) -> tuple[bool, bool]:
-        """Take note of an optimizer step; return whether to stop after it, and whether to save. A stop is a save too.
+        """Count an optimizer step; return whether to stop now, and whether to save, as before every stop.
 
         All ranks get the same answers.
         """
@@ -133,7 +133,7 @@ class Session:
         return self.leaving or self.step >= self.max_steps
 
     def train_step(self, step: int, log_every: int, values: Mapping[str, Any] | None) -> bool:
-        """Take note of an optimizer step and record it when a record is due; return whether to save.
+        """Count an optimizer step, and record the step when a record is due; return whether to save.
 
         Args:
             log_every: steps between two records.
@@ -162,7 +162,7 @@ class Session:
 
         Args:
             keep_last: checkpoints that stay.
-            facts: what state.json has beside the step.
+            facts: further values for state.json.
         """
         folder = self.output_dir / "checkpoints"
         final = folder / f"step-{step:08d}"
@@ -230,14 +230,14 @@ def newest(output_dir: Path) -> Path | None:
 
 
 class SeededSamples(Dataset[Any]):
-    """A dataset whose samples find the random generators seeded from (seed, epoch, sample), in any process.
+    """A dataset that seeds the random generators from (seed, epoch, sample) before each sample, in any process.
 
-    Samples that the dataset makes several at a time (`__getitems__`) find the seed of the first.
+    If the dataset makes several samples at a time (`__getitems__`), the first sample's seed is used.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.key = dataset, randomness.key(seed, "sample")
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # loader processes that stay see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         if hasattr(dataset, "__getitems__"):
             self.__getitems__ = self._several
 
@@ -296,7 +296,7 @@ def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
     samples = inner.dataset if known else SeededSamples(inner.dataset, seed)
     for part in {id(loader): loader, id(inner): inner}.values():
         if (skip or not known) and getattr(part, "_iterator", None) is not None:
-            part._iterator = None  # persistent workers that were started before know nothing of this
+            part._iterator = None  # persistent workers started before this change must go
         part.__dict__["dataset"] = samples  # DataLoader forbids the plain assignment
         if skip and part.batch_sampler is not None:
             part.__dict__["batch_sampler"] = Skipping(part.batch_sampler, skip)
@@ -315,7 +315,7 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
             waiting += [getattr(owner, name, None) for name in (*HOLDERS, "sampler", "batch_sampler")]
     for owner in owners:
         if isinstance(owner, Sampler) and getattr(owner, "generator", 0) is None:
-            # the position of the global generator depends on all that drew from it before
+            # the global generator's state depends on all earlier draws
             vars(owner)["generator"] = torch.Generator()
         for name in ("generator", "synchronized_generator"):
             if isinstance(generator := getattr(owner, name, None), torch.Generator):

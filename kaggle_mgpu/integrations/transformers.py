@@ -67,7 +67,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class SessionCallback(TrainerCallback):
-    """Stop and save before the session ends or when asked; save by the clock; record; make a resumed run exact.
+    """Save at intervals, before the session ends and on request; record; make a resumed run exact.
 
     Random generators are seeded from (seed, step, rank) before each step and from (seed, epoch, sample) before each
     sample of a map-style dataset.

@@ -41,7 +41,7 @@ class _Job:
     item: Any
     folder: Path
     digest: str | None = None
-    """What the value depends on; None for a config, whose run knows by itself, and for a call that has no digest."""
+    """Identifies the call whose value is kept. None: a config, since its run keeps its own result, or no digest."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
@@ -62,7 +62,7 @@ class _Job:
         return self.state == "finished"
 
     def keep(self) -> None:
-        """Write the value, if JSON has it whole and it is no part ("finished": False); else it is computed again."""
+        """Write the value if it survives JSON unchanged and is not the result of an unfinished run."""
         if self.digest is None or (isinstance(self.value, dict) and self.value.get("finished") is False):
             return
         with contextlib.suppress(OSError, TypeError, ValueError):
@@ -86,10 +86,11 @@ def launch_each(
     """Call `function(item, *args, **kwargs)` for each item, each in a worker with one GPU; return the values in order.
 
     The next job starts as soon as a GPU is free. Jobs do not communicate, and a failed job does not end the others.
-    After an interrupt (the stop button) no job starts, and those at work are asked to stop; None stands for a job that
-    did not end. Run the same again: finished jobs return at once (values that JSON holds are kept in output_dir, a
-    config's run knows by itself), and interrupted runs go on from their checkpoints. A kept value counts for the same
-    item, arguments and code of the function, and of the functions that it uses from cells, not from modules.
+    After an interrupt (the stop button) no further job starts, and the running jobs are asked to stop; the value of a
+    job that did not end is None. When the same call is made again, finished jobs return at once and interrupted runs go
+    on from their checkpoints. Values are kept in output_dir if JSON can hold them; runs of a config keep their own
+    result. A kept value is used only for the same item, arguments and code of the function and of the functions in
+    cells that it uses; changes in modules are not noticed.
 
     Args:
         items: numbers, names, or configs. Configs with one output_dir among them get its subfolders fold0, fold1, ….
@@ -100,7 +101,7 @@ def launch_each(
         max_restarts: as in `launch`, for each job.
 
     Raises:
-        ExceptionGroup: jobs failed. Its `results` has the others' values, and None for theirs.
+        ExceptionGroup: jobs failed. Its `results` has the values of all jobs, None for those that failed.
     """
     jobs = _jobs(list(items), Path(output_dir))
     gpus = devices.select(gpu_ids)
@@ -117,7 +118,7 @@ def launch_each(
     display, shown = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}", ""
     with collect_interrupts() as interrupts, contextlib.ExitStack() as stack:
         if waiting:
-            stack.enter_context(worker_server.pinned(interrupts))  # a file that changes ends no job at work
+            stack.enter_context(worker_server.pinned(interrupts))  # an edited file does not end running jobs
         free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):

@@ -39,7 +39,7 @@ from .workers import Workers, is_consequence, visible, without_peer_access
 __all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
 KEPT_LOGS = 10
-"""How many folders with logs of failed launches stay among the temporary files."""
+"""The number of folders with logs of failed launches that stay among the temporary files."""
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def launch(
         in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
 
     Raises:
-        TypeError: `function` is none, or `kwargs` has a misspelt argument of `launch`.
+        TypeError: `function` is not callable, or `kwargs` has a misspelt argument of `launch`.
         ValueError: more processes than there are GPUs, or than a launch can start.
         WorkerDiedError, HangError: see there.
         Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
@@ -139,7 +139,7 @@ def _check_names(function: Callable[..., Any], kwargs: Iterable[str]) -> None:
     """Raise TypeError for an argument that the function does not take, and whose name is like one of `launch`."""
     try:
         accepted = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions in C have no signature
+    except (TypeError, ValueError):  # some C functions have no signature
         return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
         return
@@ -176,7 +176,7 @@ def attempts(
 
 
 def _number_of_processes(nproc: int | str | None, config: RunSettings | None, gpus: int) -> int:
-    """From the argument, else the config, else the number of GPUs."""
+    """Return the number of processes: the argument, else the config's, else the number of GPUs."""
     wanted: int | str | None = nproc
     if wanted is None and config is not None:
         wanted = config.workers_wanted

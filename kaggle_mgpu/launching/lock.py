@@ -2,9 +2,8 @@
 
     with held(output_dir): …      # LockedError where another run has it
 
-The kernel holds the lock and lets go of it when the process ends, however it ends: a run that was killed never stands
-in the way of the next. The file `.lock` only says whose the lock is; it is gone when the run is over, and so no result
-that travels. Whoever only reads asks for no lock.
+The kernel holds the lock and releases it when the process ends, so a killed run never blocks the next. The file `.lock`
+names the process that has the lock, and is removed at the end of the run. Reading a folder needs no lock.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ except ImportError:  # Windows
 
 FILE = ".lock"
 PATIENCE_SECONDS = 30.0
-"""How long a lock is waited for: of a process that was killed the kernel first clears the memory, then lets go, and
-with a GPU's or on a busy machine that takes seconds."""
+"""How long to wait for a lock. The kernel frees a killed process's memory before its lock, which may take seconds for a
+process with GPU memory, or on a busy machine."""
 SAID_AFTER_SECONDS = 1.0
-"""When a line says what is waited for."""
+"""Seconds of waiting after which a line names the run that has the lock."""
 
 _held: set[BinaryIO] = set()
 
@@ -40,8 +39,8 @@ _held: set[BinaryIO] = set()
 def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock of a folder inside the `with` block.
 
-    Where there is nothing to lock with, nothing is locked, and nothing said: in a folder that cannot be written to no
-    run does harm, and a file system that knows no locks (some network ones do not) is no reason not to train.
+    Nothing is locked in a folder that cannot be written to, and on file systems without locks (some network file
+    systems).
 
     Raises:
         LockedError: another run has the folder, and keeps it for PATIENCE_SECONDS.
@@ -54,7 +53,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
         if file is not None:
             _release(Path(folder), file)
             if new:
-                with contextlib.suppress(OSError):  # it is not empty, most often: else nothing came of the run
+                with contextlib.suppress(OSError):  # fails if the run wrote anything
                     os.rmdir(folder)
 
 
@@ -70,7 +69,7 @@ def _take(folder: Path) -> BinaryIO | None:
             file = _open(path)
         except FileNotFoundError:
             if not folder.is_dir():
-                continue  # a run that came to nothing has just removed it
+                continue  # another run has just removed its empty folder
             return None
         except OSError:
             return None
@@ -78,7 +77,7 @@ def _take(folder: Path) -> BinaryIO | None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, file):
                 break
-            file.close()  # the one who had it has just removed it, at its end: there is, or will be, a new one
+            file.close()  # the run that had the lock has ended and removed this file: lock a new one
         except BlockingIOError:
             file.seek(0)
             whose = file.read(200).decode(errors="replace")
@@ -97,12 +96,12 @@ def _take(folder: Path) -> BinaryIO | None:
             time.sleep(0.05)
         except OSError as error:
             file.close()
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):  # no locks here, so it is nobody's
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 with contextlib.suppress(OSError):
                     path.unlink()
             return None
     _held.add(file)
-    with contextlib.suppress(OSError):  # a full disk: then it does not say whose it is
+    with contextlib.suppress(OSError):  # on a full disk the file stays empty
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
@@ -110,11 +109,11 @@ def _take(folder: Path) -> BinaryIO | None:
 
 
 def _release(folder: Path, file: BinaryIO) -> None:
-    if file not in _held:  # in a forked process that comes this way: the lock is its parent's
+    if file not in _held:  # in a forked process, whose parent has the lock
         return
     with contextlib.suppress(OSError):
-        if _is_at(folder / FILE, file):  # else the folder was removed, and what is there now may be another run's
-            (folder / FILE).unlink()  # while it is still locked: who opens it meanwhile sees that it is gone
+        if _is_at(folder / FILE, file):  # else the folder was removed, and the file there now may be another run's
+            (folder / FILE).unlink()  # before unlocking, so that a process that waits for the lock notices the removal
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)  # for a forked process's copy too
     _held.discard(file)
@@ -125,7 +124,7 @@ def _open(path: Path) -> BinaryIO:
     """Open for writing, as a lock on NFS requires; open another user's file for reading, enough on a local disk.
 
     Raises:
-        OSError: it cannot be made, or is a link or no file: what it leads to is not ours to write to.
+        OSError: the file cannot be made, or is a link or a folder, which must not be written to.
     """
     flags = os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 _GLOO_LINE = re.compile(r"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. .*\n", re.MULTILINE)
-"""What gloo of torch 2.10 prints, a write a line, for each group that is made; the log keeps it."""
+"""A line that gloo of torch 2.10 prints for each new process group; only the log keeps it."""
 CELL_CHARACTERS = 100_000
-"""How much of rank 0's output is shown in the cell; its log has all of it."""
+"""Limit of rank 0's output in the cell; the log has all of it."""
 
 
 class Output:

@@ -51,7 +51,7 @@ PRELOAD = (
     "torch.profiler._cupti_monitor", "torch.utils.serialization", "numpy.ctypeslib", "cloudpickle", "safetensors.torch",
     "kaggle_mgpu.training",
 )  # fmt: skip
-"""What a first training step needs."""
+"""Modules that a first training step needs."""
 
 END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
@@ -59,9 +59,9 @@ SIZE = struct.Struct("q")  # worker to notebook: bytes of the message that follo
 PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
 
 MOST_WORKERS = 124
-"""A launch's message carries four descriptors and two for each worker, of 253 that the kernel allows (SCM_MAX_FD)."""
+"""A launch sends four file descriptors and two per worker; the kernel allows 253 in a message (SCM_MAX_FD)."""
 SWEEP_SECONDS = 2.0
-"""How long what the workers have left behind may take to end when asked."""
+"""How long the processes that workers have left behind may take to end when asked."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Request:
     sources: dict[str, Any]
     """linecache's entries of notebook cells, for the source lines of tracebacks."""
     semaphores: str
-    """What the names of multiprocessing's semaphores begin with: a worker may be killed before it registers one."""
+    """The common prefix of multiprocessing's semaphores, to remove those of killed workers."""
     threads: int
     timeout: float
     can_draw: bool
@@ -89,7 +89,7 @@ def main(control_fd: int) -> NoReturn:
     """Import, say ready, and fork a supervisor for each launch until the notebook's process is gone."""
     me, parent = os.getpid(), os.getppid()
     control = socket.socket(fileno=control_fd)
-    # pending in a worker until it can deal with it; ignored by none of them
+    # pending in a worker until the worker can handle it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the operating system
     _adopt_orphans()

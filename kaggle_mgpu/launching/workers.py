@@ -3,8 +3,8 @@
     workers = Workers((function, args, kwargs), count=2, gpus=[], logs=Path("logs"), settings=settings, attempt=0)
     values = workers.run(interrupts=[], limit=1800.0, from_start=False)
 
-For `launch`, which decides how many there are and whether they are started again. The worker server forks them
-(server.py); here their output is shown, their values and errors arrive, and a rank that no longer gets on is noticed.
+`launch` decides on the number of workers and on restarts, and the worker server (server.py) forks them. This module
+shows their output, receives their values and errors, and notices a rank that hangs.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from .settings import ProcessSettings
 START_ATTEMPTS = 3
 """How many servers are asked to start the workers."""
 GRACE_SECONDS = 10.0
-"""How long a failed worker may take to end, and the others to report the failure that this one may follow from. On a
-busy machine the word that a rank was killed may come seconds after what the others make of it."""
+"""How long to wait, after a first failure, for the failed worker to end and for a failure of another rank that may have
+caused it. On a busy machine the news of a killed rank may come seconds after the errors that the kill causes."""
 SAVE_SECONDS = 120.0
-"""How long a checkpoint that is being written when another rank fails may take to its last byte on the disk. One in
-shards is not waited for: it lacks the part of the rank that failed."""
+"""How long to wait for a checkpoint that is being written while another rank fails. A sharded checkpoint is not waited
+for, since the failed rank's part is missing."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
 """How long a rank that hangs may take to write its stack when asked."""
 _OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\n', re.MULTILINE)
-"""How a stack ends: with the worker server's program, in the main thread, which comes last; or where it is too deep."""
+"""The end of a stack as faulthandler writes it: the worker server's program, or "..." for a deep stack."""
 
 
 class Workers:
@@ -56,7 +56,7 @@ class Workers:
         gpus: those that the workers may use.
         logs: the folder of their logs.
         settings: what the run's settings say of the processes.
-        attempt: 0, or the number of this restart, whose lines follow those of the attempt before in the logs.
+        attempt: 0, or the number of the restart, which appends to the logs.
         quiet: show nothing of their output; the logs have it.
     """
 
@@ -101,7 +101,7 @@ class Workers:
         Args:
             interrupts: grows by one with each interrupt. The first is passed on to the workers.
             limit: seconds without a sign of life of any rank after which it is a hang.
-            from_start: whether that holds before the first step too.
+            from_start: whether the limit also holds before the first step.
 
         Returns:
             Each rank's value.
@@ -121,13 +121,13 @@ class Workers:
                     if self.failures:
                         asked = len(interrupts)
                         self._hear_them_out()
-                        failure = self._first_failure()  # not what the others, left to end, make of it
+                        failure = self._first_failure()  # chosen before the other ranks fail because of it
                         self._let_them_write(failure, interrupts, asked)
                         raise failure
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
                     if interrupts and not told:
-                        # in sessions of their own, the workers have not heard of it: `train` saves and returns
+                        # workers are in sessions of their own and got no SIGINT; `train` then saves and returns
                         told = True
                         self._signal(signal.SIGINT)
                     self._check_pulse(limit, from_start)
@@ -136,14 +136,14 @@ class Workers:
                 self._signal(signal.SIGKILL)
                 self._wait_for_the_end(END_SECONDS)
                 if self.server is not None and self.server.process.poll() is not None:
-                    self.server.stop()  # it was killed: what it had under it ends too
-                server.remove_semaphores(self.request.semaphores)  # the supervisor has, unless it was killed
+                    self.server.stop()  # the server was killed: end its other launches too
+                server.remove_semaphores(self.request.semaphores)  # the supervisor does this, unless it was killed
                 self._show_output()
         return [self.values[rank] for rank in range(self.count)]
 
     def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
         self.links: list[socket.socket] = []
-        with contextlib.ExitStack() as theirs:  # once they are sent, these are the workers' alone
+        with contextlib.ExitStack() as theirs:  # closed here once they are sent to the workers
             call, request = _file_in_memory(self.call), _file_in_memory(pickle.dumps(self.request))
             pulse = _file_in_memory(PULSE.pack(-1, 0, 0, 0) * self.count)
             self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
@@ -168,7 +168,7 @@ class Workers:
                     self.started = time.monotonic_ns()
                     return
                 said = current.said()
-                current.stop()  # it was killed just now, or could not start a worker
+                current.stop()  # the server was just killed, or could not start a worker
         raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
 
     def _next(self, timeout: float) -> None:
@@ -190,10 +190,10 @@ class Workers:
     def _hear_of_an_end(self) -> None:
         try:
             message = self.channel.recv(END.size)
-        except ConnectionError:  # it has left a signal of ours unread; what it had to say is still to come
+        except ConnectionError:  # the supervisor left a signal unread; its messages are still to be read
             return
         for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
-            while self._receive(rank):  # its last words may not be read yet
+            while self._receive(rank):  # read the last messages first
                 pass
             if rank not in self.values and rank not in self.failures and rank not in self.ended:
                 self.failures[rank] = WorkerDiedError(self._death(rank, status))
@@ -355,7 +355,7 @@ class Workers:
 def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
     """Return this process's environment variables plus the variables for the workers."""
     variables = {**os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "PYTHONUNBUFFERED": "1"}
-    # what workers start as programs finds what they find
+    # programs that workers start find the same modules
     variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     defaults = {
         "OMP_NUM_THREADS": str(cpu.threads_per_worker(count)),

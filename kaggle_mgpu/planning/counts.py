@@ -43,13 +43,13 @@ class Facts:
     gradient_bytes: int
     optimizer_bytes: int
     operations: float
-    """Of forward and backward, per sample."""
+    """Floating-point operations of forward and backward, per sample."""
     operators: int
-    """Launched in forward and backward, whatever the number of samples."""
+    """Operators launched in forward and backward, for any number of samples."""
     fixed_bytes: float
-    """Kept for backward, whatever the number of samples: copies of the weights in half precision, say."""
+    """Bytes kept for backward for any number of samples, such as half-precision copies of the weights."""
     sample_bytes: float
-    """Kept for backward, per sample."""
+    """Bytes kept for backward, per sample."""
 
     def activations(self, samples: int) -> float:
         return self.fixed_bytes + samples * self.sample_bytes

@@ -34,7 +34,7 @@ class Published:
     """The published figures of a GPU."""
 
     memory_bytes: float
-    """As torch reports, which is less than the nominal size."""
+    """The memory that torch reports, less than the nominal size."""
     capability: tuple[int, int]
     peak: dict[str, float]
     """Operations per second by precision, dense, without TF32, which torch leaves off."""

@@ -27,7 +27,7 @@ from .counts import Facts, count_all
 from .estimate import Exchange, Target
 
 MEASURING_SECONDS = 5.0
-"""Longest time that steps are taken for on a CPU; longer ones are estimated."""
+"""Longest measurement on a CPU in seconds; slower steps are estimated."""
 WEEKLY_HOURS = 30.0
 """Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
 
@@ -48,12 +48,12 @@ class Plan:
     measured_memory: int | None
     """Peak bytes on the fullest GPU, if steps were measured on GPUs."""
     in_use: list[dict[str, int | None]]
-    """What `devices.sample` says of each GPU of this machine before the measurement; [] for other GPUs."""
+    """The load of this machine's GPUs before the measurement (`devices.sample`); [] for other GPUs."""
     step_seconds: float | None
     seconds: float | None
-    """Of the run, evaluations included."""
+    """Duration of the whole run, evaluations included."""
     at_best: float | None
-    """Of the run, at the published figures in full; None for a measurement."""
+    """Seconds of the run if the GPUs reached their published figures; None for a measurement."""
     source: str
     sessions: int | None
     quota: float | None

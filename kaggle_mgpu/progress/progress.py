@@ -79,9 +79,9 @@ class Progress:
     """
 
     stop_requested = False
+    """Whether `stop(output_dir)` was called somewhere; known on rank 0 only."""
     end_reason = ""
     """The text that on_record returned to end the run."""
-    """Whether `stop(output_dir)` was called somewhere; known on rank 0 only."""
 
     def __init__(
         self,

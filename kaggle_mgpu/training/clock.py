@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 WORTH_A_SAVE = 2.0
-"""Seconds of an evaluation up to which a kill costs no more than a kill in the middle of the steps."""
+"""Seconds. The state is saved before a longer evaluation, so that a kill during the evaluation loses few steps."""
 
 
 def floor(limit: float, on_kaggle: bool) -> float:

@@ -28,7 +28,7 @@ from .task import Task, TrainState
 
 T = TypeVar("T")
 NO_GRADIENT = "does not require grad"
-"""What torch says where a gradient is asked for and none is kept."""
+"""Part of torch's message for a backward pass without gradients."""
 
 
 class Evaluation:
@@ -41,7 +41,7 @@ class Evaluation:
         self.every = every if isinstance(every, int) else named[every]
         self.rng_key = randomness.key(parts.config.seed, "metrics")
         self.batch_size: int | None = None
-        """Samples that a rank takes at a time, once an evaluation has run out of memory with more."""
+        """Samples per batch on each rank, after an evaluation ran out of memory with more."""
         self.next_step: float = math.inf
         """The number of steps at which the next evaluation is due."""
         if parts.val_fetch is not None:

@@ -31,31 +31,31 @@ from ..data import randomness
 from .task import Task
 
 FORM = "2"
-"""The form of these texts: those of another form are not compared."""
+"""The version of the texts. Texts of another version are not compared."""
 PACKAGE = str(Path(__file__).resolve().parents[1])
 MOST_BYTES = 1 << 20
-"""A larger array, text or number of bytes is sampled."""
+"""Arrays, texts and bytes up to this size are read whole; larger ones are sampled."""
 MOST_SAMPLED = 1024
-"""The number of elements that are read of a larger array, beside as many at its ends."""
+"""Elements read from the inside of a larger array; as many are read at its two ends."""
 MOST_ITEMS = 1000
-"""Of a longer list the two ends are read."""
+"""Longer lists are read at their two ends only."""
 MOST_ROWS = 50
-"""Of a longer table the two ends are read."""
+"""Longer tables are read at their two ends only."""
 MOST_VISITED = 20_000
-"""A value in which this many items do not suffice tells nothing."""
+"""Values with more items, nested ones included, are not compared."""
 RECENT_SECONDS = 7 * 86400
-"""A float this close to now is taken for a time of this session."""
+"""A float this close to the current Unix time is treated as a time of this session, and not compared."""
 OBJECT = "object "
-"""The first word of a text that is not of plain data alone: it may differ between sessions."""
+"""The first word of a text about an object: such texts may differ between sessions of the same task."""
 CHANGES = frozenset({
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
     "update",
 })  # fmt: skip
-"""Methods that change what they belong to: a cache, a history."""
+"""Methods that change their object. A variable with such calls is a cache or a history, and not compared."""
 COUNTED = int | float | str | bytes | PurePath | tuple | list | dict | set | frozenset | np.ndarray | torch.Tensor
-"""Values of globals and of classes that are part of the code that reads them."""
+"""Types of global variables and class attributes whose values are compared along with the code that reads them."""
 REPORTS = ("on_record",)
-"""Methods of a task that do not change its result."""
+"""Methods of a task that do not affect the weights, and are not compared."""
 
 
 def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:

@@ -4,8 +4,8 @@
     set_lr(optimizer, lr_at(step, schedule="cosine", lr=3e-4, max_steps=1000, warmup_steps=100))
     optimizer.step()
 
-A rate keeps no position of its own: a resumed run asks for the rate of its step and gets it, so there is no
-scheduler to save, and none to call in the wrong order.
+The learning rate depends on the step alone, so a resumed run needs no saved scheduler, and none can be called in the
+wrong order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _averaging: Any = swa_utils.get_ema_multi_avg_fn  # untyped in torch
 
 
 def resolve_warmup(warmup_steps: int | float, max_steps: int) -> int:
-    """`warmup_steps` as a number of optimizer steps: a float below 1 is a fraction of `max_steps`.
+    """Return `warmup_steps` as a number of optimizer steps: a float below 1 is a fraction of `max_steps`.
 
     >>> resolve_warmup(0.05, 2000), resolve_warmup(10, 2000)
     (100, 10)
@@ -67,7 +67,7 @@ def lr_at(
     first_cycle: int | None = None,
     cycle_factor: int = 1,
 ) -> float:
-    """The learning rate of the step about to be taken, when `step` optimizer steps have been taken so far.
+    """Return the learning rate of the next step, after `step` optimizer steps.
 
     Warm-up is linear: step 0 gets lr / warmup_steps (not 0: a step at rate 0 is wasted), step
     warmup_steps - 1 gets lr. From step warmup_steps (rate lr) the schedule falls to `min_lr`, reached at
@@ -125,7 +125,7 @@ def _in_cycle(step: int, length: int, factor: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in at most two groups: with `weight_decay`, and without.
+    """Return the trainable parameters in at most two groups: with `weight_decay`, and without.
 
     Decayed: everything with two dimensions or more, embeddings included. Not decayed: vectors and scalars,
     whatever is called a bias, and the parameters of normalisation layers. That embeddings decay is what
@@ -160,7 +160,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in one fused kernel where the parameters' device has one.
+    """Return AdamW over `parameter_groups`, in one fused kernel where the parameters' device has one.
 
     Fused needs 0.69 of the time of a small CPU training step (measured), and more of the difference on a
     GPU is launches. Move the model to its device first: the choice is made here, once.

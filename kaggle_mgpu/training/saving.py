@@ -126,7 +126,7 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
 
     A run that stopped early took all its steps unless max_steps, patience or min_delta have changed since.
 
-    Weights that are not as they were written are named in a line: they are made again from the newest checkpoint.
+    If the weights file is damaged, a line says so, and the weights are made again from the newest checkpoint.
     """
     try:
         result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
@@ -254,7 +254,7 @@ class Saving:
         self.told = False
         """Whether an error already says where the newest checkpoint is."""
         self.written: list[checkpoint.Saved] = []
-        """Saves that have ended since the log recorded one, in a run that ends with an error."""
+        """Saves that ended while an error was ending the run; the log records them last."""
         self._schedule(state.step)
         if imported:
             self.saved_step, self.next_time = -1, -math.inf
