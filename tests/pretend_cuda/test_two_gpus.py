@@ -14,6 +14,7 @@ import torch
 from kaggle_mgpu import TrainConfig, check, compare_strategies, devices, launch, plan, train
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import HangError, WorkerDiedError
+from kaggle_mgpu.recipes import text_generation
 from pretend_cuda.gpu_tasks import KilledOnce, Mishap, Normalised, ShortOfMemory, Stopped
 from tasks import Language
 
@@ -83,6 +84,26 @@ def test_two_gpus_give_the_weights_of_one_cpu_process(name: str, folder: Path, o
     assert result.skipped_steps == 0 or "fp16" in name
     # fp16 has 11 bits, and its scaler may skip a step or two at first
     assert difference(result.output_dir, on_cpu) < (0.05 if "fp16" in str(RUNS[name]) else 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_muon_gives_the_weights_of_one_cpu_process(precision: str, folder: Path) -> None:
+    text = folder / "book.txt"
+    text.write_text("".join(f"line {i} of the only book\n" for i in range(60)), encoding="utf-8")
+
+    def run(name: str, **changes: Any) -> Path:
+        settings = text_generation.Config(
+            output_dir=str(folder / name), data_path=str(text), tokenizer="byte", n_layer=2, n_head=2, n_embd=32,
+            block_size=16, global_batch_size=8, max_steps=20, lr=1e-3, sample_tokens=0, optimizer="muon",
+        ).replace(**changes)  # fmt: skip
+        task = text_generation.TextGeneration(settings)
+        if settings.strategy == "single":
+            return Path(train(settings, task).output_dir)
+        return Path(launch(train, settings, task, in_worker=True).output_dir)
+
+    one = run(f"muon on the CPU, {precision}", strategy="single", nproc=1, precision="fp32")
+    two = run(f"muon, {precision}", strategy="ddp", nproc=2, precision=precision)
+    assert difference(two, one) < (0.05 if precision == "fp16" else 1e-5)
 
 
 def test_dp_refuses_a_compiled_model(folder: Path) -> None:
