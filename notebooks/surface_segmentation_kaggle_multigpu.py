@@ -88,9 +88,10 @@ result.plot()
 # ## How good is it?
 #
 # Whole held-out volumes, predicted through a Gaussian-blended sliding window. Surface Dice (at 2 voxels) and the VOI
-# score are terms of the competition's score, computed as its metric does; its third term, a Betti matching, is not
-# computed here. Beside them two trivial answers: all is sheet, and what is brighter than the threshold that is best on
-# training volumes.
+# score are terms of the competition's score, computed as its metric does. Its third term, a Betti matching, is not
+# computed here: betti0_f1, betti1_f1 and betti2_f1 compare the numbers of parts, tunnels and cavities, wherever they
+# are, and bound it from above. Beside them two trivial answers: all is sheet, and what is brighter than the threshold
+# that is best on training volumes.
 
 # %%
 if "volume_dice" in result.metrics:
