@@ -27,8 +27,9 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     stages,
     synthetic,
 )
-from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Patches, Volume
+from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Volume
 from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.recipes.surface_segmentation.patches import Patches, cut
 from kaggle_mgpu.recipes.surface_segmentation.postprocessing import Choice
 from surface_cases import volume
 
@@ -146,7 +147,7 @@ def test_a_16_bit_volume_is_read_and_standardised_as_an_8_bit_one(tmp_path, comp
     cubes, cache = [], Cache.at(str(tmp_path), 1)
     for name in ("i", "eight"):
         one = Volume(name, str(tmp_path / f"{name}.tif"), str(tmp_path / "l.tif"))
-        cubes.append(data.cut(cache, one, data.survey(one, cache), (1, 1, 1), 8)[0])
+        cubes.append(cut(cache, one, data.survey(one, cache), (1, 1, 1), 8)[0])
     assert torch.allclose(*cubes, atol=1e-5)
     assert abs(float(cubes[0].std()) - 1) < 0.1
     windows = [

@@ -36,8 +36,9 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     stages,
     synthetic,
 )
-from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Patches, Tiles, Volume
+from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Volume
 from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.recipes.surface_segmentation.patches import Patches, Tiles, augmented
 from kaggle_mgpu.training import saving, train
 from pause_at import PauseAt
 from surface_cases import WINDOWS, cases, predictor, volume
@@ -346,7 +347,7 @@ def test_flips_and_rotations_move_image_and_label_alike():
     label = torch.from_numpy(volume((4, 4, 4)) % 2)
     orders = set()
     for _ in range(300):
-        image, turned = data.augmented(10 * label[None].float(), label)
+        image, turned = augmented(10 * label[None].float(), label)
         assert torch.equal((image[0] > 5).to(torch.uint8), turned)
         assert image.shape == (1, 4, 4, 4)
         orders.add(tuple(turned.flatten().tolist()))

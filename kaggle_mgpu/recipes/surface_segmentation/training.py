@@ -19,10 +19,11 @@ from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Task
 
 from . import data
-from .data import Cache, Catalogue, Facts, Patches, Tiles, Volume
+from .data import Cache, Catalogue, Facts, Volume
 from .ensemble import averaged
 from .metrics import components
 from .model import UNet, segmentation_loss
+from .patches import Patches, Tiles
 
 
 @dataclass(frozen=True)
