@@ -22,7 +22,7 @@ from pathlib import Path
 from IPython.display import Image
 
 from kaggle_mgpu import devices, notebook_parameters
-from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, baselines, run
+from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, baselines, cross_validate, run
 
 # %matplotlib inline
 print(devices.report())
@@ -40,6 +40,7 @@ patch_size = "auto"  # side of the cubes; auto: 128, on synthetic volumes 32
 width = "auto"  # channels at full resolution; auto: 32, on synthetic volumes 8
 patches_per_volume = 4
 val_fraction = 0.05  # of the volumes, held out: whole scrolls where they are small enough
+folds = None  # 5: also cross-validation, a model for each of as many parts of the volumes, one per GPU at a time
 epochs = 40
 max_steps = None  # instead of epochs, when given
 global_batch_size = 8
@@ -66,7 +67,9 @@ seed = 1337
 
 # %%
 # What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
-config = Config.from_dict(notebook_parameters(globals()))
+parameters = notebook_parameters(globals())
+folds = parameters.pop("folds")
+config = Config.from_dict(parameters)
 task = SurfaceSegmentation(config)
 print(task.describe())
 
@@ -106,6 +109,19 @@ else:
 # %%
 slices = Path(result.output_dir, "slices.png")
 Image(str(slices)) if result.finished and slices.exists() else None
+
+# %% [markdown]
+# ## Cross-validation
+#
+# With `folds` the volumes are divided into as many parts, of whole scrolls where there are several, and each part has a
+# model of its own that never saw it: one model per GPU at a time, on one GPU each. The standard deviation over parts
+# says how much the figures depend on the volumes. Then the mean of these models predicts the test volumes, into a
+# `submission.zip` that replaces the single model's. Finished folds do not run again.
+
+# %%
+if folds and result.finished and (found := cross_validate(config, folds)):
+    print(found)
+    run(found.ensemble(config))
 
 # %% [markdown]
 # ## What is where

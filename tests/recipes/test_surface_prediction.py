@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -334,3 +335,49 @@ def test_several_weights_predict_by_their_mean(tmp_path, scrolls):
         config.replace(weights=f"best,{files[0]}")
     with pytest.raises(FileNotFoundError, match=r"weights: no such file: .*3\.safetensors"):
         ss.infer(config.replace(weights=[files[0], str(tmp_path / "3.safetensors")]), SurfaceSegmentation(config))
+
+
+# Folds
+def test_volumes_of_a_scroll_stay_in_one_fold_and_each_volume_is_held_out_once():
+    scrolls = dict(zip("abcdefgh", ["one"] * 4 + ["two"] * 2 + ["three", ""], strict=True))
+    volumes = [Volume(name, name, name, scroll) for name, scroll in scrolls.items()]
+    parts = data.folds_of(volumes, 3)
+    assert sorted(len(part) for part in parts) == [2, 2, 4]
+    assert sorted(volume.id for part in parts for volume in part) == sorted(scrolls)
+    for part in parts:
+        assert not {v.scroll for v in part} & {v.scroll for other in parts if other is not part for v in other}
+    alone = data.folds_of([Volume(name, name, name, "one") for name in scrolls], 3)
+    assert sorted(len(part) for part in alone) == [2, 3, 3]
+    assert alone == data.folds_of([Volume(name, name, name, "one") for name in reversed(scrolls)], 3)
+    for wrong in (1, 5):
+        with pytest.raises(ValueError, match=f"folds: expected 2 to 4, the number of scrolls with labels, got {wrong}"):
+            data.folds_of(volumes, wrong)
+    with pytest.raises(ValueError, match=r"Config\.fold: expected 0 to 4, below folds, got 5"):
+        Config(folds=5, fold=5)
+
+
+def test_folds_are_trained_and_measured_and_predict_by_their_mean(tmp_path, scrolls, capsys):
+    config = small(tmp_path, scrolls, max_steps=1, nproc=2)
+    found = ss.cross_validate(config, 2)
+    assert found.volumes == [("synthetic_0", "synthetic_1", "synthetic_2"), ("synthetic_3", "synthetic_4")]
+    folders = sorted((tmp_path / "run" / "2-fold").iterdir())
+    for folder, held, figures in zip(folders, found.volumes, found.figures, strict=True):
+        rows = json.loads((folder / "predictions" / "held_out" / "figures.json").read_text())
+        assert sorted(rows) == [*held]
+        assert figures["dice"] == pytest.approx(np.mean([row["dice"] for row in rows.values()]))
+        assert not [*(folder / "predictions" / "test").iterdir()], "five times the work, and for nothing"
+    assert float(str(found).splitlines()[-2].split()[1]) == pytest.approx(
+        np.mean([row["dice"] for row in found.figures]), abs=1e-4
+    )
+    ensemble = found.ensemble(config)
+    assert ensemble.threshold == np.mean([choice.threshold for choice in found.choices])
+    assert ss.run(ensemble.replace(nproc=1)).finished
+    stamp = json.loads((folders[0].parent / "ensemble" / "predictions" / "stamp.json").read_text())
+    assert stamp["weights"] == [stages._checksum(Path(file)) for file in found.weights]
+    assert (folders[0].parent / "ensemble" / "submission.zip").is_file()
+    assert found.ensemble(config.replace(threshold=0.3, min_component=7)).threshold == 0.3
+    shutil.copytree(folders[0], tmp_path / "kaggle" / "input" / "notebooks" / "me" / "earlier" / "fold0")
+    for fold, trained in ((0, True), (1, False)):  # in the next session
+        task = SurfaceSegmentation(config.replace(folds=2, fold=fold, output_dir=str(tmp_path / "next")))
+        assert task.split[2] == f"fold {fold} of 2"
+        assert task._trained() == trained

@@ -154,6 +154,29 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def folds_of(volumes: Sequence[Volume], folds: int) -> list[list[Volume]]:
+    """Divide volumes into parts of similar size, by names alone; volumes of one scroll stay together.
+
+    The largest scroll comes first, each into the smallest part so far. Where all volumes are of one scroll, or none is
+    named, each volume stands alone.
+
+    Raises:
+        ValueError: fewer than two folds, or more than there are scrolls.
+    """
+    scrolls: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        scrolls.setdefault(volume.scroll, []).append(volume)
+    what, groups = "scrolls", [*scrolls.values()]
+    if len(groups) == 1:
+        what, groups = "volumes", [[volume] for volume in volumes]
+    if not 2 <= folds <= len(groups):
+        raise ValueError(f"folds: expected 2 to {len(groups)}, the number of {what} with labels, got {folds}")
+    parts: list[list[Volume]] = [[] for _ in range(folds)]
+    for group in sorted(groups, key=lambda group: (-len(group), hashlib.sha256(group[0].id.encode()).hexdigest())):
+        min(parts, key=len).extend(group)
+    return [sorted(part, key=lambda volume: volume.id) for part in parts]
+
+
 def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
     """Return the volumes to train on, the held-out volumes, and a sentence about the split. Depends on names alone.
 

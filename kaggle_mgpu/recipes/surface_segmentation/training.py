@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -48,6 +48,11 @@ class Config(TrainConfig):
     """The number of voxels without annotation in the labels, left out of loss and figures; 255 in many data sets."""
     val_fraction: float = 0.05
     """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
+    folds: int | None = None
+    """Divide the volumes into this many parts, of whole scrolls where there are several, and hold out part `fold` in
+    place of val_fraction. `cross_validate` trains a model for each part."""
+    fold: int = 0
+    """The held-out part, from 0 on, where `folds` is given."""
     patch_size: int | Literal["auto"] = "auto"
     """Side of the training cubes and of the sliding window. auto: 128; on synthetic volumes 32."""
     patches_per_volume: int = 4
@@ -117,6 +122,8 @@ class Config(TrainConfig):
             value = getattr(self, name)
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
+        if self.folds is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1}, below folds, got {self.fold}")
         bounds = {
             "val_fraction": (0, 0.5),
             "sheet_fraction": (0, 1),
@@ -157,8 +164,9 @@ class SurfaceSegmentation(Task):
         if self._catalogue is None:
             components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
             self._catalogue, self.cache.prepared = distributed.from_main(self._find)
-            # Stamps the checkpoints: other volumes make another run
-            self.name = f"SurfaceSegmentation {self._catalogue.digest}"
+            # Stamps the checkpoints: other volumes make another run, and so does another fold of them
+            fold = "" if self.config.folds is None else f" fold {self.config.fold} of {self.config.folds}"
+            self.name = f"SurfaceSegmentation {self._catalogue.digest}{fold}"
         return self._catalogue
 
     def _find(self) -> tuple[Catalogue, dict[Volume, str]]:
@@ -182,8 +190,15 @@ class SurfaceSegmentation(Task):
     @property
     def split(self) -> tuple[list[Volume], list[Volume], str]:
         """Return the volumes to train on, the held-out volumes, and a sentence about the split."""
-        train_volumes, held, how = data.split(self.catalogue.train, self.config.val_fraction)
-        return train_volumes, held, how
+        c, volumes = self.config, self.catalogue.train
+        if c.folds is None:
+            return data.split(volumes, c.val_fraction)
+        held = data.folds_of(volumes, c.folds)[c.fold]
+        return [volume for volume in volumes if volume not in held], held, f"fold {c.fold} of {c.folds}"
+
+    def leave_out_tests(self) -> None:
+        """Predict no test images, for a model that is one of several."""
+        self._catalogue = replace(self.catalogue, test=())
 
     def describe(self) -> str:
         """Describe the source, the reason for the source, volumes, split, patches and model in three lines."""
