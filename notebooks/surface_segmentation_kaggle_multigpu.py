@@ -49,6 +49,7 @@ lr = 1e-3
 schedule = "cosine_restarts"
 warmup_steps = 0.05  # a fraction of the run, or steps
 deep_supervision = False
+skeleton_recall = 0.0  # 1.0: a further term of the loss, the missed share of the sheets' middle
 gradient_checkpointing = False  # less memory, a third more time
 overlap = 0.5  # of the windows that predict a volume
 tta_axes = ()  # (0, 1, 2): the mean over eight flips of each window, for eight times the work

