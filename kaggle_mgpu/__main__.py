@@ -39,7 +39,7 @@ def recipes() -> list[str]:
     """Return the names of the recipes."""
     from . import recipes as package
 
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name[0] != "_")
 
 
 LIGHT = ("gpus", "check", "--version")

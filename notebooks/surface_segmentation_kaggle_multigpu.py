@@ -22,7 +22,7 @@ from pathlib import Path
 from IPython.display import Image
 
 from kaggle_mgpu import devices, notebook_parameters
-from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, baselines, run
+from kaggle_mgpu.recipes.surface_segmentation import Config, SurfaceSegmentation, baselines, cross_validate, run
 
 # %matplotlib inline
 print(devices.report())
@@ -40,6 +40,7 @@ patch_size = "auto"  # side of the cubes; auto: 128, on synthetic volumes 32
 width = "auto"  # channels at full resolution; auto: 32, on synthetic volumes 8
 patches_per_volume = 4
 val_fraction = 0.05  # of the volumes, held out: whole scrolls where they are small enough
+folds = None  # 5: also cross-validation, a model for each of as many parts of the volumes, one per GPU at a time
 epochs = 40
 max_steps = None  # instead of epochs, when given
 global_batch_size = 8
@@ -48,6 +49,7 @@ lr = 1e-3
 schedule = "cosine_restarts"
 warmup_steps = 0.05  # a fraction of the run, or steps
 deep_supervision = False
+skeleton_recall = 0.0  # 1.0: a further term of the loss, the missed share of the sheets' middle
 gradient_checkpointing = False  # less memory, a third more time
 overlap = 0.5  # of the windows that predict a volume
 tta_axes = ()  # (0, 1, 2): the mean over eight flips of each window, for eight times the work
@@ -66,7 +68,9 @@ seed = 1337
 
 # %%
 # What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
-config = Config.from_dict(notebook_parameters(globals()))
+parameters = notebook_parameters(globals())
+folds = parameters.pop("folds")
+config = Config.from_dict(parameters)
 task = SurfaceSegmentation(config)
 print(task.describe())
 
@@ -88,9 +92,10 @@ result.plot()
 # ## How good is it?
 #
 # Whole held-out volumes, predicted through a Gaussian-blended sliding window. Surface Dice (at 2 voxels) and the VOI
-# score are terms of the competition's score, computed as its metric does; its third term, a Betti matching, is not
-# computed here. Beside them two trivial answers: all is sheet, and what is brighter than the threshold that is best on
-# training volumes.
+# score are terms of the competition's score, computed as its metric does. Its third term, a Betti matching, is not
+# computed here: betti0_f1, betti1_f1 and betti2_f1 compare the numbers of parts, tunnels and cavities, wherever they
+# are, and bound it from above. Beside them two trivial answers: all is sheet, and what is brighter than the threshold
+# that is best on training volumes.
 
 # %%
 if "volume_dice" in result.metrics:
@@ -105,6 +110,19 @@ else:
 # %%
 slices = Path(result.output_dir, "slices.png")
 Image(str(slices)) if result.finished and slices.exists() else None
+
+# %% [markdown]
+# ## Cross-validation
+#
+# With `folds` the volumes are divided into as many parts, of whole scrolls where there are several, and each part has a
+# model of its own that never saw it: one model per GPU at a time, on one GPU each. The standard deviation over parts
+# says how much the figures depend on the volumes. Then the mean of these models predicts the test volumes, into a
+# `submission.zip` that replaces the single model's. Finished folds do not run again.
+
+# %%
+if folds and result.finished and (found := cross_validate(config, folds)):
+    print(found)
+    run(found.ensemble(config))
 
 # %% [markdown]
 # ## What is where

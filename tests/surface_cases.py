@@ -1,8 +1,8 @@
 """Inputs that the surface recipe's figures are compared on, made the same way wherever the reference values are made.
 
 tests/reference/surface_reference.json holds what independent packages say of them. Made in an environment of its own,
-with surface-distance 0.1 (Dice, surface Dice), scikit-image 0.26 (variation of information) and MONAI 1.6.1 (sliding
-window) beside torch 2.13: `python tests/surface_cases.py > tests/reference/surface_reference.json`.
+with surface-distance 0.1 (Dice, surface Dice), scikit-image 0.26 (variation of information, Betti numbers) and MONAI
+1.6.1 (sliding window) beside torch 2.13: `python tests/surface_cases.py > tests/reference/surface_reference.json`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,15 @@ def predictor(x: Tensor) -> Tensor:
     return x * (1.5 + place) + x.roll(1, -1) + place
 
 
+def betti(mask: Array) -> list[int]:
+    """The parts, tunnels and cavities of a mask by scikit-image."""
+    from skimage.measure import euler_number, label
+
+    parts = int(label(mask, connectivity=3).max())
+    cavities = int(label(np.pad(mask == 0, 1, constant_values=True), connectivity=1).max()) - 1
+    return [parts, parts + cavities - int(euler_number(mask, connectivity=3)), cavities]
+
+
 def reference() -> dict[str, Any]:
     """What the independent packages say."""
     import scipy.ndimage as ndimage
@@ -79,6 +88,7 @@ def reference() -> dict[str, Any]:
             "surface_dice": float(surface_distance.compute_surface_dice_at_tolerance(distances, 2.0)),
             "split": float(split),
             "merge": float(merge),
+            "betti": [betti(a), betti(b)],
         }
     for shape, size, overlap in WINDOWS:
         grey = volume(shape)

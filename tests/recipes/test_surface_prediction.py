@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.checkpoints.files import replace_tensors
@@ -22,13 +24,15 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     ensemble,
     inference,
     metrics,
+    patches,
     postprocessing,
     stacks,
     stages,
     synthetic,
 )
-from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Patches, Volume
-from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Volume
+from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss, skeleton_recall_loss
+from kaggle_mgpu.recipes.surface_segmentation.patches import Patches, cut
 from kaggle_mgpu.recipes.surface_segmentation.postprocessing import Choice
 from surface_cases import volume
 
@@ -125,11 +129,61 @@ def test_patches_are_drawn_where_labels_are(tmp_path):
     cache.held = {"one"}
     facts = {"one": data.survey(one, cache)}
     torch.manual_seed(0)
-    patches = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
-    assert all((patches[i][1] != 2).any() for i in range(50))
+    drawn = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
+    assert all((drawn[i][1] != 2).any() for i in range(50))
     stacks.write_stack(tmp_path / "l.tif", np.full((32, 32, 32), 2, np.uint8))
     with pytest.raises(ValueError, match=r"l\.tif: all its voxels are 2, unlabelled: leave the volume out"):
         data.survey(one, cache)
+
+
+# The medial surface
+def test_the_medial_surface_is_the_middle_of_sheets():
+    z, y, x = np.indices((24, 24, 24))
+    flat = patches.medial_surface(abs(z - 9) <= 2)
+    assert np.array_equal(flat, z == 9)
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    bent = abs(radius - 20) < 2.5
+    middle = patches.medial_surface(bent)
+    assert abs(radius[middle] - 20).mean() < 0.7 < abs(radius[bent] - 20).mean()
+    assert middle.sum() < 0.35 * bent.sum()
+    assert (ndimage.binary_dilation(middle, np.ones((3, 3, 3)), iterations=2) >= bent).all(), "no part is left out"
+    assert not patches.medial_surface(z < 0).any()
+
+
+def test_patches_bring_the_medial_surface_which_changes_nothing_else(tmp_path, scrolls):
+    usual, more = (
+        SurfaceSegmentation(small(tmp_path, scrolls, skeleton_recall=weight)).train_data() for weight in (0, 1)
+    )
+    for i in range(6):
+        torch.manual_seed(i)
+        image, label = usual[i]
+        torch.manual_seed(i)
+        same_image, same_label, medial = more[i]
+        assert torch.equal(image, same_image) and torch.equal(label, same_label)
+        assert not (medial & (label != 1)).any(), "no voxel that is background or unlabelled"
+        assert medial.any() == (label == 1).any()
+        # found before the patch is turned
+        assert torch.equal(medial, torch.from_numpy(patches.medial_surface(label.numpy() == 1)))
+
+
+def test_skeleton_recall_is_added_for_each_patch_alone(tmp_path, scrolls):
+    task = SurfaceSegmentation(small(tmp_path, scrolls, skeleton_recall=0.5))
+    torch.manual_seed(0)
+    model, image = UNet(4, 1), torch.randn(3, 1, 8, 8, 8)
+    label = torch.randint(0, 3, (3, 8, 8, 8), dtype=torch.uint8)
+    label[2] = 0
+    medial = (label == 1) & (torch.rand(label.shape) < 0.3)
+    total = task.loss(model, (image, label, medial))
+    alone = [task.loss(model, tuple(part[i : i + 1] for part in (image, label, medial))) for i in range(3)]
+    assert total.item() == pytest.approx(sum(part.item() for part in alone), rel=1e-5)
+    logits = model(image)
+    p, m = logits[0, 0].sigmoid().double(), medial[0]
+    by_hand = 0.5 * (1 - (p[m].sum() + 1) / (m.sum() + 1))
+    assert alone[0].item() == pytest.approx((segmentation_loss(logits[:1], label[:1]) + by_hand).item(), rel=1e-5)
+    assert alone[2].item() == pytest.approx(segmentation_loss(logits[2:], label[2:]).item(), rel=1e-5)
+    assert skeleton_recall_loss([logits, logits[:, :, ::2, ::2, ::2]], medial) == skeleton_recall_loss(logits, medial)
+    with pytest.raises(ValueError, match=r"Config\.skeleton_recall: expected 0 or more, got -1"):
+        Config(skeleton_recall=-1)
 
 
 # 16-bit volumes
@@ -146,7 +200,7 @@ def test_a_16_bit_volume_is_read_and_standardised_as_an_8_bit_one(tmp_path, comp
     cubes, cache = [], Cache.at(str(tmp_path), 1)
     for name in ("i", "eight"):
         one = Volume(name, str(tmp_path / f"{name}.tif"), str(tmp_path / "l.tif"))
-        cubes.append(data.cut(cache, one, data.survey(one, cache), (1, 1, 1), 8)[0])
+        cubes.append(cut(cache, one, data.survey(one, cache), (1, 1, 1), 8)[0])
     assert torch.allclose(*cubes, atol=1e-5)
     assert abs(float(cubes[0].std()) - 1) < 0.1
     windows = [
@@ -333,3 +387,49 @@ def test_several_weights_predict_by_their_mean(tmp_path, scrolls):
         config.replace(weights=f"best,{files[0]}")
     with pytest.raises(FileNotFoundError, match=r"weights: no such file: .*3\.safetensors"):
         ss.infer(config.replace(weights=[files[0], str(tmp_path / "3.safetensors")]), SurfaceSegmentation(config))
+
+
+# Folds
+def test_volumes_of_a_scroll_stay_in_one_fold_and_each_volume_is_held_out_once():
+    scrolls = dict(zip("abcdefgh", ["one"] * 4 + ["two"] * 2 + ["three", ""], strict=True))
+    volumes = [Volume(name, name, name, scroll) for name, scroll in scrolls.items()]
+    parts = data.folds_of(volumes, 3)
+    assert sorted(len(part) for part in parts) == [2, 2, 4]
+    assert sorted(volume.id for part in parts for volume in part) == sorted(scrolls)
+    for part in parts:
+        assert not {v.scroll for v in part} & {v.scroll for other in parts if other is not part for v in other}
+    alone = data.folds_of([Volume(name, name, name, "one") for name in scrolls], 3)
+    assert sorted(len(part) for part in alone) == [2, 3, 3]
+    assert alone == data.folds_of([Volume(name, name, name, "one") for name in reversed(scrolls)], 3)
+    for wrong in (1, 5):
+        with pytest.raises(ValueError, match=f"folds: expected 2 to 4, the number of scrolls with labels, got {wrong}"):
+            data.folds_of(volumes, wrong)
+    with pytest.raises(ValueError, match=r"Config\.fold: expected 0 to 4, below folds, got 5"):
+        Config(folds=5, fold=5)
+
+
+def test_folds_are_trained_and_measured_and_predict_by_their_mean(tmp_path, scrolls, capsys):
+    config = small(tmp_path, scrolls, max_steps=1, nproc=2)
+    found = ss.cross_validate(config, 2)
+    assert found.volumes == [("synthetic_0", "synthetic_1", "synthetic_2"), ("synthetic_3", "synthetic_4")]
+    folders = sorted((tmp_path / "run" / "2-fold").iterdir())
+    for folder, held, figures in zip(folders, found.volumes, found.figures, strict=True):
+        rows = json.loads((folder / "predictions" / "held_out" / "figures.json").read_text())
+        assert sorted(rows) == [*held]
+        assert figures["dice"] == pytest.approx(np.mean([row["dice"] for row in rows.values()]))
+        assert not [*(folder / "predictions" / "test").iterdir()], "five times the work, and for nothing"
+    assert float(str(found).splitlines()[-2].split()[1]) == pytest.approx(
+        np.mean([row["dice"] for row in found.figures]), abs=1e-4
+    )
+    ensemble = found.ensemble(config)
+    assert ensemble.threshold == np.mean([choice.threshold for choice in found.choices])
+    assert ss.run(ensemble.replace(nproc=1)).finished
+    stamp = json.loads((folders[0].parent / "ensemble" / "predictions" / "stamp.json").read_text())
+    assert stamp["weights"] == [stages._checksum(Path(file)) for file in found.weights]
+    assert (folders[0].parent / "ensemble" / "submission.zip").is_file()
+    assert found.ensemble(config.replace(threshold=0.3, min_component=7)).threshold == 0.3
+    shutil.copytree(folders[0], tmp_path / "kaggle" / "input" / "notebooks" / "me" / "earlier" / "fold0")
+    for fold, trained in ((0, True), (1, False)):  # in the next session
+        task = SurfaceSegmentation(config.replace(folds=2, fold=fold, output_dir=str(tmp_path / "next")))
+        assert task.split[2] == f"fold {fold} of 2"
+        assert task._trained() == trained

@@ -36,8 +36,9 @@ from kaggle_mgpu.recipes.surface_segmentation import (
     stages,
     synthetic,
 )
-from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Patches, Tiles, Volume
+from kaggle_mgpu.recipes.surface_segmentation.data import Cache, Facts, Volume
 from kaggle_mgpu.recipes.surface_segmentation.model import UNet, segmentation_loss
+from kaggle_mgpu.recipes.surface_segmentation.patches import Patches, Tiles, augmented
 from kaggle_mgpu.training import saving, train
 from pause_at import PauseAt
 from surface_cases import WINDOWS, cases, predictor, volume
@@ -346,7 +347,7 @@ def test_flips_and_rotations_move_image_and_label_alike():
     label = torch.from_numpy(volume((4, 4, 4)) % 2)
     orders = set()
     for _ in range(300):
-        image, turned = data.augmented(10 * label[None].float(), label)
+        image, turned = augmented(10 * label[None].float(), label)
         assert torch.equal((image[0] > 5).to(torch.uint8), turned)
         assert image.shape == (1, 4, 4, 4)
         orders.add(tuple(turned.flatten().tolist()))
@@ -492,11 +493,41 @@ def test_measures_equal_those_of_independent_packages(name):
     known = label != 2
     parts = metrics.variation_of_information((prediction != 0) & known, label == 1)
     assert parts == pytest.approx((wanted["split"], wanted["merge"]), abs=1e-9)
+    for k, (found, sheet) in enumerate(zip(*wanted["betti"], strict=True)):
+        expected = 2 * min(found, sheet) / (found + sheet) if found + sheet else 1.0
+        assert got[f"betti{k}_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_betti_numbers_are_those_of_solids_of_known_topology():
+    z, y, x = np.indices((30, 30, 30)) - 14.5
+    radius = np.sqrt(z**2 + y**2 + x**2)
+
+    def ring(a, b, c):
+        return (np.hypot(a, b) - 7) ** 2 + c**2 < 5
+
+    solids = {
+        "ball": (radius < 9, (1, 0, 0)),
+        "torus": (ring(y, x, z), (1, 1, 0)),
+        "shell": ((radius < 9) & (radius > 6), (1, 0, 1)),
+        "linked tori": (ring(y, x - 3.5, z) | ring(z, x + 3.5, y), (2, 2, 0)),
+        "sheet across the volume, with a hole": ((abs(z) < 1.5) & (np.hypot(y, x) > 3), (1, 1, 0)),
+        "cubes that touch at a corner": (
+            ((z < -9) & (y < -9) & (x < -9)) | ((z > -9) & (y > -9) & (x > -9)),
+            (1, 0, 0),
+        ),
+        "nothing": (radius < 0, (0, 0, 0)),
+        "everything": (radius < 99, (1, 0, 0)),
+    }
+    for name, (solid, wanted) in solids.items():
+        assert metrics.betti_numbers(solid) == wanted, name
+    two = solids["linked tori"][0]
+    figures = metrics.measures(two & (x > -4), two)  # one ring, whole, and two arcs of the other
+    assert figures["betti1_f1"] == pytest.approx(2 * 1 / 3)
 
 
 def test_of_two_empty_masks_all_is_right_and_of_two_shapes_nothing():
     empty = np.zeros((4, 4, 4), np.uint8)
-    assert metrics.measures(empty, empty) == {"dice": 1.0, "surface_dice": 1.0, "voi_score": 1.0}
+    assert set(metrics.measures(empty, empty).values()) == {1.0}
     assert not np.isnan(metrics._area_table()).any()
     with pytest.raises(ValueError, match=r"expected one shape, got \(4, 4, 4\) and \(4, 4, 3\)"):
         metrics.measures(empty, empty[:, :, :3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kaggle_mgpu.launching import launch_each
 from kaggle_mgpu.training import train
 
+from .._folds import configs_of, launch_folds, table
 from .evaluation import predict
 from .metrics import confusion, macro_f1
 from .settings import Config
@@ -39,13 +38,9 @@ class CrossValidation:
         return {"accuracy": accuracy, "macro_f1": [macro_f1(matrix) for matrix in self.confusion]}
 
     def __str__(self) -> str:
-        scores = list(zip(*self.scores().values(), strict=True))
-        lines = [f"{'':20}subjects  windows  accuracy  macro F1"]
-        for number, (people, matrix, row) in enumerate(zip(self.subjects, self.confusion, scores, strict=True)):
-            lines.append(f"fold {number:<15}{len(people):8}{int(matrix.sum()):9}{row[0]:10.4f}{row[1]:10.4f}")
-        for name, of in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
-            lines.append(f"{name:37}" + "".join(f"{of(column):10.4f}" for column in zip(*scores, strict=True)))
-        return "\n".join(lines)
+        people = [len(names) for names in self.subjects]
+        windows = [int(matrix.sum()) for matrix in self.confusion]
+        return table({"subjects": people, "windows": windows}, self.scores())
 
 
 def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
@@ -69,15 +64,9 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
     if not 2 <= folds <= len(names):
         raise ValueError(f"folds: expected 2 to {len(names)}, the number of subjects in the data, got {folds}")
     subjects = [tuple(names[number::folds]) for number in range(folds)]
-    configs = [
-        config.replace(test_subjects=held, nproc=1, strategy="single", output_dir=f"{config.output_dir}/{folds}-fold")
-        for held in subjects
-    ]
+    configs = configs_of(config, [{"test_subjects": held} for held in subjects])
     parts = [split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed) for c in configs]
-    at_once = None if config.nproc == "auto" else int(config.nproc)
-    predicted = launch_each(_predict_fold, configs, at_once=at_once, gpu_ids=config.gpu_ids)
-    if missing := sum(each is None for each in predicted):
-        print(f"{folds - missing} of {folds} folds have finished: run this again, and the others go on", flush=True)
+    if (predicted := launch_folds(_predict_fold, config, configs)) is None:
         return None
     probabilities, number_of = torch.empty(len(whose), len(windows.classes)), np.empty(len(whose), np.int64)
     confusions = []

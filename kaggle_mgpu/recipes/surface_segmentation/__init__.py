@@ -6,17 +6,21 @@
 Or: `python -m kaggle_mgpu train surface_segmentation --epochs 20`. `run` trains, then predicts whole volumes: the held
 out ones, whose figures it reports, and the test images, which it packs into output_dir/submission.zip. Killed anywhere,
 the same call goes on; a finished model goes straight to the volumes that have no prediction yet. Without data it tries
-itself on small made-up volumes, and says so.
+itself on small made-up volumes, and says so. `cross_validate` trains a model for each fold of the volumes, and
+`run(found.ensemble(config))` predicts by the mean of these models.
 """
 
+from .cross_validation import CrossValidation, cross_validate
 from .inference import sliding_window, validate_submission
 from .stages import baselines, figure, infer, run
 from .training import Config, SurfaceSegmentation, prepare, task
 
 __all__ = [
     "Config",
+    "CrossValidation",
     "SurfaceSegmentation",
     "baselines",
+    "cross_validate",
     "figure",
     "infer",
     "prepare",

@@ -1,8 +1,7 @@
-"""Scroll volumes: found, checked, read from TIFF stacks, split, and cut into training patches.
+"""Scroll volumes: found, checked, read from TIFF stacks, and split.
 
     catalogue = find_volumes(None)                    # train_images/, train_labels/, test_images/, *.csv
     facts = survey(catalogue.train[0], cache)         # decodes image and label once: errors, statistics, a cache
-    patch = Patches(volumes, facts, ...)[0]           # image (1, p, p, p) float32, label (p, p, p) uint8
 
 The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 (or uint16) stacks of LZW pages, labels 0
 background, 1 sheet, 2 unlabelled (or another number: `Config.ignore_label`). Without such data among the inputs small
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -24,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from kaggle_mgpu.machine import session
 
@@ -37,7 +32,6 @@ from .synthetic import synthesise
 IGNORED = 2
 Array = NDArray[Any]
 MAX_POINTS = 4096
-MAX_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -158,6 +152,29 @@ def _rows(path: Path) -> list[dict[str, str]]:
     if rows and "id" not in rows[0]:
         raise ValueError(f"{path}: expected a column 'id', got {', '.join(map(str, rows[0]))}")
     return rows
+
+
+def folds_of(volumes: Sequence[Volume], folds: int) -> list[list[Volume]]:
+    """Divide volumes into parts of similar size, by names alone; volumes of one scroll stay together.
+
+    The largest scroll comes first, each into the smallest part so far. Where all volumes are of one scroll, or none is
+    named, each volume stands alone.
+
+    Raises:
+        ValueError: fewer than two folds, or more than there are scrolls.
+    """
+    scrolls: dict[str, list[Volume]] = {}
+    for volume in volumes:
+        scrolls.setdefault(volume.scroll, []).append(volume)
+    what, groups = "scrolls", [*scrolls.values()]
+    if len(groups) == 1:
+        what, groups = "volumes", [[volume] for volume in volumes]
+    if not 2 <= folds <= len(groups):
+        raise ValueError(f"folds: expected 2 to {len(groups)}, the number of {what} with labels, got {folds}")
+    parts: list[list[Volume]] = [[] for _ in range(folds)]
+    for group in sorted(groups, key=lambda group: (-len(group), hashlib.sha256(group[0].id.encode()).hexdigest())):
+        min(parts, key=len).extend(group)
+    return [sorted(part, key=lambda volume: volume.id) for part in parts]
 
 
 def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
@@ -379,115 +396,3 @@ def look_through(volume: Volume, cache: Cache) -> None:
 
 def _shape(array: Array) -> str:
     return " x ".join(map(str, array.shape))
-
-
-# Patches
-def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) -> Array:
-    """Return a box of a volume; voxels outside the volume are `fill`, and `start` may be negative."""
-    out = np.full(tuple(size), fill, volume.dtype)
-    low = [max(0, s) for s in start]
-    high = [min(n, s + p) for n, s, p in zip(volume.shape, start, size, strict=True)]
-    if all(a < b for a, b in zip(low, high, strict=True)):
-        inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-        out[inside] = volume[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    return out
-
-
-class Patches(Dataset[tuple[Tensor, Tensor]]):
-    """`per_volume` random cubes of each volume an epoch; chance comes from torch's generator.
-
-    A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
-
-    A share `sheet_fraction` of them is centred on a voxel of the sheet (moved by up to a quarter of the cube), so that
-    sheets are seen however rare they are; the others lie anywhere.
-    """
-
-    def __init__(
-        self,
-        volumes: Sequence[Volume],
-        facts: dict[str, Facts],
-        cache: Cache,
-        *,
-        size: int,
-        per_volume: int,
-        sheet_fraction: float,
-        augment: bool,
-    ) -> None:
-        self.volumes, self.facts, self.cache = list(volumes), facts, cache
-        self.size, self.per_volume, self.sheet_fraction, self.augment = size, per_volume, sheet_fraction, augment
-
-    def __len__(self) -> int:
-        return len(self.volumes) * self.per_volume
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        volume = self.volumes[index // self.per_volume]
-        facts = self.facts.get(volume.id) or survey(volume, self.cache)
-        image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
-        # a patch without a label teaches nothing, and a step of such patches alone would have no term
-        for _ in range(MAX_TRIES if facts.counts[2] else 0):
-            if (label != IGNORED).any():
-                break
-            image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
-        return augmented(image, label) if self.augment else (image, label)
-
-    def place(self, volume: Volume, facts: Facts) -> list[int]:
-        """Where a cube begins, in voxels; in the middle where the volume is smaller than the cube."""
-        room = [n - self.size for n in facts.shape]
-        if float(torch.rand(())) < self.sheet_fraction and facts.counts[1]:
-            points = self.cache.points(volume)
-            centre = points[int(torch.randint(len(points), ()))].astype(int)
-            start = [int(c) - self.size // 2 + _within(self.size // 4) for c in centre]
-            start = [min(max(0, s), max(0, r)) for s, r in zip(start, room, strict=True)]
-        else:
-            start = [int(torch.randint(max(0, r) + 1, ())) for r in room]
-        return [s if r >= 0 else r // 2 for s, r in zip(start, room, strict=True)]
-
-
-class Tiles(Dataset[tuple[Tensor, Tensor]]):
-    """Cubes covering each volume exactly once; voxels beyond the volume are unlabelled."""
-
-    def __init__(self, volumes: Sequence[Volume], facts: dict[str, Facts], cache: Cache, *, size: int) -> None:
-        self.volumes, self.facts, self.cache, self.size = list(volumes), facts, cache, size
-        self.places: list[tuple[Volume, tuple[int, ...]]] = []
-        for volume in volumes:
-            shape = facts[volume.id].shape if volume.id in facts else shape_of(volume.image)
-            corners = itertools.product(*(range(0, side, size) for side in shape))
-            self.places += [(volume, corner) for corner in corners]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        volume, start = self.places[index]
-        facts = self.facts.get(volume.id) or survey(volume, self.cache)
-        return cut(self.cache, volume, facts, start, self.size)
-
-
-def _within(reach: int) -> int:
-    return int(torch.randint(-reach, reach + 1, ()))
-
-
-def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """A cube of a volume: image (1, size, size, size) float32, standardised by the volume's mean and deviation, and
-    label (size, size, size) uint8. Outside of the volume the image is at its mean and the label 2."""
-    low = [max(0, s) for s in start]
-    high = [min(n, s + size) for n, s in zip(facts.shape, start, strict=True)]
-    inside = (slice(None), slice(low[1], high[1]), slice(low[2], high[2]))
-    image = cache.read(volume, "image", low[0], high[0])[inside].astype(np.float32)
-    label = cache.read(volume, "label", low[0], high[0])[inside]
-    begin = [s - first for s, first in zip(start, low, strict=True)]
-    image = crop((image - np.float32(facts.mean)) / np.float32(facts.std), begin, [size] * 3, 0)
-    return torch.from_numpy(image)[None], torch.from_numpy(crop(label, begin, [size] * 3, IGNORED))
-
-
-def augmented(image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Apply one of the cube's 48 flips and rotations, then contrast, brightness and noise, from torch's generator."""
-    axes = torch.randperm(3).tolist()
-    flips = [axis for axis in range(3) if float(torch.rand(())) < 0.5]
-    image = image[0].permute(axes).flip(flips)[None]
-    label = label.permute(axes).flip(flips)
-    contrast, brightness, noise = (torch.rand(3) - 0.5).tolist()
-    image = image * (1 + 0.4 * contrast) + 0.4 * brightness
-    if noise > 0:  # in half of the patches
-        image = image + 0.4 * noise * torch.randn(image.shape)
-    return image.contiguous(), label.contiguous()

@@ -26,8 +26,9 @@ from torch import Tensor
 from kaggle_mgpu.checkpoints import whole, write_text
 from kaggle_mgpu.parallel import distributed
 
-from .data import crop, stacks_in
+from .data import stacks_in
 from .metrics import without_specks
+from .patches import crop
 from .postprocessing import Choice, quantised
 from .stacks import read_stack, shape_of, write_stack
 

@@ -109,3 +109,20 @@ def segmentation_loss(logits: Tensor | Sequence[Tensor], label: Tensor) -> Tenso
     p = x.sigmoid() * labelled
     dice = (2 * (p * target).sum(1) + 1) / (p.sum(1) + target.sum(1) + 1)
     return (entropy + (1 - dice) * (target.sum(1) > 0)).sum()
+
+
+def skeleton_recall_loss(logits: Tensor | Sequence[Tensor], medial: Tensor) -> Tensor:
+    """The SUM over patches of 1 - soft recall of the sheet's medial surface, in fp32; 0 for a patch without a sheet.
+
+    The loss of Kirchhoff et al. 2024 (arXiv 2404.03010) for each patch alone, with the medial surface of
+    `patches.medial_surface` in place of their tubed skeleton. Of deep supervision's logits the finest count: halved,
+    the surface would have holes.
+
+    Args:
+        logits: (B, 1, D, H, W), or a list of them, finest first.
+        medial: (B, D, H, W) bool.
+    """
+    x = (logits if isinstance(logits, Tensor) else logits[0]).float().flatten(1)
+    surface = medial.flatten(1).float()
+    recall = ((x.sigmoid() * surface).sum(1) + 1) / (surface.sum(1) + 1)
+    return (1 - recall).sum()

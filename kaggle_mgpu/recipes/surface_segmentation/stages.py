@@ -77,10 +77,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if (document := read_json(out / "result.json")) is None:
         raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) does both")
     result = dataclasses.replace(Result(**document), output_dir=str(out))
-    weights = out / "best" / "model.safetensors"
-    if config.weights == "final" or result.best is None or not weights.is_file():
-        weights = out / "model.safetensors"
-    paths = _given(config) or [weights]
+    paths = weights_of(config, result)
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
     size = surface.patch_size
     checksums = [_checksum(file) for file in paths]
@@ -183,6 +180,15 @@ def _given(config: Config) -> list[Path]:
         if not path.is_file():
             raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
     return paths
+
+
+def weights_of(config: Config, result: Result) -> list[Path]:
+    """Return the files of weights that predict: the given ones, else the run's best, else its final weights."""
+    out = Path(result.output_dir)
+    weights = out / "best" / "model.safetensors"
+    if config.weights == "final" or result.best is None or not weights.is_file():
+        weights = out / "model.safetensors"
+    return _given(config) or [weights]
 
 
 def _untrained(config: Config) -> Result:

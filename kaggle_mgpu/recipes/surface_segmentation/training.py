@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,10 +19,11 @@ from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Task
 
 from . import data
-from .data import Cache, Catalogue, Facts, Patches, Tiles, Volume
+from .data import Cache, Catalogue, Facts, Volume
 from .ensemble import averaged
 from .metrics import components
-from .model import UNet, segmentation_loss
+from .model import UNet, segmentation_loss, skeleton_recall_loss
+from .patches import Patches, Tiles
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Config(TrainConfig):
     """The number of voxels without annotation in the labels, left out of loss and figures; 255 in many data sets."""
     val_fraction: float = 0.05
     """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
+    folds: int | None = None
+    """Divide the volumes into this many parts, of whole scrolls where there are several, and hold out part `fold` in
+    place of val_fraction. `cross_validate` trains a model for each part."""
+    fold: int = 0
+    """The held-out part, from 0 on, where `folds` is given."""
     patch_size: int | Literal["auto"] = "auto"
     """Side of the training cubes and of the sliding window. auto: 128; on synthetic volumes 32."""
     patches_per_volume: int = 4
@@ -59,6 +65,10 @@ class Config(TrainConfig):
     """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
+    skeleton_recall: float = 0.0
+    """Weight of a further term of the loss, the missed share of the sheets' middle (Kirchhoff et al. 2024). 0: none.
+    With 1 on synthetic sheets, 4 seeds of 100 steps: Dice 0.888 -> 0.893, each seed better; surface Dice, VOI score
+    and Betti numbers a tie. It finds more sheet, so keep threshold="auto": at 0.5 the Dice falls, 0.871 -> 0.851."""
     weights: str | tuple[str, ...] = "best"
     """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained). Several
     files, as a list or separated by commas, of runs with the same model: the mean of their probabilities."""
@@ -112,10 +122,13 @@ class Config(TrainConfig):
                 f"Config.patch_size: expected 8 or more, and a multiple of {2 ** (_levels(size) - 1)} (it is halved "
                 f"{_levels(size) - 1} times), got {size}"
             )
-        for name, least in {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0}.items():
+        least_of = {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0, "skeleton_recall": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
+        if self.folds is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1}, below folds, got {self.fold}")
         bounds = {
             "val_fraction": (0, 0.5),
             "sheet_fraction": (0, 1),
@@ -140,7 +153,10 @@ def _levels(size: int) -> int:
 
 
 class SurfaceSegmentation(Task):
-    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored."""
+    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored.
+
+    With `skeleton_recall` a training batch has the labels' medial surfaces too, (B, p, p, p) bool.
+    """
 
     unit = "patches"
 
@@ -156,8 +172,9 @@ class SurfaceSegmentation(Task):
         if self._catalogue is None:
             components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
             self._catalogue, self.cache.prepared = distributed.from_main(self._find)
-            # Stamps the checkpoints: other volumes make another run
-            self.name = f"SurfaceSegmentation {self._catalogue.digest}"
+            # Stamps the checkpoints: other volumes make another run, and so does another fold of them
+            fold = "" if self.config.folds is None else f" fold {self.config.fold} of {self.config.folds}"
+            self.name = f"SurfaceSegmentation {self._catalogue.digest}{fold}"
         return self._catalogue
 
     def _find(self) -> tuple[Catalogue, dict[Volume, str]]:
@@ -181,8 +198,15 @@ class SurfaceSegmentation(Task):
     @property
     def split(self) -> tuple[list[Volume], list[Volume], str]:
         """Return the volumes to train on, the held-out volumes, and a sentence about the split."""
-        train_volumes, held, how = data.split(self.catalogue.train, self.config.val_fraction)
-        return train_volumes, held, how
+        c, volumes = self.config, self.catalogue.train
+        if c.folds is None:
+            return data.split(volumes, c.val_fraction)
+        held = data.folds_of(volumes, c.folds)[c.fold]
+        return [volume for volume in volumes if volume not in held], held, f"fold {c.fold} of {c.folds}"
+
+    def leave_out_tests(self) -> None:
+        """Predict no test images, for a model that is one of several."""
+        self._catalogue = replace(self.catalogue, test=())
 
     def describe(self) -> str:
         """Describe the source, the reason for the source, volumes, split, patches and model in three lines."""
@@ -264,17 +288,20 @@ class SurfaceSegmentation(Task):
             per_volume=c.patches_per_volume,
             sheet_fraction=c.sheet_fraction,
             augment=c.augment,
+            medial=c.skeleton_recall > 0,
         )
 
     def val_data(self) -> Tiles | None:
         held = self.split[1]
         return Tiles(held, self._facts, self.cache, size=self.patch_size) if held else None
 
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        image, label = batch
-        return segmentation_loss(model(image), label)
+    def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        image, label, *medial = batch
+        logits = model(image)
+        loss = segmentation_loss(logits, label)
+        return loss + self.config.skeleton_recall * skeleton_recall_loss(logits, *medial) if medial else loss
 
-    def count(self, batch: tuple[Tensor, Tensor]) -> int:
+    def count(self, batch: tuple[Tensor, ...]) -> int:
         """Return the number of patches with a labelled voxel; the loss of the others is 0."""
         return int((batch[1] != data.IGNORED).flatten(1).any(1).sum())
 

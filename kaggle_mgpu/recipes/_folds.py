@@ -1,0 +1,47 @@
+"""Train one model a fold, one fold per GPU at a time: the part that cross-validations of recipes share."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.launching import launch_each
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+def configs_of(config: C, changes: Sequence[Mapping[str, Any]]) -> list[C]:
+    """Return the settings of each fold, a run on one GPU in output_dir/<n>-fold, from each fold's own changes."""
+    folder = f"{config.output_dir}/{len(changes)}-fold"
+    return [config.replace(nproc=1, strategy="single", output_dir=folder, **change) for change in changes]
+
+
+def launch_folds(function: Callable[[C], Any], config: C, configs: Sequence[C]) -> list[Any] | None:
+    """Call function(config) for each fold; return the values, or None, with a printed line, while a value is None.
+
+    Args:
+        config: nproc is the number of folds at the same time.
+    """
+    at_once = None if config.nproc == "auto" else int(config.nproc)
+    values = launch_each(function, configs, at_once=at_once, gpu_ids=config.gpu_ids)
+    if missing := sum(value is None for value in values):
+        done = len(configs) - missing
+        print(f"{done} of {len(configs)} folds have finished: run this again, and the others go on", flush=True)
+        return None
+    return values
+
+
+def table(counts: Mapping[str, Sequence[int]], scores: Mapping[str, Sequence[float]]) -> str:
+    """Return a row for each fold with counts and scores by column, and the scores' mean and standard deviation."""
+    width = {name: max(10, len(name) + 2) for name in (*counts, *scores)}
+    lines = [" " * 20 + "".join(f"{name:>{n}}" for name, n in width.items())]
+    for number in range(len(next(iter(scores.values())))):
+        cells = [f"{column[number]:{width[name]}}" for name, column in counts.items()]
+        cells += [f"{column[number]:{width[name]}.4f}" for name, column in scores.items()]
+        lines.append(f"fold {number:<15}" + "".join(cells))
+    left = 20 + sum(width[name] for name in counts)
+    for title, of in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+        lines.append(f"{title:{left}}" + "".join(f"{of(scores[name]):{width[name]}.4f}" for name in scores))
+    return "\n".join(lines)

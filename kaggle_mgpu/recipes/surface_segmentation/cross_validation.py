@@ -1,0 +1,94 @@
+"""Train one model a fold of the volumes, measure each on its held-out volumes, and predict the test by all of them.
+
+found = cross_validate(Config(...), folds=5)     # one fold per GPU at a time; print(found) is a table
+run(found.ensemble(config))                      # submission.zip by the mean of the folds' probabilities
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from kaggle_mgpu.checkpoints import write_text
+
+from .._folds import configs_of, launch_folds, table
+from .data import folds_of
+from .postprocessing import FILE, Choice, known
+from .stages import run, weights_of
+from .training import Config, SurfaceSegmentation
+
+
+@dataclass
+class CrossValidation:
+    """The models of a cross-validation, by fold."""
+
+    volumes: list[tuple[str, ...]]
+    """The ids of the held-out volumes."""
+    figures: list[dict[str, float]]
+    """Means over the held-out volumes, as `measures` names its figures."""
+    weights: tuple[str, ...]
+    """The files of weights."""
+    choices: list[Choice]
+    """The threshold and the smallest part, chosen on the held-out volumes."""
+
+    def ensemble(self, config: Config) -> Config:
+        """Return settings by which `run` predicts the test images, by the mean probability of the folds' models.
+
+        Nothing is held out, since each volume has trained one of the models at least. The threshold is the mean of the
+        folds' thresholds, the smallest part the median of theirs, unless config gives numbers.
+        """
+        cut, least = config.threshold, config.min_component
+        if cut == "auto":
+            cut = statistics.mean(choice.threshold for choice in self.choices)
+        if least == "auto":
+            least = int(statistics.median(choice.min_component for choice in self.choices))
+        folder = f"{config.output_dir}/{len(self.weights)}-fold/ensemble"
+        return config.replace(
+            weights=self.weights, val_fraction=0, folds=None, threshold=cut, min_component=least, output_dir=folder
+        )
+
+    def __str__(self) -> str:
+        scores = {name: [row[name] for row in self.figures] for name in self.figures[0]}
+        return table({"volumes": [len(ids) for ids in self.volumes]}, scores)
+
+
+def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
+    """Train on all volumes but those of a fold, for each fold, one fold per GPU at a time; measure the fold's volumes.
+
+    Writes folds.json into the run's folder. Call it again after an interrupt or in the next session: finished folds
+    return at once, the others go on.
+
+    Args:
+        config: nproc is the number of folds at the same time.
+        folds: the number of parts; see `Config.folds`.
+
+    Returns:
+        None while folds have not finished.
+
+    Raises:
+        ValueError: fewer than two folds, or more than there are scrolls (volumes, where they are of one scroll).
+    """
+    parts = folds_of(SurfaceSegmentation(config).catalogue.train, folds)
+    configs = configs_of(config, [{"folds": folds, "fold": number} for number in range(folds)])
+    if (values := launch_folds(_run_fold, config, configs)) is None:
+        return None
+    figures, weights, choices = zip(*values, strict=True)
+    found = CrossValidation([tuple(v.id for v in part) for part in parts], [*figures], tuple(weights), [*choices])
+    write_text(Path(config.output_dir, "folds.json"), json.dumps(dataclasses.asdict(found), indent=1))
+    return found
+
+
+def _run_fold(config: Config) -> tuple[dict[str, float], str, Choice] | None:
+    """Train a fold's model and predict its held-out volumes; return figures, weights, choice; None if unfinished."""
+    surface = SurfaceSegmentation(config)
+    surface.leave_out_tests()
+    result = run(config, surface)
+    made = Path(config.output_dir, "predictions", FILE)
+    choice = known(config.threshold, config.min_component, {}, [made], held_out=True)
+    if not result.finished or choice is None:
+        return None
+    figures = {name.removeprefix("volume_"): x for name, x in result.metrics.items() if name.startswith("volume_")}
+    return figures, str(weights_of(config, result)[0]), choice
