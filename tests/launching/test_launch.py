@@ -1077,7 +1077,8 @@ class Notebook:
 
     def run(self, code: str, *, on_line: Callable[[str], None] = lambda line: None, timeout: float = 600.0) -> str:
         """Run a cell; what it printed, or what its error shows. `on_line` hears each chunk of output as it comes."""
-        self.client.execute(textwrap.dedent(code))
+        # else a kernel drops a cell that arrives at once after one with an error
+        self.client.execute(textwrap.dedent(code), stop_on_error=False)
         text = ""
         while True:
             message = self.client.get_iopub_msg(timeout=timeout)
