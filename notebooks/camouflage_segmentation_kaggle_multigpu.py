@@ -44,6 +44,7 @@ backbone = "compact"  # the recipe's own, or the name of a timm backbone
 backbone_weights = None  # of a timm backbone: a file, or "download"; None: searched among the inputs
 image_size = None
 width = None  # of the compact backbone
+decoder = "small"  # or experts: of seven kinds, with more parameters and slower steps
 decoder_width = None
 num_experts = None
 routing = "soft"  # soft or topk

@@ -708,6 +708,7 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
         ({"width": 7}, "width: expected a multiple of 2, got 7"),
         ({"num_experts": 0}, "num_experts: expected 1 or more, got 0"),
         ({"unfreeze_parts": 0}, "unfreeze_parts: expected 1 or more, got 0"),
+        ({"decoder": "large"}, r"decoder: expected small\|experts, got 'large'"),
         ({"val_fraction": 0.6}, "val_fraction: expected 0 to 0.5, got 0.6"),
         ({"routing": "topk", "top_k": 5}, "top_k: expected at most num_experts, got 5"),
         ({"preset": "slow"}, r"preset: expected balanced\|fast\|high_resolution, got 'slow'"),

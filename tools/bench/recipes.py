@@ -1,4 +1,4 @@
-"""Compare a recipe with what people use instead, on real data that comes inside packages.
+"""Compare a recipe with what people use instead, on real data that comes inside packages; camouflage's two decoders.
 
     make bench-recipes RECIPE=text_generation                   # in an environment of its own, build/peers
     python tools/bench/recipes.py text_generation --small       # two to three minutes of one core
@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 MODULES = {
     "text_generation": "text", "activity_recognition": "activity", "sft": "sft", "surface_segmentation": "surface",
+    "camouflage_segmentation": "camouflage",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class Compact(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
         for level in self.levels:
-            x = _maybe_checkpoint(self, level, x)
+            x = maybe_checkpoint(self, level, x)
             features.append(x)
         return features
 
@@ -254,18 +255,28 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features, and the balance of each image, (B,)."""
         y = self.norm(x)
-        shares = self.router(y).float().softmax(1)
-        gates = shares
-        if self.top_k is not None:
-            chosen = torch.zeros_like(shares).scatter(1, shares.topk(self.top_k, dim=1).indices, 1.0)
-            gates = shares * chosen
-            # with a single expert the share itself is the gate (Fedus et al. 2021): 1 would give no gradient
-            if self.top_k > 1:
-                gates = gates / gates.sum(1, keepdim=True)
+        weights, uneven = gates(self.router(y), self.top_k)
         out = x
         for index, expert in enumerate(self.experts):
-            out = out + gates[:, index : index + 1].to(x.dtype) * expert(y)
-        return out, balance(shares, self.top_k)
+            out = out + weights[:, index : index + 1].to(x.dtype) * expert(y)
+        return out, uneven
+
+
+def gates(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """Return the weight of each expert at each position, fp32, and the balance of each image, (B,).
+
+    Args:
+        scores: a router's (B, num_experts, H, W).
+        top_k: how many experts a position uses, the others get 0; None: all.
+    """
+    shares = scores.float().softmax(1)
+    weights = shares
+    if top_k is not None:
+        weights = shares * torch.zeros_like(shares).scatter(1, shares.topk(top_k, dim=1).indices, 1.0)
+        # with a single expert the share itself is the gate (Fedus et al. 2021): 1 would give no gradient
+        if top_k > 1:
+            weights = weights / weights.sum(1, keepdim=True)
+    return weights, balance(shares, top_k)
 
 
 def balance(shares: Tensor, top_k: int | None) -> Tensor:
@@ -290,15 +301,22 @@ def balance(shares: Tensor, top_k: int | None) -> Tensor:
 
 
 class Segmenter(nn.Module):
-    """Segmenter joins a backbone and a decoder; stages train these two with different rates."""
+    """Segmenter joins a backbone and a decoder; stages train these two with different rates.
+
+    Args:
+        decoder: made from the backbone's channels, width, num_experts and top_k; maps features to an Output.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, body: nn.Module, *, width: int, num_experts: int, top_k: int | None = None) -> None:
+    def __init__(
+        self, body: nn.Module, *, width: int, num_experts: int, top_k: int | None = None,
+        decoder: Callable[..., nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.backbone = body
-        self.decoder = Decoder(body.channels, width, num_experts, top_k)  # type: ignore[arg-type]
+        self.decoder = (decoder or Decoder)(body.channels, width, num_experts, top_k)  # type: ignore[arg-type]
         self.register_buffer("mean", 255 * torch.tensor(getattr(body, "mean", MEAN)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(getattr(body, "std", STD)).view(1, 3, 1, 1), persistent=False)
 
@@ -307,7 +325,7 @@ class Segmenter(nn.Module):
         return self.decoder(self.backbone((images - self.mean) / self.std))
 
     def gradient_checkpointing_enable(self) -> None:
-        self.decoder.checkpointing = True
+        self.decoder.checkpointing = True  # type: ignore[assignment]
         if isinstance(self.backbone, Timm):
             self.backbone.gradient_checkpointing_enable()
         else:
@@ -344,7 +362,7 @@ class Decoder(nn.Module):
         for level in reversed(range(len(features))):
             here = self.lateral[level](features[level])
             x = here if x is None else here + F.interpolate(x, here.shape[2:], mode="bilinear", align_corners=False)
-            x, uneven = _maybe_checkpoint(self, self.mixtures[level], x)
+            x, uneven = maybe_checkpoint(self, self.mixtures[level], x)
             balances.append(uneven)
             if level:
                 logits.append(self.heads[level - 1](x))
@@ -354,7 +372,8 @@ class Decoder(nn.Module):
         return Output(logits, edge, torch.stack(balances).mean(0))
 
 
-def _maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
+def maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
+    """Call a part of `owner`; where gradient checkpointing is on, its backward pass computes the part again."""
     if owner.checkpointing and owner.training:
         return checkpoint(part, x, use_reentrant=False)
     return part(x)

@@ -23,23 +23,32 @@ from kaggle_mgpu.training import Task, optim
 
 from . import data
 from .data import Samples
+from .experts import ExpertsDecoder
 from .metrics import measure, report
-from .model import Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
+from .model import Decoder, Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
 from .settings import PRESETS, Config, stages
 
+DECODERS = {"small": Decoder, "experts": ExpertsDecoder}
+Sizes = tuple[str, int | None, str, int | None, int | None, int | None]
 
-def _segmenter(
-    body: str, width: int | None, decoder_width: int | None, experts: int | None, size: int | None,
-    *, weights: str | None = None, top_k: int | None = None,
-) -> Segmenter:  # fmt: skip
+
+def _sizes(config: Config) -> Sizes:
+    """Return the settings that the number of parameters and operations depends on."""
+    return (
+        config.backbone, config.width, config.decoder, config.decoder_width, config.num_experts, config.image_size,
+    )  # fmt: skip
+
+
+def _segmenter(sizes: Sizes, *, weights: str | None = None, top_k: int | None = None) -> Segmenter:
+    body, width, decoder, decoder_width, experts, size = sizes
     whole = backbone(body, width=width or 0, weights=weights, image_size=size)
-    return Segmenter(whole, width=decoder_width or 0, num_experts=experts or 0, top_k=top_k)
+    return Segmenter(whole, width=decoder_width or 0, num_experts=experts or 0, top_k=top_k, decoder=DECODERS[decoder])
 
 
 @functools.cache  # a fifth of a second each
-def _cost(body: str, width: int | None, decoder_width: int | None, experts: int | None, size: int | None) -> Any:
+def _cost(sizes: Sizes) -> Any:
     """Return what `cost` does, of a segmenter with random weights."""
-    return cost(_segmenter(body, width, decoder_width, experts, size).to("meta"), size or 0)
+    return cost(_segmenter(sizes).to("meta"), sizes[-1] or 0)
 
 
 class CamouflageSegmentation(Task):
@@ -110,7 +119,7 @@ class CamouflageSegmentation(Task):
             mine = name == config.preset
             # soft, which costs the same: another preset may have fewer experts than top_k
             its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
-            parameters, flops, kept = _cost(its.backbone, its.width, its.decoder_width, its.num_experts, its.image_size)
+            parameters, flops, kept = _cost(_sizes(its))
             # weights, gradients, two moments and the average, four bytes each
             memory = batch * kept + 20 * parameters
             yield (
@@ -122,10 +131,8 @@ class CamouflageSegmentation(Task):
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
         """Make the segmenter of a config with no field left to the preset; default: the task's own."""
         config = config or self.config
-        return _segmenter(
-            config.backbone, config.width, config.decoder_width, config.num_experts, config.image_size,
-            weights=weights, top_k=config.top_k if config.routing == "topk" else None,
-        )  # fmt: skip
+        top_k = config.top_k if config.routing == "topk" else None
+        return _segmenter(_sizes(config), weights=weights, top_k=top_k)
 
     def model(self) -> nn.Module:
         config = self.config

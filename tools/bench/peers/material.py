@@ -147,5 +147,6 @@ def _package(name: str) -> Path:
 
 MATERIAL: dict[str, Callable[[Path], Path]] = {
     "text_generation": bible, "activity_recognition": watch, "sft": chat, "surface_segmentation": head,
+    "camouflage_segmentation": lambda folder: folder,
 }  # fmt: skip
-"""What each recipe is trained on."""
+"""What each recipe is trained on; camouflage_segmentation draws its scenes."""
