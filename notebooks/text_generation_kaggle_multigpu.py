@@ -29,7 +29,8 @@ print(devices.report())
 # ## Parameters
 #
 # `global_batch_size` counts blocks of `block_size` tokens per optimizer step over all GPUs: results do not depend on
-# how many there are. Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+# how many there are. `"per_gpu:64"` makes it 64, 128 or 256 on one, two or four GPUs: results then depend on how many.
+# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
 
 # %% tags=["parameters"]
 # Parameters of this notebook

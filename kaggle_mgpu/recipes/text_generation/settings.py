@@ -45,7 +45,7 @@ class Config(TrainConfig):
     vectors. Not with strategy deepspeed. Measured on the King James Bible after 100 to 120 steps of 1024 tokens at
     lr=3e-3, nats a token held out: 0.26 M parameters 5.18 with adamw, 4.79 with muon (three seeds); 0.7 M 5.00 and
     4.60; 1.7 M 5.13 and 4.58. How long its steps take on a GPU has not been measured."""
-    global_batch_size: int | None = 64
+    global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
     """Passes over the training data. Ignored when max_steps is given."""
