@@ -73,6 +73,13 @@ def test_config_refuses_what_cannot_work():
 
 
 # Readers
+def test_the_rate_falls_with_the_width_where_none_is_given() -> None:
+    assert Config().lr == 1e-3
+    assert [Config(n_embd=width).lr for width in (64, 512, 4096)] == [4e-3, 5e-4, 1e-4], "no lower than min_lr"
+    assert Config(n_embd=64, lr=2e-4).lr == 2e-4
+    assert Config.from_dict({"n_embd": "128", "lr": "auto"}).lr == 2e-3, "as from papermill"
+
+
 def test_txt_and_folder_in_sorted_order_with_bom_and_windows_lines(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_bytes(b"\xef\xbb\xbfsecond\r\nline")
