@@ -28,8 +28,9 @@ class Config(TrainConfig):
     vocab_size: int = 1024
     """Size of the bpe vocabulary, separator included. A larger one makes fewer tokens of a text, and each step slower.
     Measured with 4 layers x 128 in 110 s of one CPU core, one seed, bits per byte held out: King James Bible (4.3 MB)
-    2.08 with 1024 (367 steps), 2.08 with 4096 (251 steps); Python source (20 MB) 3.10 and 3.25. In 400 steps each, so
-    in more time, 4096 led on the Bible: 1.91 against 1.99."""
+    2.08 with 1024 (367 steps), 2.08 with 4096 (251 steps); Python source (20 MB) 3.10 and 3.25. In 330 steps, 146 s,
+    4096 led on the Bible with 2.03. The default model does about 340 in the time of 367 with 1024, by its operations:
+    the head is a smaller part of it."""
     n_layer: int = 8
     """Transformer blocks."""
     n_head: int = 8
@@ -47,7 +48,9 @@ class Config(TrainConfig):
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
     vectors. Not with strategy deepspeed. Measured on the King James Bible after 100 to 120 steps of 1024 tokens at
     lr=3e-3, nats a token held out: 0.26 M parameters 5.18 with adamw, 4.79 with muon (three seeds); 0.7 M 5.00 and
-    4.60; 1.7 M 5.13 and 4.58. How long its steps take on a GPU has not been measured."""
+    4.60; 1.7 M 5.13 and 4.58. The lead is gone in a run of 600 steps: 0.3 M 4.11 with adamw, 4.12 with muon (another
+    seed 4.10 and 4.10), 1.2 M 3.88 and 3.89, where a step of muon takes 1.1 and 1.3 times the CPU time. How long its
+    steps take on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
