@@ -88,8 +88,10 @@ class TrainConfig:
     """Under ddp, MiB of gradients sent at a time while backward continues."""
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
-    global_batch_size: int | None = None
-    """Samples per optimizer step over all GPUs, independent of the number of GPUs."""
+    global_batch_size: int | str | None = None
+    """Samples per optimizer step over all GPUs, independent of the number of GPUs. "per_gpu:64": 64 times the number of
+    GPUs (of processes on a CPU), which is no default, since the weights then depend on the number of GPUs. A resumed
+    run keeps the size that it began with."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
     under fsdp and deepspeed the largest there is, halved when memory runs out."""
@@ -216,11 +218,13 @@ class TrainConfig:
                 raise ValueError(
                     f"{type(self).__name__}.{name}: expected a number of steps, or epochs as '2 epochs', got {value!r}"
                 )
-        if self.time_limit is not None:
-            try:
-                fields.parse_duration(self.time_limit)
-            except ValueError as error:
-                raise ValueError(f"{type(self).__name__}.time_limit: {error}") from None
+        parsers = {"time_limit": fields.parse_duration, "global_batch_size": fields.parse_per_gpu}
+        for name, parse in parsers.items():
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    parse(value)
+                except ValueError as error:
+                    raise ValueError(f"{type(self).__name__}.{name}: {error}") from None
         for name, value in vars(self).items():
             # an empty path, as from an unset shell variable, would mean the current folder
             names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))

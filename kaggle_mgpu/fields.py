@@ -132,6 +132,18 @@ def docstrings(cls: type) -> dict[str, str]:
     return texts
 
 
+def parse_per_gpu(text: str) -> int:
+    """Return 64 for "per_gpu:64", a batch size that grows with the number of GPUs.
+
+    Raises:
+        ValueError: the text is no such size.
+    """
+    found = re.fullmatch(r"per_gpu:\s*(\d+)", text.strip())
+    if found is None or int(found[1]) < 1:
+        raise ValueError(f"expected a number of samples, or 'per_gpu:64' for 64 on each GPU, got {text!r}")
+    return int(found[1])
+
+
 def parse_duration(text: str | float) -> float:
     """Return the seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
 

@@ -29,7 +29,8 @@ print(devices.report())
 # ## Parameters
 #
 # `global_batch_size` counts blocks of `block_size` tokens per optimizer step over all GPUs: results do not depend on
-# how many there are. Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+# how many there are. `"per_gpu:64"` makes it 64, 128 or 256 on one, two or four GPUs: results then depend on how many.
+# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
@@ -43,7 +44,7 @@ epochs = 20
 max_steps = None  # instead of epochs, when given
 global_batch_size = 64
 micro_batch_size = None  # blocks per forward pass on one GPU; None: global_batch_size shared out
-lr = 1e-3
+lr = "auto"  # or a number; auto: 1e-3 for n_embd 256, twice as much for half the width
 strategy = "auto"  # auto, single, dp or ddp
 nproc = "auto"  # processes; auto: one per GPU
 precision = "auto"  # auto, fp32, fp16 or bf16

@@ -88,11 +88,12 @@ def test_the_recipes_are_found() -> None:
 
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("lr: 1e-2\nmax_steps: 3\nschedule: linear\n")
-    run = train(tmp_path, "--config", tmp_path / "settings.yaml", "--max-steps", 5, "--nproc", 2)
+    flags = ["--max-steps", 5, "--nproc", 2, "--global-batch-size", "per_gpu:2"]
+    run = train(tmp_path, "--config", tmp_path / "settings.yaml", *flags)
     assert run.stdout.splitlines()[-1] == f"pictures: {tmp_path}/run/run.png, run.svg"
     assert (tmp_path / "run/run.png").read_bytes().startswith(b"\x89PNG")
     assert run.returncode == 0, run.stderr
-    assert "global batch 4 = 2 per process x 2 processes x 1 accumulation step" in run.stdout
+    assert "(per_gpu:2: the weights depend on the number of GPUs) = 2 per process x 2 processes x 1 acc" in run.stdout
     assert "finished: step 5/5" in run.stdout
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     assert [settings[name] for name in ("lr", "max_steps", "schedule", "n_layer")] == [0.01, 5, "linear", 1]
@@ -104,7 +105,7 @@ def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) ->
     ("arguments", "code", "message"),
     [
         # what was asked for cannot be
-        (["--lr", "fast"], 2, "ValueError: Config.lr: expected float, got 'fast' (str)"),
+        (["--lr", "fast"], 2, "ValueError: Config.lr: expected float|auto, got 'fast' (str)"),
         (["--output-dir", ""], 2, "ValueError: Config.output_dir: expected a name, got ''"),
         (["--config", "{}/none.yaml"], 2, "FileNotFoundError: config file not found: {}/none.yaml"),
         (["--config", ""], 2, "FileNotFoundError: config file not found: "),

@@ -8,6 +8,7 @@ anybody's and hold anything: a checkpoint that cannot be used is named and passe
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..machine import session
 from .checkpoint import Checkpoints
-from .format import OtherRunError, damage, read_facts
+from .format import OtherRunError, all_in, damage, read_facts
 from .reader import Expected, examine
 
 
@@ -121,6 +122,37 @@ def _among_inputs(
     if newest is None and told:
         print(f"not resumed from the inputs: {told[0]}", flush=True)
     return newest
+
+
+def batch_begun_with(
+    folder: Path,
+    *,
+    resume: str,
+    config: Mapping[str, Any],
+    may_change: Collection[str],
+    stamp: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> int | None:
+    """Return the global batch of the checkpoint that a run with a batch per GPU goes on from; None for a new run.
+
+    Args:
+        folder: the run's own checkpoints.
+        stamp: identifies the run, without its global batch. The rest is as for `starting_point`.
+    """
+    if resume == "never":
+        return None
+    inputs = [file.parent for file in session.find("checkpoints/step-*/state.json")] if resume == "auto" else []
+    for paths in (all_in(folder) if resume == "auto" else [Path(resume)], inputs):
+        found: list[tuple[int, int]] = []
+        for path in paths:
+            with contextlib.suppress(Exception):  # starting_point names what cannot be used
+                facts = read_facts(path)
+                differ = _differences(facts, config, may_change, stamp, defaults).keys() - {"global_batch_size"}
+                if facts["config"]["global_batch_size"] == config["global_batch_size"] and not differ:
+                    found.append((facts["step"], int(facts["stamp"]["global_batch_size"])))
+        if found:
+            return max(found)[1]
+    return None
 
 
 def changes(

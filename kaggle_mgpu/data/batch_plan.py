@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Self
 
+from ..fields import parse_per_gpu
+
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 
@@ -19,6 +21,8 @@ class BatchPlan:
     gradient_accumulation_steps: int
     dataset_size: int
     max_steps: int
+    per_gpu: int | None = None
+    """The share of a replica that was asked for in place of a global batch size."""
 
     @classmethod
     def make(
@@ -26,20 +30,30 @@ class BatchPlan:
         *,
         dataset_size: int,
         num_replicas: int = 1,
-        global_batch_size: int | None = None,
+        global_batch_size: int | str | None = None,
         micro_batch_size: int | None = None,
         gradient_accumulation_steps: int | None = None,
         epochs: int = 1,
         max_steps: int | None = None,
+        kept: int | None = None,
     ) -> Self:
         """Derive the missing batch sizes and check the given sizes.
+
+        Args:
+            global_batch_size: samples, or "per_gpu:64" for 64 times the number of replicas.
+            kept: the global batch that a run of "per_gpu:64" began with, on however many GPUs.
 
         Raises:
             ValueError: the dataset is empty, the sizes do not multiply, or the replicas cannot share the batch.
         """
         if dataset_size < 1:
             raise ValueError("the training data is empty: train_data() has length 0. Check the path it reads from.")
-        batch, micro, accumulation = global_batch_size, micro_batch_size, gradient_accumulation_steps
+        micro, accumulation, per_gpu = micro_batch_size, gradient_accumulation_steps, None
+        if isinstance(global_batch_size, str):
+            per_gpu = parse_per_gpu(global_batch_size)
+            batch: int | None = kept or per_gpu * num_replicas
+        else:
+            batch = global_batch_size
         if batch is None:
             batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
@@ -75,7 +89,10 @@ class BatchPlan:
                 )
             micro = batch // (num_replicas * accumulation)
         steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / batch)
-        return cls(batch, micro, num_replicas, accumulation, dataset_size, steps)
+        plan = cls(batch, micro, num_replicas, accumulation, dataset_size, steps, per_gpu)
+        if per_gpu is not None and micro_batch_size is None and gradient_accumulation_steps is None:
+            return plan.with_micro_batch_size(per_gpu)  # a kept batch may be larger than that of these replicas
+        return plan
 
     def with_micro_batch_size(self, at_most: int) -> Self:
         """Return a plan for the same global batch with the largest possible micro-batches up to `at_most`."""
@@ -101,8 +118,13 @@ class BatchPlan:
 
     def sentence(self, unit: str = "GPU") -> str:
         """Describe the plan in a sentence; `unit` names the device of one replica."""
+        size = f"global batch {self.global_batch_size}"
+        if self.per_gpu is not None:
+            here = self.per_gpu * self.num_replicas
+            kept = "" if here == self.global_batch_size else f" was {self.global_batch_size} at the start, {here} here"
+            size += f" (per_gpu:{self.per_gpu}{kept}: the weights depend on the number of GPUs)"
         return (
-            f"global batch {self.global_batch_size} = {self.micro_batch_size} per {unit} x "
+            f"{size} = {self.micro_batch_size} per {unit} x "
             f"{counted(self.num_replicas, unit)} x "
             f"{counted(self.gradient_accumulation_steps, 'accumulation step')}; "
             f"{counted(self.dataset_size, 'sample')}, {counted(self.steps_per_epoch, 'step')} an epoch, "

@@ -105,7 +105,7 @@ def _plain_gpt(task: text_generation.TextGeneration, device: torch.device, preci
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
-    size, count = config.block_size, config.global_batch_size or 1
+    size, count = config.block_size, int(config.global_batch_size or 1)
     taken = 0
 
     def batch() -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from .. import data
+from ..checkpoints import resume
 from ..config import TrainConfig, in_epochs
 from ..data import randomness
 from ..fields import parse_duration
@@ -120,7 +121,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
 
     randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
     train_set, val_set = task.train_data(), task.val_data()
-    plan = _batch_plan(config, data.size_of(train_set, "train_data()"), replicas)
+    plan = _batch_plan(config, task, data.size_of(train_set, "train_data()"), replicas)
     if task.whole_batch_loss and (plan.gradient_accumulation_steps > 1 or (kind.name == "dp" and replicas > 1)):
         raise ValueError(
             f"{type(task).__name__}.whole_batch_loss is True, but strategy {kind.name!r} computes a global batch of "
@@ -149,8 +150,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
         model = _model(task, config)
     number = count_parameters(model)
     strategy.prepare(model)
-    stamp: dict[str, Any] = {"task": task.name or type(task).__name__, "backend": task.backend}
-    stamp |= {"global_batch_size": plan.global_batch_size, "dataset_size": plan.dataset_size}
+    stamp = _stamp(task, plan.dataset_size) | {"global_batch_size": plan.global_batch_size}
     scaled = f" ({config.lr:g} scaled {config.lr_scaling})" if lr != config.lr else ""
     header = (
         f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
@@ -233,8 +233,13 @@ def _optimizer(task: Task, made: Any) -> torch.optim.Optimizer:
     return made
 
 
-def _batch_plan(config: TrainConfig, dataset_size: int, num_replicas: int) -> data.BatchPlan:
-    """Split each global batch over the replicas.
+def _stamp(task: Task, dataset_size: int) -> dict[str, Any]:
+    """Return the facts that identify a run in its checkpoints, apart from its global batch."""
+    return {"task": task.name or type(task).__name__, "backend": task.backend, "dataset_size": dataset_size}
+
+
+def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas: int) -> data.BatchPlan:
+    """Split each global batch over the replicas; a batch per GPU keeps the size that its run began with.
 
     Raises:
         ValueError: settings do not fit each other or the data.
@@ -244,9 +249,18 @@ def _batch_plan(config: TrainConfig, dataset_size: int, num_replicas: int) -> da
             f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
             f"one follows from the other. Give global_batch_size instead."
         )
+    kept = None
+    if isinstance(config.global_batch_size, str):
+        kept = distributed.from_main(
+            lambda: resume.batch_begun_with(
+                Path(config.output_dir) / "checkpoints", resume=config.resume, config=config.to_dict(),
+                may_change=config.MAY_CHANGE, stamp=_stamp(task, dataset_size), defaults=config.defaults(),
+            )
+        )  # fmt: skip
     return data.BatchPlan.make(
         dataset_size=dataset_size, num_replicas=num_replicas, epochs=config.epochs, max_steps=config.max_steps,
-        global_batch_size=config.global_batch_size, gradient_accumulation_steps=config.gradient_accumulation_steps,
+        global_batch_size=config.global_batch_size, kept=kept,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
     )  # fmt: skip
 

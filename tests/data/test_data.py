@@ -77,6 +77,28 @@ class TestBatchPlan:
         plan = BatchPlan.make(dataset_size=100, num_replicas=replicas, **given)
         assert (plan.global_batch_size, plan.micro_batch_size, plan.gradient_accumulation_steps) == expected
 
+    @pytest.mark.parametrize(("replicas", "whole"), [(1, 64), (2, 128), (4, 256)])
+    def test_a_size_per_gpu_grows_with_the_gpus_and_says_so(self, replicas: int, whole: int) -> None:
+        plan = BatchPlan.make(dataset_size=1000, num_replicas=replicas, global_batch_size="per_gpu:64")
+        assert (plan.global_batch_size, plan.micro_batch_size, plan.gradient_accumulation_steps) == (whole, 64, 1)
+        said = f"global batch {whole} (per_gpu:64: the weights depend on the number of GPUs) = 64 per GPU x {replicas} "
+        assert plan.sentence().startswith(said)
+
+    @pytest.mark.parametrize(
+        ("replicas", "given", "split"),
+        [(1, {}, (64, 2)), (4, {}, (32, 1)), (1, {"micro_batch_size": 16}, (16, 8)), (2, {}, (64, 1))],
+    )
+    def test_a_size_that_a_run_began_with_is_kept(
+        self, replicas: int, given: dict[str, int], split: tuple[int, int]
+    ) -> None:
+        plan = BatchPlan.make(
+            dataset_size=1000, num_replicas=replicas, global_batch_size="per_gpu:64", kept=128, **given
+        )
+        assert plan.global_batch_size == 128
+        assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == split
+        here = "" if replicas == 2 else f" was 128 at the start, {64 * replicas} here"
+        assert plan.sentence().startswith(f"global batch 128 (per_gpu:64{here}: the weights depend")
+
     def test_max_steps_wins_over_epochs(self) -> None:
         assert BatchPlan.make(dataset_size=100, epochs=50, max_steps=7).max_steps == 7
         assert BatchPlan.make(dataset_size=100, epochs=3).max_steps == 3 * 4

@@ -308,9 +308,11 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "sample", lambda: [{"index": i, "memory_used": i << 30} for i in (0, 1)])
     monkeypatch.setattr(compare, "measure", lambda config, task, steps: measured)
     monkeypatch.setattr(planner, "launch", lambda function, **_: [rate] if function is all_reduce_bandwidth else None)
-    found = plan(TrainConfig(global_batch_size=20), Wide())
+    found = plan(TrainConfig(global_batch_size="per_gpu:10"), Wide())
     assert (found.strategy, found.precision, found.step_seconds, found.measured_memory) == ("ddp", "bf16", 0.1, 4 << 30)
-    assert found.sentence.startswith("global batch 20 = 5 per GPU x 2 GPUs x 2 accumulation steps")
+    assert found.sentence.startswith(
+        "global batch 20 (per_gpu:10: the weights depend on the number of GPUs) = 5 per GPU"
+    )
     exchange = 8 * WIDTH * WIDTH / 1e7
     assert found.exchange is not None and found.exchange.exposed == pytest.approx(exchange)
     alone = 2 * (0.1 - exchange)

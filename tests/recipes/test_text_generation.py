@@ -1,5 +1,6 @@
 """The text recipe: readers, split, packing, tokenizers, model, cache, sampling, baselines, real runs."""
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,13 @@ from kaggle_mgpu.recipes import text_generation as tg
 from kaggle_mgpu.recipes.text_generation import GPT, Config, TextGeneration, documents
 from kaggle_mgpu.recipes.text_generation import corpus as corpus_file
 from kaggle_mgpu.recipes.text_generation.corpus import TokenBlocks, choose_source, prepare
-from kaggle_mgpu.recipes.text_generation.documents import cut_text, embedded_documents, plan_split, read_documents
+from kaggle_mgpu.recipes.text_generation.documents import (
+    cut_at,
+    digest_of,
+    embedded_documents,
+    plan_split,
+    read_documents,
+)
 from kaggle_mgpu.recipes.text_generation.generation import probabilities
 from kaggle_mgpu.recipes.text_generation.model import KVCache, _rotate
 from kaggle_mgpu.recipes.text_generation.ngrams import Ngrams, ngram_losses
@@ -66,6 +73,13 @@ def test_config_refuses_what_cannot_work():
 
 
 # Readers
+def test_the_rate_falls_with_the_width_where_none_is_given() -> None:
+    assert Config().lr == 1e-3
+    assert [Config(n_embd=width).lr for width in (64, 512, 4096)] == [4e-3, 5e-4, 1e-4], "no lower than min_lr"
+    assert Config(n_embd=64, lr=2e-4).lr == 2e-4
+    assert Config.from_dict({"n_embd": "128", "lr": "auto"}).lr == 2e-3, "as from papermill"
+
+
 def test_txt_and_folder_in_sorted_order_with_bom_and_windows_lines(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_bytes(b"\xef\xbb\xbfsecond\r\nline")
@@ -228,13 +242,29 @@ def test_equal_documents_land_on_the_same_side():
     assert cuts[:20] == cuts[20:]
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.text(max_size=60), st.integers(0, 200))
-def test_cut_text_loses_nothing_and_breaks_no_character(text, cut):
-    text = text.encode("utf-8", "replace").decode()
-    head, tail = cut_text(text, cut)
-    assert head + tail == text
-    assert len(head.encode()) <= cut or head == text
+def cut_of_bytes(text: str, cut: int) -> int:
+    """The same cut from the bytes of the whole text, which a long text has no room for."""
+    data = text.encode("utf-8")
+    if 0 < cut < len(data):
+        line = data.rfind(b"\n", max(0, cut - 1000), cut) + 1
+        cut = line or cut
+        while data[cut] & 0xC0 == 0x80:
+            cut -= 1
+    return len(data[:cut].decode("utf-8"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.one_of(st.text(max_size=60), st.text("aé🙂\n", max_size=60), st.text("é ", min_size=490, max_size=520)),
+    st.integers(0, 1100), st.integers(1, 70), st.booleans(),
+)  # fmt: skip
+def test_a_cut_is_that_of_the_bytes_in_slices_of_any_size(text: str, cut: int, slice_size: int, ends: bool) -> None:
+    text = text.encode("utf-8", "replace").decode() + "\nx" * ends + "é" * 480 * ends
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "SLICE", slice_size)
+        assert cut_at(text, cut) == cut_of_bytes(text, cut)
+        data = text.encode()
+        assert digest_of(text) == (hashlib.sha256(data).hexdigest(), len(data))
 
 
 def test_train_and_validation_share_no_byte_and_lose_none(tmp_path):
@@ -306,10 +336,14 @@ def test_text_in_many_batches_gives_the_same_tokens_and_says_how_far_it_is(
     want = prepare(config)
     assert "tokenising" not in capsys.readouterr().out
     monkeypatch.setattr(corpus_file, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(corpus_file, "FIRST_SECONDS", 0)
     monkeypatch.setattr(corpus_file, "PROGRESS_SECONDS", 0)
     found = prepare(config.replace(output_dir=str(tmp_path / "other")))
     assert (found.digest, found.train_tokens, found.val_bytes) == (want.digest, want.train_tokens, want.val_bytes)
-    assert "tokenising: 0 of 0 MB" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert [line in said for line in ("reading: 0 MB", "learning a vocabulary: 0 of 0", "tokenising: 0 of 0 MB")] == [
+        True
+    ] * 3
     assert os.environ.get("TOKENIZERS_PARALLELISM") == "false", "as before: loader processes are forked"
 
 
@@ -348,6 +382,35 @@ def test_bpe_round_trip_with_text_it_never_saw(tmp_path):
     first = path.read_bytes()
     BPETokenizer.train(iter(["line 1 of the only book\n"] * 3), 280, path)
     assert path.read_bytes() == first
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(st.sampled_from("ab  \n\n\t\x1c\xa0é'sx1.🙂"), max_size=80), st.integers(0, 80), st.integers(1, 9))
+def test_words_learnt_from_pieces_are_those_of_the_whole(text: str, end: int, size: int) -> None:
+    """As before long texts were cut, so that a text has the tokenizer that it had."""
+    tokenizers = pytest.importorskip("tokenizers")
+    end = min(end, len(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_file, "SAMPLE_CHARACTERS", size)
+        pieces = list(corpus_file._samples(iter([(text, end)]), 100))
+    assert "".join(pieces) == text[:end]
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    assert [word for piece in pieces for word, _ in split(piece)] == [word for word, _ in split(text[:end])]
+
+
+def test_the_tokens_are_those_of_a_text_that_is_learnt_from_and_encoded_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "\n\n".join(embedded_documents()[:6]) + NON_ASCII
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    BPETokenizer.train(iter([text]), 400, tmp_path / "whole.json")
+    monkeypatch.setattr(corpus_file, "SAMPLE_CHARACTERS", 700)
+    config = small(tmp_path, data_path=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=400, val_fraction=0)
+    corpus = prepare(config)
+    assert (Path(corpus.folder) / "tokenizer.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    ids = tokenizers.Tokenizer.from_file(str(tmp_path / "whole.json")).encode(text).ids
+    assert np.fromfile(Path(corpus.folder) / "train.bin", np.uint16).tolist() == [399, *ids, 399]
 
 
 def test_bpe_is_not_trained_on_held_out_text(tmp_path):

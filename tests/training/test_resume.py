@@ -542,3 +542,29 @@ def test_a_few_bad_steps_are_left_out_and_the_run_goes_on(tmp_path: Path) -> Non
     settings = TrainConfig(output_dir=str(tmp_path), global_batch_size=50, epochs=3)
     result = train(settings, Poisoned(at=12, times=4))
     assert (result.finished, result.skipped_steps) == (True, 4)
+
+
+def test_a_batch_per_gpu_keeps_the_size_that_the_run_began_with(tmp_path: Path, kaggle: Path, capsys: Any) -> None:
+    """From two replicas to one, in the same folder and from an input: the weights are those of the first size."""
+    settings = TrainConfig(
+        output_dir=str(tmp_path / "run"), global_batch_size="per_gpu:25", strategy="dp", nproc=2, max_steps=2,
+        save_every=2, data_workers=0, lr=0.1, schedule="constant",
+    )  # fmt: skip
+    train(settings, Regression())
+    assert "global batch 50 (per_gpu:25: the weights depend on the number of GPUs) = 25 per" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "run", kaggle / "run")
+    alone: dict[str, Any] = {"strategy": "single", "nproc": 1, "max_steps": 4}
+    for folder in (tmp_path / "run", tmp_path / "elsewhere"):
+        train(settings.replace(**alone, output_dir=str(folder)), Regression())
+        assert "global batch 50 (per_gpu:25 was 50 at the start, 25 here: the" in capsys.readouterr().out
+    train(
+        settings.replace(**alone, output_dir=str(tmp_path / "fifty"), resume="never", global_batch_size=50),
+        Regression(),
+    )
+    weights = [read_tensors(tmp_path / name / "model.safetensors") for name in ("run", "elsewhere", "fifty")]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match="global_batch_size was 50, is 10"):
+        train(settings.replace(**alone, global_batch_size="per_gpu:10"), Regression())
+    train(settings.replace(**alone, output_dir=str(tmp_path / "new"), resume="never"), Regression())
+    assert "global batch 25 (per_gpu:25: the" in capsys.readouterr().out

@@ -54,7 +54,7 @@ class Config(TrainConfig):
     0.92 with 5, 0.85 without any augmentation."""
     label_smoothing: float = 0.1
     """In the training loss alone."""
-    global_batch_size: int | None = 64
+    global_batch_size: int | str | None = 64
     """Windows per optimizer step over all GPUs."""
     lr: float = 1e-3
     """Peak learning rate for base_batch_size."""

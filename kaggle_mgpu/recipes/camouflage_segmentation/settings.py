@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from kaggle_mgpu.checkpoints import Checkpoints
 from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.fields import parse_per_gpu
+from kaggle_mgpu.machine import devices
 
 from .data import SCENE_SIZE, Found
 from .model import STRIDES
@@ -215,6 +217,8 @@ def stages(config: Config, found: Found) -> list[Stage]:
         replicas = one.workers_wanted or 1
         micro = one.micro_batch_size if isinstance(one.micro_batch_size, int) else 1
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
+        if isinstance(batch, str):
+            batch = parse_per_gpu(batch) * (one.workers_wanted or len(devices.select(one.gpu_ids)) or 1)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
         if (
             not isinstance(one.warmup_steps, str) and one.warmup_steps > steps

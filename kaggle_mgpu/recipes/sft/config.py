@@ -63,7 +63,7 @@ class Config(TrainConfig):
     """Tokens of an answer at most."""
     generation_num_beams: int = 1
     """Beams of the search for an answer. 1: the likeliest token each time."""
-    global_batch_size: int | None = 16
+    global_batch_size: int | str | None = 16
     """Packs per optimizer step over all GPUs."""
     epochs: int = 3
     """Passes over the training data. Ignored when max_steps is given."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaggle_mgpu.data import DEFAULT_GLOBAL_BATCH_SIZE
+from kaggle_mgpu.fields import parse_per_gpu
 from kaggle_mgpu.machine import devices
 from kaggle_mgpu.parallel import distributed, shards
 from kaggle_mgpu.training import Result, Task
@@ -329,7 +330,8 @@ class Finetune(Task):
                 micro = config.micro_batch_size
             else:
                 parts = replicas * (config.gradient_accumulation_steps or 1)
-                micro = max(1, (config.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE) // parts)
+                size = config.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+                micro = max(1, (parse_per_gpu(size) * replicas if isinstance(size, str) else size) // parts)
             lengths = packs.examples.lengths
             longest = max(sum(lengths[i] for i in pack) for pack in packs.packs[:100])
             learnt = self.prepared.train_learnt / max(1, self.prepared.train_tokens)

@@ -87,7 +87,7 @@ class Config(TrainConfig):
     save_probabilities: bool = False
     """Also keep the probabilities of all predicted volumes, as uint8 stacks in steps of 1/255."""
 
-    global_batch_size: int | None = 8
+    global_batch_size: int | str | None = 8
     """Patches per optimizer step over all GPUs."""
     micro_batch_size: int | Literal["auto"] | None = "auto"
     """Patches per forward pass on one GPU; accumulation makes up the global batch. auto: as many as fit."""
@@ -262,10 +262,12 @@ class SurfaceSegmentation(Task):
         c, patches = self.config, len(self.split[0]) * self.config.patches_per_volume
         if c.resume != "auto":
             return False
-        wanted = c.max_steps or (c.epochs * -(-patches // c.global_batch_size) if c.global_batch_size else -1)
         for folder in [Path(c.output_dir), *(path.parent for path in session.find("result.json"))]:
             result, settings = read_json(folder / "result.json"), read_json(folder / "config.json")
             try:
+                size = c.global_batch_size
+                batch = settings["stamp"]["global_batch_size"] if isinstance(size, str) else size
+                wanted = c.max_steps or (c.epochs * -(-patches // batch) if batch else -1)
                 if result["step"] == result["max_steps"] == wanted and settings["stamp"]["task"] == self.name:
                     return (folder / "model.safetensors").is_file()
             except (KeyError, TypeError):

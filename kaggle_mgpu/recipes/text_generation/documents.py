@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,9 @@ from kaggle_mgpu.machine import session
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
+
+SLICE = 1_000_000
+"""Characters of a long text that are encoded at a time, to hash or to cut the text."""
 
 NLTK = Path("/usr/share/nltk_data/corpora")
 """Corpora on Kaggle's image: gutenberg is 18 books as text, brown 500 texts of 2,000 words with tags."""
@@ -70,20 +74,25 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
         for place, text in rows(file, text_field):
             if not isinstance(text, str):
                 raise ValueError(f"{place}: expected a string in {text_field!r}, got {type(text).__name__}")
-            # JSON can hold half of a surrogate pair, which no UTF-8 file and no tokenizer can
-            text = text.encode("utf-8", "replace").decode("utf-8")
-            if text.strip():
+            if rows is _jsonl:  # JSON can hold half of a surrogate pair, which no UTF-8 file and no tokenizer can
+                text = text.encode("utf-8", "replace").decode("utf-8")
+            if text and not text.isspace():
                 yield text
 
 
 # Each of the three gives (place, text) for every row
 def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     try:
-        yield str(file), file.read_text(encoding="utf-8-sig")
+        try:
+            with file.open(encoding="utf-8-sig") as slices:  # read at once, a text would be in memory thrice
+                text = "".join(iter(lambda: slices.read(SLICE), ""))
+        except UnicodeDecodeError:
+            text = file.read_text(encoding="utf-8-sig")  # whose error has the place in the file, not in a slice
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
         ) from None
+    yield str(file), text
 
 
 def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
@@ -117,6 +126,16 @@ def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
             yield f"{file}, row {row}", text
 
 
+def digest_of(text: str) -> tuple[str, int]:
+    """Return the hexadecimal SHA-256 and the number of a text's UTF-8 bytes, without a copy of all of them."""
+    digest, size = hashlib.sha256(), 0
+    for at in range(0, len(text), SLICE):
+        data = text[at : at + SLICE].encode("utf-8")
+        digest.update(data)
+        size += len(data)
+    return digest.hexdigest(), size
+
+
 def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> list[int]:
     """Return the number of leading bytes of each document for training; contents alone decide. The rest is held out.
 
@@ -148,12 +167,21 @@ def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> lis
     return cuts
 
 
-def cut_text(text: str, cut: int) -> tuple[str, str]:
-    """Cut the text in two at byte `cut` or a little before: at the end of a line nearby, never within a character."""
-    data = text.encode("utf-8")
-    if 0 < cut < len(data):
-        line = data.rfind(b"\n", max(0, cut - 1000), cut) + 1
-        cut = line or cut
-        while data[cut] & 0xC0 == 0x80:
-            cut -= 1
-    return data[:cut].decode("utf-8"), data[cut:].decode("utf-8")
+def cut_at(text: str, cut: int) -> int:
+    """Return the index of a text's byte `cut` or a little before: after the end of a line nearby, or a character.
+
+    The text is encoded a million characters at a time, so that none but the text itself is in memory.
+    """
+    index, before = 0, 0  # of the characters that certainly come before the cut, the number and the bytes
+    while index < len(text):
+        data = text[index : index + SLICE].encode("utf-8")
+        if before + len(data) > cut:
+            head = data[: cut - before].decode("utf-8", "ignore")  # without half of a character
+            index, before = index + len(head), before + len(head.encode("utf-8"))
+            break
+        index, before = min(index + SLICE, len(text)), before + len(data)
+    if index in (0, len(text)):
+        return index
+    near = text[max(0, index - 1000) : index].encode("utf-8")
+    line = near.rfind(b"\n", max(0, len(near) - 1000 + (cut - before)))
+    return index if line < 0 else index - len(near[line + 1 :].decode("utf-8"))

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+MOST_CHARACTERS = 100_000_000
+"""Characters that a vocabulary is learnt from, at most."""
+
 
 class Tokenizer(Protocol):
     """A Tokenizer turns text into ids and back. `n_vocab` counts `separator`, the last id, which no text encodes to."""
@@ -60,11 +63,12 @@ class BPETokenizer:
         """Train on `texts` (the first 100 M characters are enough) and write tokenizer.json to `path`.
 
         Args:
+            texts: each core counts the words of a text at a time, so many short texts are faster than a long one.
             n_vocab: ids in all, the separator included.
         """
 
         def some() -> Iterator[str]:
-            left = 100_000_000
+            left = MOST_CHARACTERS
             for text in texts:
                 yield text[:left]
                 left -= len(text)
