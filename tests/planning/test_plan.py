@@ -124,6 +124,13 @@ def test_steps_that_take_too_long_on_a_cpu_are_estimated_and_said_to_be(monkeypa
     assert "ESTIMATE: too long to be measured; 4.1e+06 operations" in str(found)
 
 
+@pytest.mark.parametrize("recipe", ["activity_recognition", "sft"])
+def test_a_recipe_is_planned_with_its_defaults(recipe: str, tmp_path: Any, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", recipe, "--on", "T4x2"]) == 0
+    assert "on 2 x T4: strategy ddp, precision fp16" in capsys.readouterr().out
+
+
 def test_a_recipe_of_several_stages_plans_them_all(capfd: pytest.CaptureFixture[str]) -> None:
     few = ["--scenes", "40", "--val-scenes", "4", "--preset", "fast"]
     assert main(["plan", "camouflage_segmentation", "--on", "T4x2", *few]) == 0

@@ -209,7 +209,7 @@ class Finetune(Task):
         finally:
             model.train(training)
             torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
-        exact = self.precision == "fp32" and self.base_dtype == torch.float32
+        exact = not torch.is_autocast_enabled(device.type) and self.base_dtype == torch.float32
         if not difference < (1e-3 if exact else 5e-2):
             raise ValueError(
                 f"packing=True, but {type(model).__name__} does not keep packed conversations apart: {said}. "

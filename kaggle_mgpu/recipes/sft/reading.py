@@ -21,6 +21,8 @@ from typing import Any
 
 from kaggle_mgpu.machine import session
 
+from .._files import data_files
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Conversation = list[dict[str, Any]]
 """Messages with role and content, perhaps tool_calls. The first holds the row's `tools`, if there are any."""
@@ -254,19 +256,8 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
         FileNotFoundError: there is no such file.
         ValueError: a row of no kind, or of another kind than the first, with its file and line.
     """
-    if path.is_dir():
-        listed = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
-        files = sorted(file for files in listed for file in files)
-        if not files:
-            raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise FileNotFoundError(f"data_path: no such file or folder: {path}")
     kind, first, conversations = "", "", []
-    for file in files:
-        if file.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"data_path: expected one of {', '.join(SUFFIXES)}, got {file}")
+    for file in data_files(path, SUFFIXES):
         for place, row in rows(file):
             found = kind_of(row)
             if found is None:

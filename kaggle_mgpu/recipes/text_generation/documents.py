@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kaggle_mgpu.machine import session
+from .._files import data_files
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-
 SLICE = 1_000_000
 """Characters of a long text that are encoded at a time, to hash or to cut the text."""
 
@@ -58,19 +56,8 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
     if path == NLTK / "brown":
         yield from _brown(path)
         return
-    if path.is_dir():
-        found = (session.find(f"*{end}", [path], limit=session.MOST_ENTRIES, ignore_case=True) for end in SUFFIXES)
-        files = sorted(file for files in found for file in files if file.is_file())
-        if not files:
-            raise FileNotFoundError(f"data_path: no {', '.join(SUFFIXES)} file in {path}")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise FileNotFoundError(f"data_path: no such file or folder: {path}")
-    for file in files:
-        rows = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}.get(file.suffix.lower())
-        if rows is None:
-            raise ValueError(f"data_path: expected one of {', '.join(SUFFIXES)}, got {file}")
+    for file in data_files(path, SUFFIXES):
+        rows = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}[file.suffix.lower()]
         for place, text in rows(file, text_field):
             if not isinstance(text, str):
                 raise ValueError(f"{place}: expected a string in {text_field!r}, got {type(text).__name__}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from kaggle_mgpu import env
+
+ALL_CORES = {"TOKENIZERS_PARALLELISM": "true"}
+"""Lets `tokenizers` use threads; `env.fix` turns them off, since forked loader processes may wait for them."""
 MOST_CHARACTERS = 100_000_000
 """Characters that a vocabulary is learnt from, at most."""
 
@@ -52,7 +54,7 @@ class BPETokenizer:
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts on all cores; the ids are those of `encode`."""
-        with _all_cores():
+        with env.variables(ALL_CORES):
             return [found.ids for found in self._bpe.encode_batch_fast(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -82,21 +84,9 @@ class BPETokenizer:
         # All 256 bytes are in the vocabulary, so that nothing is ever unknown
         alphabet = sorted(t.pre_tokenizers.ByteLevel.alphabet())
         trainer = t.trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
-        with _all_cores():
+        with env.variables(ALL_CORES):
             bpe.train_from_iterator(some(), trainer)
         bpe.save(str(path))
-
-
-@contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    """Let `tokenizers` use threads, which `env.fix` turns off since forked loader processes may wait for them."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        os.environ |= {"TOKENIZERS_PARALLELISM": before} if before is not None else {}
 
 
 def tokenizers_package() -> Any:
