@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
     """Merge the settings of the file, the environment and the flags; check the GPUs given with --on."""
-    base = {} if given.config is None else kind.load(given.config).to_dict()
+    base = {} if given.config is None else kind.load(given.config).settings()
     if variables := dict(each.partition("=")[::2] for each in given.make_variables):
         translate = getattr(kind, "variables", None)
         if translate is None:

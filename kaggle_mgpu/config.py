@@ -50,6 +50,9 @@ class TrainConfig:
     """Settings that may differ between the sessions of a run: where, how and how long training runs. The batch sizes
     may change, but not the resulting global batch size. A subclass adds its own names."""
 
+    _derived: ClassVar[tuple[str, ...]] = ()
+    """Names of fields that "auto" has been replaced in, set in each config by a subclass."""
+
     # Where it runs
     strategy: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"] = "auto"
     """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: like ddp, with weights, gradients
@@ -222,9 +225,11 @@ class TrainConfig:
         for name, parse in parsers.items():
             if isinstance(value := getattr(self, name), str):
                 try:
-                    parse(value)
+                    parsed = parse(value)
                 except ValueError as error:
                     raise ValueError(f"{type(self).__name__}.{name}: {error}") from None
+                if name == "global_batch_size":
+                    object.__setattr__(self, name, f"per_gpu:{parsed}")  # without spaces, as checkpoints compare it
         for name, value in vars(self).items():
             # an empty path, as from an unset shell variable, would mean the current folder
             names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))
@@ -264,9 +269,13 @@ class TrainConfig:
             f.name: fields.plain(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
         }
 
+    def settings(self) -> dict[str, Any]:
+        """Return plain values, without those that follow from others."""
+        return {name: value for name, value in self.to_dict().items() if name not in self._derived}
+
     def replace(self, **changes: Any) -> Self:
         """Return a checked copy with some fields changed."""
-        return type(self).from_dict({**self.to_dict(), **changes})
+        return type(self).from_dict({**self.settings(), **changes})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -69,9 +69,11 @@ seed = 1337
 # %%
 # What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
 parameters = notebook_parameters(globals())
-folds = parameters.pop("folds")
+folds = Config.from_dict({"folds": parameters.pop("folds")}).folds
 config = Config.from_dict(parameters)
 task = SurfaceSegmentation(config)
+if folds:
+    SurfaceSegmentation(config.replace(folds=folds)).split  # too many folds are an error now, not after training
 print(task.describe())
 
 # %% [markdown]

@@ -91,7 +91,7 @@ class Checkpoints:
         """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
 
         Raises:
-            DiskFullError: the disk is full, also without the older checkpoints. Nothing was removed.
+            DiskFullError: the disk is full, also without the older checkpoints.
             OSError: writing failed for another reason.
             TypeError: the state holds something else than tensors and plain values.
         """

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..machine import session
 from .checkpoint import Checkpoints
-from .format import OtherRunError, all_in, damage, read_facts
+from .format import OtherRunError, damage, read_facts
 from .reader import Expected, examine
 
 
@@ -141,10 +141,11 @@ def batch_begun_with(
     """
     if resume == "never":
         return None
-    inputs = [file.parent for file in session.find("checkpoints/step-*/state.json")] if resume == "auto" else []
-    for paths in (all_in(folder) if resume == "auto" else [Path(resume)], inputs):
+    own = folder.glob("step-*/state.json") if resume == "auto" else [Path(resume, "state.json")]
+    for among_inputs in (False, True)[: 2 if resume == "auto" else 1]:
+        files = session.find("checkpoints/step-*/state.json") if among_inputs else own
         found: list[tuple[int, int]] = []
-        for path in paths:
+        for path in (file.parent for file in files):
             with contextlib.suppress(Exception):  # starting_point names what cannot be used
                 facts = read_facts(path)
                 differ = _differences(facts, config, may_change, stamp, defaults).keys() - {"global_batch_size"}

@@ -56,6 +56,8 @@ class BatchPlan:
             batch = global_batch_size
         if batch is None:
             batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
+        # a kept batch is part of the run, which another one would not continue
+        advice = "" if kept else "global_batch_size {}, or "
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
         if micro is not None and accumulation is not None:
             if micro * num_replicas * accumulation != batch:
@@ -74,7 +76,7 @@ class BatchPlan:
                 near = _nearest(batch, micro * num_replicas)
                 raise ValueError(
                     f"global_batch_size {batch} cannot be made of micro_batch_size {micro} x {replicas} = "
-                    f"{micro * num_replicas} samples at a time. Choose global_batch_size {near}, or another "
+                    f"{micro * num_replicas} samples at a time. Choose {advice.format(near)}another "
                     f"micro_batch_size."
                 )
             accumulation = batch // (micro * num_replicas)
@@ -84,8 +86,8 @@ class BatchPlan:
                 near = _nearest(batch, num_replicas * accumulation)
                 raise ValueError(
                     f"global_batch_size {batch} cannot be shared by {replicas} x gradient_accumulation_steps "
-                    f"{accumulation}: it is not a multiple of {num_replicas * accumulation}. Choose global_batch_size "
-                    f"{near}, or another number of GPUs."
+                    f"{accumulation}: it is not a multiple of {num_replicas * accumulation}. Choose "
+                    f"{advice.format(near)}another number of GPUs."
                 )
             micro = batch // (num_replicas * accumulation)
         steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / batch)

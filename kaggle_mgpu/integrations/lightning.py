@@ -22,7 +22,7 @@ from . import session
 
 
 class SessionCallback(Callback):
-    """Save at intervals, before the session ends and on request; record; make a resumed run exact.
+    """Save at intervals; save and stop before the session ends or on request; record; make a resumed run exact.
 
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.

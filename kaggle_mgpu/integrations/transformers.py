@@ -67,7 +67,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class SessionCallback(TrainerCallback):
-    """Save at intervals, before the session ends and on request; record; make a resumed run exact.
+    """Save at intervals; save and stop before the session ends or on request; record; make a resumed run exact.
 
     Random generators are seeded from (seed, step, rank) before each step and from (seed, epoch, sample) before each
     sample of a map-style dataset.

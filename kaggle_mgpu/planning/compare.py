@@ -19,6 +19,7 @@ import torch
 
 from ..config import TrainConfig
 from ..data import BatchPlan
+from ..fields import parse_per_gpu
 from ..launching import launch
 from ..machine import devices
 from ..parallel import distributed
@@ -130,7 +131,9 @@ def advice(rows: Sequence[Row]) -> str:
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
     """Return the config with the micro-batch of so many replicas: fewer replicas accumulate the rest."""
     if config.micro_batch_size == "auto":
-        return config.replace(gradient_accumulation_steps=None)
+        size = config.global_batch_size
+        size = parse_per_gpu(size) * replicas if isinstance(size, str) else size
+        return config.replace(global_batch_size=size, gradient_accumulation_steps=None)
     plan = BatchPlan.make(
         dataset_size=1,
         num_replicas=replicas,

@@ -62,6 +62,9 @@ def test_the_micro_batch_is_the_one_of_the_largest_number_of_replicas() -> None:
     assert (shared.micro_batch_size, shared.gradient_accumulation_steps, shared.global_batch_size) == (4, None, 48)
     shared = same_micro_batch(TrainConfig(micro_batch_size=6), 2)
     assert (shared.micro_batch_size, shared.global_batch_size) == (6, 12)
+    assert (
+        same_micro_batch(TrainConfig(micro_batch_size="auto", global_batch_size="per_gpu:6"), 2).global_batch_size == 12
+    )
     auto = same_micro_batch(TrainConfig(micro_batch_size="auto", global_batch_size=12), 2)
     assert (auto.micro_batch_size, auto.global_batch_size) == ("auto", 12)
 

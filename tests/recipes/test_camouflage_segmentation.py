@@ -711,6 +711,7 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
         ({"decoder": "large"}, r"decoder: expected small\|experts, got 'large'"),
         ({"val_fraction": 0.6}, "val_fraction: expected 0 to 0.5, got 0.6"),
         ({"routing": "topk", "top_k": 5}, "top_k: expected at most num_experts, got 5"),
+        ({"global_batch_size": "per_gpu:16"}, "global_batch_size: expected a number, since the lengths of the stages"),
         ({"preset": "slow"}, r"preset: expected balanced\|fast\|high_resolution, got 'slow'"),
     ],
 )

@@ -408,6 +408,11 @@ def test_volumes_of_a_scroll_stay_in_one_fold_and_each_volume_is_held_out_once()
         Config(folds=5, fold=5)
 
 
+def test_cross_validation_refuses_given_weights(tmp_path, scrolls):
+    with pytest.raises(ValueError, match=r"weights: expected best or final, got 'a\.safetensors'"):
+        ss.cross_validate(small(tmp_path, scrolls, weights="a.safetensors"), 2)
+
+
 def test_folds_are_trained_and_measured_and_predict_by_their_mean(tmp_path, scrolls, capsys):
     config = small(tmp_path, scrolls, max_steps=1, nproc=2)
     found = ss.cross_validate(config, 2)
@@ -421,6 +426,8 @@ def test_folds_are_trained_and_measured_and_predict_by_their_mean(tmp_path, scro
     assert float(str(found).splitlines()[-2].split()[1]) == pytest.approx(
         np.mean([row["dice"] for row in found.figures]), abs=1e-4
     )
+    shutil.rmtree(folders[0] / "predictions")  # the choice is also beside the weights
+    assert ss.cross_validate(config, 2) == found
     ensemble = found.ensemble(config)
     assert ensemble.threshold == np.mean([choice.threshold for choice in found.choices])
     assert ss.run(ensemble.replace(nproc=1)).finished

@@ -1,5 +1,6 @@
 """The text recipe: readers, split, packing, tokenizers, model, cache, sampling, baselines, real runs."""
 
+import argparse
 import hashlib
 import json
 import math
@@ -73,11 +74,16 @@ def test_config_refuses_what_cannot_work():
 
 
 # Readers
-def test_the_rate_falls_with_the_width_where_none_is_given() -> None:
+def test_the_rate_falls_with_the_width_where_none_is_given(tmp_path: Path) -> None:
     assert Config().lr == 1e-3
     assert [Config(n_embd=width).lr for width in (64, 512, 4096)] == [4e-3, 5e-4, 1e-4], "no lower than min_lr"
     assert Config(n_embd=64, lr=2e-4).lr == 2e-4
     assert Config.from_dict({"n_embd": "128", "lr": "auto"}).lr == 2e-3, "as from papermill"
+    assert Config().replace(n_embd=128).lr == 2e-3
+    assert Config(lr=1e-3).replace(n_embd=128).lr == 1e-3
+    (tmp_path / "run.yaml").write_text("n_layer: 2\n")
+    given = argparse.Namespace(config=tmp_path / "run.yaml", make_variables=[], n_embd=128)
+    assert command_line._config(given, Config).lr == 2e-3, "a flag beside a file without a rate"
 
 
 def test_txt_and_folder_in_sorted_order_with_bom_and_windows_lines(tmp_path):

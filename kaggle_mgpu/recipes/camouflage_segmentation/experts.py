@@ -42,7 +42,7 @@ def mixed(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def pooled(x: Tensor, bins: int) -> Tensor:
-    """Return means over at most bins x bins squares. (Adaptive pooling has no deterministic gradient on GPUs.)"""
+    """Return means over at most bins x bins squares."""
     return F.avg_pool2d(x, [math.ceil(side / bins) for side in x.shape[2:]], ceil_mode=True)
 
 

@@ -10,8 +10,6 @@ from typing import Any, ClassVar, Literal
 
 from kaggle_mgpu.checkpoints import Checkpoints
 from kaggle_mgpu.config import TrainConfig
-from kaggle_mgpu.fields import parse_per_gpu
-from kaggle_mgpu.machine import devices
 
 from .data import SCENE_SIZE, Found
 from .model import STRIDES
@@ -143,6 +141,11 @@ class Config(TrainConfig):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
+        if isinstance(self.global_batch_size, str):
+            raise ValueError(
+                f"Config.global_batch_size: expected a number, since the lengths of the stages follow from it, got "
+                f"{self.global_batch_size!r}"
+            )
         for name, factor in {"image_size": STRIDES[-1], "width": 2, "decoder_width": 2}.items():
             if (getattr(self, name) or 0) % factor:
                 raise ValueError(f"Config.{name}: expected a multiple of {factor}, got {getattr(self, name)}")
@@ -217,8 +220,7 @@ def stages(config: Config, found: Found) -> list[Stage]:
         replicas = one.workers_wanted or 1
         micro = one.micro_batch_size if isinstance(one.micro_batch_size, int) else 1
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
-        if isinstance(batch, str):
-            batch = parse_per_gpu(batch) * (one.workers_wanted or len(devices.select(one.gpu_ids)) or 1)
+        assert not isinstance(batch, str)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
         if (
             not isinstance(one.warmup_steps, str) and one.warmup_steps > steps

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from kaggle_mgpu.checkpoints import files
+from kaggle_mgpu.fields import parse_per_gpu
 from kaggle_mgpu.training import Result
 
 from . import memory, models
@@ -103,6 +104,9 @@ def card(task: Tuned, result: Result, which: str) -> str:
         if config.mode != "full"
         else f"python -m kaggle_mgpu merge {result.output_dir} --dtype fp16 --to FOLDER"
     )
+    size = f"{config.global_batch_size} samples"
+    if isinstance(config.global_batch_size, str):
+        size = f"{parse_per_gpu(config.global_batch_size)} samples on each GPU"
     return f"""---
 base_model: {prepared.model}
 library_name: {library}
@@ -118,7 +122,7 @@ tags: [sft{", lora" if config.mode != "full" else ""}]
 learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {config.max_length} tokens, \
 {prepared.dropped:,} dropped
 - template: {prepared.template}
-- optimizer: learning rate {config.lr:g} ({config.schedule}), {config.global_batch_size} samples of at most \
+- optimizer: learning rate {config.lr:g} ({config.schedule}), {size} of at most \
 {config.max_length} tokens a step, seed {config.seed}
 
 | measured | |

@@ -69,8 +69,14 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
         None while folds have not finished.
 
     Raises:
-        ValueError: fewer than two folds, or more than there are scrolls (volumes, where they are of one scroll).
+        ValueError: fewer than two folds, or more than there are scrolls (volumes, where they are of one scroll);
+            weights are given.
     """
+    if config.given:
+        raise ValueError(
+            f"weights: expected best or final, got {config.weights!r}: cross-validation trains a model for each fold. "
+            f"Leave the setting out."
+        )
     parts = folds_of(SurfaceSegmentation(config).catalogue.train, folds)
     configs = configs_of(config, [{"folds": folds, "fold": number} for number in range(folds)])
     if (values := launch_folds(_run_fold, config, configs)) is None:
@@ -86,9 +92,10 @@ def _run_fold(config: Config) -> tuple[dict[str, float], str, Choice] | None:
     surface = SurfaceSegmentation(config)
     surface.leave_out_tests()
     result = run(config, surface)
-    made = Path(config.output_dir, "predictions", FILE)
-    choice = known(config.threshold, config.min_component, {}, [made], held_out=True)
+    weights = weights_of(config, result)[0]
+    files = [Path(config.output_dir, "predictions", FILE), weights.with_name(FILE)]
+    choice = known(config.threshold, config.min_component, {}, files, held_out=True)
     if not result.finished or choice is None:
         return None
     figures = {name.removeprefix("volume_"): x for name, x in result.metrics.items() if name.startswith("volume_")}
-    return figures, str(weights_of(config, result)[0]), choice
+    return figures, str(weights), choice

@@ -127,8 +127,8 @@ class Config(TrainConfig):
             value = getattr(self, name)
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
-        if self.folds is not None and not 0 <= self.fold < self.folds:
-            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1}, below folds, got {self.fold}")
+        if not 0 <= self.fold < (self.folds or 1):
+            raise ValueError(f"Config.fold: expected 0 to {(self.folds or 1) - 1}, below folds, got {self.fold}")
         bounds = {
             "val_fraction": (0, 0.5),
             "sheet_fraction": (0, 1),

@@ -59,10 +59,10 @@ class Config(TrainConfig):
     """Steps of linear warm-up; below 1, a fraction of the run."""
     lr: float | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Peak learning rate. auto: 1e-3 x 256 / n_embd, at least min_lr, since Adam's rate for a matrix falls with its
-    width (muP: Yang et al. 2022, arXiv 2203.03466, table 3); the config then holds the number. Measured on the King
-    James Bible with adamw, 2 layers, 250 steps of 512 tokens, nats a token held out: width 64 5.20 with 1e-3, 4.87
-    with 4e-3 (another seed: 5.18, 4.77); 128 4.72 with 1e-3, 4.58 with 2e-3, 4.65 with 4e-3; 256 4.33 with 1e-3, 4.48
-    with 2e-3; 512 4.39 with 5e-4, 4.70 with 1e-3."""
+    width (muP: Yang et al. 2022, arXiv 2203.03466, table 3). A run that an earlier version began goes on with 1e-3,
+    its default for every width. Measured on the King James Bible with adamw, 2 layers, 250 steps of 512 tokens, nats a
+    token held out: width 64 5.20 with 1e-3, 4.87 with 4e-3 (another seed: 5.18, 4.77); 128 4.72 with 1e-3, 4.58 with
+    2e-3, 4.65 with 4e-3; 256 4.33 with 1e-3, 4.48 with 2e-3; 512 4.39 with 5e-4, 4.70 with 1e-3."""
     min_lr: float = 1e-4
     """Where the schedule ends."""
     sample_tokens: int = 40
@@ -80,6 +80,7 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected {least} or more, got {getattr(self, name)!r}")
         if self.lr == "auto":
             object.__setattr__(self, "lr", max(1e-3 * 256 / self.n_embd, self.min_lr))
+            object.__setattr__(self, "_derived", ("lr",))
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"Config.n_embd: expected a multiple of 2 x n_head = {2 * self.n_head} (rotary positions "
