@@ -514,7 +514,7 @@ def test_parameters_reach_the_config_in_any_order_of_work(notebook: Any, tmp_pat
     new = nbformat.v4.new_code_cell
     show = new("print('SEEN', config.max_steps, config.lr, config.warmup_steps, prompts)")
     scratch = new("x = 3\nlearning_rate = 0.1\nresult = object()")
-    again = new(tagged(notebook, "parameters").source.replace("lr = 1e-3", "lr = 5e-3"))
+    again = new(tagged(notebook, "parameters").source.replace('lr = "auto"', "lr = 5e-3"))
     notebook.cells += [show, scratch, again, new(notebook.cells[-1].source), new(show.source)]
     (tmp_path / "text.txt").write_text("A text that is long enough to be split. " * 400)
     tagged(notebook, "parameters").source += "\nwarmup_steps = 3"
