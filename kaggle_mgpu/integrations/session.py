@@ -24,6 +24,8 @@ from ..parallel import distributed
 
 HOLDERS = ("base_dataloader", "_dataloader")
 """The loader that fetches, as an attribute of accelerate's and of Fabric's loaders."""
+MOST_WITHOUT_A_STEP = 256
+"""Batches without an optimizer step after which the end of a pass over the data is an error."""
 
 
 class Session:
@@ -77,7 +79,7 @@ class Session:
         if step >= max_steps:
             self.progress.note(f"already finished after {step} steps: the loop's body does not run again")
         self._stop = self._stack.enter_context(training.stop_requests())
-        self._last_step_at = time.monotonic()
+        self._last_step_at, self._since_step = time.monotonic(), 0
         self._next_save = self._last_step_at + self._pause
 
     def seed(self, number: int, epoch: int = 0) -> None:
@@ -97,6 +99,7 @@ class Session:
         while not self.over:
             number = skip - 1
             for number, batch in enumerate(passes(epoch, skip), skip):
+                self._since_step += 1
                 self.position = epoch, number + 1
                 self.seed(number, epoch)
                 yield batch
@@ -104,6 +107,11 @@ class Session:
                     return
             if number < 0:
                 raise ValueError("batches: the loader has no batch, since its data is empty, or smaller than a batch")
+            if self._since_step >= MOST_WITHOUT_A_STEP:
+                raise ValueError(
+                    f"batches: {self._since_step} batches and the end of the data without a call of step(), by which "
+                    f"steps are counted, so the loop would not end. Call step(loss) after each optimizer.step()."
+                )
             epoch, skip = epoch + 1, 0
             self.position = epoch, 0
 
@@ -112,7 +120,7 @@ class Session:
 
         All ranks get the same answers.
         """
-        now, self.step = time.monotonic(), step
+        now, self.step, self._since_step = time.monotonic(), step, 0
         self.clock.taken.append(training.StepTaken(self._last_step_at, self._last_step_at, now, samples, samples))
         self._last_step_at = now
         distributed.alive(step)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 import loops
 from kaggle_mgpu import launch, watch
@@ -229,6 +229,17 @@ def test_a_loop_over_any_loader_resumes_with_the_weights_of_one_that_was_not_cut
     whole = loop(tmp_path / "whole", loader())
     loop(tmp_path / "cut", loader(), 9 if kind != "shuffled" else 15)  # in the second epoch
     assert torch.equal(loop(tmp_path / "cut", loader()), whole)
+
+
+def test_a_loop_that_never_calls_step_is_an_error(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    data = DataLoader(TensorDataset(torch.ones(40, 1)), 4)
+    with (
+        watch(tmp_path / "run", max_steps=6, model=model) as run,
+        pytest.raises(ValueError, match=r"260 batches .* without a call of step\(\), .* Call step\(loss\) after each"),
+    ):
+        for _ in run.batches(data):
+            pass
 
 
 @pytest.mark.parametrize("loop", [by_hand, with_accelerate])
