@@ -38,6 +38,11 @@ class Run:
         self.max_steps, self.finished = max_steps, False
         self._kept, self._seed, self._log_every = kept, seed, log_every
         for name, given in objects.items():
+            if not (hasattr(given, "state_dict") and hasattr(given, "load_state_dict")):
+                raise TypeError(
+                    f"watch: {name} is a {type(given).__name__}, expected a model, an optimizer or another object with "
+                    f"state_dict and load_state_dict. Leave out what needs no saving."
+                )
             _check_whole(name, given)
         parallel = (DistributedDataParallel, DataParallel)
         inner = {name: o.module if isinstance(o, parallel) else o for name, o in objects.items()}

@@ -45,6 +45,8 @@ class _Job:
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
+    kept_value: bool = True
+    """False after the value could not be written."""
 
     def line(self) -> str:
         """Return the job's name, state and last line of output."""
@@ -65,11 +67,13 @@ class _Job:
         """Write the value if it survives JSON unchanged and is not the result of an unfinished run."""
         if self.digest is None or (isinstance(self.value, dict) and self.value.get("finished") is False):
             return
+        self.kept_value = False
         with contextlib.suppress(OSError, TypeError, ValueError):
             text = json.dumps({"digest": self.digest, "value": self.value}, allow_nan=False)
             if json.loads(text)["value"] == self.value:
                 (self.folder / ".value.json").write_text(text, encoding="utf-8")
                 os.replace(self.folder / ".value.json", self.folder / "value.json")
+                self.kept_value = True
 
 
 def launch_each(
@@ -105,7 +109,7 @@ def launch_each(
     """
     jobs = _jobs(list(items), Path(output_dir))
     gpus = devices.select(gpu_ids)
-    count = at_once or max(1, len(gpus))
+    count = max(1, len(gpus)) if at_once is None else at_once
     if count < 1 or (gpus and count > len(gpus)):
         raise ValueError(f"at_once={count}: expected 1 to {max(1, len(gpus))}, one job for each GPU")
     if shared := _digest((function, args, kwargs)):
@@ -142,6 +146,12 @@ def launch_each(
         group = ExceptionGroup(f"{len(errors)} of {len(jobs)} jobs failed", errors)
         group.results = results  # type: ignore[attr-defined]
         raise group
+    if lost := [job.name for job in jobs if job.state == "finished" and not job.kept_value]:
+        print(
+            f"not kept, so the same call computes them again: the values of {', '.join(lost)}. JSON holds numbers, "
+            f"texts, and lists and dicts of them: return these, or the path of a file.",
+            flush=True,
+        )
     if interrupts:
         count = sum(job.state == "finished" for job in jobs)
         print(f"interrupted: {count} of {len(jobs)} jobs have ended. Run the same again to go on.", flush=True)

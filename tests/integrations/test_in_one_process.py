@@ -231,6 +231,14 @@ def test_a_loop_over_any_loader_resumes_with_the_weights_of_one_that_was_not_cut
     assert torch.equal(loop(tmp_path / "cut", loader()), whole)
 
 
+def test_what_has_no_state_is_an_error_at_once(tmp_path: Path) -> None:
+    with (
+        pytest.raises(TypeError, match="watch: history is a list, expected a model, an optimizer or another object"),
+        watch(tmp_path / "run", max_steps=6, model=torch.nn.Linear(1, 1), history=[1, 2]),
+    ):
+        pass
+
+
 def test_a_loop_that_never_calls_step_is_an_error(tmp_path: Path) -> None:
     model = torch.nn.Linear(1, 1)
     data = DataLoader(TensorDataset(torch.ones(40, 1)), 4)

@@ -122,6 +122,15 @@ def part(number: int) -> dict[str, Any]:
     return {"number": number, "finished": False}
 
 
+def pair(number: int) -> tuple[int, int]:
+    return number, number
+
+
+def test_a_value_that_json_does_not_hold_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch_each(pair, range(2)) == [(0, 0), (1, 1)]
+    assert "not kept, so the same call computes them again: the values of fold0, fold1." in capsys.readouterr().out
+
+
 def test_a_value_is_kept_for_the_same_call_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_each(scaled, range(2)) == [0, 1]
     assert launch_each(scaled, range(2)) == [0, 1]

@@ -406,6 +406,8 @@ def test_volumes_of_a_scroll_stay_in_one_fold_and_each_volume_is_held_out_once()
             data.folds_of(volumes, wrong)
     with pytest.raises(ValueError, match=r"Config\.fold: expected 0 to 4, below folds, got 5"):
         Config(folds=5, fold=5)
+    with pytest.raises(ValueError, match=r"Config\.fold: expected folds beside it, .* got fold=1 alone"):
+        Config(fold=1)
 
 
 def test_cross_validation_refuses_given_weights(tmp_path, scrolls):

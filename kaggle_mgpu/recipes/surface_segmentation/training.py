@@ -127,8 +127,10 @@ class Config(TrainConfig):
             value = getattr(self, name)
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
-        if not 0 <= self.fold < (self.folds or 1):
-            raise ValueError(f"Config.fold: expected 0 to {(self.folds or 1) - 1}, below folds, got {self.fold}")
+        if self.folds is None and self.fold:
+            raise ValueError(f"Config.fold: expected folds beside it, the number of parts, got fold={self.fold} alone")
+        if self.folds is not None and not 0 <= self.fold < self.folds:
+            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1}, below folds, got {self.fold}")
         bounds = {
             "val_fraction": (0, 0.5),
             "sheet_fraction": (0, 1),
