@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .model import DILATIONS, Output, gates, group_norm, maybe_checkpoint
+from .model import DILATIONS, Output, boundary_head, final_head, gates, group_norm, maybe_checkpoint, resized
 
 KEYS = 8
 """Side of the pooled map that the attention expert looks at: 64 keys, whatever the image's size."""
@@ -188,11 +188,6 @@ def around(x: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(x, (1, side), 1, (0, side // 2), count_include_pad=False)
 
 
-def resized(x: Tensor, like: Tensor) -> Tensor:
-    """Return x at the height and width of another map, bilinear."""
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-
 KINDS: dict[str, type[nn.Module]] = {
     "texture": Texture, "attention": Attention, "hybrid": Hybrid, "frequency": Frequency, "edge": Edge,
     "context": Context, "contrast": Contrast,
@@ -247,12 +242,7 @@ class ExpertsDecoder(nn.Module):
         self.refine = nn.ModuleList(nn.Conv2d(2 * size, size, 1) for size in sizes[:-1])
         self.mixtures = nn.ModuleList(Mixture(size, num_experts, top_k) for size in sizes)
         self.heads = nn.ModuleList(nn.Conv2d(size, 1, 3, padding=1) for size in sizes[1:])
-        self.boundary = nn.Sequential(
-            nn.Conv2d(width, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, 1, 1)
-        )
-        self.final = nn.Sequential(
-            nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
-        )
+        self.boundary, self.final = boundary_head(width), final_head(width)
         self.checkpointing = False
         self._begin()
 

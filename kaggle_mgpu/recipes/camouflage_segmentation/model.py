@@ -340,6 +340,23 @@ class Segmenter(nn.Module):
             part.requires_grad_(True)
 
 
+def resized(x: Tensor, like: Tensor) -> Tensor:
+    """Return x at the height and width of another map, bilinear."""
+    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def boundary_head(width: int) -> nn.Sequential:
+    """Make the layers from the finest features to the boundary's logits, (B, width, H, W) to (B, 1, H, W)."""
+    return nn.Sequential(nn.Conv2d(width, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, 1, 1))
+
+
+def final_head(width: int) -> nn.Sequential:
+    """Make the layers from the finest features and the boundary to the mask's logits, for (B, width + 1, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
+    )
+
+
 class Decoder(nn.Module):
     """Decoder adds, mixes by experts and predicts, from the coarsest feature to the finest (Lin et al. 2017)."""
 
@@ -348,12 +365,7 @@ class Decoder(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.mixtures = nn.ModuleList(Experts(width, num_experts, top_k) for _ in channels)
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 3, padding=1) for _ in channels[1:])
-        self.boundary = nn.Sequential(
-            nn.Conv2d(width, width // 2, 3, padding=1), nn.GELU(), nn.Conv2d(width // 2, 1, 1)
-        )
-        self.final = nn.Sequential(
-            nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
-        )
+        self.boundary, self.final = boundary_head(width), final_head(width)
         self.checkpointing = False
 
     def forward(self, features: list[Tensor]) -> Output:
@@ -361,7 +373,7 @@ class Decoder(nn.Module):
         logits, balances = [], []
         for level in reversed(range(len(features))):
             here = self.lateral[level](features[level])
-            x = here if x is None else here + F.interpolate(x, here.shape[2:], mode="bilinear", align_corners=False)
+            x = here if x is None else here + resized(x, here)
             x, uneven = maybe_checkpoint(self, self.mixtures[level], x)
             balances.append(uneven)
             if level:
