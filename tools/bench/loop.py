@@ -154,14 +154,14 @@ def kit(task: Any, batch: int) -> Callable[[int], None]:
 
 
 def hand(task: Any, batch: int) -> Callable[[int], None]:
-    model, data = task.model(), task.train_data()
-    call = model
-    if distributed.active():
-        call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
-    rank, world = distributed.rank(), distributed.world_size()
+    data, rank, world = task.train_data(), distributed.rank(), distributed.world_size()
 
     def run(steps: int) -> None:
+        model = task.model()  # anew in each block, as the kit's: where tensors lie in memory changes a step by some %
+        call = model
+        if distributed.active():
+            call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
         order = torch.randperm(SAMPLES)
         for step in range(steps):
             start = step * batch * world % (SAMPLES - batch * world) + rank * batch
