@@ -1,4 +1,4 @@
-"""kaggle_mgpu trains on every GPU of a Kaggle notebook, without losing a run.
+"""kaggle_mgpu trains PyTorch models on every GPU of a Kaggle notebook, and resumes interrupted runs.
 
     from kaggle_mgpu import env
     env.fix()  # before anything else is imported
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public names with their modules, and modules with short names
+# _HOMES: the module of each public name. _MODULES: modules that have a short name
 _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "notebook",

@@ -10,8 +10,8 @@
 
 Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file, which may `include:` others;
 KAGGLE_MGPU_<FIELD> in the environment overrides the file, and flags override both. The exit code is 0 for a run that
-finished or stopped as asked, 1 for an error or a failed check, 2 for invalid settings, 130 after a second interrupt.
-Errors raised by this package are one line; other errors show their traceback.
+finished or stopped as asked, 1 for an error or a failed check, 2 for invalid settings, 130 if interrupted outside
+training or twice in training. Errors raised by this package are printed as one line, other errors with a traceback.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def recipes() -> list[str]:
 
 
 LIGHT = ("gpus", "check", "--version")
-"""Commands that skip importing the recipes, which takes a second."""
+"""Commands that do not need the recipes, whose import takes a second."""
 
 
 def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
@@ -57,7 +57,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
     version = f"kaggle_mgpu {__version__} from {Path(__file__).parent}"
     top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
     commands = top.add_subparsers(dest="command", required=True)
-    # no abbreviations, since a misspelt --epoch must not pass for --epochs
+    # no abbreviations: a misspelt --epoch must not be taken for --epochs
     commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
     of_check = commands.add_parser(
         "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
@@ -197,7 +197,7 @@ def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
 
 
 def _in_the_way(error: Exception, folder: str) -> bool:
-    """Return whether the error is an OSError for this folder, a parent or a child."""
+    """Return whether the error is an OSError about this folder, a folder above, or a path inside."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str):
         return False
     return Path(error.filename).is_relative_to(folder) or Path(folder).is_relative_to(error.filename)
@@ -225,7 +225,7 @@ def _draw(result: Result) -> None:
 
 
 def _says_all(error: Exception) -> bool:
-    """Return whether this package raised the error, here or in a worker, with a message for users."""
+    """Return whether this package raised the error, here or in a worker, so that the message needs no traceback."""
     from .errors import WorkerTraceback
 
     if isinstance(error.__cause__, WorkerTraceback):
@@ -239,12 +239,12 @@ def _says_all(error: Exception) -> bool:
 if __name__ == "__main__":
     try:
         code = main()
-    except KeyboardInterrupt:  # training handles interrupts itself and saves; here nothing can be saved
+    except KeyboardInterrupt:  # training handles interrupts itself; elsewhere there is nothing to save
         print("stopped", file=sys.stderr)
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # under torchrun a destructor of gloo may abort the exit, and torchrun would report a failed run
+        # under torchrun a destructor of gloo may abort the exit, and torchrun would then report a failed run
         os._exit(code)
     sys.exit(code)

@@ -51,7 +51,7 @@ class TrainConfig:
     may change, but not the resulting global batch size. A subclass adds its own names."""
 
     _derived: ClassVar[tuple[str, ...]] = ()
-    """Names of fields that "auto" has been replaced in, set in each config by a subclass."""
+    """Fields of this config in which a subclass replaced "auto" by a value; `settings` leaves these fields out."""
 
     # Where it runs
     strategy: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"] = "auto"
@@ -60,7 +60,7 @@ class TrainConfig:
     nproc: int | Literal["auto"] = "auto"
     """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
     gpu_ids: str | None = None
-    """Which GPUs, as "0,1". None: all of them."""
+    """The GPUs to use, as "0,1". None: all."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), fp32 on CPU."""
     compile: bool = False
@@ -68,10 +68,12 @@ class TrainConfig:
     cpu_offload: bool = False
     """Under fsdp, keep weights, gradients and optimizer state in main memory, and run the optimizer on the CPU."""
     deepspeed_config: str | None = None
-    """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …). Sizes, precision,
-    clipping, optimizer and schedule are the run's: absent from the file, "auto" or equal. None: ZeRO stage 2."""
+    """Under deepspeed, a JSON file with DeepSpeed's settings (zero_optimization: stage, offload, …). Batch sizes,
+    precision, clipping, optimizer and schedule come from the run: leave them out of the file, or give "auto" or the
+    run's values. None: ZeRO stage 2."""
     meta_init: bool = False
-    """Under fsdp, build the weights on rank 0 alone, for N times less main memory; other ranks receive their shards."""
+    """Under fsdp, build the weights on rank 0 alone, so that N ranks need 1/N of the main memory; other ranks receive
+    their shards."""
     gradient_checkpointing: bool = False
     """Trade time for memory: recompute activations in backward (the model must offer gradient_checkpointing_enable)."""
 
@@ -81,23 +83,24 @@ class TrainConfig:
     hang_timeout_minutes: float = 30.0
     """End a run after this long without progress on any rank (no step, batch or line), and show each rank's stack."""
     collective_timeout_minutes: float = 60.0
-    """Time limit for a collective. Keep it above hang_timeout_minutes, whose error is more detailed."""
+    """Time limit for a collective, an exchange between all ranks. Keep the limit above hang_timeout_minutes, whose
+    error is more detailed."""
     nccl_p2p: Literal["auto", "on", "off"] = "auto"
     """Whether NCCL may copy directly between GPUs. auto: off for T4s, since Kaggle's pair has no peer access, and NCCL
     can hang if a virtual machine claims otherwise. Copies then go through shared memory."""
     gradient_compression: Literal["none", "fp16"] = "none"
-    """Under ddp, send gradients as fp16: half the bytes, rounded to three digits. `plan` estimates the gain."""
+    """Under ddp, send gradients as fp16: half the bytes, three significant digits. `plan` estimates the gain."""
     bucket_mb: int = 25
-    """Under ddp, MiB of gradients sent at a time while backward continues."""
+    """Under ddp, MiB of gradients sent at a time while backward continues. The default is torch's."""
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | str | None = None
     """Samples per optimizer step over all GPUs, independent of the number of GPUs. "per_gpu:64": 64 times the number of
-    GPUs (of processes on a CPU), which is no default, since the weights then depend on the number of GPUs. A resumed
-    run keeps the size that it began with."""
+    GPUs (of processes on a CPU); the weights then depend on the number of GPUs. A resumed run keeps
+    the size of its first session."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
-    under fsdp and deepspeed the largest there is, halved when memory runs out."""
+    under fsdp and deepspeed all of a GPU's share, halved when memory runs out."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step."""
     data_workers: int | Literal["auto"] = "auto"
@@ -111,19 +114,19 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimizer steps in all, in place of epochs."""
     time_limit: str | None = None
-    """Stop after this long ("11h30m"): save, write result.json with finished: false, return."""
+    """Stop after this time ("11h30m"): save, write result.json with finished: false, and return."""
 
     # The optimizer
     lr: float = 1e-3
     """Peak learning rate (for base_batch_size, when lr_scaling is not none)."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    """Scale lr with global_batch_size / base_batch_size, or its square root."""
+    """Multiply lr by global_batch_size / base_batch_size (linear, Goyal et al. 2017), or by its square root (sqrt)."""
     base_batch_size: int = 256
     """The batch size that lr was chosen for; read only when lr_scaling is not none."""
     weight_decay: float = 0.1
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0
-    """Steps of linear warm-up; below 1 it is a fraction of the run; or epochs, as "2 epochs"."""
+    """Steps of linear warm-up; below 1, a fraction of the run; or epochs, as "2 epochs"."""
     schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine"
     """Shape of the learning rate after warm-up."""
     schedule_cycles: int = 4
@@ -131,15 +134,15 @@ class TrainConfig:
     schedule_first_cycle: int | str | None = None
     """T_0 of cosine_restarts: steps of the first cycle, or epochs, as "10 epochs". None: schedule_cycles decides."""
     schedule_cycle_factor: int = 1
-    """T_mult of cosine_restarts: each cycle is so many times as long as the one before."""
+    """T_mult of cosine_restarts: each cycle is this many times as long as the cycle before."""
     schedule_power: float = 2.0
     """Exponent of polynomial."""
     min_lr: float = 0.0
     """Final learning rate of the schedule."""
     sync_batchnorm: Literal["auto", "off"] = "auto"
-    """auto: BatchNorm layers take their statistics over all processes, so over the global batch where nothing is
-    accumulated; off: each process has its own, which saves two exchanges per layer. find_unused_parameters also turns
-    the exchange off, since a rank may then skip a layer."""
+    """auto: BatchNorm layers compute their statistics over all processes, that is the global batch unless gradients are
+    accumulated; off: each process computes its own, which saves two exchanges per layer. find_unused_parameters
+    implies off, since a rank may then skip a layer."""
     find_unused_parameters: bool = False
     """Under ddp, allow parameters unused in a step (conditional branches), at the cost of time in each step."""
     max_norm: float | None = 1.0
@@ -153,7 +156,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between records of loss, learning rate and throughput."""
     save_every: int | None = None
-    """Steps between checkpoints, besides those of save_interval_minutes. None: only save_interval_minutes."""
+    """Steps between checkpoints, in addition to save_interval_minutes. None: only save_interval_minutes."""
     save_interval_minutes: float = 30.0
     """Minutes between checkpoints."""
     checkpoint_format: Literal["full", "sharded"] = "full"
@@ -166,9 +169,9 @@ class TrainConfig:
     best_mode: Literal["min", "max"] = "min"
     """Whether best_metric is better when smaller or larger."""
     patience: int | None = None
-    """End the run after so many evaluations in a row without an improvement of best_metric. None: never."""
+    """End the run after this many evaluations in a row without an improvement of best_metric. None: never."""
     min_delta: float = 0.0
-    """For patience, an improvement is better by more than this."""
+    """For patience, best_metric improves if it gets better by more than this."""
 
     # The run
     resume: str = "auto"
@@ -181,7 +184,7 @@ class TrainConfig:
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
-        # before __init__, whose error for an unknown name has no suggestion; unpickling passes no names
+        # before __init__, because its error for an unknown name suggests no other; unpickling passes no names
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
             check_names(named, [parameter.name for parameter in accepted][1:], where=cls.__name__)
@@ -229,7 +232,7 @@ class TrainConfig:
                 except ValueError as error:
                     raise ValueError(f"{type(self).__name__}.{name}: {error}") from None
                 if name == "global_batch_size":
-                    object.__setattr__(self, name, f"per_gpu:{parsed}")  # without spaces, as checkpoints compare it
+                    object.__setattr__(self, name, f"per_gpu:{parsed}")  # without spaces, as in checkpoints
         for name, value in vars(self).items():
             # an empty path, as from an unset shell variable, would mean the current folder
             names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))
@@ -252,7 +255,7 @@ class TrainConfig:
         """Make a config from names and values.
 
         Raises:
-            TypeError: a name is no field's; the message suggests the nearest field.
+            TypeError: a name is not a field; the message suggests the nearest field.
             ValueError: a value is invalid for its field.
         """
         check_names(values, [field.name for field in dataclasses.fields(cls)], where=cls.__name__)
@@ -270,7 +273,7 @@ class TrainConfig:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Return plain values, without those that follow from others."""
+        """Return plain values, without the `_derived` fields, which follow from others."""
         return {name: value for name, value in self.to_dict().items() if name not in self._derived}
 
     def replace(self, **changes: Any) -> Self:
@@ -286,15 +289,15 @@ class TrainConfig:
 
         Raises:
             FileNotFoundError: a file is missing.
-            TypeError: a name is no field's.
-            ValueError: a file is no mapping or not valid YAML/JSON, a value is invalid for its field, or files include
-                each other.
+            TypeError: a name is not a field.
+            ValueError: a file is not a mapping or not valid YAML/JSON, a value is invalid for its field, or files
+                include each other.
         """
         settings = _read_settings(Path(path), ())
         try:
             return cls.from_dict(settings)
         except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError  # subclasses may take other arguments
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # type(error) may need other arguments
             raise kind(f"{path}: {error}") from None
 
     @classmethod
@@ -310,7 +313,7 @@ class TrainConfig:
         known = {_PREFIX + field.name.upper(): field.name for field in dataclasses.fields(cls)}
         given = [name for name in variables if name.startswith(_PREFIX) and name not in OF_THE_KIT]
         if unknown := next((name for name in given if name not in known), None):
-            # compared without the prefix, which makes any two names similar
+            # compared without the prefix, since sharing it makes any two names similar
             near = nearest(unknown.removeprefix(_PREFIX), [name.removeprefix(_PREFIX) for name in known])
             meant = either(_PREFIX + name for name in near) if near else ""
             hint = f"Did you mean {meant}?" if near else "Unset it, or correct its name."
@@ -342,7 +345,7 @@ class TrainConfig:
 
     @classmethod
     def from_arguments(cls, namespace: argparse.Namespace, base: TrainConfig | Mapping[str, Any] | None = None) -> Self:
-        """Make a config from the flags in `namespace`, over `base` or the defaults."""
+        """Make a config from the flags in `namespace`, which override `base` or the defaults. Raises as `from_dict`."""
         known = {field.name for field in dataclasses.fields(cls)}
         given = {name: value for name, value in vars(namespace).items() if name in known}
         under = base.to_dict() if isinstance(base, TrainConfig) else dict(base or {})
@@ -350,10 +353,10 @@ class TrainConfig:
 
 
 MOST_DATA_WORKERS = 256
-"""Limit per rank, so that a typing error does not exhaust the machine's memory."""
+"""Limit per rank, so that a mistyped number does not exhaust the machine's memory."""
 _PREFIX = "KAGGLE_MGPU_"
 OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
-"""Variables of the kit that set no field."""
+"""Environment variables of this package that set no field."""
 
 
 def _read_settings(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
@@ -394,7 +397,7 @@ def _from_yaml(text: str) -> Any:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict; raise ValueError for a repeated name, which JSON and YAML readers accept."""
+    """Return the pairs as a dict; raise ValueError for a repeated name, since JSON and YAML readers keep the last."""
     counts = collections.Counter(name for name, _ in pairs)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"{twice[0]!r} is set {counts[twice[0]]} times")

@@ -8,7 +8,7 @@ _COMMUNICATION = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken 
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Return whether an error's text is about sending between ranks, as of a collective that another rank has left."""
+    """Return whether an error's text is about communication between ranks, as after the death of another rank."""
     return isinstance(error, RuntimeError) and _COMMUNICATION.search(str(error)) is not None
 
 
@@ -29,10 +29,10 @@ class WorkerDiedError(WorkerError):
 
 
 class HangError(WorkerError):
-    """No rank made progress for too long; the message names the rank behind and has each rank's Python stack."""
+    """No rank made progress for too long; the message names the slowest rank and shows each rank's Python stack."""
 
 
-class WorkerTraceback(Exception):  # noqa: N818 (it is the cause of an error, as concurrent.futures' is)
+class WorkerTraceback(Exception):  # noqa: N818 (the cause of another error, like concurrent.futures' _RemoteTraceback)
     """A worker's traceback, set as the `__cause__` of the exception raised in this process.
 
     Args:

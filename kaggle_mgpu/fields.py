@@ -43,10 +43,11 @@ def describe(annotation: Any) -> str:
 
 
 def parse(name: str, annotation: Any, value: Any) -> Any:
-    """Convert a value to the first matching type of an annotation.
+    """Convert a value to the first matching type of an annotation. Lists become tuples.
 
     Args:
         name: the setting's name, for the error message.
+        annotation: a type, a Literal, list[...], tuple[...] or a union of these.
 
     Raises:
         ValueError: the value matches no type.
@@ -83,7 +84,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
             if not isinstance(value, bool) and isinstance(value, int | float | str):
                 try:
                     number = float(value)
-                    if number == int(number):  # int(value) first: a float would round a long integer
+                    if number == int(number):  # int(value) where possible: a float would round a long integer
                         return int(value) if isinstance(value, int) or not _has_point(value) else int(number)
                 except (ValueError, OverflowError):
                     pass
@@ -136,7 +137,7 @@ def parse_per_gpu(text: str) -> int:
     """Return 64 for "per_gpu:64", a batch size that grows with the number of GPUs.
 
     Raises:
-        ValueError: the text is no such size.
+        ValueError: the text has another form, or the number is below 1.
     """
     found = re.fullmatch(r"per_gpu:\s*(\d+)", text.strip())
     if found is None or int(found[1]) < 1:
@@ -148,7 +149,7 @@ def parse_duration(text: str | float) -> float:
     """Return the seconds in "11h30m", "45m", "90s", "1d", or a plain number of seconds.
 
     Raises:
-        ValueError: the text is no duration, or not above zero.
+        ValueError: the text is not a duration, or the duration is not above zero.
     """
     units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
     body = str(text).strip().lower().replace(" ", "")

@@ -58,17 +58,17 @@ _ELSEWHERE = {
 def nearest(name: str, known: Sequence[str]) -> list[str]:
     """Return likely known names: another library's equivalent, a near spelling, or names containing `name`.
 
-    A far guess misleads more than none, so the list may be empty.
+    The list is empty if no name is near, because a wrong suggestion misleads more than none.
     """
     meant = _ELSEWHERE.get(name.lower().replace("-", "_"))
     if same := [other for other in known if other.lower().replace("-", "_") == meant]:
         return same
-    # one letter of a short name is a large share of its letters
+    # a lower cutoff for short names, where one wrong letter is a large share
     slip = difflib.get_close_matches(name, known, n=1, cutoff=0.75 if len(name) < 8 else 0.85)
     return slip or [other for other in known if len(name) > 4 and name in other][:3]
 
 
 def either(names: Iterable[str]) -> str:
-    """ "a", "a or b", "a, b or c"."""
+    """Join names for a message: "a", "a or b", "a, b or c"."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last

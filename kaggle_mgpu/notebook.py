@@ -14,13 +14,16 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     IPython's history `In`. Only assigned names count, not imports, functions and classes. Pass the result to
     `Config.from_dict`, which raises an error for a misspelt name.
 
+    Args:
+        namespace: the notebook's globals().
+
     Raises:
         RuntimeError: no parameters cell was run.
     """
     names: list[str] | None = None
     for cell in namespace["In"][:-1]:
         if cell.startswith("# Parameters of this notebook"):
-            names = []  # the newest run counts
+            names = []  # the cell was run again: the newest run counts
         if names is not None and cell.startswith("# Parameters"):
             names += _assigned(ast.parse(cell))
     if names is None:
@@ -35,7 +38,10 @@ _OWN_NAMES = (
 
 
 def _assigned(node: ast.AST) -> Iterator[str]:
-    """Yield the names that a cell assigns, in order. (symtable of Python 3.12 counts a comprehension's names too.)"""
+    """Yield the names that a cell assigns, in order.
+
+    The module symtable is no substitute: since Python 3.12 it also returns the names inside comprehensions.
+    """
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
         yield node.id
     for child in ast.iter_child_nodes(node):

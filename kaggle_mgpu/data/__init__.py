@@ -1,6 +1,6 @@
 """The data package selects the samples of each step and loads them as batches.
 
-The package knows no model, strategy or config. Start reading at `BatchPlan` in batch_plan.py, then `Order`,
+The package uses no models, strategies or configs. Start reading at `BatchPlan` in batch_plan.py, then `Order`,
 `Sampler` and `Batches` in loading.py; randomness.py derives random numbers from (seed, epoch, sample).
 """
 

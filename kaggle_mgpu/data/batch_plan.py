@@ -22,7 +22,7 @@ class BatchPlan:
     dataset_size: int
     max_steps: int
     per_gpu: int | None = None
-    """The share of a replica that was asked for in place of a global batch size."""
+    """N if the config gave "per_gpu:N" in place of a global batch size."""
 
     @classmethod
     def make(
@@ -41,10 +41,11 @@ class BatchPlan:
 
         Args:
             global_batch_size: samples, or "per_gpu:64" for 64 times the number of replicas.
-            kept: the global batch that a run of "per_gpu:64" began with, on however many GPUs.
+            max_steps: replaces `epochs`.
+            kept: the global batch size with which a "per_gpu:64" run began, perhaps on another number of GPUs.
 
         Raises:
-            ValueError: the dataset is empty, the sizes do not multiply, or the replicas cannot share the batch.
+            ValueError: the dataset is empty, the sizes contradict each other, or the replicas cannot share the batch.
         """
         if dataset_size < 1:
             raise ValueError("the training data is empty: train_data() has length 0. Check the path it reads from.")
@@ -56,7 +57,7 @@ class BatchPlan:
             batch = global_batch_size
         if batch is None:
             batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
-        # a kept batch is part of the run, which another one would not continue
+        # a resumed run keeps its global batch, so the advice must not be to change it
         advice = "" if kept else "global_batch_size {}, or "
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
         if micro is not None and accumulation is not None:
@@ -93,7 +94,7 @@ class BatchPlan:
         steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / batch)
         plan = cls(batch, micro, num_replicas, accumulation, dataset_size, steps, per_gpu)
         if per_gpu is not None and micro_batch_size is None and gradient_accumulation_steps is None:
-            return plan.with_micro_batch_size(per_gpu)  # a kept batch may be larger than that of these replicas
+            return plan.with_micro_batch_size(per_gpu)  # a kept batch may be larger than per_gpu x num_replicas
         return plan
 
     def with_micro_batch_size(self, at_most: int) -> Self:
@@ -119,7 +120,7 @@ class BatchPlan:
         return lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[lr_scaling]
 
     def sentence(self, unit: str = "GPU") -> str:
-        """Describe the plan in a sentence; `unit` names the device of one replica."""
+        """Describe the plan in a sentence; `unit` names the place of one replica: GPU, replica or process."""
         size = f"global batch {self.global_batch_size}"
         if self.per_gpu is not None:
             here = self.per_gpu * self.num_replicas
@@ -135,7 +136,7 @@ class BatchPlan:
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 step", "1,200 steps", "2 processes"."""
+    """Return a number with its noun: "1 step", "1,200 steps", "2 processes"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 

@@ -2,8 +2,8 @@
 
 The order of samples depends on (seed, epoch) alone. A step takes the next `global_batch_size` samples in this order;
 each rank takes its share of the slice and cuts it into micro-batches. One GPU and four GPUs therefore see the same
-samples at the same step, and `samples_seen` is the whole position in the data. Random augmentation of a sample depends
-on (seed, epoch, sample), not on the process that fetches it.
+samples at the same step, and `samples_seen` alone gives the position in the data. Random augmentation of a sample
+depends on (seed, epoch, sample), not on the process that fetches the sample.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .batch_plan import BatchPlan
 
 
 class Order:
-    """An Order is a pseudo-random permutation of range(size), evaluated only at the requested positions.
+    """An Order is a pseudo-random permutation of range(size), computed only at the requested positions.
 
     A Feistel network is a bijection of 2^k numbers for any round function; repeating the network until the number is
     below size makes a bijection of range(size) (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The
@@ -46,7 +46,7 @@ class Order:
         self.mask = np.uint64((1 << self.half_bits) - 1)
         state = _mix(np.array([seed % 2**64], dtype=np.uint64)) ^ np.uint64(epoch)
         self.keys = _mix(state + np.arange(1, self.ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-        # tiny datasets need many repetitions among 256 numbers: a table makes them 15 times as fast
+        # tiny datasets need many repetitions: a table of all 256 numbers is 15 times as fast
         self.table: np.ndarray | None = None
         if self.half_bits == 4:
             self.table = self._permute(np.arange(256, dtype=np.uint64))
@@ -80,8 +80,8 @@ class Share(NamedTuple):  # made every step; a frozen dataclass takes five times
 
     micro_batches: list[np.ndarray]
     real: list[bool]
-    """False for a stand-in: a rank without samples for a micro-step computes any sample with weight 0, since all ranks
-    must take part in every gradient all-reduce."""
+    """False for a stand-in: a rank without samples for a micro-step computes the batch's first sample with weight 0,
+    since all ranks must take part in every gradient all-reduce."""
     samples: int
     """Samples in the global batch, over all ranks."""
     epoch: int = 0
@@ -149,9 +149,9 @@ class Step:
     terms: Callable[[], int]
     """Returns the number of loss terms in the global batch, after waiting for the counts of all ranks."""
     own_terms: int = 0
-    """This rank's part of that number."""
+    """This rank's part of the terms."""
     next_terms: distributed.Count | None = None
-    """The number of the step that follows, where the gradients of this step are to carry it."""
+    """The next step's number of terms, if summed over the ranks together with this step's gradients; else None."""
 
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
@@ -177,15 +177,18 @@ def size_of(dataset: Dataset[Any], what: str) -> int:
 class Fetch(Dataset[Any]):
     """Fetch makes a batch from sample indices, by the dataset's own `batch(indices)` or by collating items.
 
-    The global random generators are seeded for each sample, and before a custom collate again for the first sample. If
-    a dataset makes several samples at a time (`batch`, `__getitems__`), they are seeded for the first sample, so random
-    values repeat only if batches are split in the same way.
+    The global random generators are seeded for each sample, and again, for the first sample, before a custom collate.
+    If a dataset makes several samples at a time (`batch`, `__getitems__`), the generators are seeded once, for the
+    first of these samples, so random values repeat only if batches are split in the same way.
 
     A dataset may have `sample_lengths`, a number for each sample: see `Sampler`.
 
     Args:
         seed: the run's seed.
         purpose: a name that gives training and evaluation different random numbers.
+
+    Raises:
+        ValueError: `sample_lengths` does not have one number for each sample.
     """
 
     def __init__(
@@ -206,9 +209,9 @@ class Fetch(Dataset[Any]):
             )
         self.keys = randomness.key(seed, purpose), randomness.key(seed, f"{purpose}, collate")
         self.get_batch: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
-        self.draws = True
+        self.draws = True  # whether the dataset may draw random numbers
         if self.get_batch is None and type(dataset) is TensorDataset and collate is default_collate:
-            # the same result as collating rows one by one, a list, 30 times as fast
+            # 30 times as fast as collating single rows, with the same result, a list
             self.get_batch = lambda indices: [tensor[indices] for tensor in dataset.tensors]
             self.draws = False
         self.get_items: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
@@ -234,19 +237,30 @@ class Fetch(Dataset[Any]):
 
 
 def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
-    """Return the number of loader processes per rank; "auto" is 0 for datasets with fast indexing by batch."""
+    """Return the number of loader processes per rank.
+
+    "auto" is a rank's share of at most 4 CPUs, and 0 on one CPU or for a dataset that makes whole batches.
+
+    Args:
+        cpus: the CPUs of this machine.
+        ranks: the ranks on this machine.
+    """
     if wanted != "auto":
         return wanted
     return 0 if fetch.get_batch is not None else min(4, cpus) // max(1, ranks) if cpus > 1 else 0
 
 
 LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
-"""Limit in characters: Linux's limit for a socket's path, less the part that multiprocessing appends."""
+"""Limit in characters: Linux's limit for a socket's path, minus the part that multiprocessing appends."""
 
 
 def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, prefetch: int = 2) -> Iterator[Any]:
-    """Yield the batch for each of the `index_batches`, in order, fetched here or by `workers` loader processes."""
-    if workers == 0:  # a DataLoader takes 67 µs a batch for this, and the generator 16
+    """Yield the batch for each of the `index_batches`, in order, fetched here or by `workers` loader processes.
+
+    Raises:
+        ValueError: the path of the temporary folder is too long for loader processes.
+    """
+    if workers == 0:  # a DataLoader takes 67 µs a batch, and this generator 16
         batches = (fetch[indices] for indices in index_batches)
         return map(pinned, batches) if pin_memory else batches
     if workers > 0 and len(tempfile.gettempdir()) > LONGEST_TMPDIR:
@@ -272,7 +286,7 @@ class Batches:
     """Batches yields endless `Step`s for training, from the sampler's position on.
 
     `count` returns the number of loss terms in a batch; None if each sample is one term, which saves a collective.
-    With `carried`, gradients carry the number, and each step has its successor's `next_terms`.
+    With `carried`, steps have `next_terms`, and the all-reduce of their gradients also sums the terms of the next step.
     """
 
     def __init__(
@@ -342,7 +356,7 @@ def evaluation_batches(
     pin_memory: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[Any]:
-    """Yield this rank's batches of one pass over a dataset; over all ranks each sample is used exactly once."""
+    """Yield this rank's batches of one pass over `size` samples; all ranks together use each sample exactly once."""
     ranks, rank = distributed.world_size(), distributed.rank()
     starts: Sequence[int] = range(rank * batch_size, size, ranks * batch_size)
     indices = [np.arange(start, min(start + batch_size, size)) for start in starts]
@@ -360,7 +374,7 @@ def move(batch: Any, device: torch.device) -> Any:
         moved = copy.copy(batch)
         moved.data = move(batch.data, device)
         return moved
-    if isinstance(batch, PackedSequence):  # a namedtuple with a tensor that stays on the CPU
+    if isinstance(batch, PackedSequence):  # a namedtuple whose batch_sizes must stay on the CPU
         return cast(Any, batch).to(device, non_blocking=True)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(value, device) for value in batch))
@@ -376,7 +390,7 @@ def _takes_non_blocking(kind: type[Any]) -> bool:
     """Return whether the class's method `to` has a parameter non_blocking."""
     try:
         return "non_blocking" in inspect.signature(kind.to).parameters
-    except (ValueError, TypeError, AttributeError):  # not written in Python, no function, or the instance's own
+    except (ValueError, TypeError, AttributeError):  # `to` is built in, no function, or the instance's
         return False
 
 

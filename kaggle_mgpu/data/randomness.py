@@ -2,7 +2,7 @@
 
 Python's, NumPy's and torch's global generators are seeded before each sample is fetched and before each step is
 computed. Results therefore do not depend on the number of loader workers, on evaluation or logging in between, or on
-kills, and there is no random state to save. Datasets, collate functions, models and losses use the global generators
+restarts, and there is no random state to save. Datasets, collate functions, models and losses use the global generators
 as usual.
 """
 
@@ -25,7 +25,7 @@ def key(seed: int, purpose: str) -> int:
 
 
 def seed_for(rng_key: int, major: int, minor: int) -> None:
-    """Seed the global generators for (epoch, sample) or (step, rank): under 10 µs."""
+    """Seed the global generators for (major, minor), which is (epoch, sample) or (step, rank); takes under 10 µs."""
     value = _mix(rng_key + 0xD1342543DE82EF95 * major + 0xAF251AF3B0F025B5 * minor)
     # not torch.manual_seed, which takes 80 µs while CUDA is not initialized
     torch.default_generator.manual_seed(value)

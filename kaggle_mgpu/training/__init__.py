@@ -1,6 +1,6 @@
-"""`Task`, and the one loop that trains it.
+"""`Task`, and the training loop.
 
-The package starts no process. Start reading at `train` in loop.py, then `Task` in task.py.
+The package starts no processes. Start reading at `train` in loop.py, then `Task` in task.py.
 """
 
 from . import optim

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and the time to keep back for a stop in good order."""
+"""Measure where a run's time goes, and the time to reserve for saving and stopping before a deadline."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 WORTH_A_SAVE = 2.0
-"""Seconds. The state is saved before a longer evaluation, so that a kill during the evaluation loses few steps."""
+"""Seconds. The state is saved before a longer evaluation, so that few steps are lost if the evaluation is killed."""
 
 
 def floor(limit: float, on_kaggle: bool) -> float:
-    """Return the seconds to keep back in any case before a limit of so many seconds.
+    """Return the least number of seconds to reserve before a time limit of `limit` seconds.
 
-    The notebook's next cells need them; Kaggle then also converts the page and saves the output, 2 min for each GB.
+    The notebook's next cells need this time; Kaggle then also converts the page and saves the output, 2 min per GB.
     """
-    return min(max(0.02 * limit, 180.0 if on_kaggle else 5.0), limit / 2)  # half of a short limit is for the steps
+    return min(max(0.02 * limit, 180.0 if on_kaggle else 5.0), limit / 2)  # half of a short limit is left for steps
 
 
 def disk_speed(folder: Path) -> float:
-    """Return the bytes per second that reach the folder's disk, from writes of some MB that take up to 0.2 s."""
+    """Return the write speed of the folder's disk in bytes/s, from trial writes of up to 8 MiB; 50e6 on a full disk."""
     probe, size, took = folder / f".speed-{os.getpid()}", 1 << 18, 0.0
     try:
         with open(probe, "wb", buffering=0) as file:
@@ -33,14 +33,14 @@ def disk_speed(folder: Path) -> float:
                 os.fsync(file.fileno())
                 took = time.monotonic() - start
         return size / max(took, 1e-3)
-    except OSError:  # a full disk
+    except OSError:  # usually a full disk
         return 50e6
     finally:
         probe.unlink(missing_ok=True)
 
 
 class StepTaken(NamedTuple):
-    """The times of a training step (batch asked for, batch there, finished) and its size."""
+    """The times of a training step (batch requested, batch received, step finished; time.monotonic) and its size."""
 
     asked: float
     arrived: float
@@ -50,16 +50,16 @@ class StepTaken(NamedTuple):
 
 
 class Clock:
-    """Training time in all, throughput since the last record, and how long a step, an evaluation and a save take.
+    """The total training time, the throughput since the last record, and the times of a step, an evaluation and a save.
 
-    The loop appends each step to `taken`, which costs no call; the clock counts those steps when it is asked something.
+    The loop appends each step to `taken`, which costs no call; the methods count the appended steps when called.
 
     Args:
         before: seconds that earlier sessions of the run took.
         save: a guess at the seconds of a save, used until one is measured.
         weights: a guess at the seconds of writing the weights alone, at the same speed as `save`.
         evaluation: a guess at the seconds of an evaluation, used until one is measured.
-        floor: seconds to keep back before a deadline in any case.
+        floor: the least number of seconds to reserve before a deadline.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Clock:
         return self.before + time.monotonic() - self.began
 
     def count(self) -> None:
-        """Count the steps in `taken`. All other methods with an answer about steps do this first."""
+        """Count the steps in `taken`. Methods whose result depends on the steps call this first."""
         for step in self.taken:
             took = step.finished - self.counted
-            if self.steps == 0:  # imports, compilation and tuning make the first step unlike the others
+            if self.steps == 0:  # imports, compilation and tuning make the first step slower than the others
                 self.first_step = took
             else:
                 self.longest_step = max(self.longest_step, took)
@@ -99,7 +99,7 @@ class Clock:
 
     @contextlib.contextmanager
     def pause(self, what: str = "saving") -> Iterator[None]:
-        """Measure time spent on something else than steps, and leave this time out of the throughput."""
+        """Measure time spent on `what` ("saving", "evaluation"), and leave this time out of the throughput."""
         self.count()
         start = time.monotonic()
         yield
@@ -111,22 +111,22 @@ class Clock:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Measure an evaluation."""
+        """Measure an evaluation, and keep the longest time for `margin`."""
         start = time.monotonic()
         with self.pause("evaluation"):
             yield
         self.evaluation = max(self.evaluation, time.monotonic() - start)
 
     def saved(self, seconds: float) -> None:
-        """Take note of a save's duration, from its beginning to the last byte on the disk."""
+        """Keep the longest duration of a save, from its beginning to the last byte on the disk."""
         self.save = max(self.save, seconds)
 
     def outlasts_a_save(self) -> bool:
-        """Return whether an evaluation may take longer than a save, and long enough to save the state before."""
+        """Return whether an evaluation may take longer than a save and than WORTH_A_SAVE: then save before."""
         return (self.evaluation or self.evaluation_guess) > max(self.save, WORTH_A_SAVE)
 
     def throughput(self, unit: str) -> dict[str, float]:
-        """Return samples or terms per second since the last call. Wait for the GPU before calling."""
+        """Return {"UNIT_per_s": rate} since the last call, of samples or of terms. Wait for the GPU before calling."""
         self.count()
         now = time.monotonic()
         rate = (self.samples if unit == "samples" else self.terms) / max(now - self.since, 1e-9)
@@ -136,12 +136,11 @@ class Clock:
     def where(self, communication: float | None = None) -> dict[str, float]:
         """Return the seconds since the last call by their use; the parts add up to the whole.
 
-        "data" is this process's waiting for batches (while a GPU may have been busy with earlier steps), "evaluation"
-        and "saving" are the pauses for them, "steps" is the rest: forward, backward, optimizer.
+        "data" is the time that this process waited for batches (the GPU may have been busy with earlier steps),
+        "evaluation" and "saving" are the times of `pause`, "steps" is the rest: forward, backward, optimizer.
 
         Args:
-            communication: seconds of a step in which the GPU only sends gradients, if known. They are taken out of
-                "steps".
+            communication: seconds per step in which the GPU only sends gradients, if known; subtracted from "steps".
         """
         self.count()
         now = time.monotonic()
@@ -153,12 +152,13 @@ class Clock:
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:
-        """Return the seconds to keep back before a deadline: 1.5 times all that is still to come, or the floor.
+        """Return the seconds to reserve before a deadline: 1.5 times the work until the end, at least the floor.
 
-        To come are the longest `steps` steps so far, the longest save, and the final weights at that save's speed.
+        This work is `steps` steps as long as the longest so far, the longest save, and writing the final weights at
+        the speed of this save.
 
         Args:
-            evaluation: an evaluation comes next; its longest duration so far is counted too.
+            evaluation: whether an evaluation comes next; the longest evaluation so far is then added.
         """
         self.count()
         step = self.longest_step or self.first_step
@@ -169,7 +169,7 @@ class Clock:
         return max(1.5 * needed, self.floor)
 
     def left(self, steps: int) -> float | None:
-        """Return the seconds of so many steps at the pace of this session; None before its first step."""
+        """Return the seconds for this many steps at the pace of this session; None before its first step."""
         self.count()
         if self.steps == 0:
             return None

@@ -1,4 +1,4 @@
-"""When to end a run whose loss or gradient is not finite, and the error with the steps and their samples."""
+"""Decide when to end a run whose loss or gradient is not finite, and make the error with the steps and samples."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from .. import data
 from ..errors import DivergedError
 
-# Steps skipped in a row before the run ends. fp16 starts with a loss scale of 2^16 and halves it after each overflow:
-# twenty skipped steps are nothing unusual.
+# Steps skipped in a row before the run ends. fp16 starts with a loss scale of 2^16, halved after each overflow, so
+# twenty skipped steps are not unusual.
 PATIENCE = {"fp16": 30, "fp32": 5, "bf16": 5}
 
 
@@ -19,7 +19,7 @@ def is_hopeless(step: int, loss: float, skipped_in_a_row: int, precision: str) -
     Args:
         skipped_in_a_row: the number of steps up to this one that were skipped because their gradient was not finite.
     """
-    # nothing explains a first step in full precision without a finite gradient, and the next one will have none either
+    # outside fp16, no overflow explains a first gradient that is not finite, and the next will not be finite either
     patience = 1 if step == 1 and precision != "fp16" else PATIENCE[precision]
     only_gradient_is_finite = not math.isfinite(loss) and skipped_in_a_row == 0 and precision != "fp16"
     return skipped_in_a_row >= patience or only_gradient_is_finite

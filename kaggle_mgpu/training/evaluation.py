@@ -28,7 +28,7 @@ from .task import Task, TrainState
 
 T = TypeVar("T")
 NO_GRADIENT = "does not require grad"
-"""Part of torch's message for a backward pass without gradients."""
+"""Part of torch's message for a backward pass through a tensor without a gradient."""
 
 
 class Evaluation:
@@ -61,7 +61,7 @@ class Evaluation:
         Raises:
             RuntimeError: a sample of val_data, Task.metrics or Task.summary fails.
             ValueError: the evaluation gives no best_metric.
-            RestartError: out of memory where ranks compute together.
+            RestartError: out of memory where ranks compute together (fsdp, deepspeed).
         """
         if self.next_step == math.inf:
             return 0.0
@@ -78,10 +78,10 @@ class Evaluation:
                 pace = time.monotonic() - began
                 _try(parts, "metrics", lambda: _expect_room(own or {}, parts.val_samples / rows, parts.world_size))
                 sums, gathered = _apart(own)
-                if not parts.is_main:  # all ranks tried the same samples
+                if not parts.is_main:  # all ranks evaluated the same samples: rank 0's rows suffice
                     gathered = {}
                 found = distributed.gather(sums)
-                if all(part is not None for part in found):  # else memory ran out: `run` will take fewer samples
+                if all(part is not None for part in found):  # None: out of memory; `run` will take fewer samples
                     metrics = _try(parts, "summary", lambda: _tried_summary(parts, cast(Any, found), gathered))
                     if metrics is not None:
                         is_best(parts.config, dataclasses.replace(state, metrics=metrics))
@@ -96,12 +96,12 @@ class Evaluation:
     def run(self, parts: Parts, state: TrainState) -> str:
         """Write the metrics over val_data into `state.metrics`; return a note about memory, or "".
 
-        Every rank must call this. When a batch is too much for one rank's memory, all ranks begin again with half of
-        it: sums and counts do not depend on how the data is split.
+        Every rank must call this. When a batch does not fit into one rank's memory, all ranks start again with half
+        the batch size. The result is the same, because sums and counts do not depend on how the data is split.
 
         Raises:
-            OutOfMemoryError: a single sample is too much; or any batch, where ranks compute together as under fsdp: the
-                other ranks wait inside a collective, and cannot begin again.
+            OutOfMemoryError: a single sample does not fit; or, where ranks compute together (fsdp, deepspeed), a batch
+                does not fit: the other ranks wait inside a collective, and cannot start again.
         """
         first_size = _micro_batch_size(parts)
         first_size = min(first_size, self.batch_size or first_size)
@@ -151,10 +151,10 @@ def _trial_sums(parts: Parts, batch: Any) -> dict[str, Any] | None:
 
 
 def _numbers(metrics: Any) -> dict[str, float]:
-    """Return what Task.summary gave, if that is {name: number} as checkpoints can hold it.
+    """Return the result of Task.summary, checked to be {name: number}, since a checkpoint must hold the result.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the result is something else.
     """
     if not isinstance(metrics, dict):
         raise TypeError(f"expected {{name: number}}, got a {type(metrics).__name__}")
@@ -165,13 +165,14 @@ def _numbers(metrics: Any) -> dict[str, float]:
 
 
 def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
-    """Return the action's value; where the action fails on a rank, raise one error on every rank.
+    """Return the action's value; if the action fails on a rank, raise one error on every rank.
 
-    A task without metrics of its own is evaluated by its loss. An error of that loss is raised as itself, by the rank
-    that meets the error; of a sum that the default summary cannot take, the first training step says more.
+    A task without its own metrics is evaluated by its loss. An error in this loss is raised unchanged, by the rank
+    where it occurs. If the default summary cannot take the loss, nothing is raised, because the first training step
+    gives a better error.
 
     Raises:
-        RuntimeError: the action failed. The text says in which method and line of the task, and what to do.
+        RuntimeError: the action failed. The text gives the method and line of the task, and the next step.
         Exception: the task's loss failed.
     """
     value, failure = None, None
@@ -193,13 +194,13 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
             if by_loss and NO_GRADIENT not in text:
                 if failure is not None and method == "metrics":
                     raise failure
-                continue  # the failed rank's error is the one to see; this rank's next collective ends with it
+                continue  # the failed rank raises its own error, which also ends this rank's next collective
             raise RuntimeError(text if parts.world_size == 1 else f"rank {rank}: {text}") from failure
     return cast(T, value)
 
 
 def _explained(parts: Parts, method: str, error: Exception) -> str:
-    """Return what failed in the trial, where in the task's code, and the next step."""
+    """Return the error text: the failed method, the line in the task's code, and the next step."""
     kind, package = type(parts.task), str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((package, str(Path(torch.__file__).parent)))]
@@ -236,7 +237,7 @@ def _sums(parts: Parts, batch_size: int) -> Any:
 
 
 def _apart(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
-    """Return this rank's sums, with [] in place of rows to be gathered, and these rows."""
+    """Return this rank's sums, with [] in place of rows to be gathered, and the rows by name."""
     if not isinstance(own, dict):
         return own, {}
     rows = {name: value for name, value in own.items() if isinstance(value, list)}
@@ -257,7 +258,10 @@ def _tried_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tenso
 
 
 def _expect_room(own: dict[str, Any], batches: float, world_size: int) -> None:
-    """Raise MemoryError if rank 0 cannot hold the gathered rows of so many batches: received, sorted and joined."""
+    """Raise MemoryError if this machine cannot hold the gathered rows of `batches` batches like the one in `own`.
+
+    With several ranks, three copies of the rows exist at once (received, sorted, joined), otherwise two.
+    """
     nbytes = sum(rows.nbytes for value in own.values() if isinstance(value, list) for rows in value)
     needed, there = int(nbytes * batches * (3 if world_size > 1 else 2)), devices.ram_bytes()
     if needed > there > 0:
@@ -273,7 +277,8 @@ def _merge(
     """Add up every rank's sums and counts in the order of ranks, and let the task summarise the means.
 
     Args:
-        gathered: this rank's rows by name, one tensor for each batch. Batches were dealt out to the ranks in turn.
+        gathered: this rank's rows by name, one tensor for each batch. The ranks took the batches in turn, so the
+            result takes one batch of each rank in turn.
     """
     means: dict[str, Tensor] = {}
     names = dict.fromkeys(name for part in sums for name in part)
@@ -294,7 +299,7 @@ def count_patience(config: TrainConfig, state: TrainState) -> None:
     """Count the evaluations without an improvement of best_metric by more than min_delta. Every rank must call this."""
     value, sign = state.metrics[config.best_metric], 1 if config.best_mode == "min" else -1
     before = state.improved_to
-    # written so that nan improves nothing, and every value is better than nan
+    # written so that nan is no improvement, and any number improves on nan
     if before is None or math.isnan(before) or sign * (before - value) > config.min_delta:
         state.improved_to, state.without_improvement = value, 0
     else:
@@ -323,6 +328,6 @@ def is_best(config: TrainConfig, state: TrainState) -> bool:
             f"Set best_metric to one of them, or add it to Task.metrics."
         )
     value = state.metrics[config.best_metric]
-    if state.best is None or math.isnan(state.best):  # every value is better than nan
+    if state.best is None or math.isnan(state.best):  # any number is better than nan
         return True
     return value < state.best if config.best_mode == "min" else value > state.best

@@ -1,7 +1,8 @@
-"""A run's fingerprint: the values and the code of its task, and its data, each as a short text by name.
+"""A run's fingerprint: the values and code of its task, and its data, each as a short text by name.
 
-A finished run is not handed out as the result of another task, and a resumed run says what was edited. Settings are
-compared elsewhere. Code is that of the user's own cells and files, without the packages that are installed.
+By comparing fingerprints, `train` does not return a finished run as the result of another task, and lists what was
+edited when a run is resumed. Settings are compared in checkpoints/resume.py. Only code of the user's own cells and
+files counts, not installed packages.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ CHANGES = frozenset({
     "add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem", "remove", "setdefault",
     "update",
 })  # fmt: skip
-"""Methods that change their object. A variable with such calls is a cache or a history, and not compared."""
+"""Methods that change their object. A variable with such calls is taken for a cache or history, and not compared."""
 COUNTED = int | float | str | bytes | PurePath | tuple | list | dict | set | frozenset | np.ndarray | torch.Tensor
 """Types of global variables and class attributes whose values are compared along with the code that reads them."""
 REPORTS = ("on_record",)
@@ -59,9 +60,9 @@ REPORTS = ("on_record",)
 
 
 def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
-    """Return {name: text} for all that identifies a run beside its settings. Takes a few samples from the data."""
+    """Return {name: text} for everything that identifies a run besides its settings. Reads a few samples."""
     if type(task).__module__.startswith("kaggle_mgpu.recipes."):
-        return {}  # its settings and the digest of its data say all, and taking samples may take minutes
+        return {}  # its settings and its data's digest identify the run; samples may take minutes
     found = {"form": FORM, "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     assigned = _assigned(type(task))
     for name, value in sorted(vars(task).items()):
@@ -82,18 +83,20 @@ def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
 
 
 def differences(then: Mapping[str, Any] | None, now: Mapping[str, str], notes: bool = True) -> list[str]:
-    """Return what differs, each in a few words; [] where an older version, or another rank, wrote no fingerprint.
+    """Return each difference in a few words; [] unless both fingerprints exist in the same version.
+
+    Checkpoints of older versions have no fingerprint, and ranks other than 0 make none.
 
     Args:
-        notes: list also the attributes that hold objects, which may differ between sessions of the same task.
+        notes: also list attributes that hold objects, which may differ between sessions of the same task.
     """
     if not then or not isinstance(then, Mapping) or then.get("form") != now.get("form"):
         return []
-    other_python = then.get("Python") != now.get("Python")  # its bytecode is another
+    other_python = then.get("Python") != now.get("Python")  # with other bytecode
     listed = []
     for name in {**now, **then}:
         was, now_is = then.get(name), now.get(name)
-        # "": it cannot be told apart, or was not the same twice
+        # "": the value cannot be compared, or the samples differed when fetched twice
         if was == now_is or "" in (was, now_is) or name == "Python" or (other_python and name.startswith("code of ")):
             continue
         if name.startswith("code of "):
@@ -119,7 +122,7 @@ def _is_own(thing: Any) -> bool:
     if not isinstance(name, str) or name.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:  # a notebook's cell, or sent from one
+    if file is None:  # defined in a notebook's cell, or sent to this worker from one
         return name == "__main__" or name not in sys.modules
     return not _is_installed(file)
 
@@ -134,14 +137,14 @@ def _is_installed(file: str) -> bool:
 def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
     """Yield the functions that a value or a member of a class is made of: plain, of a property, wrapped or partial."""
     parts: tuple[Any, ...] = ()
-    with contextlib.suppress(Exception):  # whatever else a value may be
+    with contextlib.suppress(Exception):  # an arbitrary value may raise anything
         if isinstance(member, property):
             parts = (member.fget, member.fset)
         elif isinstance(member, functools.partial | functools.cached_property):
             parts = (member.func,)
         elif isinstance(member, staticmethod | classmethod | types.MethodType):
             parts = (member.__func__,)
-        elif not isinstance(member, type):  # functools.wraps, lru_cache; not getattr: some objects have any attribute
+        elif not isinstance(member, type):  # functools.wraps, lru_cache; not getattr: some objects claim any attribute
             parts = (getattr(member, "__dict__", {}).get("__wrapped__"),)
     if type(member) is types.FunctionType:
         yield member
@@ -150,7 +153,7 @@ def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """Yield a function's code, and that of the functions in it."""
+    """Yield the code of a function and of its inner functions."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -158,7 +161,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _assigned(kind: type) -> set[str]:
-    """Return the names that the methods of a user's class assign, __init__ apart: outcomes, as counters and caches."""
+    """Return the attributes assigned in a user's class outside __init__: results such as counters and caches."""
     return {
         step.argval
         for each in kind.__mro__
@@ -173,25 +176,25 @@ def _assigned(kind: type) -> set[str]:
 
 
 def _reach(thing: Any, found: dict[int, tuple[str, str]], skip: tuple[str, ...] = ()) -> None:
-    """Add the code of a function or class of the user's, and of all that it uses, as (name, checksum).
+    """Add (name, checksum) to `found` for a user's function or class, and for all user code used there.
 
-    The checksum is "" where an error hides the code.
+    The checksum is "" if the code cannot be read.
     """
     with contextlib.suppress(Exception):
         if id(thing) in found or not issubclass(type(thing), type | types.FunctionType) or not _is_own(thing):
             return
         name = thing.__qualname__.replace("<locals>.", "")
-        found[id(thing)] = name, ""  # before all that it uses, which may use it
+        found[id(thing)] = name, ""  # before the code it uses, which may use it in turn
         text = _of_function(thing, found) if isinstance(thing, types.FunctionType) else _of_class(thing, found, skip)
         found[id(thing)] = name, text
 
 
 def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]) -> str:
-    """Return the checksum of a function's code and of the constants that it reads; reach the code that it uses."""
+    """Return the checksum of a function's code and of the values read there; add the code used there to `found`."""
     checked = [_of_code(function.__code__), _text(function.__defaults__), _text(function.__kwdefaults__)]
     steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
     used = {str(step.argval) for step in steps if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))}
-    # not all names of the code: in a worker a cell's function has only the globals that it loads
+    # not all names of the code: in a worker, a function from a cell has only the globals it loads
     loaded = {str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     values = {word: function.__globals__[word] for word in sorted(loaded) if word in function.__globals__}
     for word, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -201,11 +204,11 @@ def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]
         values |= {f"{module.__name__}.{word}": vars(module)[word] for word in sorted(used & vars(module).keys())}
     changed = _changed(steps)
     for word, value in values.items():
-        kind = type(value)  # isinstance asks the value, which may raise
+        kind = type(value)  # not isinstance, which reads the value's __class__ and may raise
         _reach(value if issubclass(kind, type) else kind, found)
         for part in _functions(value):
             _reach(part, found)
-        # a module's weights may be another start each session
+        # a module may have other initial weights in each session
         own = _is_own(kind) and not issubclass(kind, torch.nn.Module | type)
         if (own or issubclass(kind, COUNTED)) and word not in changed:
             checked.append(_text(value))
@@ -226,7 +229,7 @@ def _changed(steps: list[dis.Instruction]) -> set[str]:
 
 
 def _of_class(kind: type, found: dict[int, tuple[str, str]], skip: tuple[str, ...]) -> str:
-    """Return the checksum of a class's constants; reach its methods and bases."""
+    """Return the checksum of a class's constants; add its methods and bases to `found`."""
     for base in kind.__bases__:
         if base is not Task:
             _reach(base, found)
@@ -243,7 +246,7 @@ def _of_class(kind: type, found: dict[int, tuple[str, str]], skip: tuple[str, ..
 
 
 def _of_code(code: types.CodeType) -> list[Any]:
-    """Return what a function does, without its position in a file and its docstrings' whereabouts."""
+    """Return a function's code as plain values, without its position in a file."""
     constants = [
         # a set's order changes from process to process
         sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each)
@@ -259,29 +262,30 @@ def _checksum(text: str | bytes) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return a short text that tells values apart, the same in every process; "" for what cannot be told apart."""
+    """Return a short text for comparing a value, the same in every process; "" for a value without such a text."""
     reading = _Reading()
     try:
         text = reading.text(value)
-    except Exception:  # whatever else a value may be, and one that is too large
+    except Exception:  # an arbitrary value may raise anything; `_visit` raises for a value with too many items
         return ""
     return text if reading.plain else OBJECT + text
 
 
 class _Reading:
-    """Reads one value, of which a bounded number of items."""
+    """Makes the text of one value, from a bounded number of its items."""
 
     def __init__(self) -> None:
         self.left = MOST_VISITED
         self.plain = True
-        """Whether all that was read is plain data."""
+        """Whether only plain data was read so far."""
         self.assigned: Callable[[type], set[str]] = functools.cache(_assigned)
 
     def text(self, value: Any, depth: int = 6) -> str:
         """Return the text of a value, or of an item in it.
 
         Raises:
-            ValueError: the value has too many items. Others too, whatever a value's methods raise.
+            ValueError: the value has too many items.
+            Exception: the value's own methods raised it.
         """
         self._visit(1)
         if isinstance(value, TrainConfig) or depth == 0:
@@ -326,7 +330,7 @@ class _Reading:
             read = [getattr(value, "columns", None), *(end.to_numpy() for end in ends)]
             return f"{kind} {len(value)} rows {self._of_items(read, depth)}"
         self.plain = self.plain and dataclasses.is_dataclass(value) and _is_own(type(value))
-        if isinstance(value, Mapping):  # whose items may be whole files
+        if isinstance(value, Mapping):  # its names only, since its items may be whole files
             return f"{kind} {len(value)} items {self._of_items(itertools.islice(value, MOST_ITEMS), depth)}"
         if not _is_own(type(value)):
             return kind
@@ -349,7 +353,7 @@ class _Reading:
         return _checksum(repr([self.text(item, depth - 1) for item in items]))
 
     def _of_array(self, value: Any, depth: int = 1) -> str:
-        """Return the checksum of an array or tensor on any device; of a large one, of some elements."""
+        """Return the checksum of an array or tensor on any device; a large array is sampled."""
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_meta:
                 return ""
@@ -372,7 +376,7 @@ class _Reading:
 
 
 def _shortened(text: str, quoted: bool = True) -> str:
-    """Return a text in quotes; of a long one, its beginning, length and checksum."""
+    """Return a text in quotes; for a long text, its beginning, length and checksum."""
     half = MOST_BYTES // 2
     size, read = len(text), text if len(text) <= MOST_BYTES else text[:half] + text[-half:]
     read = repr(read) if quoted else read
@@ -390,6 +394,6 @@ def _samples(fetch: data.Fetch) -> str:
         size = len(fetch.dataset)  # type: ignore[arg-type]
         with randomness.undisturbed():
             first, again = ([_text(fetch[np.array([row])]) for row in {0, size - 1}] for _ in range(2))
-    except Exception:  # a collate that needs several samples; an error of the data shows in the first step
+    except Exception:  # such as a collate that needs several samples; errors of the data show in the first step
         return ""
     return f"{size} samples {_checksum(repr(first))}" if first == again else ""

@@ -22,15 +22,15 @@ from .parts import Parts
 from .task import Result, TrainState
 
 MOST_UNCOUNTED = 1000
-"""Steps after which the log is called even if no record is due, so that the clock counts them."""
+"""Steps after which the log is called even if no record is due, so that the clock counts the steps."""
 
 
 class Log:
     """Prints how a run will go, then keeps its records and its clock. Only rank 0 writes.
 
     Args:
-        lines: what else to print: how the run was resumed, warnings.
-        history: folder of the run that this one is resumed from, whose records are continued.
+        lines: further lines to print: how the run was resumed, warnings.
+        history: folder of the run from which this run resumes; its records are continued.
         evaluation: a guess at the seconds of an evaluation.
     """
 
@@ -61,7 +61,7 @@ class Log:
             on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
             device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
         )  # fmt: skip
-        # everything about the run that progress.attach and the pictures need
+        # progress.attach and the pictures need all of this
         record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
         record |= {"world_size": parts.world_size, "strategy": parts.strategy.name}
         record |= {"precision": parts.strategy.precision, "micro_batch_size": plan.micro_batch_size}
@@ -83,7 +83,7 @@ class Log:
     def step(
         self, parts: Parts, state: TrainState, batch: data.Step, *, losses: list[Tensor], lr: float, norm: Tensor
     ) -> float | None:
-        """Record the step just taken, if its record is due; return its loss if the run has diverged, else None.
+        """Record the step just taken, if a record is due; return the step's loss if the run has diverged, else None.
 
         Only this call waits for the GPU. Every rank must call it after the same steps.
         """
@@ -102,14 +102,14 @@ class Log:
             record = {"kind": "train", "step": state.step, "samples": state.samples_seen}
             record["epoch"] = round(state.samples_seen / parts.plan.dataset_size, 4)
             record |= {f"loss_{name}": part for name, part in zip(parts.strategy.part_names, loss_parts, strict=True)}
-            if len(ranks) > 1:  # the mean over each rank's own terms
+            if len(ranks) > 1:  # each rank's mean over its own terms
                 record |= {f"rank{i}_loss": float(each[0] / each[-1]) for i, each in enumerate(ranks) if each[-1]}
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(parts.strategy.skipped)}
             self.progress.record({**record, **self.clock.throughput(parts.task.unit), **self._times(parts)})
         return None
 
     def _times(self, parts: Parts) -> dict[str, Any]:
-        """Return the run's duration so far, and the use of the time since the last record."""
+        """Return the run's seconds so far, and the use of the time since the last record."""
         return {"time": self.clock.seconds(), "spent": self.clock.where(parts.strategy.communication())}
 
     def evaluated(self, parts: Parts, state: TrainState) -> None:

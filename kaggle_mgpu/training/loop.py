@@ -3,10 +3,10 @@
     result = launch(train, TrainConfig(global_batch_size=64, epochs=2), MyTask())  # on every GPU, from a notebook cell
     result = train(config, task)                                                   # in this process
 
-`train` builds the parts of the run and finds its checkpoint, `_loop` takes the steps, `take_step` is one of them. Four
-owners stand beside the loop, and only the loop knows all of them: evaluation.py, saving.py, log.py, out_of_memory.py.
-A resumed run needs `TrainState` and the tensors of `Saving.checkpoint_contents`. Random generators have no state to
-save: they are seeded from (seed, step, rank) before each step, and from (seed, epoch, sample) before each sample.
+`train` builds the parts of the run and finds its checkpoint, `_loop` repeats `take_step` and makes all decisions. It
+uses evaluation.py, saving.py, log.py and out_of_memory.py, which do not depend on the loop. A resumed run needs
+`TrainState` and the tensors of `Saving.checkpoint_contents`. Random generators have no state to save: they are seeded
+from (seed, step, rank) before each step, and from (seed, epoch, sample) before each sample.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = ["DivergedError", "Result", "Task", "TrainState", "train"]
 def train(config: TrainConfig, task: Task) -> Result:
     """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
 
-    Every rank of a process group calls this, or one process alone. It returns after the last step, when time_limit
-    comes near, or when asked to stop (SIGINT, SIGTERM, progress.stop): it finishes the step, saves and returns.
+    Every rank of a process group must call this, or one process alone. The call returns after the last step, shortly
+    before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop); it then finishes the step and saves.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine; no best_metric.
@@ -58,7 +58,7 @@ def train(config: TrainConfig, task: Task) -> Result:
     expect(config, task, "train")
     distributed.init()
     with contextlib.ExitStack() as stack:
-        # rank 0 locks the folder before anything is made, and every rank hears if another run has it
+        # rank 0 locks the folder before anything is made; if another run holds the lock, every rank raises
         distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))
         parts = build_parts(config, task)
         checkpoints = open_checkpoints(parts)
@@ -88,7 +88,7 @@ def train(config: TrainConfig, task: Task) -> Result:
             saving.rescue_before(error, parts, state)
             raise
         finally:
-            log.saves(saving.written)  # those that an error waited for
+            log.saves(saving.written)  # saves that ended while an error was handled
 
 
 def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> Result:
@@ -98,7 +98,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
     batches, early = parts.batches(state.samples_seen), out_of_patience(parts.config, state)
     with stop_requests() as stop_request:
         while True:
-            distributed.alive(state.step)  # lets the launcher tell a hang, and name the rank that is behind
+            distributed.alive(state.step)  # by this the launcher detects a hang and the slowest rank
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
             # each rank has its own clock and its own signals, so the ranks decide together
@@ -110,7 +110,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             )
             early = early or ("stopped early" if end else "")
             leave = done or stop or no_time or bool(early)
-            if evaluation_due and not (stop or no_time):  # otherwise the next session begins with the evaluation
+            if evaluation_due and not (stop or no_time):  # else the next session begins with the evaluation
                 if state.step > saving.saved_step and distributed.broadcast(clock.outlasts_a_save()):
                     _save(parts, state, saving, clock)
                 _evaluate(parts, state, evaluation, saving, log)
@@ -135,7 +135,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 parts.strategy.undo_step()  # the weights have not moved yet
                 state.seconds = clock.seconds()
                 parts, halved = _halve(parts, state, saving, f"in step {state.step + 1}", error)
-                if parts.world_size > 1:  # the others wait in a collective that only the end of their processes ends
+                if parts.world_size > 1:  # the other ranks wait in a collective until their processes end
                     out_of_memory.raise_restart(parts.rank, halved, saving.rescue_for_restart(parts, state), error)
                 outcome = None
             if outcome is None:  # the same samples again, in smaller micro-batches
@@ -145,7 +145,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 continue
             state.step += 1
             state.samples_seen += batch.samples
-            parts.strategy.within = ""  # the state tells again which step the weights are at
+            parts.strategy.within = ""  # the weights belong to state.step again
             clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
             if saving.checkpoints.news:
                 log.saves(saving.ended(saving.checkpoints.collect()))
@@ -177,7 +177,7 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
         step: the number of steps taken before. Learning rate and random generators depend on it.
 
     Raises:
-        OptimizerOutOfMemoryError: the update ran out of memory. Other errors leave the weights whole.
+        OptimizerOutOfMemoryError: the update ran out of memory, perhaps after changing some weights.
     """
     strategy = parts.strategy
     randomness.seed_for(parts.rng_key, step, parts.rank)
@@ -210,11 +210,11 @@ def _save(parts: Parts, state: TrainState, saving: Saving, clock: Clock) -> None
 
 
 def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> None:
-    """Evaluate the weights, and keep the best. Errors of the task's metrics arise here."""
+    """Evaluate the weights, and keep the best."""
     with log.clock.evaluating():
         try:
             note = evaluation.run(parts, state)
-        except Exception as error:  # the weights are whole
+        except Exception as error:  # the weights are unchanged
             if not is_out_of_memory(error):
                 raise
             state.seconds = log.clock.seconds()
@@ -248,7 +248,7 @@ def _halve(parts: Parts, state: TrainState, saving: Saving, when: str, error: Ba
 def _raise_diverged(
     parts: Parts, state: TrainState, saving: Saving, log: Log, outcome: StepOutcome, loss: float
 ) -> NoReturn:
-    """End a run whose loss or gradient is not finite any more."""
+    """End a run whose loss or gradient is no longer finite."""
     skipped = int(parts.strategy.skipped_in_a_row)
     first = state.step - max(skipped, 1) + 1
     samples = divergence.samples_of(first, parts.plan, parts.config.seed)
@@ -265,11 +265,11 @@ def _raise_diverged(
 def _finish(
     parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log, reason: str, early: str
 ) -> Result:
-    """Write the final weights and result.json: the outcome of the run, or how far it got and why no further."""
+    """Write the final weights and result.json, and return the result of the run so far."""
     state.seconds = log.clock.seconds()
     remaining = parts.plan.max_steps - state.step
     finished = remaining <= 0 and state.step < evaluation.next_step
-    early = "" if finished else early  # the last step is no early one
+    early = "" if finished else early  # a run that took its last step did not stop early
     if finished or early:
         told = log.progress.end_reason
         finished, remaining, reason = True, 0, early + (f": {told}" if told else "") if early else "finished"
@@ -286,7 +286,7 @@ def _finish(
     if note := saving.write_result(parts, result):
         log.note(note)
     log.close(parts, state, result)
-    distributed.barrier()  # no rank leaves, and nothing reads, before the files are there
+    distributed.barrier()  # no rank returns before the files are written
     return result
 
 
@@ -296,7 +296,7 @@ def _last_save(parts: Parts, state: TrainState, saving: Saving, log: Log, finish
     Every rank must call this.
 
     Raises:
-        OSError: several saves in a row failed, and the run is not finished. A finished run needs its weights alone.
+        OSError: several saves in a row failed, and the run is not finished. A finished run needs only its weights.
     """
     while True:
         note, again = "", False

@@ -36,12 +36,13 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
     """Return the parts with the micro-batch size to start with: found, remembered, or given by the config.
 
     Args:
-        folders: where a size may be remembered. One smaller than the config's is preferred.
+        folders: folders that may hold a remembered size, the first match counts. A size in the config gives way only
+            to a smaller remembered size.
 
     Raises:
         OutOfMemoryError: not even one sample fits.
     """
-    if parts.task.whole_batch_loss:  # one micro-batch is all that its loss allows
+    if parts.task.whole_batch_loss:  # its loss needs the whole batch in one micro-batch
         return parts
     auto, plan = parts.config.micro_batch_size == "auto", parts.plan
     known = distributed.from_main(lambda: remembered(folders, _conditions(parts)))
@@ -49,7 +50,7 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
         return replace(parts, plan=plan.with_micro_batch_size(known[0]), micro_batch_reason=known[1])
     if not auto:
         return parts
-    if not parts.strategy.alone:  # a rank that fails would leave the others waiting in a collective
+    if not parts.strategy.alone:  # a failed rank would leave the others waiting in a collective
         return replace(parts, micro_batch_reason="all of a GPU's share; halved, with a restart, if memory runs out")
     with unchanged(parts.strategy.model, parts.optimizer):
         size = largest_that_fits(plan.micro_batch_sizes, lambda size: _fits(parts, size))
@@ -61,7 +62,7 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
 
 
 def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
-    """Return the parts with half the micro-batch size, and a sentence about the change. Any rank may call this.
+    """Return the parts with half the micro-batch size, and a sentence about the change. A rank may call this alone.
 
     Raises:
         OutOfMemoryError: the size was 1, or the loss is over the whole batch.
@@ -76,7 +77,7 @@ def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
     if before == 1:
         raise torch.OutOfMemoryError(NOT_EVEN_ONE)
     plan = parts.plan.with_micro_batch_size(before // 2)
-    # when two ranks write at the same time, one finds its file gone: the other has renamed it
+    # if two ranks write at the same time, one may find its temporary file renamed by the other
     with contextlib.suppress(FileNotFoundError):
         why = f"{before} was too much {when}: out of memory"
         remember(parts.output_dir / "checkpoints", plan.micro_batch_size, why, _conditions(parts))
@@ -87,7 +88,7 @@ def halve_micro_batch(parts: Parts, when: str) -> tuple[Parts, str]:
 
 
 def _fits(parts: Parts, micro_batch_size: int) -> bool:
-    """Return whether every rank can take a real step with a micro-batch larger by a tenth."""
+    """Return whether every rank can take a real step with a micro-batch a tenth larger, as a safety margin."""
     strategy, plan = parts.strategy, parts.plan
     size = micro_batch_size + math.ceil(micro_batch_size / 10) if micro_batch_size > 1 else 1
     size *= plan.num_replicas // parts.world_size
@@ -106,7 +107,7 @@ def _fits(parts: Parts, micro_batch_size: int) -> bool:
 
 
 def _conditions(parts: Parts) -> dict[str, Any]:
-    """Return everything that decides whether a size fits."""
+    """Return everything on which the fitting size depends."""
     config, plan, strategy = parts.config, parts.plan, parts.strategy
     return {
         "devices": [[gpu.name, gpu.memory_bytes] for gpu in parts.gpus[: plan.num_replicas]] or "cpu",
@@ -121,12 +122,12 @@ def _conditions(parts: Parts) -> dict[str, Any]:
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """Return the largest of some rising sizes that fits, or None. All sizes below must fit too.
+    """Return the largest fitting size of an ascending list, or None. All sizes below a fitting size must fit.
 
     >>> largest_that_fits([1, 2, 4, 8, 16, 32], lambda size: size <= 11)
     8
     """
-    # The search begins with the second size: a normalisation over the batch fails with one sample, rarely the answer.
+    # The search begins with the second size: one sample is rarely the answer, and BatchNorm fails with one.
     good, bad, at = -1, len(sizes), min(1, len(sizes) - 1)
     while at < bad:  # doubling comes before bisection, because an attempt with too large a size costs most
         if not fits(sizes[at]):

@@ -3,10 +3,11 @@
     groups = [{"params": matrices, "muon": True}, {"params": rest}]
     optimizer = Muon(groups, lr=1e-3, weight_decay=0.1)
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest matrix with
-orthonormal rows or columns, roughly, by five Newton-Schulz iterations. torch.optim.Muon runs them in bfloat16, where a
-rounding error of the gradient, such as another number of GPUs makes, may change an update by 1 part in 250: after four
-steps the weights of two replicas were 1e-3 from those of one. Here they run in float32: 3e-7.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by an approximation of the
+nearest matrix with orthonormal rows or columns, from five Newton-Schulz iterations. torch.optim.Muon iterates in
+bfloat16, where a rounding difference in the gradient, as between one GPU and two, may change an update by 1 part in
+250: after four steps the weights of two replicas differed from those of one by 1e-3. This class iterates in float32,
+where they differed by 3e-7.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch.optim.adamw import adamw
 from ..parallel import shards
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-"""Of the polynomial a x + b x^3 + c x^5, applied to the singular values in each iteration (Jordan et al. 2024)."""
+"""a, b, c of the polynomial a x + b x^3 + c x^5, applied to the singular values per iteration (Jordan et al. 2024)."""
 ITERATIONS = 5
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Return matrices (N, rows, columns) with their singular values brought near 1 (0.7 to 1.2), by Newton-Schulz."""
+    """Return matrices (N, rows, columns) after Newton-Schulz iterations, with singular values near 1 (0.7 to 1.2)."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -38,14 +39,18 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with "muon": True, which may hold matrices only, and AdamW for the others.
+    """Muon for groups of matrices with "muon": True, and AdamW for the other groups.
 
-    A matrix's update is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of AdamW's: both kinds of
-    groups use one learning rate and one weight decay (Liu et al. 2025, arXiv 2502.16982, section 2.2). Under fsdp all
-    ranks gather each matrix for its update.
+    A matrix's update is scaled by 0.2 sqrt(max(rows, columns)), to the typical size of AdamW's updates, so that both
+    kinds of groups share one learning rate and weight decay (Liu et al. 2025, arXiv 2502.16982, section 2.2). Under
+    fsdp all ranks gather each matrix for its update.
+
+    Args:
+        momentum: for Muon's groups, with Nesterov's variant; 0.95 as in Jordan et al. 2024.
+        betas, eps: for AdamW's groups.
 
     Raises:
-        ValueError: a group of Muon's with a parameter that is no matrix.
+        ValueError: a group with "muon": True has a parameter that is not a matrix.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class Muon(torch.optim.Optimizer):
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
-                # as in torch.optim.AdamW: the fused kernel wants it on the parameter's device
+                # as in torch.optim.AdamW: the fused kernel needs the step on the parameter's device
                 state["step"] = torch.zeros((), device=parameter.device if group["fused"] else "cpu")
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         states = [self.state[parameter] for parameter in parameters]

@@ -4,8 +4,7 @@
     set_lr(optimizer, lr_at(step, schedule="cosine", lr=3e-4, max_steps=1000, warmup_steps=100))
     optimizer.step()
 
-The learning rate depends on the step alone, so a resumed run needs no saved scheduler, and none can be called in the
-wrong order.
+The learning rate depends on the step alone, so there is no scheduler to save, or to call in the wrong order.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ from ..parallel import shards
 Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
-# Their weights scale activations, whatever their shape (a LayerNorm over (C, H, W) has three dimensions).
+# Layers whose weights scale activations and do not decay, whatever their shape: a LayerNorm over (C, H, W) has three
+# dimensions.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 _HALF = (torch.float16, torch.bfloat16)
-# No parameter's name starts with a dot, so this key of EMA's state can never be one.
+# A key of EMA's state; no parameter has this name, since parameters' names do not start with a dot.
 _NUM_UPDATES = ".num_updates"
 _averaging: Any = swa_utils.get_ema_multi_avg_fn  # untyped in torch
 
@@ -38,7 +38,8 @@ def resolve_warmup(warmup_steps: int | float, max_steps: int) -> int:
     >>> resolve_warmup(0.05, 2000), resolve_warmup(10, 2000)
     (100, 10)
 
-    Raises ValueError if it is negative, longer than the run, or neither whole nor a fraction.
+    Raises:
+        ValueError: warmup_steps is negative, longer than the run, or above 1 and not whole.
     """
     asked = f"warmup_steps={warmup_steps!r} with max_steps={max_steps}"
     if isinstance(warmup_steps, bool) or not math.isfinite(warmup_steps) or warmup_steps < 0:
@@ -69,20 +70,22 @@ def lr_at(
 ) -> float:
     """Return the learning rate of the next step, after `step` optimizer steps.
 
-    Warm-up is linear: step 0 gets lr / warmup_steps (not 0: a step at rate 0 is wasted), step
-    warmup_steps - 1 gets lr. From step warmup_steps (rate lr) the schedule falls to `min_lr`, reached at
-    max_steps, one after the last step taken: with min_lr=0 the last step is not wasted either. The fall ends
-    there in nanoGPT's get_lr and transformers' get_*_schedule_with_warmup too. Later steps get min_lr.
+    Warm-up is linear: step 0 gets lr / warmup_steps, because a step at rate 0 would be wasted, and step
+    warmup_steps - 1 gets lr. The schedule then falls from lr at step warmup_steps to `min_lr` at step max_steps and
+    later. The last step taken is max_steps - 1, so with min_lr=0 its rate is above 0. nanoGPT's get_lr and
+    transformers' get_*_schedule_with_warmup end at the same step.
 
     With t going from 0 (end of warm-up) to 1 (max_steps):
     constant        lr, whatever min_lr is
     linear          min_lr + (lr - min_lr) (1 - t)
     polynomial      min_lr + (lr - min_lr) (1 - t)^power
     cosine          min_lr + (lr - min_lr) (1 + cos(pi t)) / 2, Loshchilov & Hutter 2017 (SGDR), eq. 5
-    cosine_restarts the same with `cycles` equal falls, each starting at lr again; or, with `first_cycle` (T_0 of SGDR),
-                    falls of so many steps, each `cycle_factor` (T_mult) times as long as the one before
+    cosine_restarts the cosine in `cycles` cycles of equal length, each starting at lr again; or, with `first_cycle`
+                    (T_0 of SGDR), a first cycle of this many steps, and each cycle `cycle_factor` (T_mult) times as
+                    long as the cycle before
 
-    Raises ValueError for an unknown schedule and for values that make no schedule.
+    Raises:
+        ValueError: the schedule is unknown, or another value is out of range.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -91,7 +94,7 @@ def lr_at(
             f"step={step}, max_steps={max_steps}, warmup_steps={warmup_steps}: expected step >= 0, "
             f"max_steps >= 1 and 0 <= warmup_steps <= max_steps"
         )
-    # Written so that nan fails too. A constant rate has no use for min_lr, so any is let through.
+    # Written so that nan fails too. A constant rate does not use min_lr, so min_lr may then exceed lr.
     if not (0 <= lr < math.inf and min_lr >= 0 and (min_lr <= lr or schedule == "constant")):
         raise ValueError(f"lr={lr}, min_lr={min_lr}: expected finite rates with 0 <= min_lr <= lr")
     if cycles < 1 or not 0 < power < math.inf:
@@ -116,7 +119,7 @@ def lr_at(
 
 
 def _in_cycle(step: int, length: int, factor: int) -> float:
-    """Return the position, from 0 to below 1, in the cycle that a step is in."""
+    """Return a step's position in its cycle, from 0 to below 1."""
     if factor == 1:
         return step % length / length
     while step >= length:
@@ -127,14 +130,15 @@ def _in_cycle(step: int, length: int, factor: int) -> float:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters in at most two groups: with `weight_decay`, and without.
 
-    Decayed: everything with two dimensions or more, embeddings included. Not decayed: vectors and scalars,
-    whatever is called a bias, and the parameters of normalisation layers. That embeddings decay is what
-    nanoGPT's configure_optimizers, transformers' Trainer.get_decay_parameter_names and timm's
-    param_groups_weight_decay do; a tied output layer is a matrix in any case.
+    Decayed: parameters with two dimensions or more, embeddings included, as in nanoGPT's configure_optimizers,
+    transformers' Trainer.get_decay_parameter_names and timm's param_groups_weight_decay. Not decayed: vectors and
+    scalars, parameters with "bias" in their name, and the parameters of normalisation layers.
 
-    Each parameter comes once, tied or not, in the order of `model.named_parameters()`, so that a saved
-    optimizer state fits the next session's groups. An empty group is left out.
-    Raises ValueError if nothing is trainable.
+    Each parameter comes once, tied or not, in the order of `model.named_parameters()`, so that a saved optimizer state
+    fits the next session's groups. An empty group is left out.
+
+    Raises:
+        ValueError: no parameter is trainable.
     """
     norms = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
     decay: list[nn.Parameter] = []
@@ -162,8 +166,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Return AdamW over `parameter_groups`, in one fused kernel where the parameters' device has one.
 
-    Fused needs 0.69 of the time of a small CPU training step (measured), and more of the difference on a
-    GPU is launches. Move the model to its device first: the choice is made here, once.
+    The fused kernel cuts a small training step on the CPU to 0.69 of its time (measured), and saves kernel launches on
+    a GPU. Move the model to its device first, because the kernel is chosen here. The default betas are nanoGPT's.
     """
     groups = parameter_groups(model, weight_decay)
     parameters = [p for group in groups for p in group["params"]]
@@ -176,18 +180,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Write the rate of the coming step into every group: lr times the group's `lr_scale`, 1 if it has none.
 
     A recipe gives a group another rate with `{"params": …, "lr_scale": 0.1}`; the scale is saved and loaded
-    with the optimizer's state. (LambdaLR does this too, for 7 µs a step and a state of its own.)
+    with the optimizer's state. (torch's LambdaLR would take 7 µs a step, and has a state to save.)
     """
     for group in optimizer.param_groups:
         rate = lr * group.get("lr_scale", 1.0)
-        if isinstance(group["lr"], Tensor):  # capturable optimizers hold on to this very tensor
+        if isinstance(group["lr"], Tensor):  # capturable optimizers keep a reference to this tensor
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
 
 
 class EMA:
-    """An exponential moving average of a model's trainable parameters, as one tensor each.
+    """An exponential moving average of a model's trainable parameters, one tensor per parameter.
 
         ema = EMA(model, decay=0.999)
         ema.update(model)          # after every optimizer step
@@ -195,14 +199,17 @@ class EMA:
             evaluate(model)
 
     average <- d average + (1 - d) parameter, with d = min(decay, (1 + n) / (10 + n)) at the n-th update
-    (n = 0, 1, …): the warm-up of TensorFlow's ExponentialMovingAverage(num_updates=n). Without it a short
-    run's average would be mostly the random weights it began with.
+    (n = 0, 1, …): the warm-up of TensorFlow's ExponentialMovingAverage(num_updates=n). Without this warm-up, the
+    average of a short run would consist mostly of the random initial weights.
 
-    Hold and give the plain model, not a wrapper: names are compared. Frozen parameters are left out, as they
-    do not move. float16 and bfloat16 parameters are averaged in float32, where 1 - d is not rounded away.
-    Floating-point buffers that a checkpoint holds (BatchNorm's statistics, which are averages already) are
-    copied. Costs one copy of what it averages, and a second one inside `swap`. No deepcopy, which models
-    with sharded parameters do not survive.
+    Always pass the plain model, not a wrapper, because tensors are matched by name. Frozen parameters do not change and
+    are left out. float16 and bfloat16 parameters are averaged in float32, where 1 - d is not rounded away.
+    Floating-point buffers that a checkpoint holds (BatchNorm's statistics, which are averages already) are copied. The
+    averages need the memory of one copy of these tensors, and of a second copy inside `swap`. The model is not
+    deep-copied, because that fails with sharded parameters.
+
+    Raises:
+        ValueError: decay is not in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -224,16 +231,21 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the model's parameters as they are now, and copy its buffers."""
+        """Update the averages from the model's current parameters, and copy its buffers.
+
+        Raises:
+            RuntimeError: called inside `swap`.
+            ValueError: the model has other names.
+        """
         if self._swapped:
             raise RuntimeError("EMA.update inside EMA.swap: the model holds the average itself; leave swap first")
         if self._model is not model:
             self._find(model)
-        # of weights that are spread over the ranks each averages its own rows
+        # of sharded weights, each rank averages its own rows
         averages, parameters = [shards.local(a) for a in self._averages], [shards.local(p) for p in self._parameters]
         if averages:
             decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-            current = [p.to(a.dtype) for a, p in zip(averages, parameters, strict=True)]  # no copy if it fits
+            current = [p.to(a.dtype) for a, p in zip(averages, parameters, strict=True)]  # no copy if types agree
             # torch's own averaging: one torch._foreach_lerp_ for all tensors
             _averaging(decay)(averages, current, None)
         for copies, places in self._places:
@@ -241,9 +253,9 @@ class EMA:
         self.num_updates += 1
 
     def _find(self, model: nn.Module) -> None:
-        """Find the model's tensors once: 53 convolutions with BatchNorm take 1.3 ms of CPU time.
+        """Find the model's tensors once: with 53 convolutions and BatchNorms this takes 1.3 ms of CPU time.
 
-        Buffers are found by module and name, since a module may put a new tensor in a buffer's place.
+        Buffers are found by module and name, since a module may replace a buffer by a new tensor.
         """
         self._averages, self._parameters = self._pairs(self._average, dict(model.named_parameters()))
         self._pairs(self._buffers, dict(model.named_buffers()))  # reports missing names
@@ -258,10 +270,10 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; after, its own again, bit for bit, also on an error.
+        """Let the model hold the averaged weights inside a `with` block, and afterwards exactly its own again.
 
-        The tensors stay where they are (values are copied), so wrappers, compiled code and the optimizer keep
-        working. What is done to these weights and buffers inside is lost.
+        Its own weights return after an error too. Values are copied and the tensors stay the same objects, so wrappers,
+        compiled code and the optimizer keep working. Changes made to these weights and buffers inside are lost.
         """
         averages, parameters = self._pairs(self._average, dict(model.named_parameters()))
         copies, buffers = self._pairs(self._buffers, dict(model.named_buffers()))
@@ -281,7 +293,7 @@ class EMA:
         return self._swapped
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages and copied buffers by name, and the number of updates (a 0-d int64) as ".num_updates".
+        """Return averages and copied buffers by name, and the number of updates (a 0-d int64) as ".num_updates".
 
         The tensors are this object's own, not copies, as with `Module.state_dict`.
         """
@@ -289,7 +301,11 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a saved state. Raises ValueError if names or shapes are not this model's."""
+        """Load a saved state.
+
+        Raises:
+            ValueError: names or shapes are not this model's.
+        """
         own = {**self._average, **self._buffers}
         missing = sorted((own.keys() | {_NUM_UPDATES}) - state.keys())
         unknown = sorted(state.keys() - own.keys() - {_NUM_UPDATES})
@@ -308,7 +324,7 @@ class EMA:
 
     @staticmethod
     def _pairs(mine: dict[str, Tensor], theirs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """My tensors and the model's of the same names."""
+        """Return the tensors of `mine`, and the model's of the same names; raise ValueError for a missing name."""
         missing = [name for name in mine if name not in theirs]
         if missing:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Recognise an out-of-memory error, and end a run after such an error with advice.
 
-The micro-batch is halved and the same samples are tried again. With several ranks the others wait in a collective that
-never completes, so the run is started again in fresh processes. loop.py decides which of the two.
+A single process halves the micro-batch and tries the same samples again. With several ranks, the others wait in
+a collective that never completes, so the run starts again in fresh processes. loop.py decides between the two.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from ..errors import RestartError
 
-# Messages of libraries below torch's allocator for GPUs; the last one is a CPU's. cuBLAS cannot make its handle, and
-# cuDNN finds no engine whose workspace fits, most often for want of memory.
+# Messages of GPU libraries that allocate without torch; the last message is for the CPU. If cuBLAS cannot make its
+# handle, or cuDNN finds no engine, the cause is most often a lack of memory.
 _SIGNS = (
     *("CUDA error: out of memory", "CUDA driver error: out of memory", "Cuda failure 2 'out of memory'"),
     *("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED"),
@@ -33,9 +33,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Return cached memory to the device, so that the next attempt finds a large piece.
+    """Return cached memory to the device, so that the next attempt finds a large contiguous block.
 
-    Call this outside the `except` clause: the error still refers to the failed step's tensors inside it.
+    Call this outside the `except` clause: inside, the error still refers to the failed step's tensors.
     """
     gc.collect()
     if torch.cuda.is_initialized():

@@ -1,6 +1,6 @@
 """The parts of a training run: a frozen record made once from a config and a task, alike on every rank.
 
-A step changes the tensors of model, optimizer and averages, never the record. A smaller micro-batch is a new record.
+A step changes the tensors of model, optimizer and averages, never the record. A smaller micro-batch makes a new record.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Parts(StepParts):
     fingerprint: dict[str, str]
     """Identifies the task and its data, on rank 0; {} on other ranks."""
     header: tuple[str, str]
-    """Describe strategy and precision, then learning rate and model."""
+    """Two lines to print: about strategy and precision, then about learning rate and model."""
     micro_batch_reason: str = ""
-    """Explains the micro-batch size, where the config does not give it."""
+    """Explains the micro-batch size, unless the config gives the size."""
 
     @property
     def is_main(self) -> bool:
@@ -81,7 +81,7 @@ class Parts(StepParts):
         return "GPU" if self.gpus else "replica" if self.strategy.name == "dp" else "process"
 
     def batches(self, samples_seen: int) -> Iterator[data.Step]:
-        """Return this rank's share of each global batch from a position in the data on, moved to the device."""
+        """Return this rank's share of each global batch, on the device, from the position `samples_seen` on."""
         sampler = data.Sampler(self.plan, seed=self.config.seed, samples_seen=samples_seen)
         count = None if type(self.task).count is Task.count else self.task.count
         pinned = self.device.type == "cuda"
@@ -92,7 +92,7 @@ class Parts(StepParts):
         return data.on_device(steps, self.strategy.input_device)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Return a context for the averaged weights: inside, the model holds these, if the run averages any."""
+        """Return a context in which the model holds the averaged weights, if the run averages weights."""
         return nullcontext() if self.ema is None else self.ema.swap(self.strategy.model)
 
 
@@ -119,7 +119,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
             "with another's weights. Use strategy='ddp', which is faster too, or compile=False."
         )
 
-    randomness.seed_everything(config.seed)  # a random split is then the same in every process and session
+    randomness.seed_everything(config.seed)  # so that a random split is the same in every process and session
     train_set, val_set = task.train_data(), task.val_data()
     plan = _batch_plan(config, task, data.size_of(train_set, "train_data()"), replicas)
     if task.whole_batch_loss and (plan.gradient_accumulation_steps > 1 or (kind.name == "dp" and replicas > 1)):
@@ -137,7 +137,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     val_fetch = None if val_set is None else data.Fetch(val_set, collate, seed=config.seed, purpose="evaluation")
     marks = fingerprint.of(task, fetch, val_fetch) if distributed.is_main() else {}
 
-    randomness.seed_everything(config.seed)  # the same seed gives every rank the same weights
+    randomness.seed_everything(config.seed)  # so that every rank makes the same weights
     strategy = kind(
         task.loss, task.metrics, precision=precision, device=device, num_replicas=replicas,
         find_unused_parameters=config.find_unused_parameters, **_strategy_options(kind.name, config, task),
@@ -169,7 +169,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
 
 
 def _steps(value: Any, plan: data.BatchPlan) -> Any:
-    """Return "2 epochs" as a number of steps; anything else unchanged."""
+    """Return "2 epochs" as a number of steps, and any other value unchanged."""
     epochs = in_epochs(value)
     return value if epochs is None else round(epochs * plan.steps_per_epoch)
 
@@ -177,10 +177,11 @@ def _steps(value: Any, plan: data.BatchPlan) -> Any:
 def _schedule(
     config: TrainConfig, task: Task, plan: data.BatchPlan, lr: float, warmup_steps: int
 ) -> Callable[[int], float]:
-    """Return the function that gives the rate of a step: the task's own schedule, or the config's.
+    """Return the learning rate as a function of the step, by the task's own schedule or the config's.
 
     Raises:
-        ValueError: settings beside a schedule of the task's own; its factor is negative, nan or infinite.
+        ValueError: the task has its own schedule, and warmup_steps or min_lr is set. The returned function raises
+            ValueError if the task's factor is negative, nan or infinite.
     """
     if type(task).schedule is Task.schedule:
         return partial(
@@ -206,11 +207,11 @@ def _schedule(
 
 
 def _optimizer(task: Task, made: Any) -> torch.optim.Optimizer:
-    """Return the optimizer that Task.optimizer gave.
+    """Return the result of Task.optimizer if this is an optimizer.
 
     Raises:
-        TypeError: it gave something else, such as several optimizers.
-        ValueError: it also made a scheduler of torch, which nothing would call.
+        TypeError: the result is something else, such as several optimizers.
+        ValueError: Task.optimizer also made a scheduler of torch, which nothing would call.
     """
     who = f"{type(task).__name__}.optimizer"
     if isinstance(made, list | tuple | dict):
@@ -234,12 +235,12 @@ def _optimizer(task: Task, made: Any) -> torch.optim.Optimizer:
 
 
 def _stamp(task: Task, dataset_size: int) -> dict[str, Any]:
-    """Return the facts that identify a run in its checkpoints, apart from its global batch."""
+    """Return facts that identify a run in its checkpoints; the caller adds the global batch size."""
     return {"task": task.name or type(task).__name__, "backend": task.backend, "dataset_size": dataset_size}
 
 
 def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas: int) -> data.BatchPlan:
-    """Split each global batch over the replicas; a batch per GPU keeps the size that its run began with.
+    """Split each global batch over the replicas; a resumed "per_gpu" run keeps the size of its first session.
 
     Raises:
         ValueError: settings do not fit each other or the data.
@@ -266,7 +267,7 @@ def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas
 
 
 def _strategy_options(name: str, config: TrainConfig, task: Task) -> dict[str, Any]:
-    """Return the arguments of the named strategy alone."""
+    """Return the arguments that only the named strategy takes."""
     if name == "ddp":
         return {
             "gradient_compression": config.gradient_compression, "bucket_mb": config.bucket_mb,
@@ -308,17 +309,17 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Return a model's number of parameters; weights that bitsandbytes packs, two in a byte, count unpacked."""
+    """Return a model's number of parameters; 4-bit weights of bitsandbytes, packed two in a byte, count unpacked."""
     states = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
     return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew on CPUs with AVX512-BF16.
+    """Keep bitsandbytes from packing 4-bit weights in another layout on CPUs with AVX512-BF16.
 
-    bitsandbytes 0.50 packs and rounds a layer's weights for good when the layer is first called in eval mode, for a
-    bf16 kernel that passes no gradient on. Training after an evaluation would then compute something else, and under
-    fsdp the gathered weights would change but not this rank's shards.
+    bitsandbytes 0.50 packs and rounds a layer's weights permanently at its first call in eval mode, for a bf16 kernel
+    without a backward pass. Training after an evaluation would then compute other values, and under fsdp the gathered
+    weights would change but not this rank's shards.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

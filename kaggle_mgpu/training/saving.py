@@ -27,7 +27,7 @@ from .parts import Parts
 from .task import Result, TrainState
 
 RETRY_SECONDS = 60.0
-"""Seconds from a failed save to the next."""
+"""Seconds from a failed save to the next attempt."""
 
 
 def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
@@ -37,12 +37,12 @@ def open_checkpoints(parts: Parts) -> checkpoint.Checkpoints:
 
 
 def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | None:
-    """Return the checkpoint to go on from, and move other checkpoints aside. Only rank 0 calls this."""
+    """Return the checkpoint to resume from, or None, and move later checkpoints aside. Only rank 0 calls this."""
     config = parts.config
     defaults = config.defaults()
     if parts.world_size > 1 and batch_norms(parts.strategy.model):
-        defaults["sync_batchnorm"] = "off"  # as in checkpoints from before there was the setting
-    for abandoned in parts.output_dir.glob(".rescue-step-*"):  # by a rank that was killed
+        defaults["sync_batchnorm"] = "off"  # what older checkpoints, without this setting, were made with
+    for abandoned in parts.output_dir.glob(".rescue-step-*"):  # left by a rank that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
         checkpoints, resume=config.resume, config=config.to_dict(), may_change=config.MAY_CHANGE, stamp=parts.stamp,
@@ -57,10 +57,10 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
 
 
 def _same_task(parts: Parts, start: Path, own: Path) -> bool:
-    """Return whether to go on from a checkpoint; print what of the task was edited since, if anything was.
+    """Return whether to resume from a checkpoint; print what was edited in the task since, if anything.
 
     Raises:
-        CheckpointError: this folder's run is finished, and was another task's.
+        CheckpointError: this folder holds the finished run of another task.
     """
     facts = checkpoint.read_facts(start)
     marks = facts.get("fingerprint"), parts.fingerprint
@@ -86,7 +86,7 @@ def _same_task(parts: Parts, start: Path, own: Path) -> bool:
 
 
 def _is_finished(start: Path, step: int, max_steps: int) -> bool:
-    """Return whether the run of a checkpoint has taken all its steps, be they fewer than this run's."""
+    """Return whether the run of a checkpoint has taken all its steps, even if these are fewer than this run's."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         result = json.loads((start.parent.parent / "result.json").read_text(encoding="utf-8"))
         return bool(result.get("finished")) or step >= max_steps
@@ -94,9 +94,9 @@ def _is_finished(start: Path, step: int, max_steps: int) -> bool:
 
 
 def expected_by(strategy: Strategy, optimizer: torch.optim.Optimizer, ema: EMA | None, plan: BatchPlan) -> Expected:
-    """Return what a checkpoint has to hold for this run. Asks no other rank."""
+    """Return the contents that a checkpoint must have for this run. Needs no other rank."""
     names = {parameter: name for name, parameter in strategy.model.named_parameters()}
-    # ZeRO notes the groups before it puts its own tensors there
+    # under deepspeed: the groups of names, kept from before ZeRO put its own tensors into the optimizer
     groups: list[list[str]] | None = getattr(strategy, "groups", None)
     if groups is None:
         groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -124,9 +124,10 @@ def finished_result(parts: Parts) -> Result | None:
 def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | None:
     """Return the result in a folder, if the run took all its steps and its weights are there.
 
-    A run that stopped early took all its steps unless max_steps, patience or min_delta have changed since.
+    A run that stopped early counts as complete unless max_steps, patience or min_delta have changed since.
 
-    If the weights file is damaged, a line says so, and the weights are made again from the newest checkpoint.
+    If the weights file is damaged, this prints a line and returns None, so that the run resumes from the newest
+    checkpoint and writes the weights again.
     """
     try:
         result = Result(**json.loads((folder / "result.json").read_text(encoding="utf-8")))
@@ -141,7 +142,7 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
         return None
     try:
         files.read_tensors(path)
-        # an older version's result says nothing of the weights
+        # results of older versions have no checksum
         damaged = result.weights and result.weights != {"bytes": path.stat().st_size, "crc32": files.crc32(path)}
         problem = "it does not have the checksum it was written with" if damaged else ""
     except Exception as error:
@@ -188,7 +189,7 @@ def write_result(checkpoints: Checkpoints, folder: Path, result: Result, weights
 
 
 def _with_retries(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
-    """Write, and try again after an error of the disk other than want of room."""
+    """Return the result of `write`, tried up to MOST_FAILURES times; a full disk is raised at once."""
     for left in reversed(range(checkpoint.MOST_FAILURES)):
         try:
             return write()
@@ -215,7 +216,7 @@ def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> t
     state, lines = TrainState(**saved.facts["state"]), []
     best = start.parent.parent / "best" / "model.safetensors"
     if not best.is_file():
-        state.best = None  # the value is worth nothing without its weights
+        state.best = None  # the value is useless without its weights
     elif start.parent != checkpoints.folder:
         try:
             weights = checkpoint.read_tensors(best)
@@ -241,8 +242,8 @@ class Saving:
     """Saves the state of one run, and knows when a save is due.
 
     Args:
-        imported: the run was restored from another folder, so its state must be saved here at once: this session's
-            output is then enough to go on from.
+        imported: the run was restored from another folder, so the state is saved here at once; this session's output
+            alone is then enough to resume.
     """
 
     def __init__(
@@ -274,7 +275,7 @@ class Saving:
         self._schedule(state.step)
 
     def ended(self, saves: list[checkpoint.Saved]) -> list[checkpoint.Saved]:
-        """Return these saves; if one of them failed, the next save is due soon. Its cause may have passed by then."""
+        """Return these saves; after a failed save, the next save is due in RETRY_SECONDS at the latest."""
         if any(saved.error is not None for saved in saves):
             self.next_time = min(self.next_time, time.monotonic() + RETRY_SECONDS)
         return saves
@@ -290,7 +291,7 @@ class Saving:
         return {"tensors": tensors, "state": held, "facts": {**facts, "config": parts.config.to_dict()}}
 
     def rescue_checkpoint(self, parts: Parts, state: TrainState) -> Path:
-        """Save the state from this rank alone, whatever the other ranks do. The strategy must be `alone`."""
+        """Save the state from this rank, without the other ranks, and return the path. The strategy must be `alone`."""
         return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
 
     def write_weights(self, parts: Parts, path: Path) -> str:
@@ -319,7 +320,7 @@ class Saving:
 
     def rescue(self, parts: Parts, state: TrainState) -> str:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
-        # a save that rank 0 has only begun is no use to another rank: torchrun kills rank 0, launch waits only so long
+        # other ranks cannot rely on a save that rank 0 has begun: torchrun kills rank 0, launch waits a limited time
         if not parts.strategy.alone or (parts.is_main and state.step == self.saved_step):
             return self.newest(parts)
         try:
@@ -330,7 +331,7 @@ class Saving:
         return f"The state after step {state.step} is in {path}: a run goes on from there."
 
     def rescue_before(self, error: BaseException, parts: Parts, state: TrainState) -> None:
-        """Save the state before an error ends the run, if the weights are whole, and add to the error where it is."""
+        """Save the state before an error ends the run, if the weights are whole, and add a note to the error."""
         strategy, averages = parts.strategy, parts.ema
         if (
             self.told
@@ -351,7 +352,7 @@ class Saving:
         print(text, flush=True)
 
     def rescue_for_restart(self, parts: Parts, state: TrainState) -> str:
-        """Save the state before a failed step, if this rank has the whole state; return where the run goes on."""
+        """Save the state before a failed step, if this rank has the whole state; return a sentence for the error."""
         if not parts.strategy.alone:
             return "The newest checkpoint is from before that step"
         return f"The state before that step is in {self.rescue_checkpoint(parts, state)}"

@@ -1,4 +1,4 @@
-"""Turn the stop button's interrupt and SIGTERM into a request that a loop looks at after each step."""
+"""Turn the stop button's interrupt and SIGTERM into a request, which a loop checks after each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Let SIGINT and SIGTERM ask for a stop after the current step; a second signal acts as it did before."""
+    """Yield an event, set by the first SIGINT or SIGTERM; a second signal has its usual effect."""
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request  # signals reach the main thread only

@@ -34,9 +34,9 @@ class Task:
     name: str = ""
     """Identifies the task in checkpoints. Default: the class's name."""
     unit: str = "samples"
-    """The unit that `count` counts in; throughput is logged in it."""
+    """The unit of `count`, and of the logged throughput."""
     backend: str = "torch"
-    """The library that makes the model trainable. A run does not go on from another backend's checkpoint."""
+    """The library that makes the model trainable. A run does not resume from another backend's checkpoint."""
 
     whole_batch_loss: bool = False
     """Whether the loss compares samples with each other (SimCLR, CLIP, triplets), so that a batch cannot be computed in
@@ -63,23 +63,23 @@ class Task:
         return default_collate(samples)
 
     def loss(self, model: nn.Module, batch: Any) -> Any:
-        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), a scalar.
+        """Return the SUM of the loss over the batch's terms (samples, tokens, voxels), as a scalar tensor.
 
-        Or (loss, {name: sum}): records then show the means of these parts as loss_NAME.
+        May return (loss, {name: sum}) instead: records then show the means of these parts as loss_NAME.
         """
         raise NotImplementedError(f"{type(self).__name__}.loss: return the sum of the batch's losses")
 
     def count(self, batch: Any) -> int:
-        """Return the number of terms that `loss` sums over for a batch on the CPU. Default: its samples."""
+        """Return the number of terms in the sum of `loss`, for a batch on the CPU. Default: the batch's samples."""
         return data.samples_in(batch)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-        """Return {name: (sum, count)} over a batch of val_data. The sums over all batches and ranks are divided.
+        """Return {name: (sum, count)} over a batch of val_data, to be added up over batches and ranks, then divided.
 
-        {name: distributed.Gather(tensor)} instead hands `summary` the rows of all samples, for an AUC say.
+        {name: distributed.Gather(tensor)} instead gives `summary` the rows of all samples, for example for an AUC.
 
-        It is also called once on the first samples of val_data before training, so that a mistake shows at once. Sums
-        may be tensors of any shape (a confusion matrix); `summary` then makes numbers of them. Call the model
+        This method is also called once before training, on the first samples of val_data, so that a mistake shows at
+        once. Sums may be tensors of any shape (a confusion matrix), from which `summary` makes numbers. Call the model
         equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
         """
         found, count = self.loss(model, batch), self.count(batch)
@@ -89,7 +89,8 @@ class Task:
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Return the reported numbers from the means over val_data: a perplexity, an F1 score.
 
-        Of gathered metrics it gets all rows, in the order of val_data, on the CPU; it is then called on rank 0 alone.
+        A gathered metric arrives as a CPU tensor of all rows, in the order of val_data. This method is then called on
+        rank 0 alone.
         """
         return {name: float(value) for name, value in metrics.items()}
 
@@ -98,24 +99,24 @@ class Task:
         return optim.adamw(model, config.lr, config.weight_decay)
 
     def schedule(self, step: int, max_steps: int) -> float:
-        """Return the factor of the learning rate after so many steps; if defined, the config's schedule is not used.
+        """Return the factor of the learning rate after `step` steps; if defined, it replaces the config's schedule.
 
-        It depends on its arguments alone, so that a resumed run has the same rates.
+        The result must depend on the arguments alone, so that a resumed run has the same rates.
         """
         raise NotImplementedError
 
     def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
-        """Return the modules for fsdp to gather, each by itself; None for the blocks repeated in the model.
+        """Return the modules for fsdp to gather, one at a time; None for the blocks repeated in the model.
 
-        Each must be called as a module (`block(x)`, not `block.attention(x)`), and by every rank if by any.
+        Each must be called as a module (`block(x)`, not `block.attention(x)`), on all ranks or on none.
         """
         return None
 
     def on_record(self, record: dict[str, Any]) -> str | None:
-        """Take note of a record, on rank 0, before the log writes it (wandb, prints). Added entries are written too.
+        """Receive a record on rank 0, for wandb or prints, before the log writes the record with any added entries.
 
-        A returned text ends the run, as finished, with the text as its reason: after the next step at the latest, if
-        the record is of a training step or an evaluation.
+        A returned text ends the run as finished, with this text as the reason. After a record of a training step or an
+        evaluation, the run ends after the next step at the latest.
         """
         return None
 
@@ -135,9 +136,9 @@ class TrainState:
     best: float | None = None
     """The best value of best_metric so far."""
     improved_to: float | None = None
-    """The value of best_metric at its last improvement by more than min_delta; kept if there is a patience."""
+    """The value of best_metric at its last improvement by more than min_delta; kept only with `patience`."""
     without_improvement: int = 0
-    """Evaluations since then."""
+    """Evaluations since this improvement."""
     seconds: float = 0.0
     """Time spent, over all sessions."""
 
@@ -162,11 +163,11 @@ def expect(config: object, task: object, who: str) -> None:
 
 
 def _expect_no_misspelt_method(task: Task) -> None:
-    """Raise TypeError for a task with `metric` instead of `metrics`, say: no method of that name is ever called."""
+    """Raise TypeError for a misspelt method, such as `metric` for `metrics`, because nothing would call it."""
     ours = [name for name, value in vars(Task).items() if callable(value) and name[0] != "_"]
     own = vars(task)
     missing = [name for name in ours if getattr(type(task), name) is getattr(Task, name) and name not in own]
-    # plain functions of the task's own classes: not a class, a loss object, or what a base of another library brings
+    # only plain functions of the task's own classes: not classes, loss objects, or methods of another library's base
     kinds = [kind for kind in type(task).__mro__[::-1] if issubclass(kind, Task)]
     defined = {name: value for kind in kinds for name, value in vars(kind).items()}
     functions = {name: value for name, value in defined.items() if inspect.isfunction(value)}
@@ -206,7 +207,7 @@ class Result:
     max_steps: int
     samples_seen: int
     metrics: dict[str, float]
-    """The last evaluation."""
+    """The metrics of the last evaluation."""
     best: float | None
     seconds: float
     """Training time over all sessions."""
@@ -229,7 +230,7 @@ class Result:
         return progress.read(self.output_dir)
 
     def _say_if_unfinished(self) -> None:
-        """Print a line if the run is not finished: after the stop button Run All carries on with the next cells."""
+        """Print a line if the run is not finished, because Run All continues with the next cells after a stop."""
         if not self.finished:
             print(
                 f"not finished: step {self.step} of {self.max_steps} ({self.reason}). This is the run so far; the same "
@@ -238,15 +239,15 @@ class Result:
             )
 
     def plot(self) -> Figure:
-        """Draw loss, learning rate, throughput and use of time; also write run.png and run.svg."""
+        """Return a figure of loss, learning rate, throughput and use of time; also write run.png and run.svg."""
         self._say_if_unfinished()
         return progress.plot(self.output_dir)
 
     def files(self, others: dict[str, str] | None = None) -> str:
-        """Return a list of the files in output_dir, a line each with its meaning.
+        """Return a text with one line for each file in output_dir, with the meaning of the file.
 
         Args:
-            others: the meanings of further files by name; an own meaning replaces the usual one.
+            others: the meanings of further files by name; these replace the usual meanings.
         """
         own = others or {}
         meanings = own | {name: meaning for name, meaning in FILES.items() if name not in own}
@@ -254,7 +255,14 @@ class Result:
         return "\n".join([f"{self.output_dir}:", *(f"  {name:24} {meanings[name]}" for name in there)])
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
-        """Load the trained weights ("final", or the "best" by validation); return the model in eval mode."""
+        """Load the trained weights ("final", or the "best" by validation); return the model in eval mode.
+
+        Without an evaluation, "best" loads the final weights.
+
+        Raises:
+            ValueError: `which` has another value.
+            CheckpointError: the weights are another model's.
+        """
         if which not in ("final", "best"):
             raise ValueError(f"which: expected 'final' or 'best', got {which!r}")
         self._say_if_unfinished()

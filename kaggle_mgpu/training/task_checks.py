@@ -1,4 +1,4 @@
-"""Warnings about a task before training: samples see each other, in the loss or by BatchNorm. None ends a run."""
+"""Warn before training if samples affect each other, in the loss or through BatchNorm. No warning ends a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def notes(parts: Parts) -> list[str]:
 
 
 def _about_batch_norm(parts: Parts) -> str:
-    """Return a note if BatchNorm's statistics are not those of the global batch, or ""."""
+    """Return a note if BatchNorm's statistics are not of the whole global batch, or ""."""
     plan, names = parts.plan, batch_norms(parts.strategy.model)
     synchronised = parts.config.sync_batchnorm == "auto" and not parts.config.find_unused_parameters
     together = parts.world_size if synchronised else 1
@@ -52,7 +52,7 @@ def _about_batch_norm(parts: Parts) -> str:
 def _about_loss(parts: Parts) -> str:
     """Return a warning if the loss of a few samples is not the sum of the losses of its halves, or "".
 
-    With two samples of one term each, a mean is recognised, a mistake that Adam hides.
+    If the loss fits a mean over the samples, the warning says so, because Adam hides this mistake.
     """
     strategy, plan, task = parts.strategy, parts.plan, parts.task
     samples = min(plan.dataset_size, plan.micro_batch_size, 8) // 2 * 2
@@ -70,7 +70,7 @@ def _about_loss(parts: Parts) -> str:
         with torch.no_grad(), randomness.undisturbed(), distributed.computing("alone"), eager:
             batch = parts.fetch[rows]
             whole, again = loss(batch), loss(batch)
-            if not math.isclose(whole, again, rel_tol=1e-4):  # it draws random numbers
+            if not math.isclose(whole, again, rel_tol=1e-4):  # the loss draws random numbers
                 return ""
             total = loss(parts.fetch[rows[:half]]) + loss(parts.fetch[rows[half:]])
             if math.isclose(whole, total, rel_tol=1e-2):
