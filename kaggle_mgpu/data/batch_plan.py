@@ -103,6 +103,10 @@ class BatchPlan:
         micro = max((size for size in self.micro_batch_sizes if size <= at_most), default=1)
         return replace(self, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
 
+    def per_process(self, world_size: int) -> int:
+        """Return the samples that a process computes at a time: those of all its replicas under dp, else of one."""
+        return self.micro_batch_size * (self.num_replicas // world_size)
+
     @property
     def micro_batch_sizes(self) -> list[int]:
         """The possible micro-batch sizes: divisors of a replica's share of the global batch, smallest first."""

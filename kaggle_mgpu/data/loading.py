@@ -107,8 +107,7 @@ class Sampler:
         self.lengths: np.ndarray | None = None
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        # under dp, one process loads the batches of all replicas
-        self.micro = plan.micro_batch_size * (plan.num_replicas // self.world_size)
+        self.micro = plan.per_process(self.world_size)
 
     # Number of positions per evaluation of the permutation, to spread NumPy's call overhead.
     BLOCK = 1 << 15

@@ -66,7 +66,8 @@ class Evaluation:
         if self.next_step == math.inf:
             return 0.0
         assert parts.val_fetch is not None
-        fetch, strategy, rows = parts.val_fetch, parts.strategy, min(_micro_batch_size(parts), parts.val_samples)
+        fetch, strategy = parts.val_fetch, parts.strategy
+        rows = min(parts.plan.per_process(parts.world_size), parts.val_samples)
         buffers = [(buffer, buffer.detach().clone()) for buffer in strategy.model.buffers()]
         began = time.monotonic()
         try:
@@ -103,7 +104,7 @@ class Evaluation:
             OutOfMemoryError: a single sample does not fit; or, where ranks compute together (fsdp, deepspeed), a batch
                 does not fit: the other ranks wait inside a collective, and cannot start again.
         """
-        first_size = _micro_batch_size(parts)
+        first_size = parts.plan.per_process(parts.world_size)
         first_size = min(first_size, self.batch_size or first_size)
         strategy, size = parts.strategy, first_size
         with parts.averaged_weights():
@@ -129,11 +130,6 @@ class Evaluation:
             f"out of memory in the evaluation after step {state.step} with {first_size} samples at a time: {size} from "
             f"here on, with the same result"
         )
-
-
-def _micro_batch_size(parts: Parts) -> int:
-    """Return the number of samples that this process computes at a time in training."""
-    return parts.plan.micro_batch_size * (parts.plan.num_replicas // parts.world_size)
 
 
 def _trial_sums(parts: Parts, batch: Any) -> dict[str, Any] | None:

@@ -217,7 +217,8 @@ class EMA:
             raise ValueError(f"ema_decay={decay}: expected 0 <= decay < 1, e.g. 0.999")
         self.decay = decay
         self.num_updates = 0
-        self._swapped = False
+        self.swapped = False
+        """Whether the model holds the averaged weights, perhaps only some of them."""
         self._model: nn.Module | None = None
         saved = set(model.state_dict(keep_vars=True))
         self._average = {
@@ -237,7 +238,7 @@ class EMA:
             RuntimeError: called inside `swap`.
             ValueError: the model has other names.
         """
-        if self._swapped:
+        if self.swapped:
             raise RuntimeError("EMA.update inside EMA.swap: the model holds the average itself; leave swap first")
         if self._model is not model:
             self._find(model)
@@ -279,18 +280,13 @@ class EMA:
         copies, buffers = self._pairs(self._buffers, dict(model.named_buffers()))
         targets, sources = parameters + buffers, averages + copies
         own = [t.detach().clone() for t in targets]
-        self._swapped = True
+        self.swapped = True
         try:
             self._write(targets, sources)
             yield
         finally:
             self._write(targets, own)
-            self._swapped = False
-
-    @property
-    def swapped(self) -> bool:
-        """Whether the model holds the averaged weights, perhaps only some of them."""
-        return self._swapped
+            self.swapped = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return averages and copied buffers by name, and the number of updates (a 0-d int64) as ".num_updates".

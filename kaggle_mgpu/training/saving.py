@@ -8,15 +8,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import progress
-from ..checkpoints import Checkpoints, Expected, checkpoint, files, resume
+from ..checkpoints import Expected, checkpoint, files, resume
 from ..config import TrainConfig
 from ..data import BatchPlan
 from ..errors import CheckpointError, DiskFullError, DivergedError, RestartError
@@ -152,42 +151,6 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
     return None if problem else result
 
 
-def write_result(checkpoints: Checkpoints, folder: Path, result: Result, weights: Mapping[str, Tensor]) -> str:
-    """Write the final weights and then result.json; return a note about failures or dropped checkpoints, or "".
-
-    On a full disk the oldest checkpoints make room. An unfinished run can do without the weights: it goes on from its
-    checkpoint.
-
-    Raises:
-        DiskFullError: the run is finished, and there is no room.
-        OSError: the run is finished, and its weights could not be written three times.
-    """
-    path, notes = folder / "model.safetensors", []
-    layout = files.Layout.of(weights)
-    try:
-        result.weights, note = _with_retries(lambda: checkpoints.write_with_room(path, layout.pieces, layout.nbytes))
-        notes.append(note)
-    except DiskFullError as error:
-        if result.finished:
-            raise DiskFullError(
-                error.errno,
-                f"trained to the end, but the disk has no room for {path}. Free some space and run the same again: it "
-                f"goes on from the last checkpoint.",
-            ) from error
-        notes.append(f"{path} could not be written: {error.strerror}")
-    except OSError as error:
-        if result.finished:
-            raise OSError(
-                error.errno,
-                f"trained to the end, but {path} could not be written: {error.strerror or error}. Run the same again: "
-                f"it goes on from the last checkpoint.",
-            ) from error
-        notes.append(f"{path} could not be written: {error.strerror or error}")
-    text = json.dumps(dataclasses.asdict(result), indent=1).encode()
-    _, note = _with_retries(lambda: checkpoints.write_with_room(folder / "result.json", lambda: [text], len(text)))
-    return "; ".join(filter(None, [*notes, note]))
-
-
 def _with_retries(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
     """Return the result of `write`, tried up to MOST_FAILURES times; a full disk is raised at once."""
     for left in reversed(range(checkpoint.MOST_FAILURES)):
@@ -309,14 +272,39 @@ class Saving:
         return ""
 
     def write_result(self, parts: Parts, result: Result) -> str:
-        """Write the final weights, averaged if the run averages, and result.json. Every rank must call this.
+        """Write the final weights, averaged if the run averages, and then result.json. Every rank must call this.
+
+        Return a note about failures or dropped checkpoints, or "". On a full disk the oldest checkpoints make room. An
+        unfinished run does not need the weights, because it resumes from its checkpoint.
 
         Raises:
-            OSError: the run is finished, and its weights could not be written.
+            DiskFullError: the run is finished, and there is no room.
+            OSError: the run is finished, and its weights could not be written three times.
         """
         with parts.averaged_weights():
             weights = parts.strategy.weights()
-            return write_result(self.checkpoints, parts.output_dir, result, weights) if parts.is_main else ""
+            if not parts.is_main:
+                return ""
+            write, notes = self.checkpoints.write_with_room, []
+            path, layout = parts.output_dir / "model.safetensors", files.Layout.of(weights)
+            try:
+                result.weights, note = _with_retries(lambda: write(path, layout.pieces, layout.nbytes))
+                notes.append(note)
+            except OSError as error:
+                if result.finished:
+                    kind, problem, advice = OSError, f"{path} could not be written: {error.strerror or error}", "Run"
+                    if isinstance(error, DiskFullError):
+                        kind, problem = DiskFullError, f"the disk has no room for {path}"
+                        advice = "Free some space and run"
+                    raise kind(
+                        error.errno,
+                        f"trained to the end, but {problem}. {advice} the same again: it goes on from the last "
+                        f"checkpoint.",
+                    ) from error
+                notes.append(f"{path} could not be written: {error.strerror or error}")
+        text = json.dumps(dataclasses.asdict(result), indent=1).encode()
+        _, note = _with_retries(lambda: write(parts.output_dir / "result.json", lambda: [text], len(text)))
+        return "; ".join(filter(None, [*notes, note]))
 
     def rescue(self, parts: Parts, state: TrainState) -> str:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
