@@ -64,7 +64,7 @@ class Report:
 
     @property
     def trouble(self) -> tuple[Item, ...]:
-        """The items with a problem: refused, too late, left by a dead process, or broken."""
+        """The items with a problem: refused, too late, broken, or a file left by a dead process."""
         return tuple(item for item in self.items if item.action in ("refused", "too late", "left", "broken"))
 
     @property
@@ -149,7 +149,7 @@ def fix(
 
 
 def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
-    """Return (leave protobuf alone, be quiet); two variables keep the decision for workers and later calls."""
+    """Return (leave protobuf alone, be quiet), and keep both for workers and later calls in environment variables."""
     if protobuf != "auto":
         _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
     if quiet is not None:
@@ -235,8 +235,8 @@ def _fix_allocator() -> Item:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if name in os.environ:  # torch reads both names, so setting the second could contradict the user's value
             return _default(name, "", "")
-    # torch 2.9's CUDA allocator reads the old name only, although it warns that it is deprecated;
-    # from 2.10 on it reads both (c10/cuda/CUDAAllocatorConfig.h of 2.9.0, 2.9.1, 2.10.0, 2.11.0, 2.15.0).
+    # torch 2.9's CUDA allocator reads only the old name, although torch warns that this name is deprecated; from 2.10
+    # on the allocator reads both (c10/cuda/CUDAAllocatorConfig.h of 2.9.0, 2.9.1, 2.10.0, 2.11.0, 2.15.0).
     old = _torch_version() < (2, 10)
     name = "PYTORCH_CUDA_ALLOC_CONF" if old else "PYTORCH_ALLOC_CONF"
     return _default(name, "expandable_segments:True", "less GPU memory lost to fragmentation", reader="torch")

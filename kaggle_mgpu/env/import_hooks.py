@@ -9,8 +9,8 @@ One entry in `sys.meta_path` handles four module names; the ordinary finders sti
   end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same function under its new name.
 - `tensorflow` is imported with file descriptor 2 redirected to a temporary file. Known, meaningless lines are dropped,
   all others are written to the original descriptor afterwards; the file remains if the process dies.
-- `tensorboard.compat.notf` exists, empty, as long as TensorFlow is not imported. Without this module TensorBoard
-  imports an installed TensorFlow, which takes seconds and hundreds of megabytes.
+- `tensorboard.compat.notf` can be imported, as an empty module, as long as TensorFlow is not imported. Without this
+  module TensorBoard imports an installed TensorFlow, which takes seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ PROTOBUF_CLASSES = {
 NOTF = "tensorboard.compat.notf"
 SAVED_PREFIX = "kaggle_mgpu-tensorflow-"
 
-# Written by C++ code that obeys no variable (TensorFlow 2.17-2.21). Narrow on purpose: unknown lines are shown.
+# C++ code writes these lines whatever TF_CPP_MIN_LOG_LEVEL is (TensorFlow 2.17-2.21). The patterns are narrow, so that
+# unknown lines are shown.
 _REGISTRATION = re.compile(
     rb"Unable to register cu(FFT|DNN|BLAS) factory: Attempting to register factory for plugin "
     rb"|computation placer already registered\. Please check linkage"
@@ -44,7 +45,7 @@ _INFORMATION = re.compile(
 
 
 class Finder:
-    """Finder is the entry in `sys.meta_path`; its three switches are its only state."""
+    """Finder is the entry in `sys.meta_path`; its only state are three switches (see `install`)."""
 
     def __init__(self, shim: bool = False, quiet: bool = False, stub: bool = False) -> None:
         self.shim, self.quiet, self.stub = shim, quiet, stub
@@ -83,9 +84,10 @@ def _is_ours(finder: Any) -> bool:
 def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | None = None) -> None:
     """Install the Finder first in `sys.meta_path` and set its switches; None keeps a switch (at first: off).
 
-    shim   add GetPrototype where it is missing
-    quiet  drop TensorFlow's known lines at its import
-    stub   let TensorBoard do without TensorFlow
+    Args:
+        shim: add GetPrototype to a protobuf without the method.
+        quiet: drop TensorFlow's known lines at its import.
+        stub: let TensorBoard work without TensorFlow.
     """
     old = installed()
     given = {"shim": shim, "quiet": quiet, "stub": stub}
@@ -94,7 +96,7 @@ def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | No
 
 
 def add_get_prototype(module: ModuleType) -> bool:
-    """Add GetPrototype to the class in a protobuf module; return False if nothing was to be done."""
+    """Add GetPrototype to the class in a protobuf module; return whether this was necessary."""
     cls = getattr(module, PROTOBUF_CLASSES[module.__name__], None)
     get_class = getattr(sys.modules.get("google.protobuf.message_factory"), "GetMessageClass", None)
     if cls is None or get_class is None or hasattr(cls, "GetPrototype"):
@@ -151,7 +153,7 @@ class _EmptyModule:
 
 @contextlib.contextmanager
 def filtered_stderr() -> Any:
-    """Hold back lines written to file descriptor 2, and at the end write all but the known ones.
+    """Hold back lines written to file descriptor 2, and at the end write all except the known, meaningless lines.
 
     The lines are kept in a file: a full pipe would stop the import, and a file outlives a crash. If no file can be
     made, nothing is filtered.
@@ -161,7 +163,7 @@ def filtered_stderr() -> Any:
     _flush()
     try:
         saved = os.dup(2)
-    except OSError:  # nothing is open there: nothing to filter
+    except OSError:  # descriptor 2 is closed: nothing to filter
         yield
         return
     try:
@@ -210,7 +212,7 @@ def _alive(pid: int) -> bool:
 
 
 def _flush() -> None:
-    with contextlib.suppress(Exception):  # closed, detached, or somebody's own object
+    with contextlib.suppress(Exception):  # sys.stderr may be closed, or any object
         sys.stderr.flush()
 
 
@@ -222,6 +224,6 @@ def _replay(file: int) -> None:
         known.append(_INFORMATION)
     lines = os.pread(file, size, 0).splitlines(keepends=True)
     rest = b"".join(line for line in lines if not any(pattern.search(line) for pattern in known))
-    with contextlib.suppress(OSError):  # a full disk or a closed pipe behind it must not fail the import
+    with contextlib.suppress(OSError):  # a full disk or a closed pipe must not fail the import
         while rest:
             rest = rest[os.write(2, rest) :]

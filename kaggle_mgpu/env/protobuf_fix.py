@@ -5,8 +5,8 @@
     pin()                 # install protobuf==3.20.3, or raise RefusedError
 
 From 5.27 on, the protobuf compiler writes its version into a package's `_pb2` files, and these refuse to load with an
-older protobuf: this version is the package's floor. (The requirements that packages declare, which pip checks, are
-stricter in places and laxer in others.) Reading versions imports nothing.
+older protobuf: this version is the package's floor. (The requirements that packages declare, and that pip checks, are
+sometimes stricter and sometimes laxer.) Reading versions imports nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if TYPE_CHECKING:  # only pin() needs subprocess, whose import takes 8 ms
 Version = tuple[int, int, int]
 
 PINNED: Version = (3, 20, 3)
+"""The last patch of 3.20, to which protobuf's own error message about old generated code advises to downgrade."""
 TIMEOUT = 900.0
 """Seconds that pip, or importing every package with generated code, may take."""
-# One generated file of each package that Kaggle's users meet: the others of the package come from the same compiler.
+# One generated file of each package that Kaggle's users meet; the same compiler made a package's other files.
 PROBES = {
     "tensorflow": "tensorflow/core/framework/types_pb2.py",
     "tensorboard": "tensorboard/compat/proto/graph_pb2.py",
@@ -62,7 +63,11 @@ def installed() -> Version | None:
 
 
 def floors(protobuf: Version) -> dict[str, Version]:
-    """Return the oldest usable protobuf for each well-known installed package with such a floor."""
+    """Return the oldest usable protobuf for each well-known installed package with such a floor.
+
+    Args:
+        protobuf: the installed version, which decides which of its files wandb loads.
+    """
     found = {name: _read(locate(path), _CHECK) for name, path in PROBES.items()}
     found["wandb"] = _wandb(locate("wandb/proto"), protobuf)
     return {name: floor for name, floor in found.items() if floor is not None}
@@ -71,7 +76,7 @@ def floors(protobuf: Version) -> dict[str, Version]:
 def _read(path: Path | None, pattern: re.Pattern[bytes]) -> Version | None:
     try:
         with open(path or os.devnull, "rb") as file:
-            match = pattern.search(file.read(4096))  # the check stands before the generated descriptors
+            match = pattern.search(file.read(4096))  # the version comes before the generated descriptors
     except OSError:
         return None
     return (int(match[1]), int(match[2]), int(match[3])) if match else None

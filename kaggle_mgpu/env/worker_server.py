@@ -31,7 +31,7 @@ START_SECONDS = 300.0
 MARK = "KAGGLE_MGPU_SERVER"
 """Environment variable that marks the processes below a server."""
 
-# Libraries read these variables when they load, and a worker is forked after that. All other variables
+# Libraries read these variables when the server loads them, so a change needs a new server. All other variables
 # (CUDA_VISIBLE_DEVICES, NCCL_*, TORCH_NCCL_*, GLOO_*, the user's own) reach a worker at its launch.
 _READ_AT_START = re.compile(
     r"(LD|OMP|GOMP|MKL|OPENBLAS|MALLOC|ATEN|PYTORCH)_|PYTHON(?!PATH)|TORCH(?!INDUCTOR_CACHE_DIR|_NCCL)"
@@ -52,7 +52,7 @@ class Server:
     mark: str
     """"NAME=value" of an environment variable that all processes below the server have."""
     variables: dict[str, str]
-    """Environment variables that are read only at the server's start."""
+    """The values at the server's start of the variables that libraries read only then."""
     watched: dict[str, tuple[str, int]] | None = None
     """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
@@ -66,7 +66,7 @@ class Server:
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            # the operating system ends supervisors and workers with the server; workers' children have its mark
+            # the operating system ends supervisors and workers with the server; only workers' children may remain
             for path in Path("/proc").glob("[0-9]*/environ"):
                 with contextlib.suppress(OSError):
                     if self.mark.encode() in path.read_bytes():
@@ -80,7 +80,7 @@ current: Server | None = None
 _lock = threading.RLock()
 """Held while a server is replaced, since several threads may launch."""
 _pins = 0
-"""How many `pinned` blocks are entered."""
+"""Number of `pinned` blocks in progress."""
 
 
 def running() -> bool:
@@ -148,7 +148,7 @@ def ready(interrupts: Sequence[float]) -> Server:
             else:
                 server = current
             if _has_imported(server, interrupts, patient=fresh < 3):
-                # a fresh server is accepted even if it and this process would never import the same files
+                # accept a fresh server always: if it and this process find different files, another would not help
                 if fresh or _pins or _is_current(server.watched or {}):
                     return server
                 start()
@@ -157,7 +157,7 @@ def ready(interrupts: Sequence[float]) -> Server:
 
 @contextlib.contextmanager
 def pinned(interrupts: Sequence[float]) -> Iterator[None]:
-    """Make a server ready, and replace it within the `with` block only if it dies: a replacement ends other launches.
+    """Make a server ready, and keep the server for the `with` block unless it dies: a new server ends other launches.
 
     Raises:
         WorkerError, KeyboardInterrupt: as `ready`.
@@ -172,7 +172,14 @@ def pinned(interrupts: Sequence[float]) -> Iterator[None]:
 
 
 def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) -> bool:
-    """Wait for the server's list of imported files; return False if the server was killed."""
+    """Wait for the server's list of imported files; return False if the server was killed.
+
+    Args:
+        patient: False raises a WorkerError for a killed server too.
+
+    Raises:
+        WorkerError, KeyboardInterrupt: as `ready`.
+    """
     import pickle
     from multiprocessing import connection
 

@@ -1,4 +1,4 @@
-"""Keep a run of a loop written with accelerate.
+"""Save, stop, show and resume a loop written with accelerate.
 
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 with Session(accelerator, "run", max_steps=1000, seed=0) as session:
@@ -25,12 +25,15 @@ class Session:
 
     Args:
         output_dir: the run's folder; checkpoints by `accelerator.save_state` lie in checkpoints/step-N.
-        max_steps: optimizer steps of the run, which end `batches`.
+        max_steps: optimizer steps of the run; `batches` ends after them.
         seed: for the order of samples, augmentation and dropout.
-        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
-        save_every: time between two saves.
-        keep_last: checkpoints that stay.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
+        save_every: time between two saves, "15m" or seconds; None: save only before the end.
+        keep_last: number of checkpoints to keep, the newest.
         log_every: steps between two records.
+
+    Raises:
+        LockedError: another run has the folder.
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class Session:
         return self._session.batches(passes)
 
     def begin_step(self, number: int, epoch: int = 0) -> None:
-        """Seed all random generators from (seed, number, epoch, rank), for a micro-batch of this number in the epoch.
+        """Seed all random generators from (seed, number, epoch, rank), in a loop that does not use `batches`.
 
-        With epoch 0 for every micro-batch, `number` counts over the whole run.
+        Args:
+            number: the micro-batch's number in the epoch, or in the run if `epoch` is always 0.
         """
         self._session.seed(number, epoch)
 
@@ -87,7 +91,11 @@ class Session:
         return self._session.leaving
 
     def step(self, loss: Any = None) -> bool:
-        """Count a micro-batch; after an optimizer step record and save. Return whether to leave the loop."""
+        """Count a micro-batch; after an optimizer step, record and save if due. Return whether to leave the loop.
+
+        Args:
+            loss: a number or a 0-d tensor, of this rank; read on rank 0 when a record is due.
+        """
         if not self.accelerator.sync_gradients:
             return False
         self.steps_taken += 1
@@ -96,7 +104,7 @@ class Session:
         return self._session.over
 
     def save(self) -> None:
-        """Save with `accelerator.save_state`; the folder gets its name when all ranks have written."""
+        """Save with `accelerator.save_state`; the folder gets its final name when all ranks have written."""
         if self._saved == self.steps_taken:
             return
         self._saved = self.steps_taken

@@ -1,4 +1,4 @@
-"""Keep a run of a training loop written by hand.
+"""Save, stop, show and resume a training loop written by hand.
 
 with watch("run", max_steps=1000, model=model, optimizer=optimizer) as run:
     for batch in run.batches(loader):       # goes on where the last session ended
@@ -25,11 +25,14 @@ from . import session
 
 
 class Run:
-    """A run watched by `watch`, which makes it. Every rank makes the same calls.
+    """A run of a loop, made by `watch`. Every rank makes the same calls.
 
     Args:
         kept: the checkpoints in the run's folder.
         objects: models, optimizers and other objects with `state_dict` and `load_state_dict`.
+
+    Raises:
+        TypeError, ValueError, CheckpointError, LockedError: as `watch`.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class Run:
         )  # fmt: skip
 
     def _load(self, start: Path) -> None:
-        saved = copy.deepcopy(checkpoint.load(start))  # its tensors are maps of the file
+        saved = copy.deepcopy(checkpoint.load(start))  # the loaded tensors are memory maps of the file
         for name, model in self._models.items():
             model.load_state_dict(saved.tensors[name])
         for name, other in self._others.items():
@@ -76,9 +79,12 @@ class Run:
     def batches(self, loader: Any) -> Iterator[Any]:
         """Yield the loader's batches, epoch after epoch, from the run's position to its last step or its stop.
 
-        The order of samples, their augmentation and the dropout of each batch depend on the seed and the position
-        alone; an iterable dataset is read from its start, and gives its own order and augmentation. Call it once;
-        `step` must follow within each pass of the loop that ends an optimizer step.
+        The order of samples, their augmentation and the dropout of each batch depend only on the seed and the position.
+        An iterable dataset is read from its start and decides itself on order and augmentation. Call `batches` once,
+        and `step` after each optimizer step, before the next batch.
+
+        Raises:
+            ValueError: the loader has no batch, or the loop never calls `step`.
         """
 
         if distributed.joined() and distributed.world_size() > 1 and _same_everywhere(loader):
@@ -92,7 +98,7 @@ class Run:
             if samples is not None:
                 samples.set_epoch(epoch)
             session.seed_order(loader, self._seed, epoch)
-            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # nothing else can skip
+            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # no sampler can skip
             return itertools.islice(loader, skip if drops else 0, None)
 
         return self.session.batches(passes)
@@ -150,7 +156,7 @@ def _check_whole(name: str, given: Any) -> None:
 
 
 def _same_everywhere(loader: Any) -> bool:
-    """Return whether a loader has one of torch's samplers, which give all ranks the same samples."""
+    """Return whether a loader has a sampler of torch's that gives all ranks the same samples."""
     sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
     plain = batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
     return plain and type(sampler) in (RandomSampler, SequentialSampler)
@@ -173,18 +179,19 @@ def watch(
     output_dir: str | Path, *, max_steps: int, seed: int = 0, time_limit: str | float | None = None,
     save_every: str | float | None = "15m", keep_last: int = 2, log_every: int = 10, **objects: Any,
 ) -> Iterator[Run]:  # fmt: skip
-    """Resume the run in a folder, or among Kaggle's inputs, and keep it inside the `with` block.
+    """Resume a run from its folder or Kaggle's inputs; record, save and stop the run inside the `with` block.
 
     Args:
-        max_steps: optimizer steps of the run, which end `Run.batches`.
+        max_steps: optimizer steps of the run; `Run.batches` ends after them.
         seed: for the order of samples, augmentation and dropout.
-        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
-        save_every: time between two saves.
-        keep_last: checkpoints that stay.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
+        save_every: time between two saves, "15m" or seconds; None: save only before the end.
+        keep_last: number of checkpoints to keep, the newest.
         log_every: steps between two records.
         objects: what to save and restore, by a name of your choice: model=model, optimizer=optimizer, scheduler=….
 
     Raises:
+        TypeError: an object has no state_dict or load_state_dict.
         ValueError: a model or an optimizer is split over the ranks: fully_shard, FSDP, ZeroRedundancyOptimizer.
         CheckpointError: the folder holds a run of other objects or another seed.
         LockedError: another run has the folder.

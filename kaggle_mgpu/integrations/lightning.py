@@ -1,4 +1,4 @@
-"""Keep a run of Lightning's Trainer.
+"""Save, stop, show and resume a run of Lightning's Trainer.
 
 keeper = SessionCallback("run")
 trainer = Trainer(devices=distributed.world_size(), strategy="ddp", callbacks=[keeper], ...)
@@ -27,9 +27,13 @@ class SessionCallback(Callback):
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
         seed: for augmentation and dropout.
-        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
-        save_every: time between two saves.
-        keep_last: checkpoints that stay.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
+        save_every: time between two saves, "15m" or seconds; None: save only before the end.
+        keep_last: number of checkpoints to keep, the newest.
+
+    Raises:
+        ValueError: the Trainer has another number of processes than were launched.
+        LockedError: another run has the folder.
     """
 
     def __init__(
@@ -72,11 +76,11 @@ class SessionCallback(Callback):
                 samples.set_epoch(trainer.current_epoch)
                 self.samples.append(samples)
         fetcher = trainer.fit_loop._data_fetcher
-        iter(fetcher)  # the fetcher's iterator was made before this change
+        iter(fetcher)  # a new iterator, since the present one knows nothing of these changes
         if not self.samples:  # iterable datasets, which are read from their start
             for _ in range(skip):
                 next(fetcher)
-            fetcher.fetched -= skip  # Lightning adds them itself
+            fetcher.fetched -= skip  # Lightning counts the skipped batches itself
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         for samples in self.samples:
@@ -100,10 +104,10 @@ class SessionCallback(Callback):
             self.save(trainer)
         if leave:
             trainer.should_stop = True
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else it goes on
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else training goes on
 
     def save(self, trainer: Any) -> None:
-        """Save now; every rank must call this. The file gets its name when complete."""
+        """Save now; every rank must call `save`. The folder gets its final name when the checkpoint is complete."""
         assert self.session is not None
         if self.saved == trainer.global_step:
             return
@@ -122,7 +126,7 @@ class SessionCallback(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        if not self.began:  # a finished run takes no step
+        if not self.began:  # Lightning does not start a finished run again
             self.finished = 0 < epochs <= trainer.current_epoch or 0 < steps <= trainer.global_step
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -23,7 +23,7 @@ from ..machine import devices, session
 from ..parallel import distributed
 
 HOLDERS = ("base_dataloader", "_dataloader")
-"""The loader that fetches, as an attribute of accelerate's and of Fabric's loaders."""
+"""Attributes in which accelerate's and Fabric's loaders hold the DataLoader that reads the data."""
 MOST_WITHOUT_A_STEP = 256
 """Batches without an optimizer step after which the end of a pass over the data is an error."""
 
@@ -36,12 +36,12 @@ class Session:
         max_steps: optimizer steps of the run.
         step: optimizer steps of earlier sessions.
         seed: of the run, for the random generators.
-        time_limit: "11h30m", or seconds. The end of Kaggle's session counts too.
-        save_every: time between two saves, or None: only before the end.
-        nbytes: size of a checkpoint, for a guess at the duration of the first save.
-        history: folder of the run to continue, if another one.
-        unit: what `after_step` counts.
-        position: for `batches`: the epoch, and the batches taken in it before.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
+        save_every: time between two saves, "15m" or seconds; None: save only before the end.
+        nbytes: bytes of a checkpoint, to estimate the duration of the first save.
+        history: folder of the run to continue, if not output_dir.
+        unit: the name of the units that `after_step` counts, such as samples.
+        position: for `batches`: the epoch, and the number of its batches taken by earlier sessions.
 
     Raises:
         LockedError: another run has the folder.
@@ -83,7 +83,11 @@ class Session:
         self._next_save = self._last_step_at + self._pause
 
     def seed(self, number: int, epoch: int = 0) -> None:
-        """Seed all random generators of this rank for a step or micro-step: its number in the run, or in an epoch."""
+        """Seed all random generators of this rank from (seed, epoch, number, rank).
+
+        Args:
+            number: the step's or micro-step's number in the epoch, or in the run if `epoch` is always 0.
+        """
         randomness.seed_for(self._key, (epoch << 32) + number, self._rank)
 
     def batches(self, passes: Callable[[int, int], Iterable[Any]]) -> Iterator[Any]:
@@ -93,7 +97,7 @@ class Session:
             passes: a function of (epoch, skip) that returns an epoch's batches without the first `skip`.
 
         Raises:
-            ValueError: an epoch without a batch.
+            ValueError: an epoch has no batch, or the loop counts no step.
         """
         epoch, skip = self.position
         while not self.over:
@@ -116,9 +120,13 @@ class Session:
             self.position = epoch, 0
 
     def after_step(self, step: int, samples: int = 0) -> tuple[bool, bool]:
-        """Count an optimizer step; return whether to stop now, and whether to save, as before every stop.
+        """Count an optimizer step; return (whether to stop now, whether to save); every stop comes with a save.
 
         All ranks get the same answers.
+
+        Args:
+            step: optimizer steps taken so far in the run.
+            samples: number of units (see `unit`) in this step.
         """
         now, self.step, self._since_step = time.monotonic(), step, 0
         self.clock.taken.append(training.StepTaken(self._last_step_at, self._last_step_at, now, samples, samples))
@@ -166,10 +174,10 @@ class Session:
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep_last: int, **facts: Any) -> Iterator[Path]:
-        """Give a folder to write a checkpoint into; it becomes checkpoints/step-N when all ranks have written.
+        """Give a temporary folder for a checkpoint, renamed to checkpoints/step-N when all ranks have written.
 
         Args:
-            keep_last: checkpoints that stay.
+            keep_last: number of checkpoints to keep, the newest.
             facts: further values for state.json.
         """
         folder = self.output_dir / "checkpoints"
@@ -187,7 +195,7 @@ class Session:
                     shutil.rmtree(old)
 
     def saved(self, step: int, seconds: float) -> None:
-        """Record a save, and begin the time to the next."""
+        """Record a save that took `seconds`; the time until the next save starts now."""
         self.clock.saved(seconds)
         self._next_save = time.monotonic() + self._pause
         self.progress.record({"kind": "save", "step": step, "seconds": seconds, "time": self.clock.seconds()})
@@ -238,14 +246,14 @@ def newest(output_dir: Path) -> Path | None:
 
 
 class SeededSamples(Dataset[Any]):
-    """A dataset that seeds the random generators from (seed, epoch, sample) before each sample, in any process.
+    """A dataset that seeds the random generators from (seed, epoch, sample) before each sample, in loader workers too.
 
     If the dataset makes several samples at a time (`__getitems__`), the first sample's seed is used.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.key = dataset, randomness.key(seed, "sample")
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a change
         if hasattr(dataset, "__getitems__"):
             self.__getitems__ = self._several
 
@@ -293,7 +301,7 @@ class Skipping:
 
 
 def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
-    """Let a loader seed its samples, and skip its first batches once; None for a loader of an iterable dataset.
+    """Make a loader seed its samples and skip its first batches once; return None for an iterable dataset.
 
     A loader without a batch sampler (batch_size=None) skips nothing.
     """
@@ -323,7 +331,7 @@ def seed_order(loader: Any, seed: int, epoch: int) -> None:
             waiting += [getattr(owner, name, None) for name in (*HOLDERS, "sampler", "batch_sampler")]
     for owner in owners:
         if isinstance(owner, Sampler) and getattr(owner, "generator", 0) is None:
-            # the global generator's state depends on all earlier draws
+            # otherwise the order would come from the global generator, which depends on all earlier draws
             vars(owner)["generator"] = torch.Generator()
         for name in ("generator", "synchronized_generator"):
             if isinstance(generator := getattr(owner, name, None), torch.Generator):

@@ -1,4 +1,4 @@
-"""Keep a run of transformers' Trainer, or of a trainer made from it such as TRL's.
+"""Save, stop, show and resume a run of transformers' Trainer, or of a trainer derived from Trainer, such as TRL's.
 
 trainer = Trainer(..., callbacks=[SessionCallback()])
 trainer.train(resume_from_checkpoint=find_checkpoint(args.output_dir))
@@ -19,15 +19,15 @@ from ..machine import session as machine
 from ..parallel import distributed
 from .session import SeededSamples, Session, seeded
 
-_open: list[Session] = []  # a Trainer that raises an error tells its callbacks nothing, so nobody closed its session
-_histories: dict[Path, Path] = {}  # output folders, with the folders among the inputs that their runs go on from
+_open: list[Session] = []  # not closed yet, since a Trainer that fails calls none of its callbacks
+_histories: dict[Path, Path] = {}  # output folder -> the folder among the inputs from which the run continues
 
 
 def find_checkpoint(output_dir: str | Path) -> str | None:
     """Return the newest whole checkpoint of a Trainer's run, from its folder or from Kaggle's inputs; None for none.
 
-    Among the inputs, a folder of the same name as `output_dir` is searched. A checkpoint cut by a kill is passed over.
-    Every rank gets the same answer.
+    Among the inputs, a folder of the same name as `output_dir` is searched. An incomplete checkpoint, as left by a
+    kill, is skipped. Every rank gets the same answer.
     """
     return distributed.from_main(lambda: _find(Path(output_dir)))
 
@@ -73,8 +73,8 @@ class SessionCallback(TrainerCallback):
     sample of a map-style dataset.
 
     Args:
-        time_limit: "11h30m", or seconds; the end of Kaggle's session counts too.
-        save_every: time between two saves, beside the Trainer's own.
+        time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
+        save_every: time between two saves, "15m" or seconds, beside the Trainer's own saves; None: no further saves.
     """
 
     def __init__(self, *, time_limit: str | float | None = None, save_every: str | float | None = "15m") -> None:
@@ -98,7 +98,7 @@ class SessionCallback(TrainerCallback):
         )  # fmt: skip
         _open.append(self.session)
         self.batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # Trainer takes a step before it asks whether one is left: it gets no batch for it
+        # Trainer takes a step before it compares with max_steps, so a finished run gets no batch
         over = state.global_step >= state.max_steps
         self.samples = seeded(given["train_dataloader"], args.seed, skip=sys.maxsize if over else 0)
         self.step_ended = time.monotonic()

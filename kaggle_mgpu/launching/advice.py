@@ -1,7 +1,7 @@
-"""Watch a launched loop that is not the kit's: signs of life, two usual mistakes, advice on torch's errors.
+"""Help a launched loop that is not the kit's: report its steps, find two common mistakes, explain torch's errors.
 
-watch(store, rank, count)     # from the first optimizer step on
-advise(error)                 # adds the next step to an error of torch.distributed
+watch(store, rank, count)     # before the loop
+advise(error)                 # adds a note with the remedy to an error of torch.distributed
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
-"""Optimizer steps after which a loop's process group and log files must be there."""
+"""Optimizer steps after which a loop is checked for mistakes: by then it has made its process group and log files."""
 _EVENTS = "tensorboard"
 _STARTS_PROCESSES = (
     "launch has started one process for each GPU already. Give launch the function that each of them calls, not one "
@@ -31,7 +31,7 @@ _ADVICE = {
 
 
 def advise(error: BaseException) -> None:
-    """Add a note with the next step to an error whose cause is how the function was launched."""
+    """Add a note with the remedy to an error that comes from the way in which the function was launched."""
     with contextlib.suppress(Exception):  # an error's own __str__ may fail
         for text in (text for text in _ADVICE if text in str(error)):
             error.add_note(_ADVICE[text])
@@ -41,7 +41,14 @@ def advise(error: BaseException) -> None:
 
 
 def watch(store: Any, rank: int, count: int) -> None:
-    """Tell the launcher of each optimizer step of this process, and note the mistakes that `tell` prints."""
+    """Report each optimizer step of this process to the launcher, and check for two mistakes.
+
+    Training without a process group is reported at once; TensorBoard events from several ranks are reported by `tell`.
+
+    Args:
+        store: torch's store that all ranks share.
+        count: number of ranks.
+    """
     import torch.distributed as dist
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -52,11 +59,11 @@ def watch(store: Any, rank: int, count: int) -> None:
     def after_step(*_: Any) -> None:
         nonlocal steps
         steps += 1
-        # gloo's destructor, in a script that frees its DDP model after destroy_process_group, waits for a thread which
-        # waits for the interpreter's lock to free the context that backward gave it (torch 2.13): so nothing frees it
+        # keep the group alive: if a script frees its DDP model after destroy_process_group, gloo's destructor holds the
+        # GIL and waits for a thread, which needs the GIL to free an object of backward: a deadlock (torch 2.13)
         if dist.is_initialized() and dist.group.WORLD not in groups:
             groups.append(dist.group.WORLD)
-        # without the step, which would start the default time limit: an evaluation of one's own may be silent for long
+        # no step number: alive(step) would start the default time limit, but a loop's own evaluation may be silent
         distributed.alive()
         if steps != STEPS or count == 1:
             return
@@ -74,7 +81,7 @@ def watch(store: Any, rank: int, count: int) -> None:
 
 
 def tell(store: Any) -> None:
-    """Print what the ranks have noted. Only rank 0 calls this, at the end."""
+    """Print the mistakes noted by the ranks. Only rank 0 calls `tell`, at the end."""
     if store.check([_EVENTS]):
         print(f"NOTE: {store.get(_EVENTS).decode()}: make the SummaryWriter on rank 0 alone.", flush=True)
 

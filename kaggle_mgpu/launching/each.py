@@ -41,7 +41,7 @@ class _Job:
     item: Any
     folder: Path
     digest: str | None = None
-    """Identifies the call whose value is kept. None: a config, since its run keeps its own result, or no digest."""
+    """Identifies the call, to find its kept value. None: a config, whose run keeps the result, or pickling failed."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
@@ -56,7 +56,7 @@ class _Job:
         return f"{self.name}: {self.state}" + (f"  {said[:160]}" if self.state != "waiting" and said else "")
 
     def kept(self) -> bool:
-        """Whether an earlier launch has finished the same call; the value is then read."""
+        """Return whether an earlier launch has finished the same call, and read the value if so."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads((self.folder / "value.json").read_text(encoding="utf-8"))
             if self.digest is not None and document["digest"] == self.digest:
@@ -106,6 +106,7 @@ def launch_each(
 
     Raises:
         ExceptionGroup: jobs failed. Its `results` has the values of all jobs, None for those that failed.
+        ValueError: at_once is more than the number of GPUs, or gpu_ids names a missing GPU.
     """
     jobs = _jobs(list(items), Path(output_dir))
     gpus = devices.select(gpu_ids)
@@ -122,7 +123,7 @@ def launch_each(
     display, shown = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}", ""
     with collect_interrupts() as interrupts, contextlib.ExitStack() as stack:
         if waiting:
-            stack.enter_context(worker_server.pinned(interrupts))  # an edited file does not end running jobs
+            stack.enter_context(worker_server.pinned(interrupts))  # a new server would end running jobs
         free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):
@@ -175,7 +176,7 @@ def _run(
     settings = ProcessSettings() if config is None else ProcessSettings.of(config)
     restarts = settings.max_restarts if max_restarts is None else max_restarts
     try:
-        if config is not None:  # `train` asks for the lock too, but by then the logs of a run there would be gone
+        if config is not None:  # fail before this launch empties the logs of another run in the folder
             with lock.held(config.output_dir):
                 pass
         job.value = attempts(
@@ -183,20 +184,20 @@ def _run(
             settings.hang_timeout_minutes * 60 if timeout is None else timeout, restarts, interrupts,
             from_start=timeout is not None, quiet=True,
         )[0]  # fmt: skip
-        if not interrupts:  # else the value may be what there was when the job was asked to stop
+        if not interrupts:  # an interrupted job may have returned early
             job.keep()
         job.state = "finished"
     except BaseException as error:
         job.state = "interrupted" if interrupts and isinstance(error, KeyboardInterrupt) else "failed"
         job.error = error
-        if not isinstance(error, Exception):  # an ExceptionGroup takes no other
+        if not isinstance(error, Exception):  # an ExceptionGroup takes only Exceptions
             job.error = WorkerError(f"{type(error).__name__}: {error}")
             job.error.__cause__ = error
         job.error.add_note(f"in job {job.name}; its log is {job.folder / 'logs' / 'rank0.log'}")
 
 
 def _digest(value: Any) -> str | None:
-    """Return a digest that is the same in another process, with the code of functions; None if there is none.
+    """Return a digest of a value and of its functions' code, the same in all processes; None if pickling fails.
 
     Pickles themselves differ: a cell's code has the process's id in its file name, a cell's class has a random id, and
     a tensor's storage has its address. A function of a module is in a pickle by name only.
@@ -207,7 +208,7 @@ def _digest(value: Any) -> str | None:
 
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, item: Any) -> Any:
-            if isinstance(item, CodeType):  # sets have an order of their own in each process
+            if isinstance(item, CodeType):  # the order of a set differs between processes
                 constants = [
                     sorted(map(repr, part)) if isinstance(part, frozenset) else part for part in item.co_consts
                 ]
@@ -217,7 +218,7 @@ def _digest(value: Any) -> str | None:
                 return tuple, ([str(item.dtype), tuple(item.shape), raw],)
             reduced = super().reducer_override(item)
             if reduced is NotImplemented and isinstance(item, FunctionType):
-                inner = getattr(inspect.unwrap(item), "__code__", None)  # a decorator's wrapper has code of its own
+                inner = getattr(inspect.unwrap(item), "__code__", None)  # below a decorator's wrapper
                 return tuple, ([item.__qualname__, item.__code__, inner, item.__defaults__, item.__kwdefaults__],)
             if isinstance(item, type) and isinstance(reduced, tuple):
                 random = [isinstance(part, str) and re.fullmatch("[0-9a-f]{32}", part) for part in reduced[1]]
@@ -228,6 +229,6 @@ def _digest(value: Any) -> str | None:
     buffer = io.BytesIO()
     try:
         Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    except Exception:  # `attempts` names the part that cannot be sent
+    except Exception:  # the launch then raises the error, which names the part
         return None
     return hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -1,13 +1,13 @@
 """Run a function on N worker processes from a notebook cell, a script, or under torchrun.
 
-    result = launch(train, config, task)      # one worker per GPU; config.nproc says otherwise
+    result = launch(train, config, task)      # one worker per GPU, or config.nproc workers
     values = launch(lambda: rank(), nproc=2)  # any function: every rank's value, in the order of ranks
 
 The workers are forked from a clean server process that has imported torch already (server.py), never from the notebook:
-they are ready in a tenth of a second, and what the notebook did before, CUDA included, does not matter. They find the
-environment variables, sys.path and working folder that the notebook has at the call; functions and classes from cells
-travel by value (cloudpickle). Rank 0's lines appear in the cell, each rank's in logs/rankN.log; a worker's exception is
-raised here, as itself.
+they are ready in a tenth of a second, and the notebook may have used CUDA before. Workers get the environment
+variables, sys.path and working folder that the notebook has at the call; functions and classes from cells are sent by
+value (cloudpickle). Rank 0's output appears in the cell, each rank's in logs/rankN.log. An exception in a worker is
+raised here with its own type.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ KEPT_LOGS = 10
 
 @contextlib.contextmanager
 def _shared_memory_is_named() -> Iterator[None]:
-    """Add a note to an error while /dev/shm is full, where "No space left on device" sounds like a disk."""
+    """Add a note to an error while /dev/shm is full, since "No space left on device" suggests a full disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -76,19 +76,21 @@ def launch(
     An interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second one ends them at once.
 
     Args:
-        nproc: number of processes on this machine. Default: what a TrainConfig among the arguments says, else one for
-            each GPU, or one where there is none. With one, and under torchrun, the call is made in this process.
+        nproc: number of processes on this machine. Default: from a TrainConfig among the arguments, else one for each
+            GPU, or one without GPUs. With one process, and under torchrun, the function is called in this process.
         gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
-        timeout: seconds without a sign of life of any rank (see distributed.alive) after which it is a hang. Default:
-            the config's hang_timeout_minutes, else 30 minutes, from the first call of alive(step) on, as `train` makes.
+        timeout: seconds without a sign of life of any rank (distributed.alive, or output) after which a HangError is
+            raised. Default: the config's hang_timeout_minutes, else 30 minutes, but not before the first call of
+            alive(step), as by `train` after each step.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
-        in_worker: start a worker also where there is only one, so that nothing stays in this process: no CUDA context.
+        in_worker: start a worker even for a single process, so that no CUDA context stays in this process.
 
     Raises:
         TypeError: `function` is not callable, or `kwargs` has a misspelt argument of `launch`.
         ValueError: more processes than there are GPUs, or than a launch can start.
-        WorkerDiedError, HangError: see there.
-        Exception: whatever the function raised in a worker, of its own type, with the worker's traceback as its cause.
+        WorkerDiedError: a worker was killed, crashed or ended without a result.
+        HangError: no rank made progress for `timeout` seconds.
+        Exception: as raised by the function in a worker, with the worker's traceback as the cause.
     """
     if not callable(function):
         raise TypeError(
@@ -99,7 +101,7 @@ def launch(
     settings = ProcessSettings() if config is None else ProcessSettings.of(config)
     one_value = getattr(function, "returns_rank0", False)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        from ..parallel import distributed  # not above: it imports torch, which this process may do without
+        from ..parallel import distributed  # not above, since this imports torch
 
         with env.variables(without_peer_access(devices.gpus(), settings)):
             distributed.offer(timeout=datetime.timedelta(minutes=settings.collective_timeout_minutes))
@@ -122,7 +124,7 @@ def launch(
                 raise
         return value if one_value else [value]
 
-    if config is not None and one_value:  # `train` asks for it too, but by then the logs of a run there would be gone
+    if config is not None and one_value:  # fail before this launch empties the logs of another run in the folder
         with lock.held(config.output_dir):
             pass
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
@@ -154,7 +156,7 @@ def attempts(
     call: Any, config: RunSettings | None, settings: ProcessSettings, count: int, gpus: list[devices.GPU], logs: Path,
     limit: float, restarts: int, interrupts: list[float], *, from_start: bool, quiet: bool = False,
 ) -> list[Any]:  # fmt: skip
-    """Make a call on new workers, again after one died or hung as long as restarts are left; return the values."""
+    """Make a call on new workers, and again up to `restarts` times after a worker died or hung; return the values."""
     died = 0
     before = _saved(config)
     for attempt in itertools.count():
@@ -163,7 +165,7 @@ def attempts(
         try:
             return workers.run(interrupts, limit, from_start)
         except Exception as error:
-            # a RestartError is no accident: the next attempt uses smaller micro-batches, so it does not count
+            # a RestartError does not count as a restart, since the next attempt uses smaller micro-batches
             again, which = isinstance(error, RestartError), ""
             if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
                 died += 1
@@ -205,20 +207,20 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
         yield Path(config.output_dir) / "logs"
         return
     for old in sorted(Path(tempfile.gettempdir()).glob("kaggle_mgpu-logs-*-*"))[: 1 - KEPT_LOGS]:
-        with contextlib.suppress(OSError), _locked(old):  # not those of a launch that still runs
+        with contextlib.suppress(OSError), _locked(old):  # a running launch has locked its folder
             shutil.rmtree(old, ignore_errors=True)
     logs = Path(tempfile.mkdtemp(prefix=f"kaggle_mgpu-logs-{time.strftime('%Y%m%d-%H%M%S')}-"))
     with _locked(logs):
         yield logs
     with contextlib.suppress(OSError):
-        if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # else the cell names the file for the rest
+        if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # a full cell refers to the file
             shutil.rmtree(logs)
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on a folder, or raise BlockingIOError; the folder's files stay as they are."""
-    import fcntl  # not above: Windows has none
+    import fcntl  # not above, since Windows has no fcntl
 
     number = os.open(folder, os.O_RDONLY)
     try:
@@ -234,7 +236,7 @@ def collect_interrupts() -> Iterator[list[float]]:
     times: list[float] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
-        yield times  # then they are the main thread's, or not Python's to handle
+        yield times  # only the main thread may set handlers, and None is a handler that Python cannot restore
         return
     signal.signal(signal.SIGINT, lambda *_: times.append(time.monotonic()))
     try:
@@ -252,7 +254,7 @@ def _restored_handlers() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                if handler is not None:  # None: not Python's to handle
+                if handler is not None:  # None: not set by Python
                     signal.signal(number, handler)
 
 

@@ -1,6 +1,6 @@
 """Lock a run's folder, since two runs would overwrite each other's checkpoints and records.
 
-    with held(output_dir): …      # LockedError where another run has it
+    with held(output_dir): …      # LockedError if another run has the lock
 
 The kernel holds the lock and releases it when the process ends, so a killed run never blocks the next. The file `.lock`
 names the process that has the lock, and is removed at the end of the run. Reading a folder needs no lock.
@@ -69,7 +69,7 @@ def _take(folder: Path) -> BinaryIO | None:
             file = _open(path)
         except FileNotFoundError:
             if not folder.is_dir():
-                continue  # another run has just removed its empty folder
+                continue  # another run has just removed the folder
             return None
         except OSError:
             return None
@@ -115,13 +115,13 @@ def _release(folder: Path, file: BinaryIO) -> None:
         if _is_at(folder / FILE, file):  # else the folder was removed, and the file there now may be another run's
             (folder / FILE).unlink()  # before unlocking, so that a process that waits for the lock notices the removal
     with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)  # for a forked process's copy too
+        fcntl.flock(file, fcntl.LOCK_UN)  # unlocks a forked process's copy too
     _held.discard(file)
     file.close()
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open for writing, as a lock on NFS requires; open another user's file for reading, enough on a local disk.
+    """Open a file for writing, as a lock on NFS requires, or another user's file for reading (for a local disk).
 
     Raises:
         OSError: the file cannot be made, or is a link or a folder, which must not be written to.

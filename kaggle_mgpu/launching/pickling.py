@@ -16,10 +16,13 @@ from typing import Any
 
 
 def dumps(value: Any, what: str) -> bytes:
-    """Pickle: functions and classes of a notebook's cells by value, tensors on the CPU.
+    """Pickle a value, with functions and classes of a notebook's cells by value, and with tensors on the CPU.
+
+    Args:
+        what: the value's name in an error message.
 
     Raises:
-        TypeError: it cannot be pickled; the message names the part that cannot.
+        TypeError: the value cannot be pickled; the message names the part that cannot.
     """
     try:
         return _pickled(value)
@@ -58,7 +61,7 @@ def _code(filename: str, make: Callable[..., CodeType], arguments: tuple[Any, ..
 
 
 def _travelling(tensor: Any) -> Any:
-    """Return the tensor on the CPU, without its graph and without the rest of a shared storage."""
+    """Return the tensor on the CPU, without its graph and without unused parts of its storage."""
     import torch
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided

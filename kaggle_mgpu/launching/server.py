@@ -5,8 +5,8 @@
 The notebook's side is worker_server.py, which starts the server, and workers.py, which asks it for workers. The server
 imports what a first training step needs, touches no GPU and starts no thread, so it can be forked at any time. A
 launch's supervisor forks the workers, passes signals on to them, reports how each of them ended, and then ends whatever
-they left behind. Whatever happens to one of these processes, those to its right end too: the server notices that the
-notebook is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
+they left behind. When one of these processes ends, all those to its right end too: the server notices that the notebook
+is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
 
 multiprocessing's forkserver with preloaded modules takes little longer (two ranks in 0.080 s where this server takes
 0.070, medians of 12 launches), but it leaves orphans, and does not notice that code or environment have changed.
@@ -46,17 +46,17 @@ from . import advice, pickling
 
 PRELOAD = (
     "torch", "torch.distributed", "torch.nn.parallel.distributed", "torch.utils.data",
-    # DistributedDataParallel and the optimizers import it, and with it sympy, when they are first used
+    # imported, together with sympy, at the first use of DistributedDataParallel and of the optimizers
     "torch._dynamo",
     "torch.profiler._cupti_monitor", "torch.utils.serialization", "numpy.ctypeslib", "cloudpickle", "safetensors.torch",
     "kaggle_mgpu.training",
 )  # fmt: skip
 """Modules that a first training step needs."""
 
-END = struct.Struct("ii")  # supervisor to notebook: rank, status as of waitpid
+END = struct.Struct("ii")  # supervisor to notebook: rank, status as from waitpid; (-1, 0): the workers are forked
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
-SIZE = struct.Struct("q")  # worker to notebook: bytes of the message that follows, (kind, size of the log, *content)
-PULSE = struct.Struct("qqqq")  # of a rank: step, signs of life since, time.monotonic_ns; whether it is saving
+SIZE = struct.Struct("q")  # worker to notebook: length of the pickle after it, (kind, bytes in the log, *content)
+PULSE = struct.Struct("qqqq")  # of a rank: see distributed.set_pulse
 
 MOST_WORKERS = 124
 """A launch sends four file descriptors and two per worker; the kernel allows 253 in a message (SCM_MAX_FD)."""
@@ -77,7 +77,9 @@ class Request:
     semaphores: str
     """The common prefix of multiprocessing's semaphores, to remove those of killed workers."""
     threads: int
+    """Threads of torch in each worker."""
     timeout: float
+    """Seconds that a collective may take."""
     can_draw: bool
     can_show: bool
 
@@ -89,12 +91,12 @@ def main(control_fd: int) -> NoReturn:
     """Import, say ready, and fork a supervisor for each launch until the notebook's process is gone."""
     me, parent = os.getpid(), os.getppid()
     control = socket.socket(fileno=control_fd)
-    # pending in a worker until the worker can handle it
+    # workers inherit this: an interrupt stays pending until the worker can handle it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the operating system
     _adopt_orphans()
     variables = dict(os.environ)
-    # torch.cuda.is_available() would otherwise start CUDA, which cannot be forked (an import may well ask)
+    # an import may call torch.cuda.is_available(), which would otherwise start CUDA, and CUDA cannot be forked
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     env.fix(verbose=False, start_workers=False)
     for name in PRELOAD:
@@ -126,7 +128,7 @@ def main(control_fd: int) -> NoReturn:
                     os.close(fd)
             _end_orphans(supervisors)
     deadline = time.monotonic() + 4 * SWEEP_SECONDS
-    while _end_orphans(supervisors) and time.monotonic() < deadline:  # supervisors see that the notebook is gone
+    while _end_orphans(supervisors) and time.monotonic() < deadline:  # supervisors end with the notebook
         time.sleep(0.05)
     os._exit(0)
 
@@ -134,7 +136,7 @@ def main(control_fd: int) -> NoReturn:
 def _end_orphans(supervisors: set[int]) -> bool:
     """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
-    # not being listed is no proof that one has ended: it would be killed as somebody's orphan the next time
+    # the list may omit a running supervisor (see _children); forgotten here, it would be killed as an orphan later
     supervisors -= {pid for pid in supervisors - children if not os.path.exists(f"/proc/{pid}")}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
@@ -170,7 +172,7 @@ def _never_return(function: Callable[..., None], *args: Any) -> NoReturn:
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was too late
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(70)
 
 
@@ -183,7 +185,7 @@ def _adopt_orphans() -> None:
 
 
 def _supervise(parent: int, fds: list[int]) -> None:
-    """Fork the workers, pass signals on, report ends; leave nothing behind.
+    """Fork the workers, pass signals on to them, report how each ends, and end the processes that remain.
 
     `fds`: the channel to the notebook, the Request, the pickled call, the pulse; then each rank's link and log.
     """
@@ -192,13 +194,13 @@ def _supervise(parent: int, fds: list[int]) -> None:
     os.setsid()
     channel = socket.socket(fileno=fds[0])
     with open(fds[1], "rb") as file:
-        file.seek(0)  # the position is shared with whoever else has the file: a supervisor that was killed, say
+        file.seek(0)  # a supervisor that was killed may have read the file, and the position is shared
         request: Request = pickle.load(file)
     wake, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # bound to a port that is free by construction, before anybody needs to know which
+    # port 0 takes a free port; rank 0 inherits the bound socket, so no other program can take the port meanwhile
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     me, workers = os.getpid(), {}
     for rank in range(request.count):
@@ -214,7 +216,7 @@ def _supervise(parent: int, fds: list[int]) -> None:
     for fd in fds[2:]:
         os.close(fd)
     with contextlib.suppress(OSError):
-        channel.send(END.pack(-1, 0))  # they are on their way
+        channel.send(END.pack(-1, 0))
     watched: list[Any] = [channel, wake]
     while workers:
         ready = connection.wait(watched)
@@ -227,7 +229,7 @@ def _supervise(parent: int, fds: list[int]) -> None:
         if channel in ready:
             try:
                 message = channel.recv(SIGNAL.size)
-            except ConnectionError:  # the notebook was killed with a message of ours unread
+            except ConnectionError:  # the notebook was killed before it read a message
                 message = b""
             number, wanted = SIGNAL.unpack(message) if message else (signal.SIGKILL, -1)
             for pid, rank in workers.items():
@@ -250,11 +252,11 @@ def _sweep() -> None:
     start = time.monotonic()
     while (children := _children()) or _is_parent():
         waited = time.monotonic() - start
-        if waited > 2 * SWEEP_SECONDS:  # stuck in the operating system: not ours to wait for
+        if waited > 2 * SWEEP_SECONDS:  # stuck in the operating system
             break
         for pid in children:
             with contextlib.suppress(OSError):
-                # a resource tracker removes what was registered with it, and ends when the others have
+                # multiprocessing's resource tracker cleans up and ends by itself after the other processes
                 if waited > SWEEP_SECONDS or b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGKILL if waited > SWEEP_SECONDS else signal.SIGTERM)
         time.sleep(0.02)
@@ -277,7 +279,7 @@ def _children() -> list[int]:
 
 
 def _is_parent() -> bool:
-    """Whether this process has any child: exact, where `_children` is not."""
+    """Return whether this process has any child; exact, unlike `_children`."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return True
@@ -309,22 +311,22 @@ def _work(
             os.close(fd)
     sys.stdout.reconfigure(line_buffering=True, encoding="utf-8")  # type: ignore[union-attr]
     sys.stderr.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    faulthandler.enable(log_fd, all_threads=True)  # the function may close 1 and 2
+    faulthandler.enable(log_fd, all_threads=True)  # not to 2, which the function may close
     faulthandler.register(signal.SIGQUIT, log_fd, all_threads=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the notebook was started in a background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
     multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
     link, lock = socket.socket(fileno=link_fd), threading.Lock()
-    link.setblocking(True)  # it is not, if the notebook has a default timeout
+    link.setblocking(True)  # socket.setdefaulttimeout in the notebook would change this
 
     def send(kind: str, *content: Any) -> None:
-        # with the size of the log, so that the lines before it are shown before it, and none that follow
+        # the log's size lets the notebook first show the lines printed before this message, and only those
         message = pickle.dumps((kind, os.fstat(log_fd).st_size, *content))
-        with lock, contextlib.suppress(OSError):  # the notebook is gone: so is anybody who would listen
+        with lock, contextlib.suppress(OSError):  # the notebook is gone
             link.sendall(SIZE.pack(len(message)))
             link.sendall(message)
 
-    def show(*content: Any) -> None:  # in a thread: an interrupt of this one would leave half of a message
+    def show(*content: Any) -> None:  # in a thread, since an interrupt of the main thread could cut a message
         sender = threading.Thread(target=send, args=("show", *content), daemon=True)
         sender.start()
         sender.join()
@@ -339,18 +341,18 @@ def _work(
 
         if dist.is_available() and sys.modules["torch"].cuda._is_in_bad_fork():
             raise RuntimeError("an import in the worker server has started CUDA, which does not survive a fork")
-        # the two maps are never closed: buffers of theirs are in use until the process ends
+        # the two maps are never closed, since their buffers are in use until the process ends
         pulses, call = mmap.mmap(pulse_fd, 0), mmap.mmap(call_fd, 0, access=mmap.ACCESS_READ)
         distributed.set_pulse(memoryview(pulses).cast("q")[4 * rank : 4 * rank + 4])
         (host, port), timeout = listener.getsockname(), datetime.timedelta(seconds=request.timeout)
         fd = listener.detach()
         if rank != 0:
             os.close(fd)
-        # with multi_tenant, the function's own init_process_group meets at this store too, by the same address
+        # multi_tenant (True), so that the function's own init_process_group can use the same address
         store = dist.TCPStore(host, port, request.count, rank == 0, timeout, False, True, fd if rank == 0 else None)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         distributed.offer(dist.PrefixStore("kaggle_mgpu", store), timeout)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # one that came too early is delivered here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # a pending one is delivered here
         function, args, kwargs = pickle.loads(call)
         if not getattr(function, "returns_rank0", False):
             advice.watch(store, rank, request.count)
@@ -359,7 +361,7 @@ def _work(
         if getattr(function, "returns_rank0", False) and rank != 0:
             value = None
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
-        _meet(store, rank, request.count)  # nobody leaves while another still talks to it
+        _meet(store, rank, request.count)  # no rank ends while another still communicates with it
         if rank == 0:
             advice.tell(store)
         _leave(send, answer, log_fd)
@@ -381,20 +383,20 @@ def _become(rank: int, request: Request) -> None:
         os.chdir(request.folder)
     sys.path[:] = request.path
     sys.argv = [""]
-    importlib.invalidate_caches()  # files may have been written since the server looked
+    importlib.invalidate_caches()  # there may be files newer than the server
     linecache.cache.update(request.sources)
     import numpy
     import torch
 
-    # a fork would draw what every other fork draws; Python's own generator is seeded anew by itself
+    # numpy's generator has the same state in every fork; Python seeds its own anew in each
     numpy.random.seed(random.getrandbits(32))
     torch.set_num_threads(request.threads)
 
 
 def _meet(store: Any, rank: int, count: int) -> None:
-    """Wait until every rank has come here; rank 0, whose process has the store, waits until the others have left it.
+    """Wait until every rank has called `_meet`; rank 0, which serves the store, also waits for the others' last use.
 
-    The store serves as well after the function has left its process group.
+    A collective would not do, since the function may have left its process group.
     """
 
     def tell(what: str, expected: int) -> None:
@@ -423,13 +425,13 @@ def _leave(send: Callable[..., None], answer: tuple[Any, ...], log_fd: int, trac
 
 
 def _came_from_a_collective(error: BaseException) -> bool:
-    """Return whether torch.distributed raised the error, which the end of another rank may explain."""
+    """Return whether torch.distributed raised the error, so that the end of another rank may be the cause."""
     frames = traceback.extract_tb(error.__traceback__)
     places = (os.path.join("torch", "distributed", ""), os.path.join("torch", "nn", "parallel", "distributed.py"))
     return isinstance(error, RuntimeError | OSError) and bool(frames) and any(p in frames[-1].filename for p in places)
 
 
 def _traceback(error: BaseException) -> str:
-    """Format the traceback without its first frame, the kit's call of the user's function."""
+    """Format the traceback without its first frame, which is `_work`."""
     where = error.__traceback__.tb_next if error.__traceback__ and error.__traceback__.tb_next else error.__traceback__
     return "".join(traceback.format_exception(type(error), error, where))

@@ -44,7 +44,7 @@ class ProcessSettings:
 
     @classmethod
     def of(cls, settings: RunSettings) -> Self:
-        """The values in a run's settings."""
+        """Return the values in a run's settings."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
 
@@ -54,5 +54,5 @@ _NAMES = (
 
 
 def is_run_settings(value: object) -> TypeGuard[RunSettings]:
-    """Whether an argument of the launched function holds a run's settings."""
+    """Return whether an argument of the launched function has all attributes of `RunSettings`."""
     return not isinstance(value, type) and all(hasattr(value, name) for name in _NAMES)

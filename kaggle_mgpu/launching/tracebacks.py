@@ -36,7 +36,7 @@ def folded(function: Callable[_Given, _Value]) -> Callable[_Given, _Value]:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            with contextlib.suppress(AttributeError):  # an exception with __slots__
+            with contextlib.suppress(AttributeError):  # some exceptions take no new attribute
                 # IPython asks an exception for this method
                 error._render_traceback_ = functools.partial(_rendered, error)  # type: ignore[attr-defined]
             raise
@@ -75,7 +75,7 @@ def _users(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _shortened(text: str, log: str) -> str:
-    """Return a worker's traceback without the hidden frames, and with a last line that names the log with all."""
+    """Return a worker's traceback without the hidden frames; a last line names the log with the full traceback."""
     left_out = 0
 
     def entry(found: re.Match[str]) -> str:

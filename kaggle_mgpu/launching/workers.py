@@ -49,15 +49,19 @@ _OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\
 
 
 class Workers:
-    """N worker processes, from their start to the last value or the first error.
+    """A set of worker processes, from their start to the last value or the first error.
 
     Args:
         call: function, arguments and keyword arguments.
-        gpus: those that the workers may use.
-        logs: the folder of their logs.
-        settings: what the run's settings say of the processes.
+        count: number of workers.
+        gpus: the GPUs that the workers may use.
+        logs: the folder for their logs.
+        settings: the run's settings for its processes.
         attempt: 0, or the number of the restart, which appends to the logs.
-        quiet: show nothing of their output; the logs have it.
+        quiet: write the output only to the logs.
+
+    Raises:
+        TypeError: the call cannot be pickled.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Workers:
             variables=_variables(count, gpus, settings),
             path=list(sys.path),
             folder=_folder(),
-            # IPython keeps the source of cells there; files are read where they are
+            # IPython keeps the source of cells in linecache; workers read files themselves
             sources={name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
             semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
             threads=cpu.threads_per_worker(count),
@@ -100,15 +104,16 @@ class Workers:
 
         Args:
             interrupts: grows by one with each interrupt. The first is passed on to the workers.
-            limit: seconds without a sign of life of any rank after which it is a hang.
+            limit: seconds without a sign of life of any rank after which a HangError is raised.
             from_start: whether the limit also holds before the first step.
 
         Returns:
             Each rank's value.
 
         Raises:
-            WorkerDiedError, HangError: see there.
-            KeyboardInterrupt: there was a second interrupt, or one before they had started.
+            WorkerDiedError: a worker was killed, crashed or ended without a result.
+            HangError: no rank made progress for `limit` seconds.
+            KeyboardInterrupt: there was a second interrupt, or one before the workers had started.
             Exception: what the function raised in a worker.
         """
         with contextlib.ExitStack() as stack:
@@ -121,7 +126,7 @@ class Workers:
                     if self.failures:
                         asked = len(interrupts)
                         self._hear_them_out()
-                        failure = self._first_failure()  # chosen before the other ranks fail because of it
+                        failure = self._first_failure()  # before the other ranks fail as a consequence
                         self._let_them_write(failure, interrupts, asked)
                         raise failure
                     if len(interrupts) > 1:
@@ -143,7 +148,7 @@ class Workers:
 
     def _start(self, stack: contextlib.ExitStack, interrupts: list[float]) -> None:
         self.links: list[socket.socket] = []
-        with contextlib.ExitStack() as theirs:  # closed here once they are sent to the workers
+        with contextlib.ExitStack() as theirs:  # files for the workers, closed here after sending
             call, request = _file_in_memory(self.call), _file_in_memory(pickle.dumps(self.request))
             pulse = _file_in_memory(PULSE.pack(-1, 0, 0, 0) * self.count)
             self.pulse = stack.enter_context(mmap.mmap(pulse.fileno(), 0))
@@ -172,7 +177,7 @@ class Workers:
         raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
 
     def _next(self, timeout: float) -> None:
-        """Deal with whatever comes next from any worker."""
+        """Handle the messages that arrive from any worker within `timeout` seconds, and show new output."""
         waiting = [self.channel, *(link for link in self.links if link.fileno() >= 0)]
         for ready in connection.wait(waiting, timeout):
             if ready is self.channel:
@@ -184,13 +189,13 @@ class Workers:
     def _show_output(self) -> None:
         """Show rank 0's new output, except the traceback of its error, which the exception shows."""
         size = self.output.size()
-        self._receive(0)  # all that its link can hold
+        self._receive(0)  # an error message sets the log's end for the output
         self.output.show(size)
 
     def _hear_of_an_end(self) -> None:
         try:
             message = self.channel.recv(END.size)
-        except ConnectionError:  # the supervisor left a signal unread; its messages are still to be read
+        except ConnectionError:  # the supervisor ended with a signal unread; a later call reads its messages
             return
         for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
             while self._receive(rank):  # read the last messages first
@@ -221,7 +226,7 @@ class Workers:
         if kind == "show":
             if rank == 0:
                 self.output.show(log_size)
-            with contextlib.suppress(Exception):  # whatever the front end does, training goes on
+            with contextlib.suppress(Exception):  # an error of the front end must not end training
                 session.show(*content)
         elif kind == "value":
             try:
@@ -238,7 +243,7 @@ class Workers:
         error: BaseException = WorkerError(f"rank {rank}: {line}")
         with contextlib.suppress(Exception):  # its class may not unpickle here
             error = error if pickled is None else pickle.loads(pickled)
-        if isinstance(error, SystemExit):  # would end this process, silently
+        if isinstance(error, SystemExit):  # raising it would end this process
             error = WorkerError(f"rank {rank} called sys.exit({error.code!r})")
         error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective, str(self.log_paths[rank]))
         return error
@@ -256,11 +261,11 @@ class Workers:
     def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
         """Wait until the checkpoint and records for the next start are written.
 
-        Before a restart this includes the record of the step before. The other ranks mostly end by themselves, since
-        their next collective misses a rank.
+        Before a restart (RestartError) also wait for the end of the other ranks, which write the record of the step
+        before. Most ranks end by themselves, since their next collective lacks a rank.
 
         Args:
-            asked: how many interrupts there were when the failure was heard of; one more ends this.
+            asked: number of interrupts when the failure became known; a further interrupt ends the wait.
         """
         goes_on, since = isinstance(failure, RestartError), time.monotonic()
         while len(interrupts) == asked:
@@ -295,20 +300,19 @@ class Workers:
         tail = "\n  ".join(lines) or "(nothing)"
         return f"rank {rank} of {self.count} ended {how}. Its log {path} ends:\n  {tail}"
 
-    # Hangs
     def _pulses(self) -> list[tuple[Any, ...]]:
         return [PULSE.unpack_from(self.pulse, PULSE.size * rank) for rank in range(self.count)]
 
     def _check_pulse(self, limit: float, from_start: bool) -> None:
         sizes = [path.stat().st_size if path.exists() else 0 for path in self.log_paths]
-        if sizes != self.log_sizes:  # by this process's own clock: the files' times follow the system's, which may jump
+        if sizes != self.log_sizes:  # sizes, since the files' times follow the system clock, which may jump
             self.log_sizes, self.log_grew = sizes, time.monotonic()
         pulses = self._pulses()
         silent = (time.monotonic_ns() - max(self.started, *(pulse[2] for pulse in pulses))) / 1e9
         if silent < limit or not (from_start or any(step >= 0 for step, *_ in pulses)):
             return
         if time.monotonic() - self.log_grew < limit:
-            return  # a line is a sign of life too
+            return  # output is a sign of life too
         behind = min(range(self.count), key=lambda rank: pulses[rank][:2])
         level = all(pulse[:2] == pulses[0][:2] for pulse in pulses)
         where = [
@@ -338,7 +342,6 @@ class Workers:
                 text = log.read(20_000).decode(errors="replace")
         return text.strip() or "(it does not answer: stopped, or in the kernel)"
 
-    # The end
     def _signal(self, number: signal.Signals, rank: int = -1) -> None:
         with contextlib.suppress(OSError):
             self.channel.send(SIGNAL.pack(number, rank))
@@ -359,8 +362,8 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
     variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     defaults = {
         "OMP_NUM_THREADS": str(cpu.threads_per_worker(count)),
-        # all workers are on this machine. Otherwise gloo looks its name up, and NCCL takes the first network card:
-        # both fail or stall in a session without internet
+        # all workers are on this machine. By default gloo looks up the machine's name, and NCCL takes the first network
+        # card: both fail or stall in a session without internet
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
@@ -369,7 +372,10 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
 
 
 def without_peer_access(gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
-    """Return the variables that this process lacks for NCCL between GPUs without peer access; {} with peer access."""
+    """Return environment variables for NCCL between GPUs without peer access, except variables that are set already.
+
+    nccl_p2p="auto" takes T4s for GPUs without peer access. With peer access the result is {}.
+    """
     off = settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus))
     found = {"NCCL_P2P_DISABLE": "1"} if off else {}
     if {**found, **os.environ}.get("NCCL_P2P_DISABLE") == "1":
@@ -404,11 +410,11 @@ def _file_in_memory(content: bytes) -> Any:
 def is_consequence(error: BaseException) -> bool:
     """Return whether another rank's end explains the error, by its origin in torch.distributed or by its text.
 
-    torch words these errors differently from version to version; where they come from stays. Those of backward and of
-    a wait for a collective come from no Python code of torch.distributed, and are known by their text.
+    The wording of these errors differs between versions of torch, but their origin does not. Errors of backward and of
+    a wait for a collective do not come from torch.distributed's Python code, and are recognised by their text.
     """
     if isinstance(error, WorkerDiedError | HangError):
-        return False  # its text ends with lines of the worker's log, where gloo may have printed
+        return False  # its text quotes the worker's log, in which gloo may have printed
     if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
         return True
     return is_communication_error(error)

@@ -49,7 +49,11 @@ def cgroup(name: str) -> str | None:
 
 
 def threads_per_worker(nproc: int) -> int:
-    """Return OMP_NUM_THREADS for each of ``nproc`` worker processes: the user's value, else an equal share."""
+    """Return OMP_NUM_THREADS for each of ``nproc`` worker processes: the user's value, else an equal share of the CPUs.
+
+    Raises:
+        ValueError: ``nproc`` is less than 1.
+    """
     if nproc < 1:
         raise ValueError(f"threads_per_worker: nproc is {nproc}, expected at least 1")
     own = os.environ.get("OMP_NUM_THREADS", "")

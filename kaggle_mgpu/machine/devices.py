@@ -149,7 +149,7 @@ def _nvidia_smi(program: str, fields: str, timeout: float) -> list[list[str]]:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # an interrupt meant for the notebook does not end it half-way
+            start_new_session=True,  # an interrupt meant for the notebook does not reach nvidia-smi
         )
     except OSError as error:
         raise _SmiError(f"nvidia-smi does not start: {error}") from error
@@ -265,7 +265,7 @@ def report() -> Report:
 
 
 def ram_bytes() -> int:
-    """Return the bytes of main memory that this process may use: the machine's or the container's limit."""
+    """Return the bytes of main memory that this process may use (machine's or container's limit), 0 if unknown."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

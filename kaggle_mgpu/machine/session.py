@@ -28,7 +28,7 @@ Channel = Callable[[str, str, str], None]
 SESSION_HOURS = {"interactive": 12.0, "batch": 12.0, "rerun": 9.0}
 """Hours after which Kaggle ends a GPU session, by kind."""
 
-_GROUP_DEPTH = {"datasets": 2, "notebooks": 2, "models": 2, "competitions": 1}  # <owner>/<slug>, or <slug>
+_GROUP_DEPTH = {"datasets": 2, "notebooks": 2, "models": 2, "competitions": 1}  # levels: <owner>/<slug>, or <slug>
 
 
 def kind() -> Kind:
@@ -145,10 +145,11 @@ def find(
 
 
 def find_prepared(folder: Path, last: str) -> Path:
-    """Return the folder if it has the file `last`, which is written last, else the same folder of an earlier session.
+    """Return a folder, or the folder of the same name among the inputs if only that one is complete.
 
     Args:
-        folder: a folder whose name is a digest of what is in it, such as run/data/0123abcd.
+        folder: a folder named after a digest of its content, such as run/data/0123abcd.
+        last: the name of the file that is written last, and so marks a complete folder.
     """
     if not (folder / last).exists() and (found := find(f"{folder.parent.name}/{folder.name}/{last}", limit=1)):
         return found[0].parent
@@ -232,12 +233,12 @@ def set_channel(channel: Channel | None, live: bool = True) -> None:
 
 
 def can_draw() -> bool:
-    """Return whether :func:`show` adds to a notebook, perhaps without a viewer yet."""
+    """Return whether :func:`show` adds an output to a notebook, even if nobody is watching."""
     return _override() != "lines" and (_channel is not None or in_notebook())
 
 
 def can_show() -> bool:
-    """Return whether :func:`show` reaches a viewer at once; otherwise write lines."""
+    """Return whether :func:`show` reaches a viewer at once; if not, callers should print lines."""
     return can_draw() and (live() if _channel is None else _channel_is_live)
 
 

@@ -1,6 +1,6 @@
 """The parallel package computes gradients and optimizer steps on any number of GPUs.
 
-The package never sees a config, a task or a dataset, and writes no file. Start reading at `Strategy` in strategy.py,
+The package knows no config, task or dataset, and writes no file. Start reading at `Strategy` in strategy.py,
 the class for one process with one device; `choose` selects the class for a run: data_parallel.py (dp, ddp), fsdp.py or
 zero.py. distributed.py has the communication between ranks, state.py the state in checkpoints, shards.py the handling
 of sharded tensors.

@@ -1,6 +1,7 @@
 """BatchNorm layers that take their statistics over the micro-batches of all ranks.
 
-torch's SyncBatchNorm does the same on GPUs alone, and would count the samples that a rank computes only as a stand-in.
+torch's SyncBatchNorm works only on GPUs. It would also count the samples of stand-in batches, which a rank without data
+computes only because other ranks wait.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """Return the names of a model's layers with statistics over the batch, in training mode."""
+    """Return the names of a model's BatchNorm layers in training mode."""
     kind = nn.modules.batchnorm._BatchNorm
     return [name for name, module in model.named_modules() if isinstance(module, kind) and module.training]
 
 
 def sync_batch_norms(model: nn.Module) -> None:
-    """Let a model's BatchNorm layers take their statistics over all ranks, in training steps alone.
+    """Let a model's BatchNorm layers take their statistics over all ranks, only in training steps.
 
-    Names, parameters and buffers stay the same, and so do subclasses with a forward of their own. All ranks must call
-    each layer equally often: a model that skips layers at random must not be synchronised. Pickled layers are plain.
+    Names, parameters and buffers stay the same, and subclasses of BatchNorm keep their own forward. All ranks must call
+    each layer equally often, so a model that skips layers at random must not be synchronised. Pickling a layer gives
+    the original class.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synced):
-            # decorated here, since the decorator imports torch._dynamo: two seconds of every process
+            # decorated here, since the decorator imports torch._dynamo, which takes two seconds in every process
             members = {"forward": torch.compiler.disable(_Synced.forward)}
             module.__class__ = type(type(module).__name__, (_Synced, type(module)), members)
 
@@ -45,13 +47,13 @@ class _Synced(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         own: Any = super()
-        if isinstance(self, nn.SyncBatchNorm):  # whose forward counts stand-ins, and needs a GPU: the one that it hides
+        if isinstance(self, nn.SyncBatchNorm):  # its forward needs a GPU and counts stand-ins, so take BatchNorm's
             own = super(nn.SyncBatchNorm, self)
         with _OverAllRanks() if self.training and distributed.in_step() else contextlib.nullcontext():
             return own.forward(input)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        plain = type(self).__bases__[1]  # this class has no name that can be imported
+        plain = type(self).__bases__[1]  # pickle cannot import this class, made at run time
         return copyreg._reconstructor, (plain, object, None), self.__dict__  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -61,7 +63,7 @@ class _Synced(nn.Module):
 
 
 class _OverAllRanks(TorchFunctionMode):
-    """Inside, torch's batch_norm normalises with the statistics of all ranks."""
+    """Within this mode, torch's batch_norm normalises with the statistics of all ranks."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return (_batch_norm if func is functional.batch_norm else func)(*args, **(kwargs or {}))
@@ -90,14 +92,14 @@ def _batch_norm(
     output, mean, var, count = found
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            # the unbiased variance, as torch keeps
+            # torch's running variance is the unbiased one
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     return output
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalise with mean and variance of all ranks (Chan et al. 1979 for their sum), with the exact gradient."""
+    """Normalise with mean and variance of all ranks (combined as in Chan et al. 1979), with the exact gradient."""
 
     @staticmethod
     def forward(
@@ -112,7 +114,7 @@ class _Normalise(torch.autograd.Function):
         every = torch.stack(distributed.all_gather(own))
         means, variances, counts = every[:, : len(mean)], every[:, len(mean) : -1], every[:, -1:]
         count = counts.sum()
-        # read only where it may be: reading waits for a GPU
+        # `count` is compared only if this rank has too few rows, since the comparison makes the CPU wait for the GPU
         if rows < 2 and count < 2:
             raise ValueError("BatchNorm has one value per channel over all ranks, expected 2 or more in training")
         mean = (means * counts).sum(0) / count
@@ -130,7 +132,7 @@ class _Normalise(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         if not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient = gradient.contiguous()
-        # as if the statistics were constants: the kernel also gives the sums that their part of the gradient needs
+        # the gradient with constant statistics; the kernel also gives the sums for the statistics' part of the gradient
         scale = torch.ones_like(mean) if weight is None else weight  # CUDA's kernel fails without a weight
         constant, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, scale, mean, var, mean, inverse, False, ctx.eps, [True, True, True]

@@ -17,8 +17,14 @@ def choose(
 ) -> tuple[type[Strategy], str]:
     """Return the strategy's class and the reason for the choice.
 
+    Args:
+        wanted: the strategy's name; auto is ddp in several processes, else single.
+        num_gpus: GPUs of this machine; without a GPU, dp's replicas share the CPU.
+        num_replicas: copies of the model that dp makes in this process.
+        world_size: number of processes.
+
     Raises:
-        ValueError: the strategy cannot run with this many processes.
+        ValueError: the strategy cannot run with this many processes or GPUs.
     """
     if wanted == "auto":
         if world_size > 1:

@@ -3,8 +3,8 @@
     if can_undo(optimizer, parameters, device):
         step_unless(infinite, optimizer, parameters)
 
-A fused Adam's kernel skips a step by itself. Any other optimizer takes the step in any case; `torch.where` then puts
-weights and optimizer state back as they were if the gradient was not finite.
+A fused Adam's kernel skips a step with an infinite gradient by itself. Every other optimizer takes the step;
+`torch.where` then restores the weights and the optimizer state if the gradient was not finite.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from . import shards
 
 LARGEST = 64 << 20
-"""Bytes beyond which the CPU waits instead. A T4 copies and compares 64 MiB in a millisecond (320 GB/s, NVIDIA's data
-sheet), about the time to launch the kernels of an optimizer step after a wait. Larger copies take longer."""
+"""Most bytes of weights and state to copy; with more, the CPU waits for the gradient's norm. A T4 copies and compares
+64 MiB in a millisecond (320 GB/s, NVIDIA's data sheet), about as long as launching an optimizer step after a wait."""
 
 
 def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether the parameters and their optimizer state are tensors on the device, of few bytes.
+    """Return whether parameters and optimizer state are tensors on the device, of at most `LARGEST` bytes together.
 
-    A step count kept as a number or on the CPU, as in torch's own Adam without `fused`, is none.
+    An optimizer that counts its steps on the CPU, such as torch's Adam without `fused`, cannot be undone.
     """
     nbytes = 0
     for tensor in [*parameters, *(value for *_, value in _state(optimizer, parameters))]:
@@ -36,13 +36,13 @@ def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], dev
 
 
 def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the numbers in the optimizer's groups: those that a step changes could not be undone on the device."""
+    """Return the numbers in the optimizer's groups; if a step changes a number, the device cannot undo the step."""
     return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
 
 
 @torch.no_grad()
 def step_unless(infinite: Tensor, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Take an optimizer step, and undo the step on the device if the boolean scalar `infinite` is true there."""
+    """Take an optimizer step; the device undoes the step if its boolean scalar `infinite` is true."""
     weights = [shards.local(parameter).clone() for parameter in parameters]
     state = [(parameter, key, shards.local(value).clone()) for parameter, key, value in _state(optimizer, parameters)]
     optimizer.step()
@@ -58,6 +58,6 @@ def _restore(tensor: Tensor, before: Tensor, infinite: Tensor) -> None:
 
 
 def _state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[tuple[Tensor, str, Tensor]]:
-    """Return (parameter, key, value) of the optimizer's state, without None."""
+    """Return (parameter, key, value) for each entry of the optimizer's state except None."""
     states = ((parameter, optimizer.state.get(parameter, {})) for parameter in parameters)
     return [(parameter, key, v) for parameter, state in states for key, v in state.items() if v is not None]

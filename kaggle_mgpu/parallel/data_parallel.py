@@ -20,7 +20,7 @@ from . import distributed
 from .strategy import Strategy
 
 LIMB = 4096
-"""A count is sent as two digits to this base. float32 adds digits exactly up to 2^24, so a total may have 36 bits."""
+"""A count is sent as two digits in this base. float32 adds digits exactly up to 2^24, so a total may have 36 bits."""
 
 
 class Distributed(Strategy):
@@ -28,9 +28,9 @@ class Distributed(Strategy):
 
     Args:
         gradient_compression: fp16 halves the bytes sent; none sends gradients unchanged.
-        bucket_mb: MiB of gradients sent at a time.
-        counts_terms: whether each step needs a count over all ranks. On CPUs its own collective would take 5 % of a
-            step of 11 ms, so the gradients of the step before carry it, as two elements of one more parameter.
+        bucket_mb: MiB of gradients sent at a time; default: torch's.
+        counts_terms: whether each step needs a count over all ranks. On CPUs a separate collective would take 5 % of a
+            step of 11 ms, so the previous step's gradients carry the count, in two elements of an added parameter.
     """
 
     name = "ddp"
@@ -47,8 +47,8 @@ class Distributed(Strategy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
-        # reading the sum would make the CPU wait for a GPU; fp16 is too coarse for counts; with find_unused_parameters
-        # torch takes a parameter that the wrapped forward pass does not use for one without a gradient
+        # not on GPUs, since reading the sum would make the CPU wait; fp16 is too coarse for counts; and with
+        # find_unused_parameters torch expects no gradient for the carrier, which the wrapped forward pass does not use
         exact = gradient_compression == "none" and not self.find_unused_parameters
         self.carries_count = counts_terms and exact and self.device.type == "cpu"
         self.carrier: nn.Parameter | None = None
@@ -63,10 +63,10 @@ class Distributed(Strategy):
             self.carrier = call.carrier = nn.Parameter(torch.zeros(16))
             self.own_limbs = np.zeros(16, dtype=np.float32)
         for parameter in call.parameters():
-            # strides of dimensions of size 1 are arbitrary; torch compares them with the buckets', and warns
+            # torch warns if a gradient's strides differ from its bucket's, even where they have no effect (size 1)
             if parameter.requires_grad and parameter.ndim > 2 and 1 in parameter.shape:
                 parameter.register_hook(partial(_with_strides_of, parameter))
-        # sync_buffers broadcasts buffers when needed, not each forward pass (option renamed in torch 2.13)
+        # sync_buffers broadcasts the buffers when needed, so forward passes need not (option renamed in torch 2.13)
         accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
         wrapped = nn.parallel.DistributedDataParallel(
@@ -107,13 +107,13 @@ class Distributed(Strategy):
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if self.carrier is not None and self.carrier.grad is not None:
-            # torch's DDP takes the mean over the ranks where the loss multiplier makes up for it
+            # where DDP averages over the ranks, the loss multiplier turns the mean back into a sum
             high, low = (round(limb * self.loss_multiplier) for limb in self.carrier.grad[:2].tolist())
             self.carrier.grad = None
             if self.next_terms is not None:
                 self.next_terms.total = lambda: high * LIMB + low
         if not (self.checked or self.find_unused_parameters):
-            # torch would report parameters by number in the second step, and advise an option of its own
+            # torch's own error comes in the second step, gives parameters by number, and advises an option of torch's
             unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
             if unused:
                 more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -126,8 +126,11 @@ class Distributed(Strategy):
         return super().step(optimizer, max_norm=max_norm)
 
     def communication(self) -> float | None:
-        """Return the mean over the steps timed by DistributedDataParallel: the first ten, then every hundredth."""
-        with contextlib.suppress(Exception):  # not a public interface, so the value may be unknown
+        """Return the mean seconds over the steps timed by torch (the first ten, then every hundredth), None if unknown.
+
+        Only communication that backward does not hide counts.
+        """
+        with contextlib.suppress(Exception):  # torch may change this private interface
             assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
             found = self.parallel._get_ddp_logging_data()
             apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
@@ -149,9 +152,9 @@ class _Carried(torch.autograd.Function):
 
 
 def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient with its parameter's strides, where only dimensions of size 1 have others."""
+    """Return a gradient with its parameter's strides if the strides differ only in dimensions of size 1."""
     if any(a != b for a, b, n in zip(gradient.stride(), parameter.stride(), gradient.shape, strict=True) if n > 1):
-        return gradient  # torch copies such a gradient
+        return gradient  # torch copies it into the bucket
     return gradient.as_strided(parameter.shape, parameter.stride())
 
 
@@ -168,8 +171,8 @@ def _sum_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Add gradients over the ranks in a fixed order, independent of the layout of the bucket.
 
     DistributedDataParallel changes its buckets after its first step, and gloo's order of adding three or more numbers
-    depends on their position, so a resumed run would differ in the last bit. Two ranks have only one order; NCCL on
-    GPUs gives no such guarantee.
+    depends on their position, so a resumed run would differ in the last bit. The sum over two ranks does not depend on
+    the order. On GPUs NCCL guarantees no order in any case.
     """
     own = bucket.buffer()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -185,7 +188,7 @@ def _sum_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 
 class Replicated(Strategy):
-    """Replicated runs one process with one replica of the model per GPU and thread, and gathers their losses."""
+    """Replicated runs one process, with a thread and a replica of the model for each GPU, and gathers their losses."""
 
     name = "dp"
 
@@ -209,7 +212,7 @@ class Replicated(Strategy):
 
 
 class CPUReplicas(nn.Module):
-    """CPUReplicas imitates nn.DataParallel on one CPU, where nn.DataParallel itself is a pass-through."""
+    """CPUReplicas imitates nn.DataParallel on one CPU, where nn.DataParallel itself would not split the batch."""
 
     def __init__(self, module: nn.Module, num_replicas: int) -> None:
         super().__init__()
@@ -233,7 +236,8 @@ class CPUReplicas(nn.Module):
         for index in range(len(parts)):
             thread = threading.Thread(target=run, args=(index,))
             thread.start()
-            thread.join()  # one after the other, since dropout must repeat and the threads share one random generator
+            # one after the other: the threads share one random generator, and a resumed run must draw the same dropout
+            thread.join()
         for output in outputs:
             if isinstance(output, BaseException):
                 raise output

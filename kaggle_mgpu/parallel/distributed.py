@@ -1,7 +1,7 @@
 """This module gives a process its rank and the collective operations between ranks.
 
 Every function also works in a single process, so callers need not ask for the number of processes. In a launched
-function the process group is made by the first collective, unless the function makes a group of its own before.
+function the first collective makes the process group, unless the function has made one before.
 
     distributed.init()                    # under torchrun, or in a launched function
     total = distributed.sum(my_count)     # the same number on every rank
@@ -28,12 +28,12 @@ from ..errors import is_communication_error
 
 T = TypeVar("T")
 
-# Longer than rank 0 takes to tokenize a corpus or to write a checkpoint to a slow disk.
 TIMEOUT = datetime.timedelta(minutes=30)
+"""Time limit of a collective: longer than rank 0 takes to tokenize a corpus, or to write to a slow disk."""
 
 
 class _Offer(NamedTuple):
-    """Hold what `init` needs to join a process group."""
+    """Hold the arguments with which `init` joins a process group."""
 
     store: dist.Store | None
     rank: int
@@ -42,7 +42,7 @@ class _Offer(NamedTuple):
 
 
 _offer: _Offer | None = None
-_cpu_group: tuple[Any, Any] = None, None  # a default group without a CPU backend, and the gloo group beside it
+_cpu_group: tuple[Any, Any] = None, None  # a default group without a CPU backend, and the gloo group for CPU tensors
 
 
 def joined() -> bool:
@@ -86,15 +86,15 @@ def device() -> torch.device:
 
 
 def under_torchrun() -> bool:
-    """Return whether torchrun, or a scheduler with the same variables, started several processes."""
+    """Return whether torchrun, or a scheduler that sets the same variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def offer(store: dist.Store | None = None, timeout: datetime.timedelta = TIMEOUT) -> None:
-    """Let `init`, or else the first collective of this module, join a process group; take this rank's GPU.
+    """Keep arguments for `init`, called by the first collective at the latest, and select this rank's GPU.
 
-    RANK and WORLD_SIZE in the environment say as which rank, and among how many. A launched function may call
-    `torch.distributed.init_process_group` before; its group then serves this module too.
+    The environment variables RANK and WORLD_SIZE must be set. A launched function may call
+    `torch.distributed.init_process_group` before the first collective; this module then uses the function's group.
 
     Args:
         store: where the ranks meet. None: at the address in torchrun's variables.
@@ -107,10 +107,10 @@ def offer(store: dist.Store | None = None, timeout: datetime.timedelta = TIMEOUT
 
 
 def init(timeout: datetime.timedelta = TIMEOUT) -> None:
-    """Join the process group that was offered, or torchrun's; a second call does nothing.
+    """Join the process group described by `offer`, or torchrun's; a second call does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so counts and decisions never wait for the
-    GPU. A collective longer than `timeout`, or than the offer's, is an error.
+    GPU. A collective longer than the timeout of `offer`, or without an offer than `timeout`, is an error.
     """
     if joined():
         return
@@ -121,7 +121,7 @@ def init(timeout: datetime.timedelta = TIMEOUT) -> None:
     assert _offer is not None
     store, rank, world_size, timeout = _offer
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # an interrupt waits until the group is whole: ranks that have joined would wait for one that has not
+    # an interrupt is held back until the group is complete: ranks that have joined would wait for this one
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         if store is None:
@@ -139,7 +139,7 @@ def _group(tensor: torch.Tensor | None = None) -> Any:
     default = dist.group.WORLD
     if (tensor is not None and tensor.is_cuda) or "cpu:" in str(dist.get_backend_config()):
         return None
-    if _cpu_group[0] is not default:  # a script's own group of NCCL alone
+    if _cpu_group[0] is not default:  # a script's own group with NCCL only
         _cpu_group = default, dist.new_group(backend="gloo")
     return _cpu_group[1]
 
@@ -152,12 +152,15 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-# Memory shared with the launcher: step, signs of life since the step, time (time.monotonic_ns), 1 while saving
 _pulse: Any = None
 
 
 def set_pulse(pulse: Any) -> None:
-    """Set the four int64 that the launcher reads; called by the launcher's worker."""
+    """Set the memory shared with the launcher; called by the launcher's worker.
+
+    Args:
+        pulse: four int64: step, signs of life since the step, time of the last (time.monotonic_ns), 1 while saving.
+    """
     global _pulse
     _pulse = pulse
 
@@ -167,6 +170,9 @@ def alive(step: int | None = None) -> None:
 
     `train` and the collectives of this module call `alive`. Call it in your own loops too, so that the launcher can
     tell a hang from slow work and name the rank that is behind.
+
+    Args:
+        step: the number of the optimizer step just taken; None for a sign of life between two steps.
     """
     if _pulse is None:
         return
@@ -178,7 +184,7 @@ def alive(step: int | None = None) -> None:
 
 
 def saving(now: bool) -> None:
-    """Tell the launcher whether this process writes a checkpoint, to be finished if another rank fails."""
+    """Tell the launcher whether this rank is writing a checkpoint, to be finished even if another rank fails."""
     if _pulse is not None:
         _pulse[3] = now
 
@@ -263,13 +269,13 @@ def gather(value: T) -> list[T]:
     return values
 
 
-# What this rank's batch is at the moment: "" in a loop of one's own
+# The kind of batch that this rank computes at the moment; "" outside the kit's training loop
 _batch: Literal["", "step", "stand-in", "alone"] = ""
 
 
 @contextlib.contextmanager
 def computing(batch: Literal["step", "stand-in", "alone"]) -> Iterator[None]:
-    """Say within a `with` block what this rank computes: its part of a step, a stand-in for it, or a batch alone."""
+    """Set the kind of batch for a `with` block: this rank's part of a step, a stand-in, or a batch without others."""
     global _batch
     before, _batch = _batch, batch
     try:
@@ -289,7 +295,7 @@ def stands_in() -> bool:
 
 
 def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors of all ranks, which have one shape and type, on every rank; without gradients."""
+    """Return the tensors of all ranks, all of the same shape and type, on every rank; without gradients."""
     if not active():
         return [tensor.detach()]
     alive()
@@ -302,20 +308,21 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
     """Return the rows of all ranks, in the order of ranks, and the slice of this rank's own; gradients flow to all.
 
-    For a loss over the whole batch: each rank sums the losses of its own rows, which it compares with all rows.
+    For a loss over the whole batch, such as a contrastive loss: each rank compares its own rows with the rows of all
+    ranks, and sums the losses of its own rows.
 
         every, own = distributed.gather_with_gradients(model(x))  # float[all samples, features]
         loss = cross_entropy(every[own] @ every.T, torch.arange(own.start, own.stop), reduction="sum")
 
-    Ranks may have different numbers of rows. In an evaluation under `train`, where ranks have different numbers of
-    batches, and in a single process, all rows are this rank's.
+    Ranks may have different numbers of rows. In a single process, and in `train`'s evaluation, where ranks have
+    different numbers of batches, only this rank's rows are returned.
     """
     if not active() or _batch == "alone":
         return tensor, slice(0, len(tensor))
     rows = [int(n) for n in all_gather(torch.tensor([0 if stands_in() else len(tensor)]))]
     start = builtins.sum(rows[: rank()])
     every: torch.Tensor = _GatherRows.apply(tensor, rows)
-    if stands_in():  # the others must not see its rows; it needs some for a loss, which has weight 0
+    if stands_in():  # other ranks do not get these rows, but this rank needs rows of its own for a loss of weight 0
         every = torch.cat([every[:start], tensor, every[start:]])
     return every, slice(start, start + len(tensor))
 
@@ -352,7 +359,14 @@ def gather_to_main(value: T) -> list[T]:
 
 @dataclass(frozen=True)
 class Gather:
-    """A Gather in Task.metrics hands the rows of all samples to Task.summary: float[samples of the batch, …]."""
+    """A Gather in Task.metrics hands the rows of all samples to Task.summary.
+
+    Args:
+        tensor: float[samples of the batch, …], one row per sample.
+
+    Raises:
+        TypeError: not a tensor, or a tensor without dimensions.
+    """
 
     tensor: torch.Tensor
 
@@ -379,7 +393,7 @@ def from_main(action: Callable[[], T]) -> T:
             failure = error
     value, theirs = broadcast((value, _sendable(failure)))
     if failure is not None or theirs is not None:
-        raise cast(Exception, failure or theirs)  # on rank 0 with the traceback
+        raise cast(Exception, failure or theirs)  # on rank 0 the original error with its traceback
     return cast(T, value)
 
 
@@ -412,7 +426,7 @@ class RankVote:
         self.since = time.monotonic()
 
     def vote_next(self, wanted: bool = True) -> None:
-        """Let the ranks vote at the next step, if wanted; all of them must call this after the same steps."""
+        """Let the ranks vote at the next step if `wanted`; all ranks must make the same call after the same step."""
         if wanted:
             self.next = self.steps + 1
 
@@ -439,6 +453,6 @@ class RankVote:
 
 
 def returns_rank0(function: Callable[..., T]) -> Callable[..., T]:
-    """Mark a function with the same result on all ranks: `launch` then returns rank 0's result alone."""
+    """Mark a function with the same result on all ranks: `launch` then returns rank 0's result, not a list."""
     function.returns_rank0 = True  # type: ignore[attr-defined]
     return function

@@ -2,7 +2,7 @@
 
 Each block of the model is gathered just before its computation and released just after, in forward and backward;
 gradients are averaged into the ranks' shards. Checkpoints have the same contents and names under all strategies, so a
-run can continue under any of them. `choose` imports this module on demand, which takes two seconds.
+run can continue under any of them. `choose` imports this module only when needed, since that takes two seconds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from .strategy import HALF, Call, Strategy
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return a model's repeated blocks: entries of its outermost ModuleLists and Sequentials with a recurring class.
+    """Return a model's blocks: entries of its outermost ModuleLists and Sequentials that share a class in their list.
 
-    Lists inside blocks are left out: ranks may call different experts of a mixture, but must gather units together.
+    Lists inside blocks are left out: all ranks must gather a unit together, but may call different experts of a
+    mixture.
     """
     if isinstance(model, nn.ModuleList | nn.Sequential):
         entries = [child for child in model if any(True for _ in child.parameters())]
@@ -40,8 +41,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def _integer_parameters() -> Iterator[None]:
     """Let `fully_shard` take integer parameters, such as 4-bit weights.
 
-    torch 2.10 makes each sharded parameter with requires_grad=True and copies the parameter's own flag afterwards; 2.13
-    copies the flag at once.
+    torch 2.10 first makes each sharded parameter with requires_grad=True, an error for integers, and copies the
+    original flag afterwards. torch 2.13 passes the original flag at once.
     """
     from torch.distributed.fsdp._fully_shard import _fsdp_param
 
@@ -84,10 +85,10 @@ class Sharded(Strategy):
         super().__init__(*args, **kwargs)
         self.units, self.cpu_offload, self.meta_init = units, cpu_offload, meta_init
         if cpu_offload and self.scaler.is_enabled():
-            # The optimizer's part of a step is the CPU's. A GradScaler of the GPU would send its scale and found_inf to
-            # the CPU without waiting for them to arrive (torch 2.13), and an infinite gradient might be applied.
+            # The CPU takes the optimizer step. A GradScaler on the GPU would send its scale and found_inf to the CPU
+            # without waiting for their arrival (torch 2.13), so an infinite gradient might be applied.
             self.scaler = torch.amp.GradScaler("cpu")
-            self.scaler.scale(torch.zeros(()))  # makes the scale's tensor, on the CPU
+            self.scaler.scale(torch.zeros(()))  # creates the scale's tensor on the CPU
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
         if self.meta_init and not distributed.is_main():
@@ -105,7 +106,7 @@ class Sharded(Strategy):
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         units = self.units(model)
-        # only one block at a time is unsharded on the device; the root with all other modules comes last
+        # one unit after the other, so that at most one is unsharded on the device; the root, with the rest, is last
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
             with _integer_parameters():
@@ -168,7 +169,7 @@ class Sharded(Strategy):
         return self.call(batch)
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        # torch's function would exchange a number for each gradient, in a way that may hang on a CPU: see shards.whole
+        # torch's function would exchange a number per gradient, by a call that may deadlock on a CPU: see shards.whole
         own = [shards.local(gradient) for gradient in gradients if shards.is_sharded(gradient)]
         others = [gradient for gradient in gradients if not shards.is_sharded(gradient)]
         total = nn.utils.get_total_norm(own, foreach=True).double().square()
@@ -179,7 +180,7 @@ class Sharded(Strategy):
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:
         found = super().evaluate(batches)
-        self._root.reshard()  # torch keeps the root gathered for a backward pass, which evaluation lacks
+        self._root.reshard()  # torch keeps the root gathered for a backward pass; evaluation has none
         return found
 
     def whole(self, tree: Any) -> Any:
@@ -190,8 +191,8 @@ class Sharded(Strategy):
         def gathered(tensor: Tensor) -> Tensor:
             if not shards.is_sharded(tensor):
                 return tensor
-            # Tied weights are gathered once, and stay one tensor. They are recognised by their memory, not by rows, of
-            # which this rank may have none: torch pads shards, so either every rank has memory or none has.
+            # Tied weights are gathered once and stay one tensor. They are recognised by the address of their memory:
+            # torch pads shards, so a rank without rows has memory too, unless no rank has any.
             memory = shards.local(tensor).untyped_storage()
             key = (memory.data_ptr(), tuple(tensor.shape)) if memory.nbytes() else object()
             if key not in found:

@@ -33,13 +33,14 @@ class Shard:
 
 
 class Pieces:
-    """Pieces is a tensor with rows in several files, of which `pieces[2:5]` reads only rows 2 to 4."""
+    """Pieces is a tensor with its rows in several files; `pieces[2:5]` reads rows 2 to 4 and no others."""
 
     def __init__(self, shape: list[int]) -> None:
         self.shape = torch.Size(shape)
         self.found: list[tuple[int, Tensor]] = []
 
     def add(self, start: int, rows: Tensor) -> None:
+        """Add rows, the first with index `start` in the full tensor."""
         self.found.append((start, rows))
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -63,7 +64,7 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor on every rank, without gradients; all ranks must call `whole` for the same tensor.
 
-    On a CPU full_tensor may stand still for ever (torch 2.13): it holds the GIL while it waits for the lock of gloo's
+    On a CPU torch's full_tensor may deadlock (torch 2.13): it holds the GIL while it waits for the lock of gloo's
     queue, and gloo's thread, which has the lock, may wait for the GIL to free a tensor. all_gather releases the GIL.
     """
     if not is_sharded(tensor):
@@ -112,7 +113,7 @@ def spread_like(value: Any, like: Tensor) -> Tensor:
 
 
 def each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return a copy of a tree of dictionaries, lists and tuples with `change(tensor)` for each tensor."""
+    """Return a copy of a tree of dictionaries, lists and tuples, with `change(tensor)` in place of each tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -127,8 +128,8 @@ def each(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Keep all weights gathered on every rank during a `with` block, which all ranks must enter.
 
-    Inside, ranks may compute different numbers of steps, as for generating text. The block needs memory for all
-    weights. Without sharded weights, `gathered` does nothing.
+    Within the block, ranks may call the model different numbers of times, for example to generate text. The block
+    needs memory for all weights. Without sharded weights, `gathered` does nothing.
 
     Raises:
         RuntimeError: the weights are sharded by ZeRO's stage 3.
@@ -153,7 +154,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def _set_when_resharded(unit: Any) -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, value) of the values that `set_reshard_after_forward` changes; torch has no getter.
 
-    Values differ between units: the root keeps its weights after a forward pass.
+    Each unit has its own values, since the root keeps its weights after a forward pass.
     """
     state = unit._get_fsdp_state()
     one = getattr(state, "_fsdp_param_group", None)

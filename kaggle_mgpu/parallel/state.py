@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 KERNEL = ("fused", "foreach", "capturable")
-"""Options of an optimizer's groups that select a kernel: set by this machine, not by a checkpoint."""
+"""Options of an optimizer's groups that select a kernel. Each machine sets its own, so a checkpoint's are ignored."""
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the part of a model's state_dict that checkpoints and weight files hold.
 
     A model's attribute `saved_names` (a set of names), if present, selects the tensors to save; Task.model must rebuild
-    all others identically. The adapters of a large model are saved without the model in this way.
+    all others identically. In this way the adapters of a large model are saved without the model.
     """
     state = model.state_dict()
     names = getattr(model, "saved_names", None)
@@ -46,7 +46,7 @@ def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimize
     """Load a state from `named_optimizer_state`.
 
     Raises:
-        ValueError: the state has other parameters than this optimizer.
+        ValueError: the state has other parameters, or other groups of parameters, than this optimizer.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]

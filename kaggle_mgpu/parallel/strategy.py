@@ -1,7 +1,7 @@
 """`Strategy` computes gradients and optimizer steps in one process, and is the base class of all strategies.
 
 All strategies give the same gradient: the sum of the loss over every term of the global batch, divided by the number
-of terms. A strategy holds the plain model for checkpoints and evaluation, and calls it through a wrapper. Subclasses
+of terms. Training steps call the model through a wrapper; checkpoints and evaluation use the plain model. Subclasses
 are in data_parallel.py (dp, ddp), fsdp.py and zero.py.
 """
 
@@ -36,7 +36,7 @@ class Call(nn.Module):
         super().__init__()
         self.model = model
         self.loss, self.metrics, self.precision, self.device_type = loss, metrics, precision, device_type
-        self.part_names: list[str] = []  # one list, which the copies of the replicas share
+        self.part_names: list[str] = []  # one list object, shared by all replicas
         """The names of the parts of the loss that the task hands out to be logged."""
 
     def forward(self, batch: Any, what: str = "loss") -> Any:
@@ -55,15 +55,15 @@ class Call(nn.Module):
         if not isinstance(sums, dict):
             raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got a {type(sums).__name__}")
         for name, pair in sums.items():
-            if isinstance(pair, distributed.Gather):  # a tuple of one, with one row per sample
+            if isinstance(pair, distributed.Gather):  # one row per sample, and no count
                 rows[name] = (pair.tensor.detach().to(self.device_type),)
                 continue
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 got = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
                 raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got {got} for {name!r}")
             total, count = pair
-            # float64 and one row per replica, so that sums do not depend on the split; on the replica's GPU, since only
-            # tensors there can be gathered
+            # float64 and one row per replica, so that sums do not depend on the number of replicas; on the replica's
+            # GPU, since only tensors there can be gathered
             total = self._placed(total).detach().double()
             rows[name] = (total.unsqueeze(0), self._placed(count).unsqueeze(0))
         return rows
@@ -102,8 +102,9 @@ class Strategy:
 
     Args:
         loss: `(model, batch) -> scalar`, the sum of the loss over a batch's terms (tokens, pixels or samples).
-        metrics: `(model, batch) -> {name: (sum, count)}`; sums may be tensors of any shape.
+        metrics: `(model, batch) -> {name: (sum, count)}`, with sums of any shape, or a `distributed.Gather` as value.
         precision: fp32, fp16 (autocast with loss scaling) or bf16 (autocast).
+        device: for the model, or under dp for the first replica.
         num_replicas: copies of the model in this process.
         find_unused_parameters: under ddp, allow parameters without a gradient.
     """
@@ -129,16 +130,17 @@ class Strategy:
         self.num_replicas = num_replicas
         self.world_size = distributed.world_size()
         self.loss_multiplier = self.world_size
-        """The world size where the exchange of gradients takes their mean over the ranks, and 1 where it sums them."""
+        """The world size if the exchange of gradients averages over the ranks, 1 if it sums."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
+        """Number of steps skipped because the gradient was not finite; on the device, so that counting never waits."""
         self.skipped_in_a_row: Tensor | int = 0
         self.stepped: set[int] = set()
+        """Ids of the parameters for which a step has made optimizer state."""
         self.changes_groups = False
         """Whether a step of the optimizer changes numbers in its groups, which the device cannot undo."""
-        """Ids of the parameters whose optimizer state has been made by a step."""
         self.within: Literal["", "gradient", "update"] = ""
-        """The part of a step that has begun. The weights are whole except during an update."""
+        """The phase of the current step. An error during "update" may leave the weights half changed."""
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context manager in which to build the model."""
@@ -160,10 +162,10 @@ class Strategy:
         """Allocate copies of the buffers that checkpoints hold, for `begin_step`."""
         saved = self.model.state_dict(keep_vars=True)
         buffers = [buffer for name, buffer in self.model.named_buffers() if name in saved]
-        # torch copies a list of one dtype at once, and of several one by one (159 kernels for a ResNet-50)
+        # torch copies tensors of one dtype together, and a mixed list one by one (159 kernels for a ResNet-50)
         same_type = [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
         self.buffers = [(same, [buffer.detach().clone() for buffer in same]) for same in same_type]
-        """Lists of one dtype each: (buffers, their copies)."""
+        """(buffers, copies) for each dtype."""
 
     def wrap(self, call: nn.Module) -> nn.Module:
         """Return the module that training steps call in place of `call`."""
@@ -184,7 +186,9 @@ class Strategy:
         return _NOTHING
 
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
-        """Add this micro-batch's part of the gradient, and return the sum of its loss, detached, and of any parts.
+        """Add a micro-batch's part to the gradient; return the loss summed over the micro-batch's terms, detached.
+
+        The result is a scalar, or a vector of the loss and its parts (`part_names`).
 
         Args:
             weight: 0 for a stand-in micro-batch, computed only because other ranks wait, else 1.
@@ -195,7 +199,7 @@ class Strategy:
         """
         with distributed.computing("step" if weight else "stand-in") if self.world_size > 1 else _NOTHING:
             loss = self.forward(batch)
-            distributed.alive()  # before backward, where ranks wait for each other, so that a late rank can be named
+            distributed.alive()  # backward waits for other ranks, so this sign of life shows which rank is late
             # after the forward pass, which overlaps with the communication of the number
             if not (number := terms()):
                 raise ValueError(
@@ -211,7 +215,7 @@ class Strategy:
         loss.backward(self.scaler.scale(torch.full_like(loss, start)))
 
     def forward(self, batch: Any) -> Tensor:
-        """Return the sum of the loss over the batch's terms, and of any parts, with its graph for backward."""
+        """Return the loss summed over the batch's terms, or a vector of the loss and its parts, with the graph."""
         if self.parallel is self.call:
             return self.call.forward(batch)  # skips Module.__call__, since only the wrapped model has hooks
         return self.parallel(batch)
@@ -227,7 +231,7 @@ class Strategy:
         self.within = "gradient"
 
     def undo_step(self) -> None:
-        """Discard the gradients and buffer changes of an aborted step, before any change of weights."""
+        """Discard the gradients and buffer changes of a step that was aborted before a change of weights."""
         if self.within == "gradient":
             for buffers, before in self.buffers:
                 torch._foreach_copy_(buffers, before)
@@ -250,7 +254,11 @@ class Strategy:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
         Every rank has the same gradient and so makes the same decision to skip. On a GPU the device decides and the CPU
-        does not wait, from the second step on, if the optimizer is a fused Adam, or its step can be undone.
+        does not wait, if the optimizer is a fused Adam, or from the second step on if a step can be undone
+        (conditional.py).
+
+        Args:
+            max_norm: the largest norm of all gradients together; None: no clipping.
         """
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
@@ -262,7 +270,7 @@ class Strategy:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         infinite: Tensor | bool
         unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
-        # optimizers make their state in a parameter's first step, which could not be undone
+        # an optimizer makes a parameter's state in the parameter's first step, so that step cannot be undone
         undoable = unfused and not self.changes_groups and self.stepped.issuperset(map(id, parameters))
         undoable = undoable and conditional.can_undo(optimizer, parameters, self.device)
         groups = conditional.group_values(optimizer) if unfused and not undoable else []
@@ -307,9 +315,9 @@ class Strategy:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Any]) -> dict[str, Any]:
-        """Return sums (float64, on the CPU) and counts of the task's metrics over this rank's batches.
+        """Return {metric: (sum, count)} over this rank's batches, with float64 sums on the CPU.
 
-        For metrics to be gathered it is the list of the batches' rows, on the CPU.
+        The value of a `distributed.Gather` metric is the list of the batches' rows, on the CPU.
         """
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         rows: dict[str, Any] = {}
@@ -347,7 +355,7 @@ class Strategy:
             coming = next(batches, None)
 
     def call_for_metrics(self, batch: Any) -> Any:
-        """Return {name: (sums, counts)}, with one row per replica in this process."""
+        """Return {metric: (sums, counts)} with one row per replica, or {metric: (rows,)} for a `distributed.Gather`."""
         return self.call(batch, "metrics")
 
     def sync_buffers(self) -> None:
@@ -360,9 +368,12 @@ class Strategy:
         """Return the seconds per step spent only on exchanging gradients, waiting included; None if unknown."""
         return None
 
-    # Full state: the same names and tensors whatever the strategy, so that any can go on from any other's.
+    # Full state: names and tensors are the same under all strategies, so a run can continue under any of them.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return `model`: name -> tensor, `optimizer`: by parameter name, `scaler`: numbers, `skipped`: steps."""
+        """Return {"model": tensors by name, "optimizer": state by parameter name, "scaler": numbers, "skipped": steps}.
+
+        All ranks must call `full_state`.
+        """
         return self.whole(self.held_state(optimizer))
 
     def weights(self) -> dict[str, Tensor]:
@@ -387,7 +398,11 @@ class Strategy:
         }
 
     def load_full_state(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Load a state from `full_state` of this or another strategy."""
+        """Load a state from `full_state` of this or another strategy.
+
+        Raises:
+            ValueError: the state has other parameters, or other groups of parameters, than this optimizer.
+        """
         load_saved_state(self.model, state["model"])
         load_named_optimizer_state(self.model, optimizer, state["optimizer"])
         if state["scaler"] and self.scaler.is_enabled():

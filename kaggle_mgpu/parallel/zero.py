@@ -2,10 +2,10 @@
 
     launch(train, TrainConfig(strategy="deepspeed", deepspeed_config="zero3.json"), task)
 
-zero3.json is DeepSpeed's own: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. A DeepSpeed
+zero3.json is DeepSpeed's: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. A DeepSpeed
 engine with the task's optimizer runs each backward pass and step. Checkpoints are assembled parameter by parameter and
-have the same contents as under other strategies. On CPUs DeepSpeed 0.19 compiles an extension at its first start (a
-minute or two; kept in TORCH_EXTENSIONS_DIR).
+have the same contents as under other strategies. On CPUs DeepSpeed 0.19 compiles an extension at its first start, for a
+minute or two, and keeps the result in TORCH_EXTENSIONS_DIR.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from . import distributed
 from .state import KERNEL, saved_state
 from .strategy import Strategy
 
-# Settings that the run decides; a file may say "auto" or the same
+# Settings that the run decides; a file may hold "auto" or the run's own values for them
 OURS = (
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler gradient_clipping "
     "fp16 bf16"
@@ -36,10 +36,14 @@ OURS = (
 
 
 def settings(file: str | None, *, precision: str, max_norm: float | None) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: a file's settings, or stage 2, with the run's own settings.
+    """Return DeepSpeed's configuration: a file's settings (stage 2 without a file) with the run's own settings.
 
     "auto" anywhere in the file means the run's setting, or else DeepSpeed's default, as in transformers' Trainer. The
-    run's optimizer, schedule and loss scaling are used whatever type the file names. The file may have // comments.
+    run's optimizer, schedule and loss scaling replace the file's. The file may have // comments.
+
+    Args:
+        precision: fp32, fp16 or bf16.
+        max_norm: for clipping gradients; None: no clipping.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, not JSON, or contradicts the run's settings.
@@ -82,6 +86,7 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
+        # loss scale 2^16 at first, halved at each overflow, as by torch's GradScaler
         "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16, "hysteresis": 1},
         "bf16": {"enabled": precision == "bf16"},
         # use the task's optimizer unchanged
@@ -92,7 +97,7 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
 
 
 def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values below a mapping that are not "auto", with their full names: ("fp16.enabled", True)."""
+    """Yield (full name, value) for each value in nested mappings except "auto": ("fp16.enabled", True)."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{above}{name}.")
@@ -137,9 +142,13 @@ class ZeRO(Strategy):
     """ZeRO runs one process per GPU and shards optimizer state (stage 1), gradients (2) and weights (3).
 
     Args:
-        file: DeepSpeed's JSON.
+        file: the path of DeepSpeed's JSON configuration; None: stage 2.
         max_norm: the value that `step` will get, which DeepSpeed needs at the start.
         averaged: whether weights will be averaged, which stage 3 does not support.
+
+    Raises:
+        ImportError, RuntimeError: DeepSpeed or a compiler is missing (see `require`).
+        FileNotFoundError, ValueError: the file or its settings cannot be used (see `settings`).
     """
 
     name = "deepspeed"
@@ -158,7 +167,7 @@ class ZeRO(Strategy):
                 "ema_decay with ZeRO stage 3: weights are averaged where they are, and here no rank has them whole. "
                 "Use strategy='fsdp', stage 2, or ema_decay=None."
             )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)  # DeepSpeed has its own
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)  # DeepSpeed scales the loss itself
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -182,10 +191,10 @@ class ZeRO(Strategy):
         return loss
 
     def backward_from(self, loss: Tensor, start: float) -> None:
-        self.engine.backward(loss * start)  # DeepSpeed has no other start than 1
+        self.engine.backward(loss * start)  # DeepSpeed always starts from 1
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
-        """Let DeepSpeed clip and step, or skip the step if the gradient is not finite."""
+        """Let DeepSpeed clip and step; return the norm before clipping, or inf for a step skipped as not finite."""
         assert max_norm == self.max_norm, (max_norm, self.max_norm)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
@@ -194,7 +203,6 @@ class ZeRO(Strategy):
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
         return torch.tensor(float("inf") if infinite else float(self.engine.get_global_grad_norm()))
 
-    # State, parameter by parameter
     def described(self) -> dict[str, Tensor]:
         return self.shapes
 
@@ -265,7 +273,7 @@ class ZeRO(Strategy):
     def _link(self) -> None:
         """Let stages 1 and 2 find each parameter's moments in the flat pieces.
 
-        DeepSpeed 0.19 links moments once, in the first step after its first parameter group, and so misses those of all
+        DeepSpeed 0.19 does so once, after the first parameter group of the first step, and so misses the moments of all
         later groups.
         """
         if self.stage < 3:
@@ -316,7 +324,7 @@ class ZeRO(Strategy):
         if self.stage == 3:
             for index in range(len(self._partitions())):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if persistent := self.zero.persistent_parameters:  # small parameters stay gathered, with old values so far
+            if persistent := self.zero.persistent_parameters:  # small parameters stay gathered: renew these copies
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
         else:

@@ -4,7 +4,7 @@
     attach(output_dir)           # show a run again, from another notebook or after a reload of the page
 
 A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel, because Kaggle
-loses bars and live outputs there, or keeps every version of them.
+either loses bars and live outputs there or saves every version.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Log = Callable[[str], None]
 
 
 def print_line(text: str) -> None:
-    print(text, flush=True)  # stdout is block-buffered in a pipe: a log would run minutes behind
+    print(text, flush=True)  # stdout is block-buffered in a pipe: without flush a log lags by minutes
 
 
 class Lines:
     """Print a run as plain lines.
 
     The first record of a kind, notes and the outcome are printed at once. Training lines follow 15 s apart at first,
-    then at a twentieth of the elapsed time, up to 60 s. Evaluations and saves are printed at most every 30 s; the file
-    has all of them.
+    then at a twentieth of the elapsed time, up to 60 s. Evaluations and saves are printed at most every 30 s;
+    metrics.jsonl has all of them.
     """
 
     def __init__(self, view: View, log: Log = print_line) -> None:
@@ -110,7 +110,7 @@ class Panel(Lines):
         self._draw(self.view.device_line)
 
     def show(self, kind: str) -> None:
-        if kind == "note" or not self.works:  # a note stays readable after the run
+        if kind == "note" or not self.works:  # a line, unlike the panel, stays after the run
             super().show(kind)
         elif self.due("panel", 0.5):
             self._draw(self.view.lines[kind])
@@ -172,7 +172,7 @@ class _RecordsFollower:
         return self.last_time + time.monotonic() - self.last_time_at
 
     def read_more(self) -> bool:
-        """Read added lines into `new`; return True where the file was replaced, as a resumed run does."""
+        """Read added lines into `new`; return whether the file was replaced, as by a resumed run."""
         with open(self.path, "rb") as file:
             stat = os.fstat(file.fileno())
             replaced = stat.st_ino != self.inode or stat.st_size < self.offset
@@ -206,8 +206,8 @@ def attach(
 ) -> None:
     """Show a run from its metrics.jsonl: after a reload of the page, from another notebook or from a terminal.
 
-    The call follows an active run until the run ends or the call is interrupted, which does not affect the run. A run
-    on this machine whose process is gone counts as ended.
+    The call follows an active run until the run ends or the call is interrupted; an interrupt does not affect the run.
+    A run without a process on this machine counts as ended.
 
     Args:
         follow: False shows the current state and returns.
@@ -217,6 +217,7 @@ def attach(
 
     Raises:
         FileNotFoundError: there is no run in the folder.
+        ValueError: `display` has another value.
     """
     file = _RecordsFollower(Path(output_dir) / METRICS)
     if not file.path.is_file():

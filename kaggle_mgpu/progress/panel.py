@@ -74,7 +74,7 @@ class View:
         self.clock, self.started = clock, clock()
         self.step, self.epochs, self.time_left = 0, None, math.inf
         self.latest: dict[str, Record] = {}  # the last record of each kind
-        self.lines: dict[str, str] = {}  # and its line of text
+        self.lines: dict[str, str] = {}  # the last record of each kind, as text
         self.notes: list[str] = []
         self.curve: list[tuple[int, float]] = []
         self.val_curve: list[tuple[int, float]] = []
@@ -90,7 +90,7 @@ class View:
         """
         kind, now = str(record.get("kind")), self.clock()
         step = int(record.get("step", self.step))
-        self.step = step if kind == "start" else max(step, self.step)  # a save is reported some steps later
+        self.step = step if kind == "start" else max(step, self.step)  # a save is reported later, with its older step
         if isinstance(record.get("time"), int | float):
             self.timed = record["time"], now
         if kind == "start":
@@ -152,7 +152,7 @@ class View:
         return "  ".join(part for part in parts if part)
 
     def outcome(self, result: dict[str, Any] | None) -> str:
-        """Return the last line of a run, from any of "finished", "reason", "step", "metrics" and "seconds"."""
+        """Return the last line of a run; `result` may have "finished", "reason", "step", "metrics" and "seconds"."""
         result = result or {"reason": "broke off"}
         head = "finished" if result.get("finished") else f"stopped ({result.get('reason') or 'no reason given'})"
         metrics = [f"{key} {value:.4g}" for key, value in numbers(result.get("metrics") or {}).items()]
@@ -292,7 +292,7 @@ def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> 
     line = 'fill="none" stroke-linejoin="round" stroke-linecap="round" vector-effect="non-scaling-stroke"'
     drawn = f'<polyline points="{" ".join(place(train))}" {line} stroke="{_TRAIN}" stroke-width="1.5"/>'
     if val:
-        dots = " ".join(f"M{point}h0" for point in place(val))  # a stroke of no length is round at any scale
+        dots = " ".join(f"M{point}h0" for point in place(val))  # a stroke of length 0 is round at any scale
         drawn += (
             f'<polyline points="{" ".join(place(val))}" {line} stroke="{_VAL}" stroke-dasharray="4 4"/>'
             f'<path d="{dots}" {line} stroke="{_VAL}" stroke-width="6"/>'

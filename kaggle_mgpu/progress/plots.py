@@ -31,8 +31,8 @@ SPENT = {
     "evaluation": ("evaluation", "tab:green", ".."),
     "saving": ("saving", "tab:purple", "\\\\"),
 }
-# Figures have no ground, so that they follow the page in light and dark: this grey has a contrast of 4.3 or more
-# against white and against #111; WCAG 2.1 asks for 3 in graphics.
+# Figures are transparent, to suit light and dark pages. This grey has a contrast of 4.3 or more against white and
+# against #111; WCAG 2.1 asks for 3 in graphics.
 INK = "#7a7a7a"
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*"
@@ -103,7 +103,7 @@ def compare_plot(
         save: a path without extension, for a .png and an .svg file.
 
     Raises:
-        ValueError: no runs, not as many labels, or a run that has recorded nothing.
+        ValueError: there is no run, the labels do not match the runs in number, or a run has recorded nothing.
     """
     if isinstance(output_dirs, str | os.PathLike):
         output_dirs = [output_dirs]
@@ -164,7 +164,7 @@ def style(axes: Axes, ylabel: str, xlabel: str = "") -> None:
 
 
 def ink(axes: Axes) -> None:
-    """Give title, labels, ticks and frame the grey that shows on light and dark pages, and take the ground away."""
+    """Draw title, labels, ticks and frame in a grey for light and dark pages, on a transparent background."""
     axes.patch.set_alpha(0)
     axes.tick_params(colors=INK)
     axes.spines[:].set_color(INK)
@@ -181,7 +181,7 @@ def save_figure(figure: Figure, stem: Path) -> None:
 
 
 def pixels(figure: Figure) -> Any:
-    """Return the figure as an array, height x width x 4, uint8."""
+    """Return the figure as an RGBA array, uint8[height, width, 4]."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -191,7 +191,7 @@ def pixels(figure: Figure) -> Any:
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, without a ground of its own."""
+    """Return an empty figure with a transparent background; width and height are in inches."""
     from matplotlib.figure import Figure
 
     class Picture(Figure):
@@ -213,7 +213,7 @@ def _of_kind(records: list[Record], kind: str) -> list[Record]:
 
 
 def _series(records: list[Record], key: str, x: str = "step") -> tuple[list[float], list[float]]:
-    """Return steps and values, with nan for values that were not finite."""
+    """Return the values of `x` and of `key`, with nan for values of `key` that were not finite."""
     found = [(r[x], math.nan if r[key] is None else float(r[key])) for r in records if key in r and x in r]
     return [at for at, _ in found], [value for _, value in found]
 
@@ -241,13 +241,13 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
     known = [(r["step"], r["time"] / scale) for r in train if "time" in r] or [(0, 0.0)]
 
     def when(record: Record) -> float:
-        """Return the place of a record's step on the x axis, since a save is recorded some steps later."""
+        """Return a record's x by its step and not by its time, since a save is recorded some steps later."""
         import numpy as np
 
         steps, times = np.array(known).T
         return float(np.interp(record.get("step", 0), steps, times)) if timed else float(record.get("step", 0))
 
-    low, high, height = 0.03, 0.94, pace.get_xaxis_transform()  # time, and a fraction of the height
+    low, high, height = 0.03, 0.94, pace.get_xaxis_transform()  # y is a fraction of the height
     if saves := _of_kind(records, "save"):
         at = [when(r) for r in saves]
         pace.plot(at, [low] * len(at), "^", color="tab:green", transform=height, label="checkpoint")
@@ -335,7 +335,7 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
         if total is not None:
             bar = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
         label = f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")
-        axes.bar_label(bar, [label], fontsize="small", color=INK)  # beside the frame, which would cross the text
+        axes.bar_label(bar, [label], fontsize="small", color=INK)  # after the frame, whose edge would cross the text
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
     style(axes, "", "memory in use at most (GiB)")
@@ -343,10 +343,10 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
 
 
 def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) -> None:
-    """Draw a bar with a text on top, since beside a long bar there is no space."""
+    """Draw a bar and a text over the bar, since a long bar leaves no space at its end."""
     axes.barh([place], [value], color=colour, alpha=0.6, height=0.6, hatch=("", "//", "..", "xx")[place % 4])
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    where = axes.get_yaxis_transform()  # a fraction of the width, and the bar's place
+    where = axes.get_yaxis_transform()  # x is a fraction of the width
     axes.text(0.02, place, text, transform=where, va="center", fontsize="small", bbox=box)
     axes.locator_params(axis="x", nbins=5)
 

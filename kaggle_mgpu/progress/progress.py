@@ -8,7 +8,7 @@
     stop(output_dir)                 # ask a run to save and leave
     plot(output_dir)                 # a matplotlib figure; compare_plot([one, other]) of several runs
 
-Every rank makes a Progress, and only rank 0 writes, draws or calls back. The work happens when a record is logged, so
+Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. The work is done with each record, so
 other steps cost nothing. Between records a thread samples the GPUs and looks for stop requests every few seconds.
 """
 
@@ -63,12 +63,15 @@ class Progress:
         main: whether this process is rank 0. Elsewhere all methods do nothing.
         resumed_step: the step of the loaded weights. Records of later steps, which will be trained again, are dropped,
             so each step is recorded once; 0 empties the file.
-        evaluated: the step of the last evaluation that the weights remember; records of later evaluations are dropped.
+        evaluated: the step of the last evaluation that the loaded checkpoint counts; records of later ones are dropped.
         unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
         on_record: called with each record before it is written; may add to the record, and return an `end_reason`.
         tensorboard: also write numbers, texts, settings and the run's plot to output_dir/tensorboard.
         settings: the hyperparameters for TensorBoard.
-        history: the folder of the run to continue, if another one: its records are copied.
+        world_size: number of processes, for the display.
+        device_line: the devices and the precision, for the display.
+        log: prints a line.
+        history: the folder of the run to continue, if not output_dir; its records are copied.
         sample: gives the GPUs' state (devices.sample). None: no thread starts, and stop requests are noticed only
             when a record is logged.
         display: "panel", "bar", "lines" or "auto".
@@ -76,6 +79,7 @@ class Progress:
 
     Raises:
         ModuleNotFoundError: tensorboard=True without the package.
+        ValueError: `display` has another value.
     """
 
     stop_requested = False
@@ -147,7 +151,7 @@ class Progress:
         added = dict(record)
         if self._on_record is not None and self._try("Task.on_record", lambda: self._hand_on(added)):
             record = added
-        self._look_for_a_request()  # on_record may have made one
+        self._look_for_a_request()  # on_record may have called `stop`
         plain, line = encode(record)
         with self._lock:
             self._step = int(plain.get("step", self._step))
@@ -163,7 +167,7 @@ class Progress:
         answer = self._on_record(record)
         if isinstance(answer, str):
             self.end_reason = self.end_reason or answer
-        encode(record)  # a record may not hold what was added
+        encode(record)  # raises a TypeError here if on_record added a value that cannot be written
 
     def _write(self, line: bytes) -> None:
         """Append to the file; if the disk is full, keep the bytes for the next call."""
@@ -184,7 +188,7 @@ class Progress:
             self._try("TensorBoard", lambda: _to_tensorboard(writer, record, self._step))
 
     def _try(self, what: str, action: Callable[[], object]) -> bool:
-        """Call an action that only shows something; return whether it succeeded. Its first error becomes a note."""
+        """Call an action and return whether it succeeded. An error must not end the run: the first becomes a note."""
         try:
             action()
             return True
@@ -252,7 +256,7 @@ class Progress:
             self._file.close()
             self._try("the display", lambda: self._display.close(self._display.view.outcome(result), status_of(result)))
         if self._watcher is not None:
-            self._watcher.join(0.5)  # no longer: the thread may be waiting for nvidia-smi
+            self._watcher.join(0.5)  # at most: the thread may be waiting for nvidia-smi
         if (writer := self._writer) is not None:
             settings, step = self._settings, self._step
             self._try("TensorBoard", lambda: _finish_tensorboard(writer, self._folder, settings, result, step))
@@ -307,7 +311,7 @@ def stop(output_dir: str | os.PathLike[str]) -> None:
 
 
 def _summary_writer(folder: Path, resumed_step: int) -> SummaryWriter:
-    import_hooks.install(stub=True)  # or TensorBoard imports an installed TensorFlow: 7.5 s, 750 MB, log noise
+    import_hooks.install(stub=True)  # otherwise TensorBoard imports an installed TensorFlow: 7.5 s, 750 MB, log noise
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -5,8 +5,8 @@
 
 Every record has a "kind" and a "step". Kinds: "start" (a session begins; describes the run), "train", "eval", "save",
 "gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the seconds of the run over all sessions;
-"spent" says how the seconds since the previous record were used; "rank0_loss" and so on, of several processes, are each
-one's mean loss over its own part of the batch. These records suffice to show and plot a run.
+"spent" says how the seconds since the previous record were used. With several processes, "rank0_loss", "rank1_loss", …
+are each rank's mean loss over its own part of the batch. These records suffice to show and plot a run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 BOOKKEEPING = {"kind", "step", "samples", "epoch", "time", "seconds", "spent", "text", "time_left", "pid"}
-"""Keys of a record that are no measurement."""
+"""Keys of a record that are not measurements."""
 
 
 def read(output_dir: str | os.PathLike[str]) -> list[Record]:
@@ -32,7 +32,7 @@ def read(output_dir: str | os.PathLike[str]) -> list[Record]:
 
 
 def parse(text: str, step: int = 0) -> list[Record]:
-    """Return the valid records among the lines of a text, each with a whole "step": else that of the record before.
+    """Return the valid records in a text; a record without a valid "step" gets the step of the record before.
 
     Args:
         step: the step of the record before the first.
@@ -43,7 +43,7 @@ def parse(text: str, step: int = 0) -> list[Record]:
             record = json.loads(line, parse_int=_int)
             if isinstance(record, dict) and _is_valid(record):
                 found = record.get("step")
-                if found is not None and abs(found) <= _MOST_STEPS:  # nan is not
+                if found is not None and abs(found) <= _MOST_STEPS:  # false for nan
                     step = int(found)
                 records.append({**record, "step": step})
     return records
@@ -91,7 +91,7 @@ def rewind(source: str | os.PathLike[str], target: Path, step: int, evaluated: i
     """Atomically write the records of `source` up to `step` to `target`; return these records.
 
     Args:
-        evaluated: the last evaluation that counts; those of later steps will be made again. None: all count.
+        evaluated: the step of the last evaluation to keep, since later ones will be made again. None: keep all.
     """
 
     def counts(record: Record) -> bool:
@@ -123,7 +123,7 @@ def _item(value: Any) -> Any:
     """Convert a path to text, and a 0-d tensor or array to a number, for json."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    with suppress(AttributeError, ValueError, RuntimeError):  # an array of several values has no item
+    with suppress(AttributeError, ValueError, RuntimeError):  # item() of an array of several values fails
         return value.item()
     raise TypeError(
         f"a record holds numbers, strings, lists and dicts of them, paths and 0-d tensors, got "
