@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Human activity recognition on two GPUs
-#
-# This notebook learns from accelerometer and gyroscope signals what somebody is doing, on every GPU of the session, and
-# measures it on people whom the model has never seen.
+# This notebook trains a model to recognise people's activities from accelerometer and gyroscope signals, on every GPU
+# of the session, and tests it on people whom the model has never seen.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
-# Add the UCI HAR dataset as an input, or your own signals as .npz or .csv (how they must look is told if they do not):
-# they are found. Without any it trains on recordings from an installed package, else on synthetic signals.
+# Add the UCI HAR dataset as an input, or your own signals as .npz or .csv files (an error explains the format): the
+# notebook finds them. Without such an input it trains on recordings from an installed package, else on synthetic
+# signals.
 
 # %% [markdown]
 # The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
@@ -34,17 +34,16 @@ print(devices.report())
 
 # %% [markdown]
 # ## Parameters
-#
-# `global_batch_size` counts windows per optimizer step over all GPUs. Give `micro_batch_size` (windows per GPU) and
-# `global_batch_size = None` instead, and the batch grows with the number of GPUs; the learning rate then grows with it,
-# which is what `lr_scaling = "linear"` means. Any other field of `Config` can be set in this cell too.
+# `global_batch_size` counts windows per optimizer step over all GPUs. With `micro_batch_size` (windows per GPU) and
+# `global_batch_size = None` instead, the batch grows with the number of GPUs, and `lr_scaling = "linear"` lets the
+# learning rate grow with the batch. Any other field of `Config` can be set in this cell too.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
 data_path = None  # the UCI HAR folder, an .npz, a .csv or a folder of them; None: what is found among the inputs
 predict_path = None  # an .npz of windows without labels, to predict into predictions.csv
-test_fraction = 0.2  # of the subjects, where the data has no published test set
-val_fraction = 0.15  # of the other subjects: they choose the best weights
+test_fraction = 0.2  # share of the subjects, where the data has no published test set
+val_fraction = 0.15  # share of the other subjects, to choose the best weights
 epochs = 20
 max_steps = None  # instead of epochs, when given
 global_batch_size = 64
@@ -70,7 +69,7 @@ compare_steps = 60
 folds = None  # 5: cross-validation with as many folds of the people, one fold per GPU at a time
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# The names defined in the cell above, and in papermill's cell after it. A name unknown to Config is an error.
 parameters = notebook_parameters(globals())
 compare, compare_steps, folds = (parameters.pop(name) for name in ("compare", "compare_steps", "folds"))
 config = Config.from_dict(parameters)
@@ -79,9 +78,8 @@ print(task.describe())
 
 # %% [markdown]
 # ## Training
-#
-# A session that ends early loses little: run the notebook again and training goes on from the newest checkpoint, on as
-# many GPUs as there are then. A finished run returns at once.
+# If the session ends early, little is lost: run the notebook again, and training continues from the newest checkpoint,
+# also on another number of GPUs. A finished run returns at once.
 
 # %%
 result = launch(train, config, task)
@@ -92,10 +90,10 @@ result.plot()
 
 # %% [markdown]
 # ## How good is it?
-#
-# On the test set, which neither training nor the choice of the best weights has looked at: the model beside the most
-# frequent class (majority) and the class whose mean window is nearest (nearest centroid; a window is the mean and the
-# standard deviation of each channel). Macro F1 is the mean of the classes' F1 scores.
+# The scores are on the test set, which was used neither for training nor to choose the best weights. The model is
+# compared with two simple predictions: the most frequent class (majority), and the class with the nearest mean (nearest
+# centroid; a window is described by the mean and the standard deviation of each channel). Macro F1 is the mean of the
+# classes' F1 scores.
 
 # %%
 if result.finished:
@@ -110,11 +108,10 @@ report.plot() if report else None
 
 # %% [markdown]
 # ## Cross-validation
-#
-# With `folds` each person is in one fold, and each fold has a model of its own, trained without the fold's people: one
-# model per GPU at a time, on one GPU each. The mean over folds says how good the method is on new people, the standard
-# deviation how much this depends on who they are. out_of_fold.npz has the prediction for each window by the model that
-# did not know its person. Finished folds do not run again.
+# If `folds` is a number, the people are divided into as many folds, and a model is trained without each fold's people,
+# one model per GPU at a time. The mean over folds estimates the scores on new people; the standard deviation shows how
+# much they depend on who the people are. out_of_fold.npz has a prediction for each window, by the model trained without
+# its person. Finished folds do not run again.
 
 # %%
 if folds:
@@ -122,10 +119,9 @@ if folds:
 
 # %% [markdown]
 # ## The strategies side by side
-#
 # The same few steps on one GPU (single), with one process for all GPUs (dp, DataParallel) and with one process per GPU
-# (ddp, DistributedDataParallel): how fast, how much memory, and that the result does not depend on it.
-# Without a GPU two replicas share the CPU: then only the last two columns mean anything.
+# (ddp, DistributedDataParallel), to compare speed and memory; the results should be equal.
+# Without a GPU two replicas share the CPU, and only the last two columns are meaningful.
 
 # %%
 if compare:
@@ -133,8 +129,7 @@ if compare:
 
 # %% [markdown]
 # ## What is where
-#
-# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# To continue later, run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Your own loop on every GPU
-#
-# A transformers Trainer, an accelerate loop and a plain DistributedDataParallel script, each as people have them, on
-# all GPUs of this session: started by `launch`, stopped and saved before the session ends, resumed exactly. Then one
-# small training per GPU at a time with `launch_each`. The models are small and start from random weights.
+# This notebook runs three common training loops on all GPUs of the session: a transformers Trainer, an accelerate loop
+# and a plain DistributedDataParallel script. `launch` starts each loop; each stops and saves before the session ends,
+# and the next session resumes it exactly. Then `launch_each` runs several small trainings, one per GPU at a time. The
+# models are small and start from random weights.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
 
 # %% [markdown]
@@ -39,7 +39,7 @@ time_limit = None  # "45m", "3h": stop in good order after this long; None: shor
 seed = 7
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A misspelt name is an error.
+# The names defined in the cell above, and in papermill's cell after it. A misspelt name is an error.
 given = notebook_parameters(globals())
 own = ("output_dir", "steps", "width", "samples", "folds", "nproc", "time_limit", "seed")
 if unknown := set(given) - set(own):
@@ -47,8 +47,7 @@ if unknown := set(given) - set(own):
 
 # %% [markdown]
 # ## The model and the data of all three
-#
-# Noisy sine waves of three frequencies, told apart. The noise is drawn anew for each sample and each epoch.
+# The model classifies noisy sine waves of three frequencies. The noise is drawn anew for each sample and each epoch.
 
 
 # %%
@@ -86,8 +85,7 @@ def data():
 
 # %% [markdown]
 # ## transformers' Trainer
-#
-# Two lines more than without: the callback, and where to resume from.
+# A usual script with two changes: the callback, and the checkpoint to resume from.
 
 
 # %%
@@ -111,8 +109,7 @@ trainer_finished = launch(with_trainer, f"{output_dir}/trainer", nproc=nproc)
 
 # %% [markdown]
 # ## A loop with accelerate
-#
-# `session.batches` takes the place of the two loops over epochs and batches, and goes on where the run was cut.
+# `session.batches` replaces the two loops over epochs and batches, and continues where the run was interrupted.
 
 
 # %%
@@ -142,8 +139,8 @@ accelerate_finished = launch(with_accelerate, f"{output_dir}/accelerate", nproc=
 
 # %% [markdown]
 # ## A plain DistributedDataParallel script
-#
-# As for torchrun: it makes its own process group. `watch` keeps the model, the optimizer and the place in the data.
+# The script is written as for torchrun, and makes its own process group. `watch` saves and restores the model, the
+# optimizer and the place in the data.
 
 
 # %%
@@ -179,9 +176,8 @@ by_hand_finished = launch(by_hand, f"{output_dir}/by_hand", nproc=nproc, in_work
 
 # %% [markdown]
 # ## One job per GPU
-#
-# Small models gain more from a GPU each than from sharing every step. A fold here is a training that leaves a part of
-# the samples out, and is tested on that part.
+# Several small models train faster on a GPU each than one after the other on all GPUs. Each fold here trains without a
+# part of the samples, and is tested on this part.
 
 
 # %%

@@ -4,8 +4,8 @@
 # This notebook trains a network that finds hidden animals (COD10K), on every GPU of the session, in two stages: first
 # the decoder alone, then the backbone too, unfrozen from the top.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
-# Add COD10K as an input and it is found, in its usual layouts. Without it the notebook draws **synthetic** scenes:
-# textures with an object of another texture in them. They show that all works, not how well animals are found.
+# Add COD10K as an input; the notebook knows its usual layouts. Without COD10K it draws **synthetic** scenes: textures
+# with an object of another texture in them. They show that everything works, not how well animals are found.
 
 # %% [markdown]
 # The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
@@ -29,10 +29,10 @@ print(devices.report())
 # %% [markdown]
 # ## Parameters
 #
-# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`. `None` leaves a field
-# to the preset: `balanced`, `fast` (a smaller model, a larger batch) or `high_resolution` (352 pixels). Its cost is
-# printed below. For COD10K a pretrained backbone helps most: `backbone = "edgenext_base"` (any of timm's), with its
-# weights as an input, or `backbone_weights = "download"` and the internet switched on.
+# Any other field of `Config` can be set in this cell too. Papermill sets fields with `-p epochs 5`. `None` leaves a
+# field to the preset: `balanced`, `fast` (a smaller model, a larger batch) or `high_resolution` (352 pixels). The costs
+# of the presets are printed below. For COD10K a pretrained backbone helps most: `backbone = "edgenext_base"` (or
+# another of timm's), with its weights as an input, or `backbone_weights = "download"` and the internet switched on.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
@@ -44,12 +44,12 @@ backbone = "compact"  # the recipe's own, or the name of a timm backbone
 backbone_weights = None  # of a timm backbone: a file, or "download"; None: searched among the inputs
 image_size = None
 width = None  # of the compact backbone
-decoder = "small"  # or experts: of seven kinds, with more parameters and slower steps
+decoder = "small"  # or "experts": of seven kinds, with more parameters and slower steps
 decoder_width = None
 num_experts = None
 routing = "soft"  # soft or topk
 frozen_epochs = 2  # stage 1
-unfreeze_parts = 3  # stage 2: so many runs, of which the last trains everything
+unfreeze_parts = 3  # stage 2: number of runs; the last trains everything
 partial_epochs = 1  # of each part before the last
 epochs = 30  # of the last part
 max_steps = None  # of each stage and part, instead of epochs: for a quick look
@@ -69,7 +69,7 @@ seed = 1337
 pictures = 4
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# The names defined in the cell above, and in papermill's cell after it. A name unknown to Config is an error.
 parameters = notebook_parameters(globals())
 pictures = parameters.pop("pictures")
 config = Config.from_dict(parameters)
@@ -78,9 +78,8 @@ print(task.describe())
 
 # %% [markdown]
 # ## Training
-#
-# A session that ends early loses little: run the notebook again and training goes on in the stage, and from the
-# checkpoint, where it was, on as many GPUs as there are then. Stages that are finished return at once.
+# If the session ends early, little is lost: run the notebook again, and training continues from the newest checkpoint
+# of the unfinished stage, also on another number of GPUs. Finished stages return at once.
 
 # %%
 result = run(config, task.found)
@@ -91,10 +90,9 @@ result.plot()
 
 # %% [markdown]
 # ## How good is it?
-#
-# On images that were held out, by the field's own measures, beside three predictions that need no model. All are better
-# when larger but for the mean absolute error, `mae`. A prediction of nothing at all scores better than one would think,
-# which is why papers report several.
+# The usual measures of camouflaged object detection on held-out images, for the model and for three predictions without
+# a model. Larger is better, except for the mean absolute error, `mae`. Papers report several measures, since an empty
+# prediction scores well by some.
 
 # %%
 if result.metrics:
@@ -120,8 +118,7 @@ if task.found.val is not None:
 
 # %% [markdown]
 # ## What is where
-#
-# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# To continue later, run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
 # working folder: add this notebook's own earlier output as an input, and the stages are found there.
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Does this machine train right?
-#
-# Ten seconds that say whether the GPUs of this session compute, talk to each other and give the same gradient together
-# as one of them alone; then what a second GPU buys, measured with a small transformer.
+# This notebook checks in ten seconds whether the GPUs of this session compute correctly, communicate, and give the same
+# gradient together as one GPU alone. Then it measures with a small transformer how much faster a second GPU makes
+# training.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
 
 # %% [markdown]
@@ -30,9 +30,9 @@ print(devices.report())
 # %% tags=["parameters"]
 # Parameters of this notebook
 output_dir = "check_gpus"  # checked for space; result.json is written there
-compare = "auto"  # measure single, dp and ddp: True, False, or auto, where there is a GPU
+compare = "auto"  # measure single, dp and ddp: True, False, or "auto": only where there is a GPU
 steps = 20  # of each strategy
-proof = False  # True: eight minutes of tests that only real GPUs can run; figures go to gpu_proof.json, for a report
+proof = False  # True: eight minutes of tests that need GPUs; their figures go to gpu_proof.json
 plan_on = None  # plan for "T4x2", "L4x4", "A100", "H100"; None: for what is here, or T4x2 where there is no GPU
 depth = 8  # of the transformer that is measured: blocks,
 width = 256  # numbers per token,
@@ -42,7 +42,7 @@ global_batch_size = 64
 max_steps = 2000  # of the run that is planned
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A misspelt name is an error.
+# The names defined in the cell above, and in papermill's cell after it. A misspelt name is an error.
 parameters = notebook_parameters(globals())
 own = ("compare", "steps", "proof", "plan_on", "depth", "width", "heads", "length")
 compare, steps, proof, plan_on, depth, width, heads, length = (parameters.pop(name) for name in own)
@@ -51,8 +51,8 @@ gpus = devices.gpus()
 
 # %% [markdown]
 # ## The check
-#
-# Each line passed, failed or was skipped, and says what to do. This notebook's own process stays clean of CUDA.
+# Each line passed, failed or was skipped, with advice where needed. The GPU tests run in other processes, so the
+# notebook itself takes no GPU memory.
 
 # %%
 report = check.run(output_dir)
@@ -60,8 +60,8 @@ report
 
 # %% [markdown]
 # ## What a run takes
-#
-# Before a GPU hour is spent: batch, memory, time, sessions, quota, and what a second GPU is expected to buy.
+# An estimate before a GPU hour is spent: batch, memory, time, number of sessions, share of the week's quota, and the
+# expected speed-up from a second GPU.
 
 
 # %%
@@ -91,9 +91,9 @@ task = Guessing()
 print(plan(config, task, on=plan_on or (None if gpus else "T4x2")))
 
 # %% [markdown]
-# ## What a second GPU buys
-#
-# The same steps on the same global batch, one GPU (single), one process for all (dp), one process each (ddp).
+# ## The gain from a second GPU
+# The same steps with the same global batch on one GPU (single), with one process for all GPUs (dp), and with one
+# process per GPU (ddp).
 
 # %%
 rows = []
@@ -104,9 +104,9 @@ else:
 
 # %% [markdown]
 # ## Proof
-#
-# With `proof = True`: every precision against the CPU, resume after a kill, memory that runs out, waits of the host,
-# the kit's step beside a loop by hand, two ranks on one GPU, and both GPUs together. The file holds all figures.
+# With `proof = True` the GPUs are tested further: every precision against the CPU, resuming after a kill, running out
+# of memory, the CPU's waits for the GPU, the speed of a step against a hand-written loop, two ranks on one GPU, and
+# both GPUs together. gpu_proof.json has all figures.
 
 # %%
 if proof:

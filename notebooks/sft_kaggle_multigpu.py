@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Fine-tuning a language model on two GPUs
-#
 # This notebook teaches a language model to answer as your examples do, on every GPU of the session: with LoRA adapters,
-# with adapters on 4-bit weights (QLoRA), or all weights. On Kaggle: Settings > Accelerator > GPU T4 x2, Add Input >
-# Models, put the model's folder below, then Run All. No internet is needed, except for QLoRA's bitsandbytes.
+# with adapters on 4-bit weights (QLoRA), or by training all weights.
+# On Kaggle: Settings > Accelerator > GPU T4 x2, Add Input > Models, put the model's folder below, then Run All. No
+# internet is needed, except for QLoRA's bitsandbytes.
 #
 # Without a model and examples it makes a tiny model on the spot, with random weights, and teaches it what the functions
 # of Python's standard library do: to see that everything works, on a CPU too.
@@ -30,10 +30,9 @@ print(devices.report())
 
 # %% [markdown]
 # ## Parameters
-#
-# A sample is a pack of several conversations, `max_length` tokens together; `global_batch_size` counts packs per
-# optimizer step over all GPUs: results do not depend on how many there are. For a real model `lr = 2e-4` and
-# `tuning = "auto"` (LoRA), or "qlora", are where to begin. Any other field of `Config` can be set in this cell too.
+# A sample is a pack of several conversations, up to `max_length` tokens together. `global_batch_size` counts packs per
+# optimizer step over all GPUs, so results do not depend on the number of GPUs. For a real model, begin with `lr = 2e-4`
+# and `tuning = "auto"` (LoRA) or `"qlora"`. Any other field of `Config` can be set in this cell too.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
@@ -41,7 +40,7 @@ model = None  # a model's folder, or the end of one among the inputs; None: a ti
 tuning = "auto"  # lora, qlora or full; auto: lora, and full for the tiny model
 data_path = None  # .jsonl, .json, .csv or .parquet conversations, or a folder of them; None: the largest such input
 max_length = 256
-packing = True  # False for models that cannot keep packed conversations apart; they are told
+packing = True  # False for models that cannot keep packed conversations apart; an error says so
 lora_rank = 16
 epochs = 4
 max_steps = None  # instead of epochs, when given
@@ -61,30 +60,28 @@ output_dir = "sft"
 seed = 1337
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# The names defined in the cell above, and in papermill's cell after it. A name unknown to Config is an error.
 config = Config.from_dict(notebook_parameters(globals()))
 task = Finetune(config)
 print(task.describe())
 
 # %% [markdown]
 # ## Before
-#
-# What the model knows as it comes: its loss on held-out answers, and what it says to a few held-out questions.
+# The model before training: its loss on held-out answers, and its answers to a few held-out questions.
 
 # %%
 untrained = task.untrained()
 before = task.evaluate(untrained)
 answers_before = task.answers(untrained)
-del untrained  # its memory is training's now
+del untrained  # frees its memory for training
 if torch.cuda.is_available():
     torch.cuda.empty_cache()
 print({name: round(value, 4) for name, value in before.items()})
 
 # %% [markdown]
 # ## Training
-#
-# A session that ends early loses little: run the notebook again and training goes on from the newest checkpoint, on as
-# many GPUs as there are then. A finished run returns at once.
+# If the session ends early, little is lost: run the notebook again, and training continues from the newest checkpoint,
+# also on another number of GPUs. A finished run returns at once.
 
 # %%
 result = launch(train, config, task)
@@ -95,9 +92,8 @@ result.plot()
 
 # %% [markdown]
 # ## After
-#
-# Held-out loss in nats per token of an answer, beside a table of how often each token occurs in the answers that were
-# learnt from (unigram). ROUGE-L compares the words of an answer with the expected ones; 1 is the same words.
+# Held-out loss in nats per token of an answer, compared with a table of how often each token occurs in the training
+# answers (unigram). ROUGE-L compares the words of an answer with the expected answer; 1 means the same words.
 
 # %%
 tuned = task.load(result)

@@ -4,7 +4,7 @@
 # This notebook trains a 3-D U-Net to find the papyrus sheets in scans of rolled scrolls, on every GPU of the session,
 # predicts the test volumes and writes `submission.zip`.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, add the competition *Vesuvius Challenge - Surface Detection* as an
-# input, then Run All. No internet is needed. Without that input it tries itself on small synthetic volumes: minutes.
+# input, then Run All. No internet is needed. Without this input it uses small synthetic volumes, and takes minutes.
 
 # %% [markdown]
 # The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
@@ -29,9 +29,8 @@ print(devices.report())
 
 # %% [markdown]
 # ## Parameters
-#
-# `global_batch_size` counts patches per optimizer step over all GPUs: results do not depend on how many there are.
-# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+# `global_batch_size` counts patches per optimizer step over all GPUs, so results do not depend on the number of GPUs.
+# Any other field of `Config` can be set in this cell too. Papermill sets fields with `-p epochs 5`.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
@@ -39,8 +38,8 @@ data_path = None  # the folder with train_images/, train_labels/, test_images/; 
 patch_size = "auto"  # side of the cubes; auto: 128, on synthetic volumes 32
 width = "auto"  # channels at full resolution; auto: 32, on synthetic volumes 8
 patches_per_volume = 4
-val_fraction = 0.05  # of the volumes, held out: whole scrolls where they are small enough
-folds = None  # 5: also cross-validation, a model for each of as many parts of the volumes, one per GPU at a time
+val_fraction = 0.05  # share of the volumes held out: whole scrolls where they are small enough
+folds = None  # 5: also cross-validate, with a model for each of 5 parts of the volumes, one per GPU at a time
 epochs = 40
 max_steps = None  # instead of epochs, when given
 global_batch_size = 8
@@ -53,11 +52,11 @@ skeleton_recall = 0.0  # 1.0: a further term of the loss, the missed share of th
 gradient_checkpointing = False  # less memory, a third more time
 overlap = 0.5  # of the windows that predict a volume
 tta_axes = ()  # (0, 1, 2): the mean over eight flips of each window, for eight times the work
-threshold = "auto"  # of the probability; auto: chosen on the held-out volumes
+threshold = "auto"  # lowest probability of a sheet voxel; auto: chosen on the held-out volumes
 min_component = "auto"  # remove predicted parts of fewer voxels; auto: chosen on the held-out volumes
 save_probabilities = False  # also keep the probabilities of the predicted volumes
-weights = "best"  # or "final", or .safetensors files: then nothing is trained, and their mean predicts
-ignore_label = 2  # of voxels without annotation; 255 in many data sets
+weights = "best"  # or "final", or .safetensors files: then nothing is trained, and their mean probability predicts
+ignore_label = 2  # the label of voxels without annotation; 255 in many data sets
 strategy = "auto"  # auto, single, dp or ddp
 nproc = "auto"  # processes; auto: one per GPU
 precision = "auto"  # auto, fp32, fp16 or bf16
@@ -67,7 +66,7 @@ output_dir = "surface_segmentation"
 seed = 1337
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# The names defined in the cell above, and in papermill's cell after it. A name unknown to Config is an error.
 parameters = notebook_parameters(globals())
 folds = Config.from_dict({"folds": parameters.pop("folds")}).folds
 config = Config.from_dict(parameters)
@@ -78,10 +77,9 @@ print(task.describe())
 
 # %% [markdown]
 # ## Training, then prediction
-#
-# Every volume is read once before training starts, so that a malformed one is an error now and not in hour nine.
-# A session that ends early loses little: run the notebook again and it goes on, in training from the newest checkpoint,
-# in prediction with the volumes that are missing. A finished model goes straight to what is left to predict.
+# Every volume is read once before training starts, so that a malformed volume is found now and not after hours.
+# If the session ends early, little is lost: run the notebook again, and training continues from the newest checkpoint,
+# or prediction with the volumes that are missing.
 
 # %%
 result = run(config, task)
@@ -92,12 +90,11 @@ result.plot()
 
 # %% [markdown]
 # ## How good is it?
-#
-# Whole held-out volumes, predicted through a Gaussian-blended sliding window. Surface Dice (at 2 voxels) and the VOI
-# score are terms of the competition's score, computed as its metric does. Its third term, a Betti matching, is not
-# computed here: betti0_f1, betti1_f1 and betti2_f1 compare the numbers of parts, tunnels and cavities, wherever they
-# are, and bound it from above. Beside them two trivial answers: all is sheet, and what is brighter than the threshold
-# that is best on training volumes.
+# Scores of whole held-out volumes, predicted with a Gaussian-blended sliding window. Surface Dice (with a tolerance of
+# 2 voxels) and the VOI score are terms of the competition's score, computed as its metric does. Its third term, a Betti
+# matching, is not computed here: betti0_f1, betti1_f1 and betti2_f1 compare only the numbers of parts, tunnels and
+# cavities, and are upper bounds. The model is compared with two trivial answers: every voxel is sheet, or every voxel
+# brighter than the best threshold on training volumes.
 
 # %%
 if "volume_dice" in result.metrics:
@@ -115,11 +112,10 @@ Image(str(slices)) if result.finished and slices.exists() else None
 
 # %% [markdown]
 # ## Cross-validation
-#
-# With `folds` the volumes are divided into as many parts, of whole scrolls where there are several, and each part has a
-# model of its own that never saw it: one model per GPU at a time, on one GPU each. The standard deviation over parts
-# says how much the figures depend on the volumes. Then the mean of these models predicts the test volumes, into a
-# `submission.zip` that replaces the single model's. Finished folds do not run again.
+# If `folds` is a number, the volumes are divided into as many parts (of whole scrolls, where there are several), and a
+# model is trained without each part, one model per GPU at a time. The standard deviation over the parts shows how much
+# the scores depend on the volumes. Then the mean of these models predicts the test volumes; its `submission.zip`
+# replaces the single model's. Finished folds do not run again.
 
 # %%
 if folds and result.finished and (found := cross_validate(config, folds)):
@@ -128,8 +124,7 @@ if folds and result.finished and (found := cross_validate(config, folds)):
 
 # %% [markdown]
 # ## What is where
-#
-# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# To continue later, run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%

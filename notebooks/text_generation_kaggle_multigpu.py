@@ -3,8 +3,8 @@
 #
 # This notebook trains a small GPT from scratch on your text, on every GPU of the session, and lets it write.
 # On Kaggle: Settings > Accelerator > GPU T4 x2, then Run All. No internet is needed.
-# Add text files (.txt, .jsonl, .parquet) as an input and they are found; without any it reads the books
-# on Kaggle's image (Gutenberg, 12 MB), elsewhere Python's own manual.
+# Add text files (.txt, .jsonl, .parquet) as an input; the notebook finds them. Without such an input it reads the books
+# on Kaggle's image (Gutenberg, 12 MB), on other machines Python's help topics.
 
 # %% [markdown]
 # The next cell carries the library, `kaggle_mgpu`, so that this notebook is one file. There is nothing to edit in it.
@@ -27,10 +27,10 @@ print(devices.report())
 
 # %% [markdown]
 # ## Parameters
-#
-# `global_batch_size` counts blocks of `block_size` tokens per optimizer step over all GPUs: results do not depend on
-# how many there are. `"per_gpu:64"` makes it 64, 128 or 256 on one, two or four GPUs: results then depend on how many.
-# Any other field of `Config` can be set in this cell too. Papermill sets them with `-p epochs 5`.
+# `global_batch_size` counts blocks of `block_size` tokens per optimizer step over all GPUs, so results do not depend on
+# the number of GPUs. (`"per_gpu:64"` makes it 64, 128 or 256 on one, two or four GPUs, and results depend on their
+# number.)
+# Any other field of `Config` can be set in this cell too. Papermill sets fields with `-p epochs 5`.
 
 # %% tags=["parameters"]
 # Parameters of this notebook
@@ -55,10 +55,10 @@ output_dir = "text_generation"
 seed = 1337
 prompts = ["The ", "A class is", "When an exception is raised, "]
 max_new_tokens = 200
-compare_steps = 10  # where there are several GPUs, so many steps show what they bring; 0: not measured
+compare_steps = 10  # steps to compare one and several GPUs, where there are several; 0: not compared
 
 # %%
-# What the cell above defines, and the one that papermill puts after it. A name that Config does not know is an error.
+# The names defined in the cell above, and in papermill's cell after it. A name unknown to Config is an error.
 parameters = notebook_parameters(globals())
 prompts, max_new_tokens = parameters.pop("prompts"), parameters.pop("max_new_tokens")
 compare_steps = parameters.pop("compare_steps")
@@ -72,9 +72,8 @@ if compare_steps and len(devices.gpus()) > 1:
 
 # %% [markdown]
 # ## Training
-#
-# A session that ends early loses little: run the notebook again and training goes on from the newest checkpoint, on as
-# many GPUs as there are then. A finished run returns at once.
+# If the session ends early, little is lost: run the notebook again, and training continues from the newest checkpoint,
+# also on another number of GPUs. A finished run returns at once.
 
 # %%
 result = launch(train, config, task)
@@ -85,9 +84,8 @@ result.plot()
 
 # %% [markdown]
 # ## How good is it?
-#
-# Loss on text that was held out, in nats per token, beside two models that only count: how often each token occurs
-# (unigram), and how often it follows the one before (bigram). Bits per byte compare across tokenizers.
+# Loss on held-out text in nats per token, compared with two tables: how often each token occurs (unigram), and how
+# often it follows the token before (bigram). Bits per byte can be compared across tokenizers.
 
 # %%
 if result.metrics:
@@ -103,8 +101,8 @@ else:
 
 # %% [markdown]
 # ## Let it write
-#
-# First the same beginning at evaluations through the run, then the best weights with prompts of your own.
+# First, texts written at several evaluations during the run, all with the same beginning; then texts by the best
+# weights from your own prompts.
 
 # %%
 samples = [(record["step"], record["sample"]) for record in result.records() if "sample" in record]
@@ -119,8 +117,7 @@ for number, prompt in enumerate(prompts):
 
 # %% [markdown]
 # ## What is where
-#
-# To go on later: run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
+# To continue later, run this notebook again with the same parameters. On Kaggle, a new session starts with an empty
 # working folder: add this notebook's own earlier output as an input, and the run is found there.
 
 # %%

@@ -1,8 +1,8 @@
-"""A run's state on disk: there or not there, never half.
+"""A run's state on disk, complete or absent.
 
-The package knows no task, config or strategy: it is given names and tensors. Start reading at `Checkpoints` in
-checkpoint.py; format.py is what a checkpoint's folder holds, reader.py checks what is in one, files.py writes tensors
-and text so that a crash at any moment leaves the old file or the new one.
+The package knows no task, config or strategy, only names and tensors. Start reading at `Checkpoints` in checkpoint.py.
+format.py defines the contents of a checkpoint's folder, reader.py checks them, resume.py chooses the checkpoint to go
+on from, and files.py writes tensors and text so that a crash at any moment leaves the old file or the new one.
 """
 
 from . import checkpoint, files, resume

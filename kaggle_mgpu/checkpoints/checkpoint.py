@@ -1,4 +1,4 @@
-"""Write and find checkpoints: complete or absent, never half, and written while training continues.
+"""Write and find checkpoints: complete or absent, and written while training continues.
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
@@ -46,7 +46,7 @@ MOST_FAILURES = 3
 
 @dataclass(frozen=True)
 class Saved:
-    """Report the outcome of a save."""
+    """The outcome of a save."""
 
     step: int
     path: Path | None
@@ -62,7 +62,7 @@ class Saved:
 class Checkpoints:
     """Manage the checkpoints of one run in `folder`; only one process may write there.
 
-    The end of a `with` block waits for the last save, also when an error ends the run.
+    The end of a `with` block waits for the last save, even if an error ends the run.
 
     Args:
         keep_last: the number of checkpoints that stay.
@@ -91,9 +91,9 @@ class Checkpoints:
         """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
 
         Raises:
-            DiskFullError: the disk is full, also without the older checkpoints.
+            DiskFullError: the disk is full, even without the older checkpoints.
             OSError: writing failed for another reason.
-            TypeError: the state holds something else than tensors and plain values.
+            TypeError: the state holds something other than tensors and plain values.
         """
         self.begin(step, tensors=tensors, state=state, facts=facts)
         saved = self.wait()[-1]
@@ -120,7 +120,7 @@ class Checkpoints:
     ) -> None:
         """Save on all ranks in the background; each rank writes its rows of sharded tensors.
 
-        Rank 0 renames the folder after every rank has reported that its part is on the disk, which all ranks must see.
+        All ranks must see the same disk. Rank 0 renames the folder after every rank has reported its part as written.
         """
         self._join()
         began = time.monotonic()
@@ -154,7 +154,7 @@ class Checkpoints:
     def _open(self, step: int, needed: int) -> tuple[Path | None, str]:
         """Make a temporary folder with room for all ranks' files; return the folder and a note of dropped ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+        for left in self.folder.glob(".*-step-*"):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         note = ""
         if (free := files.free_bytes(self.folder)) < needed:
@@ -196,7 +196,7 @@ class Checkpoints:
     def rescue(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> Path:
-        """Save from a process other than rank 0, which may be writing at the same moment."""
+        """Save from another process than rank 0; rank 0 may be writing at the same moment."""
         final = self._path(step)
         contents = {f"{name}.safetensors": layout.pieces() for name, layout in format.layouts(tensors, state).items()}
         temporary = self.folder.parent / f".rescue-{final.name}-{os.getpid()}"
@@ -209,7 +209,7 @@ class Checkpoints:
                 os.replace(temporary, final)
                 files.flush(self.folder)
             except OSError:
-                if not final.exists():  # else another rank was quicker: all have the same state
+                if not final.exists():  # else another rank was quicker, with the same state
                     raise
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -229,9 +229,9 @@ class Checkpoints:
         return None
 
     def put_right(self) -> list[str]:
-        """Rename each checkpoint after the step in it; a copied or renamed folder has another step's name.
+        """Rename each checkpoint whose name has another step than its state.json, such as a copied folder.
 
-        If that name is taken, the folder is moved out of the way. Returns a line for each change.
+        If the right name is taken, the folder is moved aside. Returns a line for each change.
         """
         done = []
         for path in self.all():
@@ -273,7 +273,7 @@ class Checkpoints:
         Returns the file's length and checksum, and a sentence about dropped checkpoints or "".
 
         Raises:
-            DiskFullError: the disk is full, also without all checkpoints but the newest.
+            DiskFullError: the disk is full, even without all checkpoints but the newest.
         """
         try:
             return files.replace(path, pieces(), nbytes), ""
@@ -336,7 +336,7 @@ class Checkpoints:
             self._failed = 0
             try:
                 self._rotate()
-            except OSError as error:  # the next one tries that again
+            except OSError as error:  # the next save tries again
                 note = "; ".join([note] * bool(note) + [f"older checkpoints could not be removed: {error}"])
             self._saved.append(Saved(step, path, time.monotonic() - began, note))
         self.news = True
@@ -359,7 +359,7 @@ class Checkpoints:
         """Write the checkpoint; on a full disk drop the oldest checkpoints first, if this makes room."""
         final = self._path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*-step-*"):  # by a process that was killed
+        for left in self.folder.glob(".*-step-*"):  # left by a killed process
             shutil.rmtree(left, ignore_errors=True)
         needed = sum(len(part) for parts in contents.values() for part in parts) + _SLACK
         try:
@@ -383,7 +383,7 @@ class Checkpoints:
 
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
-        # checked first, so that room for the run's records remains
+        # checked first, so that the run's records keep some room
         if (free := files.free_bytes(self.folder)) < needed:
             raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
         try:
@@ -407,7 +407,7 @@ class Checkpoints:
             self._remove(path)
 
     def _make_room(self, needed: int, free: int) -> list[Path]:
-        """Remove the oldest checkpoints until there is room; none if that cannot help, and never the newest."""
+        """Remove the oldest checkpoints until there is room, but never the newest; none if this would not be enough."""
         checkpoints = self.all()
         newest = next((path for path in checkpoints if damage(path) is None), None)
         dropped: list[Path] = []

@@ -4,7 +4,7 @@
     replace_tensors(path, model.state_dict())    # the same, atomically
     image = Buffer().hold(layout)                # the bytes of such a file, copied now, to be written by a thread
 
-Everything is written through `write`: large pieces, which release the interpreter's lock, and a checksum on the way.
+`write` does all writing: in large pieces, which release the interpreter's lock, and with a checksum.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PIECE = 1 << 23
 
 @dataclass(frozen=True)
 class Layout:
-    """Describe a .safetensors file before its content: the header, and each tensor's place."""
+    """The header of a .safetensors file, and each tensor's place in the file."""
 
     header: bytes
     tensors: list[Tensor]
@@ -54,6 +54,9 @@ class Layout:
         """Lay tensors out; tied weights, which share a tensor, are written once.
 
         The names left out are noted in the file's metadata, and `read_tensors` puts them back.
+
+        Raises:
+            TypeError: a tensor of a type that the format does not have.
         """
         first: dict[tuple[Any, ...], str] = {}
         aliases: dict[str, str] = {}
@@ -116,7 +119,7 @@ class Buffer:
         starts: dict[str, int] = {}
         size = 0
         for name, layout in layouts.items():
-            # the tensors, not the header before them, begin at a multiple of 64
+            # so that the tensors, after the header, begin at a multiple of 64
             starts[name] = size + -(size + len(layout.header)) % 64
             size = starts[name] + layout.nbytes
         tensors = [tensor for layout in layouts.values() for tensor in layout.tensors]
@@ -129,7 +132,7 @@ class Buffer:
                 places = self._between(starts[name] + offset, tensor.numel() * tensor.itemsize)
                 if len(places) == 1:
                     copies.append((places[0].view(tensor.dtype).view(tensor.shape), tensor))
-                elif places:  # over the end of a piece
+                elif places:  # spans several pieces
                     sizes = [len(place) for place in places]
                     rows = tensor.contiguous().view(-1).view(torch.uint8).split(sizes)
                     copies += zip(places, rows, strict=True)
@@ -154,14 +157,14 @@ class Buffer:
     def _reserve(self, size: int, pinned: bool) -> None:
         if sum(map(len, self._pieces)) >= size and all(piece.is_pinned() == pinned for piece in self._pieces):
             return
-        self._pieces.clear()  # not both at a time
+        self._pieces.clear()  # frees the old memory before the new is allocated
         if pinned:
             rounded = -(-size // self.SMALLEST) * self.SMALLEST
             lengths = [1 << bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1]
             try:
                 self._pieces += [torch.empty(length, dtype=torch.uint8, pin_memory=True) for length in lengths]
                 return
-            except RuntimeError:  # a limit on locked memory: slower, not wrong
+            except RuntimeError:  # locked memory is limited: ordinary memory is only slower
                 pass
         self._pieces = [torch.empty(size, dtype=torch.uint8)]
 
@@ -259,7 +262,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     notes = entries.pop("__metadata__", {})
     aliases = json.loads(notes.get("aliases", "{}"))
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    # of a tensor that is spread over several files, the whole one's
+    # a tensor spread over several files has the shape of the whole
     found |= {name: tuple(shape) for name, (shape, _) in json.loads(notes.get("shards", "{}")).items()}
     return {**found, **{name: found[first] for name, first in aliases.items()}}
 
@@ -286,7 +289,7 @@ def whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # with the process id, so that two processes can write the same file at the same time
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # by a process that was killed
+    for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # left by a killed process
         with contextlib.suppress(OSError):
             if left.stat().st_mtime < time.time() - _LEFT_BEHIND:
                 left.unlink()
@@ -316,7 +319,7 @@ def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to disk (fsync), since a crash may keep a name without its content."""
+    """Flush a file or a folder to disk (fsync), since after a crash a name may be there without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -338,7 +341,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
     """Return tensors by their path in the tree ("optimizer/state/weight/exp_avg"), and the rest as JSON.
 
     Raises:
-        TypeError: it holds something else than tensors, plain values, lists, tuples and dictionaries.
+        TypeError: the tree holds something other than tensors, plain values, lists, tuples and dictionaries.
     """
     tensors: dict[str, Tensor] = {}
 

@@ -5,8 +5,8 @@
     problem = damage(path)      # None where every file has the length and checksum that state.json says
     checkpoint = load(path)     # its tensors, put together where each rank has written rows of its own
 
-state.json is written last; checkpoint.py then gives the folder its name. Each other rank tells rank 0 of its part by a
-small file.
+state.json is written last; checkpoint.py then gives the folder its name. Each other rank reports its part to rank 0 by
+a small file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PART_SECONDS = 900.0
 
 
 class OtherRunError(CheckpointError):
-    """A sound checkpoint belongs to another run: `problem` names the difference, `advice` a way out."""
+    """An undamaged checkpoint belongs to another run: `problem` names the difference, `advice` a way out."""
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(f"{problem}. {advice}")
@@ -89,7 +89,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Read state.json of a checkpoint.
 
     Raises:
-        CheckpointError: it is not there or is not what this version writes.
+        CheckpointError: the file is missing, damaged, or of another version's format.
     """
     file = path / "state.json"
     try:
@@ -242,7 +242,7 @@ def write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
     except OSError as error:
         note = {"error": f"rank {rank}: {error.strerror or error}", "errno": error.errno}
     part = temporary / f".part-{rank}.json"
-    with contextlib.suppress(OSError):  # rank 0 has given up, and the folder is gone: it must not come back
+    with contextlib.suppress(OSError):  # if rank 0 has given up, the folder is gone and must not come back
         files.write(part.with_suffix(".new"), [json.dumps(note).encode()])
         part.with_suffix(".new").rename(part)
 

@@ -1,4 +1,4 @@
-"""Check everything that a checkpoint says, before a run goes on from it.
+"""Check all values in a checkpoint before a run goes on from it.
 
     examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
 
@@ -46,7 +46,7 @@ class Expected:
     optimizer: torch.optim.Optimizer
     """This run's optimizer; nothing of it changes."""
     samples_at: Callable[[int], int]
-    """The position in the data after so many steps."""
+    """Returns the samples seen after a number of steps."""
 
 
 def examine(path: Path, expected: Expected) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _number(what: str, value: Any) -> float:
 
 
 def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """Return the differences of names and shapes, or "". Without differences every row has to be there."""
+    """Return the differences of names and shapes, or ""; without differences, check types and missing rows."""
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     if problem := format.other_model(shapes, expected):
         return problem
@@ -276,7 +276,7 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
 
 
 class _Trial:
-    """Return an optimizer of the run's type and groups for tensors on the meta device.
+    """An optimizer of the run's type and groups, for tensors on the meta device.
 
     Args:
         chosen: the names of the parameters that are in it.

@@ -39,7 +39,7 @@ def starting_point(
         resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
         config: the run's settings; those in `may_change` may differ from the checkpoint's.
         stamp: identifies the run beside the settings.
-        defaults: values of settings that a checkpoint does not name, because they are younger than the checkpoint.
+        defaults: values of settings that were added after a checkpoint was made.
         expected: the required content of a checkpoint; None checks only checksums, settings and stamp.
 
     Raises:
@@ -75,13 +75,13 @@ def starting_point(
     for line in checkpoints.put_right():
         print(line, flush=True)
     path, others = _first(checkpoints.all(), examined)
-    if path is None and others:  # a new run in this folder has to be asked for
+    if path is None and others:  # a new run in this folder takes resume='never'
         raise CheckpointError(str(others[0]))
     return path or _among_inputs(config, may_change, stamp, defaults, examined)
 
 
 def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
-    """Return the first usable checkpoint and the other runs' before it; print each that is passed over."""
+    """Return the first usable checkpoint, and the errors of other runs' before it; print skipped ones."""
     others: list[OtherRunError] = []
     for path in paths:
         try:
@@ -116,7 +116,7 @@ def _among_inputs(
                 found.append((facts["step"], path))
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
-    # newest first, and no further than the first that serves: a checksum reads the whole of it
+    # newest first, and only up to the first usable one, since a checksum reads a whole checkpoint
     newest, different = _first((path for _, path in sorted(found, reverse=True)), examined)
     told = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
     if newest is None and told:

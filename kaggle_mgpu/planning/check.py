@@ -30,7 +30,7 @@ Status = Literal["passed", "failed", "skipped"]
 TIMEOUT = 60.0
 """Seconds without a sign of life before the workers count as hanging. NCCL's first collective takes a few."""
 SHARED_MEMORY = 256 << 20
-"""Free bytes expected in /dev/shm: four loader processes, each two batches of up to 20 MB ahead, and NCCL's buffers
+"""Free bytes expected in /dev/shm: four loader processes with two batches of up to 20 MB each, and NCCL's buffers
 between GPUs without peer access. Docker's default of 64 MB is too small."""
 DISK = 2 << 30
 """Free bytes expected for runs: five sets of weights and moments of a model of 30 M parameters."""
@@ -329,4 +329,4 @@ def _in_worker(notes: str, folder: str) -> None:
             note = Path(notes) / f"{name}.json"
             note.with_suffix(".part").write_text(json.dumps(found))
             note.with_suffix(".part").rename(note)
-        distributed.barrier()  # the file is there before a rank can die in the next stage
+        distributed.barrier()  # the file is written before a rank can die in the next stage

@@ -26,7 +26,7 @@ from ..parallel import distributed
 from ..training import Task, build_parts, expect, is_out_of_memory, settle_micro_batch, take_step
 
 WARM_UP = 3
-"""Steps before the timing starts: imports, autotuning, DistributedDataParallel's new bucket order after its first."""
+"""Steps before the timing starts: for imports, autotuning, and DistributedDataParallel's reordering of its buckets."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def compare_strategies(
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """Return how much more one job per GPU gives, for several runs, than all GPUs together; "" for less than 10 %."""
+    """Return a sentence on the gain of one job per GPU over ddp, for several runs; "" for less than 10 %."""
     rates = {row.strategy: row.samples_per_s for row in rows if row.samples_per_s}
     ddp = next((row for row in rows if row.strategy == "ddp" and row.samples_per_s), None)
     if ddp is None or "single" not in rates:
@@ -129,7 +129,7 @@ def advice(rows: Sequence[Row]) -> str:
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """Return the config with the micro-batch of so many replicas: fewer replicas accumulate the rest."""
+    """Return the config with the micro-batch of `replicas`; with fewer replicas, accumulation makes up the batch."""
     if config.micro_batch_size == "auto":
         size = config.global_batch_size
         size = parse_per_gpu(size) * replicas if isinstance(size, str) else size
@@ -167,7 +167,7 @@ def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
     for device in mine:
         torch.cuda.reset_peak_memory_stats(device)
     parts = settle_micro_batch(build_parts(config, task), folders=[])
-    # with a learning rate of 0 nothing diverges: only the time of a step is asked for
+    # with a learning rate of 0 nothing diverges; only the time of a step matters
     parts = dataclasses.replace(parts, lr_at=lambda step: 0.0, ema=None)
     batches = parts.batches(samples_seen=0)
     seconds, samples, terms = [], 0, 0

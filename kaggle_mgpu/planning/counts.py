@@ -1,10 +1,11 @@
 """Count the operations and bytes that training a model takes, from shapes alone: nothing is computed.
 
-(facts,) = count_all([(config, task, True)])   # as it would be under autocast on a GPU
+(facts,) = count_all([(config, task, True)])   # counted as under autocast on a GPU
 facts.memory(samples=32)                 # bytes on one GPU, by what they are for
 
 The forward and backward passes run on torch's fake tensors, which have shapes and no data: a U-Net on cubes of 128
-voxels is counted in seconds. A loss that looks at values (`.item()`, numpy) cannot be run so; its passes are computed.
+voxels is counted in seconds. A loss that reads values (`.item()`, numpy) fails on fake tensors; then the passes are
+really computed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Operators(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += not func.is_view and func.namespace != "prim"  # prim: a fake tensor asked for its device
+        self.number += not func.is_view and func.namespace != "prim"  # prim: queries such as a fake tensor's device
         return func(*args, **(kwargs or {}))
 
 
@@ -88,12 +89,12 @@ FP32_ON_CUDA = frozenset(
     "nll_loss norm pow prod reciprocal rms_norm rsqrt smooth_l1_loss soft_margin_loss softmax softmin softplus sum "
     "__pow__ __rpow__ __rtruediv__".split()
 )
-"""Functions that CUDA's autocast computes in fp32 (torch's documentation of torch.amp lists them), and a CPU's does not
-or not all: the ones that models use."""
+"""Functions that CUDA's autocast computes in fp32 and a CPU's does not, or not always; of the list in torch's
+documentation of torch.amp, those that models use."""
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Under a CPU's autocast, give to the functions of FP32_ON_CUDA what a GPU's autocast gives them: fp32."""
+    """Under a CPU's autocast, compute the functions of FP32_ON_CUDA in fp32, as a GPU's autocast does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,8 +115,8 @@ def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = 
     """Count runs one after the other in one worker, so that the counting modules are imported once.
 
     Args:
-        runs: config, task, and whether to count under autocast, in fp16 or bf16, whose sizes are the same.
-        on_cpu: the runs are to be on a CPU, whose autocast keeps other layers in half precision than a GPU's.
+        runs: config, task, and whether to count under autocast (in fp16 or bf16: the sizes are the same).
+        on_cpu: the planned runs are on a CPU, whose autocast keeps other layers in half precision than a GPU's.
     """
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
         alone = {"strategy": "single", "nproc": 1, "compile": False, "resume": "never", "max_restarts": 0}
@@ -130,7 +131,7 @@ def _count_each(runs: Sequence[tuple[TrainConfig, Task, bool]], on_cpu: bool) ->
 
 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
-    """Count a pass of four samples, and the bytes that two keep: the growth is per sample, the rest is fixed."""
+    """Count a pass of four samples, and the bytes of two: the difference is per sample, the rest is fixed."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
     # where auto means fp32 (a GPU before sm_70, a CPU), take the 16-bit type that this machine can compute in
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
@@ -140,7 +141,7 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     try:
         with autocast, shapes_alone(model) as fake:
             counted = _counted(parts, size, fake)
-    except Exception:  # a loss that looks at values; an error with another cause comes again
+    except Exception:  # a loss that reads values; an error with another cause comes up again below
         counted = None
     if counted is None:
         with autocast:
@@ -185,7 +186,7 @@ def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
-    """Count a pass of up to four samples; return the pass, two as a smaller number (or 0), and its bytes kept."""
+    """Count a pass of up to four samples; return the pass, a smaller number of samples (2 or 0), and their bytes."""
     whole, fewer = min(4, size), 2 if size > 2 else 0
     kept = 0
     if fewer:
@@ -202,7 +203,7 @@ def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # here the error no longer holds on to the tensors that did not fit
+    # outside the except block, since the error holds on to the tensors that did not fit
     model.zero_grad(set_to_none=True)
     release()
     return _pass(parts, 1), 0, 0
@@ -220,7 +221,7 @@ def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
     model = parts.strategy.model
     weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     held: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # else the next storage may get the number of one that is gone
+    alive: list[torch.Tensor] = []  # else a new storage may get the number of a freed one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -239,7 +240,7 @@ def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pas
     distributed.alive()
     strategy, model, batch = parts.strategy, parts.strategy.model, _batch(parts, samples, fake)
     without_values = fake or contextlib.nullcontext()
-    # torch counts what the plain attention does; the fused kernels of a CPU it passes over
+    # torch counts plain attention, but not the fused kernels of a CPU
     with without_values, FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
         strategy.forward(batch).backward()
     model.zero_grad(set_to_none=True)

@@ -22,9 +22,9 @@ from ..machine import devices
 from .counts import Facts
 
 REACHED = 1 / 3
-"""The assumed share of a GPU's published figures in training."""
+"""The assumed share of a GPU's published figures that training reaches."""
 LAUNCH = 10e-6
-"""The assumed seconds to launch an operator from Python on a core of 2 GHz. Small models are limited by these."""
+"""The assumed seconds to launch an operator from Python on a core of 2 GHz. Small models are limited by this."""
 BUCKET = 25 << 20
 """Bytes of gradients in one message of DistributedDataParallel (its default bucket_cap_mb)."""
 
@@ -37,7 +37,7 @@ class Published:
     """The memory that torch reports, less than the nominal size."""
     capability: tuple[int, int]
     peak: dict[str, float]
-    """Operations per second by precision, dense, without TF32, which torch leaves off."""
+    """Operations per second by precision, dense; fp32 without TF32, which torch leaves off."""
     bandwidth: float
     """Bytes per second of the memory."""
     link: float

@@ -3,8 +3,8 @@
     make gpu-proof                                        # JSON lines in build/gpu_proof.jsonl, and a table
     from kaggle_mgpu.planning import gpu_proof; gpu_proof.run("gpu_proof.json")   # the same in a notebook cell
 
-Each section runs in workers of its own with a time limit, and fails by itself. A section returns plain values with
-`right`, its verdict. The sections for two GPUs are left out where there is one.
+Each section runs in workers of its own with a time limit; if it fails, the others still run. A section returns plain
+values with `right`, its verdict. The sections for two GPUs are left out where there is one.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def compiled(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def _waits(folder: str) -> dict[str, int]:
-    """Count the waits of the host in five steps by torch's own debug mode, for optimizers and precisions."""
+    """Count the host's waits for the GPU in five steps by torch's debug mode, for optimizers and precisions."""
     found = {}
     for adamw in (True, False):
         for precision in ("fp32", "fp16"):
@@ -133,7 +133,7 @@ def _waits(folder: str) -> dict[str, int]:
 
 
 def host_waits(folder: str, quick: bool) -> dict[str, Any]:
-    """Count the waits of the host in five steps."""
+    """Count the host's waits for the GPU in five steps; there should be none."""
     found = launch(_waits, folder, nproc=1, in_worker=True)[0]
     return {"right": not any(found.values()), **found}
 

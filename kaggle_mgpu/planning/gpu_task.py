@@ -22,7 +22,8 @@ from ..training import Task, train
 
 STEPS = 40
 RELATIVE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
-"""Allowed relative difference of the weights from the CPU's after STEPS steps of SGD: rounding of 24, 8 and 11 bits."""
+"""Allowed relative difference of the weights from the CPU's after STEPS steps of SGD, by precision (24, 8 and 11
+bits)."""
 
 
 class Blocks(nn.Module):
@@ -47,7 +48,7 @@ class Blocks(nn.Module):
 
 @dataclasses.dataclass
 class Sum(Task):
-    """Learns the sum of 16 numbers; killed after a checkpoint if told so, short of memory beyond `most` samples."""
+    """Learn the sum of 16 numbers; `killed`: die after the first checkpoint; `most`: samples that fit into memory."""
 
     depth: int = 3
     width: int = 64

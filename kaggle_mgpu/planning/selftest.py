@@ -41,7 +41,7 @@ def precision() -> dict[str, Any]:
     """Compare a matrix product in each precision of the device with float64.
 
     Returns:
-        `precision` and `reason`, what "auto" means here; `differences`, of the rank that is furthest off.
+        `precision` and `reason`: what "auto" means here; `differences`: relative, by precision, on the worst rank.
     """
     device = distributed.device()
     gpus = devices.gpus() if device.type == "cuda" else []
@@ -61,12 +61,12 @@ def precision() -> dict[str, Any]:
 def all_reduce_bandwidth() -> dict[str, Any]:
     """Measure the bytes per second of an all-reduce between all ranks.
 
-    `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds, which
-    for a ring is what each link carries, whatever the number of ranks n.
+    `gigabytes_per_s` is the "bus bandwidth" of nccl-tests (doc/PERFORMANCE.md): bytes x 2 (n - 1) / n / seconds. In a
+    ring this is the rate of each link, for any number of ranks n.
 
     Returns:
-        With it `backend`, `ranks`, whether the sum was `right`, and `peers`: whether each GPU reads each other one's
-        memory, None where there are fewer than two.
+        `gigabytes_per_s`, `backend`, `ranks`, `right` (whether the sum was) and `peers`: whether each GPU can read each
+        other GPU's memory; None with fewer than two GPUs.
     """
     world, device = distributed.world_size(), distributed.device()
     nbytes = ALL_REDUCE[device.type]

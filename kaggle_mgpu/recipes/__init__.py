@@ -1,1 +1,1 @@
-"""Templates: one module each, with a `Config` and `task(config)`; what takes more than training has `run(config)`."""
+"""Recipes: each module has a `Config` and `task(config)`, and a `run(config)` if it does more than train."""

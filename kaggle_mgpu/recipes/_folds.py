@@ -1,4 +1,4 @@
-"""Train one model a fold, one fold per GPU at a time: the part that cross-validations of recipes share."""
+"""Train one model per fold, one fold per GPU at a time: shared by the cross-validations of the recipes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def configs_of(config: C, changes: Sequence[Mapping[str, Any]]) -> list[C]:
-    """Return the settings of each fold, a run on one GPU in output_dir/<n>-fold, from each fold's own changes."""
+    """Return one config per fold: `config` with the fold's `changes`, on one GPU, in output_dir/<folds>-fold."""
     folder = f"{config.output_dir}/{len(changes)}-fold"
     return [config.replace(nproc=1, strategy="single", output_dir=folder, **change) for change in changes]
 
 
 def launch_folds(function: Callable[[C], Any], config: C, configs: Sequence[C]) -> list[Any] | None:
-    """Call function(config) for each fold; return the values, or None, with a printed line, while a value is None.
+    """Call function(config) for each fold; return the values, or print a line and return None if a fold is unfinished.
 
     Args:
-        config: nproc is the number of folds at the same time.
+        function: returns None for a fold whose run has not finished.
+        config: nproc is the number of folds to train at the same time; "auto": one per GPU.
     """
     at_once = None if config.nproc == "auto" else int(config.nproc)
     values = launch_each(function, configs, at_once=at_once, gpu_ids=config.gpu_ids)
@@ -34,7 +35,11 @@ def launch_folds(function: Callable[[C], Any], config: C, configs: Sequence[C]) 
 
 
 def table(counts: Mapping[str, Sequence[int]], scores: Mapping[str, Sequence[float]]) -> str:
-    """Return a row for each fold with counts and scores by column, and the scores' mean and standard deviation."""
+    """Return a text table: a row per fold, then the mean and the sample standard deviation of each score.
+
+    Args:
+        counts, scores: the columns by name, each with a value per fold.
+    """
     width = {name: max(10, len(name) + 2) for name in (*counts, *scores)}
     lines = [" " * 20 + "".join(f"{name:>{n}}" for name, n in width.items())]
     for number in range(len(next(iter(scores.values())))):

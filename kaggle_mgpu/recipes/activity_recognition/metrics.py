@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def confusion(true: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How often class i (row) was taken for class j (column), int64 (classes, classes)."""
-    # a product of one-hot rows: bincount has no deterministic form on a GPU
+    """Count how often true class i (row) was predicted as class j (column): int64 (classes, classes)."""
+    # a product of one-hot rows, since bincount is not deterministic on a GPU
     one_hot = [F.one_hot(labels, classes).double() for labels in (true, predicted)]
     with torch.autocast(true.device.type, enabled=False):
         return (one_hot[0].T @ one_hot[1]).round().long()

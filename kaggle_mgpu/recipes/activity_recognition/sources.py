@@ -5,15 +5,16 @@
 
 Three layouts are read, and every value is checked before training starts:
 
-UCI HAR: a folder with `train/Inertial Signals/body_acc_x_train.txt` and the eight others (a window of 128 numbers a
+UCI HAR: a folder with `train/Inertial Signals/body_acc_x_train.txt` and the eight others (a window of 128 numbers per
 line), `train/y_train.txt` (labels from 1), `train/subject_train.txt`, the same in `test`, and `activity_labels.txt`.
 
 .npz: arrays `x` float (windows, channels, time), `y` (windows,) and `subject` (windows,), numbers or strings; optional
 `classes` (names; y then counts from 0) and `channels` (names, such as acc_x).
 
-.csv, a file or a folder of them, one row a moment: columns `subject,label,time` and then one a channel. The rows of a
-recording stand one below the other. A recording ends where subject or label changes, and where time goes back or jumps
-by more than 1.5 of the file's usual steps; it is cut into windows, and what is left at its end is dropped.
+.csv, a file or a folder of files, one row per time step: the columns `subject,label,time`, then one per channel. The
+rows of a recording are consecutive. A recording ends where subject or label changes, or where time goes back or jumps
+by more than 1.5 times the file's median step. Recordings are cut into windows; rows that do not fill a window are
+dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CSV_FILES = "*.[cC][sS][vV]"
 CSV_COLUMNS = ["subject", "label", "time"]
 NPZ_ARRAYS = ("x", "y", "subject")
 SHORTEST = 8
-"""Fewest moments in a window, since the network halves their number twice."""
+"""Fewest time steps in a window, since the network halves their number twice."""
 LAYOUTS = (
     "the UCI HAR layout (train/Inertial Signals, test/Inertial Signals), an .npz file with the arrays x, y and "
     "subject, or .csv with the columns subject,label,time,CHANNEL,..."
@@ -49,11 +50,11 @@ LAYOUTS = (
 
 
 def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Windows, str]:
-    """Return the windows of `data_path`, else of the inputs, else embedded ones, and the reason for the choice.
+    """Return the windows of `data_path`, else of the inputs, else of `embedded`, and the reason for the choice.
 
     Raises:
-        FileNotFoundError: nothing there, or a file of the layout is missing.
-        ValueError: the layout is not known, or a value is not as it should be; with file and line.
+        FileNotFoundError: data_path does not exist, or a file of the layout is missing.
+        ValueError: an unknown layout, or a wrong value, with its file and line.
     """
     if data_path is not None:
         path = Path(data_path).expanduser().resolve()
@@ -109,8 +110,8 @@ def read_uci(folder: Path) -> Windows:
 
     Raises:
         FileNotFoundError: a file or folder is missing.
-        ValueError: a line of the wrong length, a value that is no finite number, a label or subject that cannot be,
-            files that do not count the same windows, a subject in both parts.
+        ValueError: a line of the wrong length, a value that is not a finite number, a label out of range, files with
+            different numbers of windows, a subject in both parts.
     """
     classes = _uci_classes(folder / "activity_labels.txt")
     xs, ys, subjects, counts, length = [], [], [], [], None
@@ -156,7 +157,7 @@ def read_uci(folder: Path) -> Windows:
 
 
 def _uci_classes(file: Path) -> tuple[str, ...]:
-    """Names by number from "1 WALKING" lines; the published ones where the file is not there."""
+    """Return the class names from lines such as "1 WALKING"; the published names if the file is missing."""
     if not file.is_file():
         return UCI_ACTIVITIES
     names: list[str] = []
@@ -192,17 +193,17 @@ def _column(file: Path) -> list[tuple[int, int]]:
 
 
 def _matrix(file: Path, length: int | None) -> NDArray[np.float32]:
-    """Lines of numbers, all `length` long (None: as the first); float32 (lines, length)."""
+    """Read lines of `length` numbers each (None: as many as in the first line) as float32 (lines, length)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are no lines: said below
+            warnings.simplefilter("ignore")  # about an empty file: reported below
             rows: NDArray[np.float32] = np.loadtxt(file, dtype=np.float32, ndmin=2, comments=None, encoding="utf-8-sig")
         good = rows.size > 0 and length in (None, rows.shape[1]) and bool(np.isfinite(rows).all())
     except ValueError:
         good = False
     if good:
         return rows
-    # something is wrong: only now is it worth reading line by line, to say where
+    # something is wrong: read line by line, to name the place
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not (words := line.split()):
             continue
@@ -235,10 +236,10 @@ def _npz_names(file: Path) -> set[str]:
 
 
 def read_npz(file: Path) -> Windows:
-    """Read an .npz file with the arrays of the module's docstring.
+    """Read an .npz file with the arrays in this module's docstring.
 
     Raises:
-        ValueError: not such a file, or arrays that do not fit each other; with what was found.
+        ValueError: an unreadable file, a missing array, or values or shapes that do not fit.
     """
     try:
         with np.load(file, allow_pickle=False) as archive:
@@ -283,7 +284,7 @@ def read_unlabelled(file: Path, channels: int) -> tuple[NDArray[np.float32], lis
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, other channels than trained on, or ids that do not fit; with what was found.
+        ValueError: an unreadable file, another number of channels than `channels`, or of ids than windows.
     """
     if not file.is_file():
         raise FileNotFoundError(f"predict_path: no such file: {file}")
@@ -327,15 +328,15 @@ def _csv_rows(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]
 
 
 def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
-    """Recordings from rows of `subject,label,time,CHANNEL,...`, cut into windows every `stride` rows.
+    """Read rows of `subject,label,time,CHANNEL,...`, and cut recordings into windows, one every `stride` rows.
 
     Raises:
-        ValueError: another header, a row of the wrong length or with no finite number; with file and line. No
-            recording as long as a window.
+        ValueError: another header, a row of the wrong length or a value that is not a finite number, with file and
+            line; or no recording as long as a window.
     """
     header = _csv_header(files[0])
     if not header:
-        _text(files[0])  # says so where that is no text
+        _text(files[0])  # raises if the file is not UTF-8
     if header[:3] != CSV_COLUMNS or len(header) < 4:
         raise ValueError(
             f"{files[0]}, line 1: expected the columns subject,label,time,CHANNEL,..., got {','.join(header)}"
@@ -345,7 +346,7 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
         if _csv_header(file) != header:
             raise ValueError(f"{file}, line 1: expected the columns of {files[0].name}, {','.join(header)}")
         whose: list[tuple[str, str]] = []
-        known: dict[tuple[str, str], tuple[str, str]] = {}  # each pair once in memory, not once a row
+        known: dict[tuple[str, str], tuple[str, str]] = {}  # keeps each pair in memory once, not once per row
         values = array("d")
         with file.open(encoding="utf-8-sig", newline="") as lines:
             rows = _csv_rows(file, lines)
@@ -390,7 +391,7 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
     )
 
 
-# Who is held out
+# Split
 def split(
     windows: Windows,
     test_fraction: float,
@@ -400,12 +401,12 @@ def split(
 ) -> dict[str, NDArray[np.int64]]:
     """Return the windows' indices of "train", "val" and "test", in order; no subject is in two parts.
 
-    `test_subjects` are the test set, else the published one, else a `test_fraction` of the subjects, chosen by a digest
-    of (seed, name). A `val_fraction` of the other subjects is for validation. Where the data does
-    not say whose a window is, validation takes that fraction of each class.
+    The test set is `test_subjects`, else the published one, else a `test_fraction` of the subjects, chosen by a digest
+    of (seed, name). A `val_fraction` of the other subjects is for validation. If the data names no subjects, validation
+    takes this fraction of each class.
 
     Raises:
-        ValueError: test_subjects that are not there; too few subjects; a class of which nothing is left to train on.
+        ValueError: test_subjects missing from the data; too few subjects; a class without training windows.
     """
     n = len(windows.y)
     everything = np.arange(n)
@@ -441,7 +442,7 @@ def split(
 
 
 def chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    """Return the names with the smallest digests of (seed, name): a fraction of all, at least one unless it is 0."""
+    """Return the share `fraction` of names with the smallest digests of (seed, name), at least one unless it is 0."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
 

@@ -1,4 +1,4 @@
-"""Take the same training steps under each strategy, and put what comes out side by side."""
+"""Take the same training steps under each strategy, and compare speed, memory and results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .settings import Config
 @distributed.returns_rank0
 def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
     """Train, and return the result with the peak memory of torch on each GPU (bytes; [] without a GPU)."""
-    if torch.cuda.is_initialized():  # one process trains where it was called: what was there before does not count
+    if torch.cuda.is_initialized():  # a single process trains here, where earlier work may have left a peak
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     result = train(config, task)
@@ -32,16 +32,16 @@ def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
 
 
 def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, Any]]:
-    """Take the same `steps` training steps under each strategy possible on this machine; on a CPU, two replicas.
+    """Take the same `steps` training steps under each strategy possible on this machine; two replicas on a CPU.
 
     Returns:
-        One row a strategy: strategy, replicas, samples_per_s (the median of a few records, the first left out),
-        memory (bytes of the fullest GPU, None without one), and what validation gave at the end: loss, accuracy.
-        The same figures in all rows are the point: to 1e-6 in fp32, to rounding in half precision.
+        One row per strategy: strategy, replicas, samples_per_s (the median over the log's records but the first),
+        memory (peak bytes of the fullest GPU; None without one), and the final validation loss and accuracy. Loss and
+        accuracy should be the same in all rows: to 1e-6 in fp32, to rounding in half precision.
     """
     gpus = len(devices.select(config.gpu_ids))
     replicas = (gpus or 2) if config.nproc == "auto" else int(config.nproc)
-    # the batch that so many replicas have, whatever their number: with micro_batch_size alone it would be another one
+    # the same batch under each strategy: with micro_batch_size alone it would grow with the number of replicas
     batch = BatchPlan.make(
         dataset_size=1,
         num_replicas=replicas,
@@ -78,7 +78,7 @@ def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, 
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `side_by_side` as a table."""
+    """Format the rows of `side_by_side` as a table."""
     lines = ["strategy  replicas  windows/s  ratio  memory per GPU  validation loss  accuracy"]
     for row in rows:
         memory = "no GPU" if row["memory"] is None else f"{row['memory'] / 2**20:,.0f} MiB"

@@ -24,7 +24,7 @@ Part = Literal["train", "val", "test"]
 
 
 class Signals(Dataset[Any]):
-    """Windows in memory, in whole batches: (x (B, channels, T), y (B,))."""
+    """Windows in memory, `repeats` times per epoch; `batch` gives (x (B, channels, T), y (B,))."""
 
     def __init__(self, x: Tensor, y: Tensor, repeats: int = 1) -> None:
         self.x, self.y, self.repeats = x, y, repeats
@@ -43,14 +43,14 @@ class Signals(Dataset[Any]):
 class Augmented(Signals):
     """Windows one by one, each with random numbers drawn from a generator seeded by (seed, epoch, sample)."""
 
-    batch = None  # type: ignore[assignment]  # a batch's chance would depend on how it is split
+    batch = None  # type: ignore[assignment]  # the random numbers would depend on how a batch is split
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return *super().__getitem__(index), torch.randn(CHANCES)
 
 
 class ActivityRecognition(Task):
-    """Classes of windows. A batch: (x float32 (B, channels, T), y int64 (B,)), in training with (B, CHANCES) more."""
+    """Classify windows. A batch: (x float32 (B, channels, T), y int64 (B,)), plus (B, CHANCES) if augmented."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -59,17 +59,17 @@ class ActivityRecognition(Task):
         """The windows of predict_path and their ids, once the data has been read."""
 
     def _data(self) -> tuple[Windows, str, dict[str, NDArray[np.int64]]]:
-        """The windows, read and checked at first use; they travel to the workers with the task."""
+        """Return windows, reason and parts: read and checked at first use, then pickled with the task."""
         if self._read is None:
             c = self.config
             windows, reason = find(c.data_path, c.window, c.stride)
             if (windows.y == windows.y[0]).all():
                 raise ValueError(f"{windows.source}: all windows are of one class, {windows.classes[windows.y[0]]!r}")
             parts = split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed)
-            if c.predict_path is not None:  # now, so that a malformed file is no error after the training
+            if c.predict_path is not None:  # read now, so that a malformed file is found before training
                 self.unlabelled = read_unlabelled(Path(c.predict_path).expanduser(), windows.x.shape[1])
             self._read = windows, reason, parts
-            # Stamps the checkpoints: other data, another split or another order of classes is another task
+            # stamps the checkpoints: a run does not continue with other data, another split or order of classes
             self.name = f"ActivityRecognition {digest(windows, parts)}"
         return self._read
 
@@ -83,7 +83,7 @@ class ActivityRecognition(Task):
         return self._data()[2][name]
 
     def part(self, name: Part) -> tuple[Tensor, Tensor]:
-        """(x float32 (windows, channels, T), y int64 (windows,)) of "train", "val" or "test"."""
+        """Return (x float32 (windows, channels, T), y int64 (windows,)) of "train", "val" or "test"."""
         rows = self.rows(name)
         return torch.from_numpy(self.windows.x[rows]), torch.from_numpy(self.windows.y[rows].astype(np.int64))
 
@@ -93,7 +93,7 @@ class ActivityRecognition(Task):
         return [] if whose is None else sorted(set(whose[self.rows(name)].tolist()), key=_number_first)
 
     def describe(self) -> str:
-        """Describe the source, the reason for the source, shape, classes and the three parts in a few lines."""
+        """Describe the source and the reason for it, the shape, the classes and the three parts in a few lines."""
         w, reason, parts = self._data()
         lines = [
             f"signals: {w.source} ({reason})",
@@ -115,7 +115,7 @@ class ActivityRecognition(Task):
 
     def model(self) -> Network:
         c, (x, _) = self.config, self.part("train")
-        # of the training windows alone: what is known about the others is not known yet
+        # of the training windows alone, so that nothing about the held-out windows enters the model
         mean, std = x.double().mean((0, 2)), x.double().std((0, 2))
         std = torch.where(std > 1e-8, std, 1.0)  # a channel that never changes
         return Network(mean, std, len(self.windows.classes), c.width, c.n_conv, c.n_attention, c.n_head)
@@ -144,7 +144,7 @@ class ActivityRecognition(Task):
         return {"loss": (F.cross_entropy(logits, y, reduction="sum"), len(y)), "confusion": (found, len(y))}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """loss (nats per window), accuracy and macro_f1."""
+        """Return loss (nats per window), accuracy and macro_f1."""
         shares = metrics["confusion"]
         return {"loss": float(metrics["loss"]), "accuracy": float(shares.trace()), "macro_f1": macro_f1(shares)}
 

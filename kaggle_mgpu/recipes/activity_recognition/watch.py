@@ -1,4 +1,4 @@
-"""Read the smart-watch recordings that the package seglearn carries, without importing it.
+"""Read the smart-watch recordings in the installed package seglearn, without importing seglearn.
 
 140 recordings at 50 Hz of accelerometer and gyroscope: seven shoulder exercises of ten people, both arms (Burns et al.
 2018, arXiv 1802.01489). The file is a pickled dictionary; only NumPy's arrays are unpickled, so it can run no code.
@@ -50,7 +50,7 @@ def read_watch(file: Path, window: int, stride: int) -> Windows:
     """Read seglearn's watch_dataset.npy, and cut each recording into windows every `stride` rows; (6, window) each.
 
     Raises:
-        ValueError: the file is not as seglearn 1.2 has it.
+        ValueError: the file is not that of seglearn 1.2, or no recording is as long as a window.
     """
     xs, ys, subjects = [], [], []
     try:

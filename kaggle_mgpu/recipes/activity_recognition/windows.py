@@ -23,4 +23,6 @@ class Windows:
     classes: tuple[str, ...]
     channels: tuple[str, ...]
     source: str
+    """The origin of the windows, in words."""
     note: str = ""
+    """A remark about the source, for descriptions."""

@@ -5,9 +5,10 @@
     print(CamouflageSegmentation(config).describe())
     result = run(config)
 
-Or: `python -m kaggle_mgpu train camouflage_segmentation`. COD10K is found among the inputs in its usual layouts
-(data.py); without it scenes are drawn, which say that they are synthetic. Each stage is a run in a folder of its own
-under output_dir that starts from the weights of the one before: a finished one returns at once, a killed one goes on.
+Or: `python -m kaggle_mgpu train camouflage_segmentation`. The recipe searches the inputs for COD10K in its usual
+layouts (data.py); without COD10K it draws synthetic scenes, and says so. Each stage is a run in its own folder under
+output_dir, and starts from the weights of the stage before. When `run` is called again, finished stages return at once
+and an interrupted stage continues.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Images and masks of camouflaged objects: files in the layouts of COD10K, or drawn scenes.
 
-    found = prepare(data_path=None)   # searched among Kaggle's inputs; every pair is checked; no files: drawn scenes
+    found = prepare(None, scenes=200, val_scenes=50)   # files among Kaggle's inputs, each checked; else drawn scenes
     train = Samples(found.train, size=256, augment=True)
 
 A sample is {"image": (3, size, size), "mask": (height, width)}, both uint8. For training the mask has the image's size;
-else it keeps its own, since that is what the measures are defined on.
+otherwise it keeps its own, on which the measures are defined.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""Formats that Pillow may read. Pillow goes by the content, and would run a program for a PostScript file."""
+"""Formats that Pillow may read. Pillow goes by a file's content, and would start Ghostscript for PostScript."""
 FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
-"""Names of the folders of images and masks: COD10K's own, the name in SINet's and later archives, two common names."""
+"""Names of the folders of images and masks: COD10K's own, those of SINet's and later archives, two common ones."""
 SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
 NOT_CAMOUFLAGED = "COD10K-NonCAM-"
-"""Prefix of COD10K's images without a hidden object; the field trains and tests without such images."""
+"""Prefix of COD10K's images without a hidden object; papers train and test without these images."""
 SOFT_EDGE = 0.05
-"""Largest share of a mask's pixels between 0 and 255: resized masks have soft edges."""
+"""Largest allowed share of a mask's pixels between 0 and 255; resized masks have soft edges."""
 EXPECTED = (
     "expected Train/Image and Train/GT_Object (with Test beside it: COD10K-v3), TrainDataset/Imgs and "
     "TrainDataset/GT (with TestDataset), or Imgs and GT"
@@ -90,9 +90,9 @@ Source = Scenes | Files
 
 
 def distinct_names(source: Source) -> list[str]:
-    """Return a name for each image, usable as a file name; equal names get their test set's: SET/NAME.
+    """Return a distinct file name for each image: NAME, or SET/NAME if test sets have the same names.
 
-    Images of one name in one folder (a.jpg and a.png) are numbered.
+    Equal names in one folder (a.jpg and a.png) are numbered.
     """
     names = [source.name(index) for index in range(len(source))]
     if isinstance(source, Files) and len(set(names)) < len(names):
@@ -128,7 +128,7 @@ def pillow() -> Any:
     """Import and return Pillow's module Image.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: Pillow is not installed.
     """
     try:
         from PIL import Image
@@ -161,6 +161,11 @@ def prepare(
 ) -> Found:
     """Find the data and check each pair of files.
 
+    Args:
+        val_fraction: share of the images held out where there is no test folder.
+        test_set: the folder in TestDataset to hold out. None: COD10K, else all folders.
+        scenes, val_scenes: numbers of scenes to draw where there are no files.
+
     Raises:
         FileNotFoundError: no such folder, or none of the layouts in it; or an image without a mask.
         ValueError: pairs that cannot be used, each with its path.
@@ -190,7 +195,7 @@ def _root(data_path: str | None) -> tuple[Path | None, str]:
     """Return the folder with one of the layouts, and the reason for the choice."""
     patterns = [f"{train}/{masks}" for train, _ in SPLITS for masks in dict.fromkeys(masks for _, masks in FOLDERS)]
     if data_path is None:
-        # only with a split: folders called images and masks may be anything's
+        # only with a split: folders called images and masks may belong to any data set
         for pattern in patterns:
             if found := session.find(pattern):
                 return found[0].parents[1], f"found among the inputs by {pattern}"
@@ -257,7 +262,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
-    """Choose pairs by the digest of their names, at least one: an image stays on its side when others are added."""
+    """Choose pairs by a digest of their names, at least one; adding images does not move the others."""
     place = {pair: int(hashlib.sha256(Path(pair[0]).name.encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs}
     first = [min(pairs, key=lambda pair: place[pair])] if len(pairs) > 1 else []
     return {pair for pair in pairs if place[pair] < fraction} | set(first)
@@ -265,12 +270,12 @@ def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
 
 # Checking
 def check(pairs: Sequence[Pair]) -> None:
-    """Look at each pair before anything is trained: whether both can be read, and at the mask's values.
+    """Check before training that each image and mask can be read, and that the masks' values are valid.
 
     Raises:
         ValueError: with the path of each file that cannot be used, up to five.
     """
-    with ThreadPoolExecutor(8) as pool:  # Pillow decodes, and the disk reads, without the interpreter's lock
+    with ThreadPoolExecutor(8) as pool:  # threads help: Pillow decodes without the interpreter's lock
         problems = [problem for problem in pool.map(_problem, pairs) if problem]
     if problems:
         more = f"\n(and {len(problems) - 5} more)" if len(problems) > 5 else ""
@@ -282,7 +287,7 @@ def _problem(pair: Pair) -> str | None:
     try:
         with pil.open(path, formats=FORMATS) as image:
             size = image.size
-            image.draft("L", (1, 1))  # a JPEG is read to its end, but not computed in full: 1.7 ms instead of 2.7
+            image.draft("L", (1, 1))  # reads a JPEG to its end, but at low resolution: 1.7 ms instead of 2.7
             image.load()
         path = pair[1]
         with pil.open(path, formats=FORMATS) as mask:
@@ -292,12 +297,12 @@ def _problem(pair: Pair) -> str | None:
             bands = np.reshape(mask.getextrema(), (-1, 2))[
                 : 3 if mask.mode == "RGBA" else 1 if mask.mode == "LA" else None
             ]
-            differ = bool((bands[:, 0] < bands[:, 1]).any())  # faint colours, indices of a palette of dark ones
+            differ = bool((bands[:, 0] < bands[:, 1]).any())  # faint colours, or indices of dark palette colours
     except Exception as error:  # Pillow's decoders raise nearly anything
         return f"{path}: cannot be read as an image: {error}"
     values = [value for value, count in enumerate(counts) if count]
     between = 1 - (counts[0] + counts[255]) / sum(counts)
-    # a mask of 0 and 1 would be read as empty, since an object is what lies above 128
+    # a mask of 0 and 1 would count as empty, since only values above 128 are object
     if between > SOFT_EDGE or 0 < values[-1] <= 128:
         return (
             f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} soft edge between; "
@@ -337,7 +342,7 @@ def pixels(image: Image, size: int) -> Tensor:
 
 
 def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
-    """Cut out a random part of at least three quarters of each side, mirror half of the parts, change colours."""
+    """Crop at random to at least three quarters of each side, mirror half of the crops, change colours."""
     from PIL import ImageEnhance
 
     pil = pillow()
@@ -374,8 +379,8 @@ def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw the image (size, size, 3) and mask (size, size) of a scene; a number always gives the same scene.
 
-    An object with a smooth random outline lies in a texture of waves of one direction. Its own has the same colours and
-    contrast, but somewhat finer waves of all directions: no brightness or colour gives it away.
+    An object with a smooth random outline lies in a texture of waves of one direction. The object's texture has the
+    same colours and contrast, but finer waves of all directions, so neither brightness nor colour reveals the object.
     """
     chance = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
@@ -398,7 +403,7 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
-    """Draw noise of about `grain` cycles a pixel, across `direction` or in all directions; mean 0, deviation 1."""
+    """Draw waves of about `grain` cycles per pixel along `direction` (radians; None: all); mean 0, deviation 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     if direction is None:
         keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)

@@ -1,16 +1,16 @@
-"""A decoder whose experts are of seven kinds, each after a published idea: Config.decoder="experts".
+"""A decoder with experts of seven kinds, each after a published method: Config.decoder="experts".
 
     decoder = ExpertsDecoder([32, 64, 128, 256], width=64, num_experts=7, top_k=2)
-    output = decoder(features)    # model.Output, as of the small decoder
+    output = decoder(features)    # a model.Output, as from the small decoder
 
-An expert maps (B, C, H, W) to the same shape, and sees one image at a time. A router weighs the experts at each
-position: weights for each image would leave the balance term nothing to balance but the batch, so that the gradient
-would depend on how the batch is split.
+An expert maps (B, C, H, W) to the same shape, each image by itself. A router weights the experts at each position. With
+one weight per image, the experts' use could be balanced only over the batch, and the gradient would depend on how the
+batch is split.
 
-All experts are computed everywhere, and weighted by 0 where top-k leaves them out: every parameter has a gradient in
-every step, as DistributedDataParallel needs, and no shape depends on data, as torch.compile needs. It costs
-num_experts / top_k times the operations that a sparse computation would take; the experts' inner width, half of the
-level's, makes up for part of that.
+All experts are computed everywhere, with weight 0 where top-k leaves them out. So every parameter has a gradient in
+every step, as DistributedDataParallel needs, and no shape depends on data, as torch.compile needs. This takes
+num_experts / top_k times the operations of a sparse computation; the experts' inner width, half of the level's, makes
+up for part of the cost.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def pooled(x: Tensor, bins: int) -> Tensor:
 
 
 def heads_of(width: int) -> int:
-    """Return a number of attention heads, of about 32 channels each."""
+    """Return the number of attention heads for `width` channels, about 32 channels each."""
     return math.gcd(width, max(1, width // 32))
 
 
@@ -55,7 +55,7 @@ class Texture(nn.Module):
     """Texture looks around a position at four distances at once.
 
     Parallel dilated convolutions, after the receptive field block (Liu, Huang and Wang 2018), which SINet (Fan et al.
-    2020) searches for camouflaged objects with.
+    2020) uses to search for camouflaged objects.
     """
 
     def __init__(self, width: int) -> None:
@@ -91,8 +91,8 @@ class Attention(nn.Module):
 class Hybrid(nn.Module):
     """Hybrid is a depth-wise convolution, then attention between channels.
 
-    Convolution for what is near and cross-covariance attention (El-Nouby et al. 2021, XCiT) for the whole, as EdgeNeXt
-    (Maaz et al. 2022) joins these two.
+    The convolution sees the neighbourhood, cross-covariance attention (El-Nouby et al. 2021, XCiT) the whole image, as
+    in EdgeNeXt (Maaz et al. 2022).
     """
 
     def __init__(self, width: int) -> None:
@@ -106,7 +106,7 @@ class Hybrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.near(x)
         query, key, value = (p.flatten(2).unflatten(1, (self.heads, -1)) for p in self.parts(x).chunk(3, 1))
-        query, key = F.normalize(wide(query), dim=3), F.normalize(wide(key), dim=3)  # squares overflow fp16
+        query, key = F.normalize(wide(query), dim=3), F.normalize(wide(key), dim=3)  # fp32: squares overflow fp16
         shares = (query @ key.transpose(2, 3) * self.scale.view(-1, 1, 1)).softmax(3)
         return self.out(x + (shares.to(value.dtype) @ value).reshape(x.shape))
 
@@ -114,9 +114,9 @@ class Hybrid(nn.Module):
 class Frequency(nn.Module):
     """Frequency mixes the channels of each frequency of the whole image.
 
-    A fast Fourier convolution (Chi, Jiang and Mu 2020), with group normalisation. Camouflage that deceives the eye is
-    easier to see among frequencies (Zhong et al. 2022, FDCOD). The transform is in fp32: cuFFT's half precision takes
-    powers of two only.
+    A fast Fourier convolution (Chi, Jiang and Mu 2020), with group normalisation. Camouflaged objects are easier to
+    detect by their frequencies (Zhong et al. 2022, FDCOD). The transform is in fp32, since cuFFT takes only powers of
+    two in half precision.
     """
 
     def __init__(self, width: int) -> None:
@@ -132,9 +132,9 @@ class Frequency(nn.Module):
 
 
 class Edge(nn.Module):
-    """Edge measures how steeply features change (Sobel), and where the slope does (Laplace).
+    """Edge measures the slope of features (Sobel) and the change of the slope (Laplace).
 
-    Edges guide the features where the object hardly differs from its surroundings (Sun et al. 2022, BGNet).
+    Edges help where an object hardly differs from its surroundings (Sun et al. 2022, BGNet).
     """
 
     kernels: Tensor
@@ -150,7 +150,7 @@ class Edge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         changes = F.conv2d(x, self.kernels.to(x.dtype), padding=1, groups=x.shape[1])
         across, down, second = wide(changes).unflatten(1, (-1, 3)).unbind(2)
-        steep = (across.square() + down.square() + 1e-6).sqrt()  # the root of 0 has no gradient
+        steep = (across.square() + down.square() + 1e-6).sqrt()  # the square root has no finite gradient at 0
         return self.out(torch.cat([x, steep.to(x.dtype), second.to(x.dtype)], 1))
 
 
@@ -170,8 +170,8 @@ class Context(nn.Module):
 class Contrast(nn.Module):
     """Contrast subtracts from a position the mean of its surroundings, at three sizes.
 
-    Centre and surround of Itti, Koch and Niebur 1998; over learned features, as Ding et al. 2018 (context contrasted
-    local features).
+    Centre-surround differences (Itti, Koch and Niebur 1998) of learned features, as in Ding et al. 2018 (context
+    contrasted local features).
     """
 
     def __init__(self, width: int) -> None:
@@ -183,7 +183,7 @@ class Contrast(nn.Module):
 
 
 def around(x: Tensor, side: int) -> Tensor:
-    """Return the mean of the square around each position; a column and then a row are the same for less."""
+    """Return the mean of the square around each position: columns, then rows, which is the same but cheaper."""
     x = F.avg_pool2d(x, (side, 1), 1, (side // 2, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, side), 1, (0, side // 2), count_include_pad=False)
 
@@ -198,8 +198,8 @@ KINDS: dict[str, type[nn.Module]] = {
 class Mixture(nn.Module):
     """Mixture adds to its input the experts' outputs, weighted at each position.
 
-    One convolution makes the inputs of all experts, and one sums their weighted outputs: the same as one pair for each
-    expert, in fewer and larger products of matrices.
+    One convolution makes the inputs of all experts, and one adds up their weighted outputs. The result is that of a
+    pair of convolutions for each expert, with fewer and larger matrix products.
 
     Args:
         top_k: how many experts a position uses; None: all of them, weighted softly.
@@ -208,7 +208,7 @@ class Mixture(nn.Module):
     def __init__(self, width: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
         self.top_k = top_k
-        inner = 4 * math.ceil(width / 8)  # half, in fours for the branches of texture and context
+        inner = 4 * math.ceil(width / 8)  # half, as a multiple of 4 for the branches of Texture and Context
         kinds = list(KINDS.values())
         self.norm = group_norm(width)
         self.router = nn.Conv2d(width, num_experts, 1)
@@ -229,9 +229,9 @@ class Mixture(nn.Module):
 class ExpertsDecoder(nn.Module):
     """ExpertsDecoder predicts from the coarsest feature to the finest; each prediction guides the next.
 
-    As the small decoder it is a feature pyramid with a head at each scale and one for the boundary. But its levels have
-    width, 2, 4 and 4 times width channels, and each looks separately at what the coarser prediction takes for the
-    object and for the rest (reverse attention: Fan et al. 2020, PraNet; both sides: Mei et al. 2021, PFNet).
+    Like the small decoder it is a feature pyramid with a head at each scale and one for the boundary. Unlike there, the
+    levels have width, 2, 4 and 4 times width channels, and each processes the object and the background of the coarser
+    prediction separately (background: reverse attention, Fan et al. 2020, PraNet; both: Mei et al. 2021, PFNet).
     """
 
     def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:
@@ -247,7 +247,7 @@ class ExpertsDecoder(nn.Module):
         self._begin()
 
     def _begin(self) -> None:
-        """Begin as a plain feature pyramid, to which experts and refinement have nothing to add yet."""
+        """Initialise as a plain feature pyramid: the outputs of experts and refinement begin at 0."""
         plain, added = [*self.lateral, *self.narrow], [*self.refine, *(mixture.expand for mixture in self.mixtures)]
         for layer in (*plain, *(mixture.reduce for mixture in self.mixtures)):
             nn.init.xavier_uniform_(layer.weight)

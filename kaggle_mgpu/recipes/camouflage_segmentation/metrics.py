@@ -5,9 +5,9 @@
 
 PySODMetrics follows the authors' MATLAB code: Fan et al. 2017 (S-measure), Fan et al. 2018 (E-measure), Margolin et al.
 2014 (weighted F). Its conventions are kept: a prediction is an 8-bit grey image of the mask's size, stretched to 0..1
-by its own minimum and maximum; a mask's object is what lies above 128. Papers average each measure over the images;
-the maximum of the E-measure is that of the averaged curve. tests/data/sod_reference.py makes the values that the tests
-compare with.
+by its own minimum and maximum; mask values above 128 are object. As in papers, each measure is averaged over the
+images, and the maximum E-measure is that of the averaged curve. tests/data/sod_reference.py makes the values that the
+tests compare with.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def measure(prediction: NDArray[np.uint8], mask: NDArray[Any]) -> dict[str, Any]
     """Return all measures of one image.
 
     Args:
-        prediction: (height, width) uint8, 255 where the object is surely.
+        prediction: (height, width) uint8, 255 where the object is certain.
         mask: (height, width), uint8 with the object above 128, or bool.
 
     Returns:
-        s_measure, e_adaptive, e_curve (256 values, thresholds 255 to 0), weighted_f, mae, iou, dice. The last two are
-        of the stretched prediction above 0.5, and 0 where neither it nor the mask has an object.
+        s_measure, e_adaptive, e_curve (256 values, thresholds 255 to 0), weighted_f, mae, iou, dice. iou and dice are
+        of the stretched prediction above 0.5, and 0 if neither this nor the mask has an object.
 
     Raises:
         ValueError: shapes that differ, or a prediction that is not uint8.
@@ -74,14 +74,14 @@ def report(means: Mapping[str, Any]) -> dict[str, float]:
 def s_measure(values: Floats, truth: NDArray[np.bool_]) -> float:
     """Return the structure measure, alpha 0.5 (Fan et al. 2017).
 
-    The measure compares object and background, and the four parts of the image around the object's centre.
+    The mean of two similarities: of object and background, and of the four image parts around the object's centre.
     """
     share = truth.mean()
     if share in (0, 1):
         return float(values.mean() if share else 1 - values.mean())
     of_objects = share * _alike(values[truth]) + (1 - share) * _alike(1 - values[~truth])
     height, width = truth.shape
-    # rounded half to even, and one more: MATLAB's 1:X holds X
+    # rounded half to even, plus one, since MATLAB's range 1:X includes X
     y, x = (int(centre) + 1 for centre in np.argwhere(truth).mean(0).round())
     weights = np.array([y * x, y * (width - x), (height - y) * x]) / truth.size
     weights = np.append(weights, 1 - weights[0] - weights[1] - weights[2])
@@ -98,7 +98,7 @@ def _alike(values: Floats) -> float:
 
 def _ssim(values: Floats, truth: NDArray[np.bool_]) -> float:
     if not values.size:
-        return 0.0  # beyond the edge: its weight is 0
+        return 0.0  # an empty part, of weight 0
     x, y, n = values.mean(), truth.mean(), values.size - 1 + EPS
     dx, dy = values - x, truth - y
     above = 4 * x * y * np.sum(dx * dy) / n
@@ -107,7 +107,7 @@ def _ssim(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def e_measure(values: Floats, truth: NDArray[np.bool_]) -> tuple[float, Floats]:
-    """Return the enhanced alignment measure (Fan et al. 2018) at twice the mean, and at thresholds 255 to 0."""
+    """Return the enhanced alignment measure (Fan et al. 2018) at twice the mean, and at 255 to 0."""
     threshold = min(2 * values.mean(), 1)
     at = values >= threshold
     levels = (values * 255).astype(np.uint8)
@@ -142,7 +142,7 @@ def weighted_f(values: Floats, truth: NDArray[np.bool_]) -> float:
         return 0.0
     error = np.abs(values - truth)
     squared, rows, columns = nearest(truth)
-    # what lies outside the object counts as its nearest edge does; only pixels near the object are asked for
+    # outside the object, the error of the nearest object pixel counts; only pixels near the object are needed
     spread = _gaussian(np.where(truth, error, error[rows, columns]), truth)
     weighted = np.where(truth & (spread < error), spread, error)
     outside = weighted[~truth] * (2 - np.exp(np.log(0.5) / 5 * np.sqrt(squared[~truth])))
@@ -167,8 +167,8 @@ def _gaussian(values: Floats, truth: NDArray[np.bool_]) -> Floats:
 def nearest(truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return each pixel's exact squared distance to the nearest True pixel, and the row and column of the nearest.
 
-    Where several are equally near it is the one with the smallest column, then the smallest row, as
-    scipy.ndimage.distance_transform_edt has it. The method is that of Maurer, Qi and Raghavan 2003, all rows at a time.
+    Of equally near pixels the one with the smallest column, then the smallest row, as in
+    scipy.ndimage.distance_transform_edt. The method is that of Maurer, Qi and Raghavan 2003, for all rows at once.
 
     Raises:
         ValueError: no pixel is True.
@@ -176,7 +176,7 @@ def nearest(truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int
     height, width = truth.shape
     if not truth.any():
         raise ValueError("nearest: expected at least one True pixel, got none")
-    # within each column: the nearest row above or at, and below or at
+    # within each column: the nearest True row at or above, and at or below
     far = 4 * (height + width)  # so far that no such column is ever the nearest
     y = np.arange(height)[:, None]
     above = np.maximum.accumulate(np.where(truth, y, -far), axis=0)

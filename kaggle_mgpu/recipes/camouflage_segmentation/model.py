@@ -2,14 +2,13 @@
 
     model = Segmenter(backbone("compact", width=40), width=64, num_experts=4)
     output = model(images)     # uint8 (B, 3, S, S), S a multiple of 32
-    output.logits[-1]          # (B, 1, S/4, S/4): the mask; before it the coarser ones that deep supervision trains
-    loss = loss_terms(output, masks, balance=0.01).sum()
+    output.logits[-1]          # (B, 1, S/4, S/4): the mask; the other logits are coarser, for deep supervision
+    loss = loss_terms(output, masks, balance_weight=0.01).sum()
 
-Nothing here depends on the rest of the batch: normalisation is over channels, routing and its balance are per image,
-and a timm backbone's BatchNorm keeps the statistics it came with. So the gradient is the same however the batch is
-split. Every expert is computed for every pixel and weighted (by 0 where top-k leaves it out): a few small convolutions
-are cheaper than gathering pixels, and no parameter is ever without a gradient, which DistributedDataParallel would
-wait for.
+No image depends on the rest of the batch: normalisation is over channels, routing and its balance are per image, and a
+timm backbone's BatchNorm keeps its pretrained statistics. So the gradient does not depend on how the batch is split.
+Every expert is computed for every pixel, with weight 0 where top-k leaves it out: a few small convolutions are cheaper
+than gathering pixels, and every parameter has a gradient, as DistributedDataParallel needs.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from torch.utils.checkpoint import checkpoint
 
 STRIDES = (4, 8, 16, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet: what an image is normalised by where a backbone does not say otherwise."""
+"""ImageNet's mean and standard deviation of RGB in 0 to 1, for backbones that name no others."""
 SIZED = ("swin", "maxvit", "maxxvit", "coatnet", "hiera", "vit_", "deit", "beit", "eva")
-"""Beginnings of the names of timm's backbones that are made for one image size."""
+"""Prefixes of the names of timm backbones that are made for one image size."""
 DILATIONS = (1, 2, 3, 5)
-"""Of the experts' kernels, in turn: they differ in how far they look."""
+"""Dilations of the experts' kernels, in turn, so that experts see neighbourhoods of different sizes."""
 
 
 class Output(NamedTuple):
@@ -40,7 +39,7 @@ class Output(NamedTuple):
     boundary: Tensor
     """(B, 1, S/4, S/4): logits of the object's edge."""
     balance: Tensor
-    """(B,): how unevenly the experts are used, per image: 1 for evenly, num_experts for one alone."""
+    """(B,): how unevenly each image uses the experts, from 1 (evenly) to num_experts (one alone)."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -68,9 +67,9 @@ class Block(nn.Module):
 class Compact(nn.Module):
     """Compact is a backbone of four levels of residual blocks, trained from scratch, without package or download.
 
-    With the balanced decoder 2.5 M parameters at width 32. Its features have width, 2, 4 and 8 times width channels.
-    (ConvNeXt's blocks over a stem of two 3 x 3 kernels learn textures from scratch more slowly: IoU 0.24 where these
-    had 0.51, after 200 steps of 8 synthetic scenes, one block a level, width 16, plain cross entropy.)
+    At width 32, with the decoder of preset balanced: 2.5 M parameters. The features have width, 2, 4 and 8 times width
+    channels. (ConvNeXt's blocks over a stem of two 3 x 3 kernels learn textures more slowly: IoU 0.24 against 0.51
+    after 200 steps of 8 synthetic scenes, with one block per level, width 16 and plain cross entropy.)
     """
 
     def __init__(self, width: int = 32, depths: tuple[int, ...] = (2, 2, 2, 1)) -> None:
@@ -78,7 +77,7 @@ class Compact(nn.Module):
         self.channels = [width * 2**level for level in range(len(depths))]
         self.levels = nn.ModuleList()
         for level, (channels, depth) in enumerate(zip(self.channels, depths, strict=True)):
-            # a wide first kernel, as ResNet's: textures are told apart before they are sampled too coarsely
+            # a wide first kernel, as in ResNet, sees textures before the resolution is too low
             below = channels if level == 0 else self.channels[level - 1]
             wide = [nn.Conv2d(3, width, 7, 2, 3, bias=False), group_norm(width), nn.GELU()] if level == 0 else []
             down = [nn.Conv2d(below, channels, 3, 2, 1, bias=False), group_norm(channels), nn.GELU()]
@@ -94,10 +93,10 @@ class Compact(nn.Module):
 
 
 def state_dict(path: str) -> dict[str, Tensor]:
-    """Return the weights in a file of torch.save, by timm's names; averaged weights where the file has any.
+    """Return the weights in a file of torch.save, by timm's names; the averaged weights if the file has any.
 
     Raises:
-        ValueError: it cannot be read, or not without running code that is in it.
+        ValueError: the file cannot be read, or only by running code in it.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -120,8 +119,8 @@ class WeightsError(ValueError):
 class Timm(nn.Module):
     """Timm wraps a backbone of timm, and returns its features of strides 4 to 32.
 
-    BatchNorm keeps the running statistics it came with, in training too: they would otherwise depend on how the batch
-    is split. With random weights they are 0 and 1, so choose a backbone without BatchNorm to train from scratch.
+    BatchNorm keeps its pretrained running statistics in training too, because batch statistics would depend on how the
+    batch is split. With random weights these are 0 and 1, so choose a backbone without BatchNorm to train from scratch.
 
     Raises:
         ImportError: timm is not installed.
@@ -152,7 +151,7 @@ class Timm(nn.Module):
         said: dict[str, Any] = {}
         for attribute in ("default_cfg", "pretrained_cfg"):
             said |= getattr(self.body, attribute, {})
-            getattr(self.body, attribute, {}).pop("state_dict", None)  # else it holds on to the weights as they came
+            getattr(self.body, attribute, {}).pop("state_dict", None)  # else the loaded weights stay in memory
         self.mean, self.std = said.get("mean", MEAN), said.get("std", STD)
         info = self.body.feature_info
         strides = list(info.reduction())
@@ -162,10 +161,13 @@ class Timm(nn.Module):
         self.channels = [info.channels()[index] for index in self.wanted]
 
     def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, chance: Tensor) -> None:
-        """Raise a WeightsError where a tensor has the random values that the same seed gives without any weights.
+        """Raise a WeightsError if a tensor still has the random values that the same seed gives without weights.
 
-        timm loads a backbone without its head by names, and passes over what does not fit, without a word. Tensors that
-        begin constant (biases, norms) say nothing and are left out.
+        timm loads weights by name and silently skips what does not fit. Tensors with constant initial values (biases,
+        norms) prove nothing and are left out.
+
+        Args:
+            chance: the state of torch's generator before the model was made.
         """
         plain = {key: value for key, value in options.items() if key != "pretrained_cfg_overlay"}
         with torch.random.fork_rng(devices=[]):
@@ -217,9 +219,9 @@ def backbone(name: str, *, width: int, weights: str | None = None, image_size: i
     """Make `compact`, or a backbone of timm by its name; `channels` lists the channels of its four features.
 
     Args:
-        width: of the compact one.
+        width: channels of the compact backbone's first level.
         weights: for timm's: None (random), "download", or a file.
-        image_size: pixels of a side, for the backbones of timm's that are made for one size.
+        image_size: pixels per side, for timm backbones that are made for one size.
     """
     return Compact(width) if name == "compact" else Timm(name, weights, image_size)
 
@@ -273,7 +275,7 @@ def gates(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
     weights = shares
     if top_k is not None:
         weights = shares * torch.zeros_like(shares).scatter(1, shares.topk(top_k, dim=1).indices, 1.0)
-        # with a single expert the share itself is the gate (Fedus et al. 2021): 1 would give no gradient
+        # with a single expert the share itself is the gate (Fedus et al. 2021): a constant 1 would have no gradient
         if top_k > 1:
             weights = weights / weights.sum(1, keepdim=True)
     return weights, balance(shares, top_k)
@@ -282,9 +284,9 @@ def gates(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
 def balance(shares: Tensor, top_k: int | None) -> Tensor:
     """Return the load-balancing term of Fedus et al. 2021 (Switch Transformer, eq. 4), of each image by itself.
 
-    num_experts x sum over experts of (share of the choices that fall on it) x (its mean share): 1 where all are used
-    alike. Over the images of a batch it would depend on how the batch is split. With soft routing both factors are the
-    mean share.
+    num_experts x sum over experts of (share of the choices that fall on the expert) x (its mean share): 1 if all are
+    used equally. It is per image, since over a batch it would depend on how the batch is split. With soft routing both
+    factors are the mean share.
 
     Args:
         shares: (B, num_experts, H, W), sum 1 over the experts.
@@ -334,7 +336,7 @@ class Segmenter(nn.Module):
     def unfreeze(self, share: float) -> None:
         """Train the decoder and the last `share` of the backbone's blocks, rounded up; freeze the other blocks."""
         parts = blocks(self.backbone)
-        # where all are trained, so is what belongs to no block
+        # with share 1, parameters outside the blocks are trained too
         self.backbone.requires_grad_(share >= 1)
         for part in parts[len(parts) - math.ceil(share * len(parts)) :]:
             part.requires_grad_(True)
@@ -385,21 +387,21 @@ class Decoder(nn.Module):
 
 
 def maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
-    """Call a part of `owner`; where gradient checkpointing is on, its backward pass computes the part again."""
+    """Call a part of `owner`; with gradient checkpointing, the backward pass recomputes the part to save memory."""
     if owner.checkpointing and owner.training:
         return checkpoint(part, x, use_reentrant=False)
     return part(x)
 
 
-# Losses: each gives one number an image, so that their sum is the same however the batch is split
+# Losses: one number per image, so that the sum does not depend on how the batch is split
 def pixel_weights(target: Tensor) -> Tensor:
     """Return 1 + 5 |mean of the neighbourhood - pixel| of a mask (B, 1, H, W): 1 to 6, largest near the edge.
 
-    Around means a square of 31 pixels at F3Net's image size of 352, and as large a part of any other: on small images
-    31 pixels would be everywhere near the edge.
+    The neighbourhood is a square: F3Net's 31 pixels at its image size of 352, and the same proportion of other sizes,
+    since on small images every pixel is within 31 pixels of the edge.
     """
     side = max(3, round(31 * min(target.shape[2:]) / 352) | 1)
-    # a column and then a row are the same mean for a fifteenth of the time
+    # columns, then rows: the same mean in a fifteenth of the time
     mean = F.avg_pool2d(target, (side, 1), stride=1, padding=(side // 2, 0))
     mean = F.avg_pool2d(mean, (1, side), stride=1, padding=(0, side // 2))
     return 1 + 5 * (mean - target).abs()
@@ -408,12 +410,11 @@ def pixel_weights(target: Tensor) -> Tensor:
 def structure_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return weighted binary cross entropy plus weighted IoU (Wei, Wang and Huang 2020, F3Net) of each image.
 
-    (F3Net's published code averages the cross entropy before it is weighted, by an outdated argument of torch's, as
-    most copies of it do; this is the formula of the paper.) In fp32 whatever the logits are: sums over an image
-    overflow fp16.
+    This is the formula of the paper. (F3Net's published code and most copies average the cross entropy before it is
+    weighted, because of an outdated argument of torch's.) Computed in fp32, since sums over an image overflow fp16.
 
     Args:
-        logits: (B, 1, H, W). target: the same, 0 to 1. weight: `pixel_weights(target)`, where it is known already.
+        logits: (B, 1, H, W). target: the same, 0 to 1. weight: `pixel_weights(target)`, if already computed.
 
     Returns:
         (B,)
@@ -446,8 +447,8 @@ def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
 def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tensor:
     """Return the whole loss of each image, (B,).
 
-    The prediction's structure loss; 1/2, 1/4 and 1/8 of the coarser ones'; half of the boundary's; and the balance of
-    the experts.
+    The sum of the prediction's structure loss; 1/2, 1/4 and 1/8 of the coarser predictions'; half of the boundary loss;
+    and balance_weight times the balance of the experts.
 
     Args:
         target: (B, 1, S, S), 0 to 1.
@@ -464,11 +465,11 @@ def enlarged(logits: Tensor, size: Any) -> Tensor:
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
-# What it costs
+# Cost
 def cost(model: Segmenter, size: int) -> tuple[int, float, float]:
     """Count parameters, FLOPs of one image's forward pass, and bytes kept for its backward pass (fp32).
 
-    Counted on torch's meta device: nothing is computed. `model` is on it: `model.to("meta")`.
+    `model` must be on torch's meta device (`model.to("meta")`), where nothing is computed.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -480,7 +481,7 @@ def cost(model: Segmenter, size: int) -> tuple[int, float, float]:
         if id(tensor) not in own and (tensor._base is None or id(tensor._base) not in own):
             storage = tensor.untyped_storage()
             kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)  # else the next one may get its address
+            alive.append(tensor)  # else another tensor may get the same address
         return tensor
 
     image = torch.zeros(1, 3, size, size, device="meta")

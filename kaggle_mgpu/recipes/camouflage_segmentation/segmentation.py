@@ -1,4 +1,4 @@
-"""This module has the task (loss, measures, optimizer), predictions, figures and baselines."""
+"""The task (loss, measures, optimizer), predictions, figures and baselines."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _segmenter(sizes: Sizes, *, weights: str | None = None, top_k: int | None = 
 
 @functools.cache  # a fifth of a second each
 def _cost(sizes: Sizes) -> Any:
-    """Return what `cost` does, of a segmenter with random weights."""
+    """Return `cost` of a segmenter with random weights."""
     return cost(_segmenter(sizes).to("meta"), sizes[-1] or 0)
 
 
@@ -55,9 +55,9 @@ class CamouflageSegmentation(Task):
     """CamouflageSegmentation finds the object in each image; `data.collate` makes its batches.
 
     Args:
-        found: the data; None: searched, and checked, when they are first needed.
-        stage: says whose checkpoints these are.
-        share: how much of the backbone is trained, from the top; 0: it is frozen.
+        found: the data; None: searched and checked when first needed.
+        stage: the stage's name, which is in its checkpoints' stamp.
+        share: share of the backbone's blocks to train, from the last on; 0: the backbone is frozen.
         start: the weights to start from; None: random or pretrained ones.
     """
 
@@ -79,7 +79,7 @@ class CamouflageSegmentation(Task):
 
     @property
     def found(self) -> data.Found:
-        """The data. At first all ranks must ask together: rank 0 searches and checks, the others wait."""
+        """The data. All ranks must make the first access together: rank 0 searches and checks, the others wait."""
         if self._found is None:
             self._use(distributed.from_main(lambda: find(self._given)))
         assert self._found is not None
@@ -87,7 +87,7 @@ class CamouflageSegmentation(Task):
 
     def _use(self, found: data.Found) -> None:
         self._found = found
-        # stamps the checkpoints: a stage that began with other weights, or on other images, is another run
+        # stamps the checkpoints: a stage does not continue with other images or from other initial weights
         self.name = f"CamouflageSegmentation {found.digest}, {self.stage}"
         if self.start is not None:
             self.name += f" from {files.crc32(self.start):08x}"
@@ -117,7 +117,7 @@ class CamouflageSegmentation(Task):
         yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
         for name in PRESETS:
             mine = name == config.preset
-            # soft, which costs the same: another preset may have fewer experts than top_k
+            # soft routing costs the same, and is valid for a preset with fewer experts than top_k
             its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
             parameters, flops, kept = _cost(_sizes(its))
             # weights, gradients, two moments and the average, four bytes each
@@ -161,11 +161,12 @@ class CamouflageSegmentation(Task):
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
         """Return the measures of metrics.py, and the prediction's structure loss, at each mask's own size.
 
-        One image at a time: what a convolution gives depends in its last bit on the batch, and a threshold makes a
-        pixel of it. So no figure depends on how the images were batched. The measures, on the CPU, take longer.
+        One image at a time: the last bit of a convolution's result depends on the batch, and a threshold can turn this
+        bit into another pixel. So no figure depends on how the images were batched. The measures, on the CPU, take
+        longer than the forward passes.
         """
         rows = []
-        with shards.gathered(model):  # the ranks' last batches have as many images as are left
+        with shards.gathered(model):  # ranks may have different numbers of images
             for image, mask, (height, width) in zip(batch["image"], batch["mask"], batch["size"].tolist(), strict=True):
                 truth = mask[:height, :width]
                 probability, logits = self.probability(model, image[None], (height, width))
@@ -179,7 +180,10 @@ class CamouflageSegmentation(Task):
         return report({name: value.numpy() for name, value in metrics.items()})
 
     def probability(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Return the object's probability and logits in an image (1, 3, S, S), both (1, 1, *size)."""
+        """Return the object's probability and logits in an image (1, 3, S, S), both (1, 1, *size).
+
+        With `tta` the probability is the mean with that of the mirrored image.
+        """
         logits = enlarged(model(image).logits[-1], size)
         probability = logits.sigmoid()
         if self._given.tta:
@@ -195,7 +199,7 @@ class CamouflageSegmentation(Task):
         decay = config.layer_decay if config.layer_decay is not None else 1.0 if own else 0.8
         parts = list(reversed(blocks(model.backbone)))
         rates = {id(p): scale * decay**depth for depth, part in enumerate(parts) for p in part.parameters()}
-        # what belongs to no block lies below them all
+        # parameters outside the blocks count as below all blocks
         for parameter in model.backbone.parameters():
             rates.setdefault(id(parameter), scale * decay ** len(parts))
         groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -208,9 +212,13 @@ class CamouflageSegmentation(Task):
         fused = next(model.parameters()).device.type in ("cpu", "cuda")
         return torch.optim.AdamW(list(groups.values()), lr=config.lr, fused=fused)
 
-    # What the trained model says
+    # Predictions
     def predict(self, model: nn.Module, index: int) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return a held-out image (Pillow's), its mask and its prediction, both uint8[height, width]."""
+        """Return a held-out image (Pillow's), its mask and its prediction, both uint8[height, width].
+
+        Raises:
+            ValueError: nothing is held out.
+        """
         if self.found.val is None:
             raise ValueError("predict: nothing is held out (val_scenes or val_fraction is 0)")
         image, mask = self.found.val.load(index)
@@ -224,9 +232,10 @@ class CamouflageSegmentation(Task):
         return image, np.array(mask), to_uint8(probability)
 
     def write_predictions(self, model: nn.Module, path: str | Path) -> Path:
-        """Write a zip with each held-out image's prediction as NAME.png, 8 bits, of its mask's size: what the field's
-        evaluation tools read. One file, as Kaggle keeps few; whole or not at all. Images of several test sets that have
-        the same name lie in folders, each named as its test set.
+        """Write a zip with each held-out image's prediction as NAME.png: 8 bits, its mask's size.
+
+        Evaluation tools read such images. It is one file, because Kaggle limits the number of output files, and is
+        written atomically. If test sets have images of the same name, each set has a folder.
         """
         path = Path(path)
         with files.whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
@@ -268,7 +277,7 @@ def find(config: Config) -> data.Found:
 
 
 def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
-    """Return the name, config and task of each stage for a plan; none starts from another's weights."""
+    """Return the name, config and task of each stage for a plan; no stage starts from another's weights."""
     found = find(config)
     return [
         (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
@@ -277,13 +286,14 @@ def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
 
 
 def pretrained(config: Config) -> str | None:
-    """Say where a timm backbone's weights come from: a file, "download", or None where they are random.
+    """Return the source of a timm backbone's weights: a file, "download", or None for random ones.
 
-    By itself only a .safetensors file is taken: another kind is a pickle, which the user has to name.
+    The inputs are searched for .safetensors files only: other files are pickles, which can run code, so the user names
+    them.
 
     Raises:
-        FileNotFoundError: the file that is named is not there.
-        ValueError: a random backbone would be frozen in stage 1 without having been asked for.
+        FileNotFoundError: backbone_weights names a missing file.
+        ValueError: stage 1 would freeze a random backbone, and backbone_weights does not ask for a random one.
     """
     if config.backbone == "compact" or config.backbone_weights == "random":
         return None
@@ -314,17 +324,20 @@ def weights_from(config: Config) -> str:
 
 
 def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
-    """Convert (…, height, width), 0 to 1, to the 8-bit image that the field stores and measures."""
+    """Convert the first map of (…, height, width), 0 to 1, to an 8-bit image (height, width)."""
     image: NDArray[np.uint8] = (255 * probability.float()).round().to(torch.uint8).flatten(0, -3)[0].cpu().numpy()
     return image
 
 
-# What the model has to beat
+# Baselines
 def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
     """Measure three predictions that need no model, over the held-out images.
 
-    nothing: background everywhere; mean mask: that of the training images, for each image the same; local contrast:
-    where there is more fine detail than elsewhere.
+    nothing: background everywhere. mean mask: the mean of training masks, the same for each image. local contrast:
+    places with more fine detail than the image's mean.
+
+    Raises:
+        ValueError: nothing is held out.
     """
     size, found = task.config.image_size or 0, task.found
     if found.val is None:
@@ -346,7 +359,7 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
 
 
 def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return (height, width): 255 where a square of an eighth of the image has most fine detail, 0 up to the mean."""
+    """Return fine detail in squares of an eighth of the image, uint8 (height, width): 0 up to the mean, 255 most."""
     pixels = torch.from_numpy(grey).float()[None, None]
 
     def around(values: Tensor, side: int) -> Tensor:

@@ -20,13 +20,13 @@ PRESETS: dict[str, dict[str, int]] = {
     "fast": {"image_size": 320, "global_batch_size": 48, "width": 24, "decoder_width": 32, "num_experts": 2},
     "high_resolution": {"image_size": 352, "global_batch_size": 24, "width": 40, "decoder_width": 64, "num_experts": 4},
 }
-"""Values of each preset for fields left None. 352 is the field's own size (SINet, PFNet, ZoomNet's base)."""
+"""Values of each preset for fields left None. Papers use 352 pixels (SINet, PFNet, ZoomNet's base)."""
 EXPERTS: dict[str, dict[str, int]] = {
     "balanced": {"decoder_width": 64, "num_experts": 7},
     "fast": {"decoder_width": 32, "num_experts": 7},
     "high_resolution": {"decoder_width": 128, "num_experts": 7},
 }
-"""Values of each preset in place of those above where decoder is experts."""
+"""Values that replace those above where decoder is experts."""
 SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
 """global_batch_size of each preset on the 200 synthetic scenes: larger batches would leave few steps."""
 
@@ -35,11 +35,12 @@ SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
 class Config(TrainConfig):
     """How to train a segmenter of camouflaged objects.
 
-    Fields that are None are set by `preset`, or as their text says. `epochs`, `lr`, `schedule` and so on are those of
-    stage 2's last part, in which everything is trained; `frozen_…` and `partial_…` are those of what comes before.
+    Fields left None are set by `preset`, or as their text says. `epochs` is that of stage 2's last part, which trains
+    everything, and `partial_epochs` that of each part before; `lr`, `schedule` and so on are those of stage 2, and
+    `frozen_…` those of stage 1.
     """
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # the data's digest must stay
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # the stamp has the data's digest
 
     data_path: str | None = None
     """A folder with Train/Image and Train/GT_Object (COD10K-v3), TrainDataset/Imgs and TrainDataset/GT, or Imgs and
@@ -51,7 +52,7 @@ class Config(TrainConfig):
     scenes: int = 200
     """How many synthetic scenes to train on, where there are no files."""
     val_scenes: int = 50
-    """How many others to hold out."""
+    """How many further synthetic scenes to hold out."""
 
     preset: Preset = "balanced"
     """Values for image_size, global_batch_size, width, decoder_width and num_experts left None. fast: a smaller
@@ -63,8 +64,8 @@ class Config(TrainConfig):
     """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
     backbone_weights: str | None = None
     """Pretrained weights of a timm backbone: a file, `download` (needs internet), or `random`. None: a .safetensors
-    file among the inputs whose name, or whose folder's, has the backbone's in it. Without one a stage with the backbone
-    frozen is refused."""
+    file among the inputs with the backbone's name in its own or its folder's name. Without such a file, stage 1
+    (backbone frozen) is refused."""
     width: int | None = None
     """Channels of the compact backbone's first level; the others have 2, 4 and 8 times as many."""
     decoder: Literal["small", "experts"] = "small"
@@ -74,7 +75,7 @@ class Config(TrainConfig):
     in short runs from random weights, 0.907 against 0.896 on pretrained ones (experts of width 32, three seeds:
     tools/bench/README.md). Not compared on photographs."""
     decoder_width: int | None = None
-    """Channels of the decoder; those of its finest level where decoder is experts."""
+    """Channels of the decoder; where decoder is experts, of its finest level."""
     num_experts: int | None = None
     """Experts in each of the decoder's four mixtures. Where decoder is experts, the kinds are taken in turn."""
     routing: Literal["soft", "topk"] = "soft"
@@ -87,11 +88,11 @@ class Config(TrainConfig):
     frozen_epochs: int = 2
     """Stage 1: epochs with the backbone frozen. 0: no stage 1."""
     frozen_lr: float = 1e-3
-    """Its peak learning rate."""
+    """Stage 1: peak learning rate."""
     frozen_batch_size: int | None = None
-    """Its global batch. None: global_batch_size."""
+    """Stage 1: images per optimizer step over all GPUs. None: global_batch_size."""
     frozen_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Its schedule, after the warm-up."""
+    """Stage 1: shape of the learning rate after the warm-up."""
     unfreeze_parts: int = 3
     """Number of parts of stage 2, each a run that unfreezes more of the backbone from the top; the last part trains
     everything."""
@@ -126,7 +127,7 @@ class Config(TrainConfig):
     """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of each stage, here or among the inputs; never: begin anew; or the folder
-    of an earlier run of the same settings, whose stages are gone on with."""
+    of an earlier run with the same settings, whose stages are continued."""
     output_dir: str = "camouflage_segmentation"
     """The run's folder: a folder for each stage and part, and the results of all together."""
 
@@ -174,7 +175,7 @@ class Config(TrainConfig):
         if drawn:
             values |= {"image_size": SCENE_SIZE, "global_batch_size": SCENES_BATCH[self.preset]}
         if self.micro_batch_size not in (None, "auto") and self.gradient_accumulation_steps is not None:
-            del values["global_batch_size"]  # it follows from these two
+            del values["global_batch_size"]  # follows from these two
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return self.replace(**missing) if missing else self
 
@@ -189,12 +190,12 @@ def _zero_stage(file: str | None) -> Any:
 
 @dataclass(frozen=True)
 class Stage:
-    """A Stage is one of several runs that follow each other."""
+    """One of several runs that follow each other."""
 
     name: str
     config: Config
     share: float
-    """How much of the backbone is trained, from the top."""
+    """Share of the backbone's blocks that are trained, from the last on."""
     max_steps: int
 
 
@@ -235,7 +236,7 @@ def stages(config: Config, found: Found) -> list[Stage]:
 
 
 def _resume(config: Config, stage: str) -> str:
-    """Return one stage's `resume`: in the folder of an earlier run, the stage's newest checkpoint.
+    """Return one stage's `resume`: for the folder of an earlier run, the stage's newest checkpoint there.
 
     Raises:
         FileNotFoundError: there is no run of this recipe in the folder.

@@ -26,12 +26,12 @@ from .settings import Config, Stage, stages
 def run(config: Config, found: data.Found | None = None) -> Result:
     """Train stage after stage, and write one result for all stages into output_dir.
 
-    A stage that stops early (time limit, or asked to) ends it; run the same again and it goes on there.
-    time_limit is that of all stages together.
+    If a stage stops early (time limit, or a request), the run ends; the same call continues there. `time_limit` covers
+    all stages together.
     """
-    # under torchrun, where each rank is here
+    # under torchrun every rank is here
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
-    with contextlib.ExitStack() as stack:  # each stage has a folder and a lock of its own; this is theirs together
+    with contextlib.ExitStack() as stack:  # each stage locks its own folder; this locks the whole run's
         distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))
         return _run(config, found)
 
@@ -44,7 +44,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
     _under_way(config, planned, results)
     if found is None:
         found = distributed.from_main(lambda: find(config))
-        if distributed.is_main():  # else the notebook has shown it
+        if distributed.is_main():  # else the notebook has printed it
             print(CamouflageSegmentation(config, found=found).describe(), flush=True)
     source = distributed.from_main(lambda: weights_from(config))
     planned = stages(config, found)
@@ -66,7 +66,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
 
 
 def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> None:
-    """Write a result.json that is not finished, so that no finished stage's is taken for the whole run's."""
+    """Write an unfinished result.json, so that a finished stage is not mistaken for a finished run."""
     if not distributed.is_main():
         return
     of_last = dataclasses.asdict(results[-1]) if results else {}
@@ -93,11 +93,11 @@ def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> N
 def combine(config: Config, planned: list[Stage], results: list[Result], weights_source: str = "") -> Result:
     """Write the stages' results into output_dir as the result of one run, and return the result.
 
-    metrics.jsonl has all stages' records, steps counted on; the weights are those of the last stage that ran, and the
-    best of all stages. result.json also says, as `backbone_weights`, where the first stage's weights came from.
+    metrics.jsonl gets all stages' records, with steps counted through; model.safetensors comes from the last stage that
+    ran, and best/ from the best stage.
 
     Args:
-        weights_source: where they came from.
+        weights_source: the source of the backbone's initial weights, for `backbone_weights` in result.json.
     """
     out, last = Path(config.output_dir), results[-1]
     records, offset = [], 0

@@ -8,10 +8,10 @@
     task.export(result)   # output_dir/adapter, which plain peft loads
 
 Or: `python -m kaggle_mgpu train sft --model FOLDER --data-path conversations.jsonl`, then `python -m kaggle_mgpu merge
-OUTPUT_DIR --dtype fp16 --to FOLDER` for one model without adapters. Without a model and data it makes a tiny model on
-the spot and teaches it what the functions of Python's standard library do. The parts: config.py; reading.py (rows
-of files), data.py (tokens, packs) and prepare.py; models.py (loading, adapters); memory.py (its estimate); finetune.py
-(loss, evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
+OUTPUT_DIR --dtype fp16 --to FOLDER` for one model without adapters. Without a model and data the recipe makes a tiny
+model and teaches it what the functions of Python's standard library do. Files: config.py; reading.py (rows of files),
+data.py (tokens, packs) and prepare.py; models.py (loading, adapters); memory.py (its estimate); finetune.py (loss,
+evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(config: Config) -> Result:
     """Train, then write the adapter and the model card, as the command line does."""
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))  # under torchrun
     made = Finetune(config)
-    assert made.prepared  # by all ranks together; what follows is rank 0's alone
+    assert made.prepared  # all ranks prepare together; rank 0 alone describes
     distributed.from_main(lambda: print(made.describe(), flush=True))
     result = launch(train, config, made)
     distributed.from_main(lambda: print(output.farewell(made, result, made.export(result)), flush=True))
@@ -47,4 +47,5 @@ def run(config: Config) -> Result:
 
 
 COMMANDS = {"merge": (output.add_arguments, output.merge_command)}
-"""Commands of its own: name -> (adds its arguments to a parser, does it and returns the exit code)."""
+"""Further commands of this recipe: name -> (function that adds arguments to a parser, function that runs the command
+and returns the exit code)."""

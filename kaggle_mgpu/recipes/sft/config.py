@@ -14,20 +14,21 @@ from . import guide
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Config describes a fine-tuning run. A sample is a pack of max_length tokens: several conversations, or a part."""
+    """Config describes a fine-tuning run. A sample is a pack of conversations, up to max_length tokens."""
 
     MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
         "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens "
         "generation_num_beams".split()
     )
-    # Of these, checkpoints are stamped with what matters: `Finetune.name` and `Finetune.backend`
+    # `Finetune.name` and `Finetune.backend`, in the checkpoints' stamp, still refuse other data, another model or
+    # backend
 
     model: str | None = None
     """A model's folder, the end of one among the Kaggle inputs, or its name on the hub (with the internet on).
     None: a tiny Llama with random weights, made on the spot."""
     tuning: Literal["auto", "full", "lora", "qlora"] = "auto"
     """full: every weight, in fp32; lora: adapters in fp32 on frozen weights; qlora: adapters on 4-bit weights. auto:
-    lora; full for the tiny model, whose random weights hold nothing that adapters could bring out."""
+    lora; full for the tiny model, since adapters cannot make up for random weights."""
     backend: Literal["auto", "hf", "bnb", "unsloth"] = "auto"
     """hf: transformers and peft; bnb: with bitsandbytes, for qlora; unsloth, where installed. auto: hf or bnb."""
     base_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
@@ -35,17 +36,17 @@ class Config(TrainConfig):
     lora_rank: int = 16
     """Rank of the adapters."""
     lora_alpha: float = 32.0
-    """Their output is scaled by lora_alpha / lora_rank."""
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Dropout before the adapters. Above 0 the weights depend on the number of GPUs."""
     lora_targets: str = "auto"
-    """Layers with adapters, as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
+    """Layers with adapters, such as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
     data_path: str | None = None
     """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files: rows with messages or
-    conversations (ShareGPT), perhaps with calls of `tools`, or with a question and its answer, and perhaps system: user
-    and assistant, instruction and output (Alpaca) or response (Dolly), prompt and completion or response, question and
-    answer, input and target. None: the largest such file among the Kaggle inputs, else questions and answers from the
-    docstrings of Python's standard library."""
+    conversations (ShareGPT), optionally with calls of `tools`; or with a question and its answer, optionally with
+    system: user and assistant, instruction and output (Alpaca) or response (Dolly), prompt and completion or response,
+    question and answer, input and target. None: the largest such file among the Kaggle inputs, else questions and
+    answers from the docstrings of Python's standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
@@ -53,10 +54,10 @@ class Config(TrainConfig):
     max_length: int = 1024
     """Tokens of a sample. A longer conversation is cut there, and counted."""
     packing: bool = True
-    """Fill samples with several conversations, which do not see each other. False: one each, padded, in a micro-batch
-    with others of about its length."""
+    """Fill samples with several conversations, which do not see each other. False: one conversation per sample, padded,
+    in micro-batches of similar lengths."""
     eval_generate_samples: int = 0
-    """Answer so many of the held-out questions at each evaluation, and report ROUGE-L. 0: loss and perplexity only."""
+    """Number of held-out questions to answer at each evaluation, for ROUGE-L. 0: loss and perplexity only."""
     eval_generate_batch_size: int = 8
     """Questions answered at a time."""
     max_new_tokens: int = 64
@@ -99,7 +100,7 @@ class Config(TrainConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from names and values; print each nested name of the fine-tuning guide with its translation.
+        """Make a config from names and values; translate nested names (guide.py) and print each translation.
 
         Raises:
             TypeError: a name that no field has; the message suggests the nearest.

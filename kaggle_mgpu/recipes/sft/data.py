@@ -3,9 +3,9 @@
     examples, left_out = encode(tokenizer, conversations, max_length=1024)
     batch = Packs(store, pack(lengths, 1024)).batch(torch.tensor([0, 1]))
 
-A sample is a pack: several examples one after the other, up to max_length tokens. Positions begin anew in each, and
-`segments` numbers them, from which a block-diagonal mask is made: no token sees another example's. Which examples share
-a pack depends on their lengths alone, so a run is the same on any number of GPUs.
+A sample is a pack: several examples one after the other, up to max_length tokens. Positions restart at 0 in each
+example. `segments` numbers the examples, for a block-diagonal mask, so no token sees another example. Packs depend on
+the examples' lengths alone, so a run is the same on any number of GPUs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Example:
     answer: str
     """The text of the last answer."""
     earlier: tuple[tuple[int, str], ...] = ()
-    """The same of the answers before it."""
+    """(prompt, answer) of each earlier answer."""
 
     def cut(self, length: int) -> Example:
         """Return the first `length` tokens; the last answer is then the last one begun among these tokens."""
@@ -64,18 +64,19 @@ class LeftOut:
     tokens: int = 0
     """Number of answer tokens cut off."""
     dropped: int = 0
-    """Examples without any token of an answer left: their question alone is too long."""
+    """Number of examples left out, because their question alone is too long."""
 
 
 def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: int) -> tuple[list[Example], LeftOut]:
     """Encode conversations by the tokenizer's chat template, mark answers, and cut at max_length tokens.
 
-    What is learnt is what the template adds for a message of the assistant after its generation prompt: the answer and
-    the mark that ends it. A template that renders a message otherwise once another follows (reasoning that is left out
-    of the history, say) gives an example for each answer instead of one for the conversation.
+    The learnt tokens are those that the template adds for a message of the assistant after its generation prompt: the
+    answer and its end mark. Some templates render a message differently once another follows (for example, without its
+    reasoning); then each answer becomes an example of its own.
 
     Raises:
-        ValueError: a template that does not render a conversation's beginning as the beginning of the conversation.
+        ValueError: the template refuses a conversation, leaves out calls of tools, or does not render the beginning of
+            a conversation as the beginning of the text.
     """
     examples, left_out = [], LeftOut()
     for number, conversation in enumerate(conversations):
@@ -108,7 +109,7 @@ def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
 
 
 def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Example | None:
-    """Return the conversation with these answers learnt; None if the template hides their places.
+    """Return the conversation with these answers learnt; None if their places in the text are unknown.
 
     Raises:
         ValueError: a template without calls of tools, for an answer that calls one.
@@ -148,14 +149,14 @@ def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str
 
 
 def _end(before: str, after: str, content: str) -> int:
-    """Return the end of an answer: white space after the end mark belongs to the template."""
+    """Return where an answer ends in the text; white space after its end mark belongs to the template."""
     added = after[len(before) :]
     marked = added.rstrip()
     return len(before) + (len(marked) if marked != content.rstrip() else len(added))
 
 
 def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: list[str]) -> Example:
-    """Return the tokens of the text, learnt within the spans; the text is cut where a token crosses a span's end."""
+    """Return the tokens of the text, learnt within the spans; a token that crosses a span's border is cut there."""
     cuts = sorted({0, len(text), *(end for span in spans for end in span)})
     ids = _ids(tokenizer, text)
     counts = [len(_ids(tokenizer, text[:cut])) for cut in cuts[:-1]] + [len(ids)]
@@ -174,7 +175,7 @@ def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: l
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # a template writes its own special tokens
+    # none added, since the template has written the special tokens
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
@@ -236,7 +237,7 @@ class Examples:
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Distribute examples over packs of at most `capacity` tokens: best fit, longest first.
 
-    The number of packs is at most 11/9 of the smallest possible, plus 6/9 (Johnson 1974).
+    The number of packs is at most 11/9 of the smallest possible, plus 4 (best fit decreasing: Johnson et al. 1974).
 
     >>> pack([5, 3, 3, 2, 2], 8)
     [[0, 1], [2, 3, 4]]
@@ -266,9 +267,9 @@ class Packs(Dataset[dict[str, Tensor]]):
     """Packs gives packs as training samples, and batches of prompts for evaluation.
 
     Args:
-        packs: the examples of each pack.
-        generate: examples to answer, in batches; a sample is then a pack or such a batch, spread evenly among them, so
-            that the ranks share them.
+        packs: the numbers of the examples in each pack.
+        generate: batches of numbers of examples to answer. Each batch is a sample too, spread evenly among the packs,
+            so that ranks share them.
     """
 
     def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
@@ -288,9 +289,9 @@ class Packs(Dataset[dict[str, Tensor]]):
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Return a batch of B packs, padded to the longest (T tokens, a multiple of 8 for tensor cores).
 
-        ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], where a
-        learnt token is predicted, and the token; -100 where a pack has fewer than A. generate: int64[G], numbers of
-        batches of prompts, where there are any.
+        ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], the
+        position before each learnt token, and the token; -100 where a pack has fewer than A. generate: int64[G],
+        numbers of batches of prompts, if answers are wanted.
         """
         chosen = indices.tolist()
         generate = [self.asked_at[i] for i in chosen if i in self.asked_at]

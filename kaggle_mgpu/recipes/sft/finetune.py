@@ -31,23 +31,23 @@ class Finetune(Task):
         self.config = config
         self.backend = f"{config.library} {config.mode}"
         self.no_generation = ""
-        """Why answers are not generated though they are asked for; "" where they are."""
+        """Why no answers are generated although the config asks for some; else ""."""
         if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp", "fsdp"):
             self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
         self._prepared: Prepared | None = None
-        self._tools: dict[str, Any] = {}  # what is made when first needed, and not sent to other processes
+        self._tools: dict[str, Any] = {}  # made on first use, and not pickled
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tools": {}}
 
-    # What is trained on
+    # Data
     @property
     def prepared(self) -> Prepared:
         """Return the prepared data and model. The first call is made by all ranks together, and rank 0 prepares."""
         if self._prepared is None:
             models.check_installed(self.config.mode, self.config.library)
             self._prepared = distributed.from_main(lambda: prepare(self.config))
-            # Stamps the checkpoints: other data, or another model below the adapters, is another run
+            # stamps the checkpoints: a run does not continue with other data or another base model
             self.name = f"sft {self._prepared.digest}"
         return self._prepared
 
@@ -69,7 +69,7 @@ class Finetune(Task):
         )
         made = data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
         if part == "train" and not self.config.packing:
-            made.sample_lengths = lengths  # which are padded: with others of about their length
+            made.sample_lengths = lengths  # samples are padded, so similar lengths go together
         return made
 
     def sample(self) -> list[list[int]]:
@@ -108,7 +108,7 @@ class Finetune(Task):
 
     def model(self) -> nn.Module:
         model: Any = self.base()
-        model.config.use_cache = False  # keys and values of training are used once
+        model.config.use_cache = False  # training never reuses keys and values
         picks = models.only_where_asked(model)
         if self.config.mode != "full":
             names = models.targets(model, self.config.lora_targets)
@@ -123,7 +123,8 @@ class Finetune(Task):
     def _mend_overflows(self, model: nn.Module) -> None:
         """Let modules that overflow in fp16 compute in fp32, and print their names.
 
-        The trial runs on the first two packs, where a process has the whole model: the same for all ranks and sessions.
+        A trial on the first two packs, the same on all ranks and in all sessions, finds the modules. Under fsdp there
+        is no trial, since no process has the whole model.
         """
         device, packs = distributed.device(), self._packs("train")
         first = packs.batch(torch.arange(min(2, len(packs))))
@@ -186,7 +187,7 @@ class Finetune(Task):
         """Check that the model keeps packed examples apart: two in a pack have the logits of each by itself.
 
         Raises:
-            ValueError: it does not (recurrent layers, sliding windows that ignore masks, no position_ids).
+            ValueError: the logits differ (recurrent layers, sliding windows that ignore masks, no position_ids).
         """
         examples = self.examples("train")
         order = sorted(range(min(len(examples), 200)), key=lambda i: examples.lengths[i])
@@ -204,7 +205,7 @@ class Finetune(Task):
             said = f"logits differ by {difference:.2g} of their size from those of each by itself"
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:  # what a model says that takes no mask of this kind
+        except (RuntimeError, TypeError, ValueError) as error:  # the model accepts no such mask
             difference, said = math.inf, f"it takes no block mask ({type(error).__name__}: {error})"
         finally:
             model.train(training)
@@ -219,9 +220,9 @@ class Finetune(Task):
     # Evaluation
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Any, int]]:
         found: dict[str, tuple[Any, int]] = {}
-        # where answers are written each rank has forward passes of its own to make: with weights that all have gathered
+        # ranks generate with different numbers of forward passes, so under fsdp each needs the whole model
         with shards.gathered(model) if "generate" in batch else nullcontext():
-            # all ranks now, whatever their batches hold: one that came to it by itself later would wait for the others
+            # on all ranks now, whatever their batches hold: a rank that checked later, alone, would wait for the others
             self._check_packing_once(model, batch)
             if len(batch["ids"]):
                 found["loss"] = (self.loss(model, batch), self.count(batch))
@@ -305,12 +306,12 @@ class Finetune(Task):
         return found
 
     def _as_in_training(self, device: torch.device) -> torch.autocast:
-        """Return autocast as in the run."""
+        """Return autocast with the run's precision."""
         dtype = models.DTYPES[self.precision]
         return torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
 
     def unigram_loss(self) -> float:
-        """Return the held-out loss of the tokens' frequencies in training answers, each token counted once more."""
+        """Return the held-out loss (nats) of token frequencies in training answers, with add-one smoothing."""
         counts, held = (self._counts(part) for part in ("train", "val"))
         p = (counts + 1) / (counts.sum() + len(counts))
         return float(-(held * p.log()).sum() / held.sum())
@@ -320,7 +321,7 @@ class Finetune(Task):
         learnt = torch.from_numpy(examples.array("tokens")[examples.array("learnt")]).long()
         return torch.bincount(learnt, minlength=len(self.tokenizer)).double()
 
-    # What there is to say
+    # Description
     def plan(self) -> tuple[memory.Estimate, list[str]]:
         """Return the estimated memory of a GPU, and the names of the layers with adapters."""
         if "plan" not in self._tools:
@@ -347,7 +348,7 @@ class Finetune(Task):
         return found
 
     def describe(self) -> str:
-        """Describe model, tuning, data, losses by truncation, packs and estimated memory in five lines."""
+        """Describe model, tuning, data, losses by truncation, packs and estimated memory in four lines."""
         p, config = self.prepared, self.config
         packs = self._packs("train").packs
         planned, names = self.plan()
@@ -386,7 +387,7 @@ class Finetune(Task):
         """Add rank 0's peak memory to every record."""
         record["peak_memory_mib"] = round(memory.peak_memory() / 2**20)
 
-    # What a run leaves
+    # Results
     def untrained(self) -> nn.Module:
         """Return the model before training, in this process; its adapters change nothing yet."""
         torch.manual_seed(self.config.seed)

@@ -1,4 +1,4 @@
-"""Answer prompts in batches, padded on the left, with cached keys and values, and remember the answers.
+"""Answer prompts in batches, padded on the left, with cached keys and values, and keep the answers on disk.
 
 texts = answer(model, tokenizer, prompts, max_new_tokens=64)   # the likeliest token each time
 """
@@ -35,7 +35,7 @@ def answer(
 ) -> list[str]:  # fmt: skip
     """Continue each prompt (token ids), greedily or by beam search with `num_beams`.
 
-    An answer ends at a stop token, after max_new_tokens, or at the last position that the model knows.
+    An answer ends at a token of `stop`, after max_new_tokens, or at the model's last position.
 
     Raises:
         ValueError: a prompt takes all positions.
@@ -45,7 +45,7 @@ def answer(
     device = next(model.parameters()).device
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the left, so that every prompt ends where the writing begins
+    for row, prompt in enumerate(prompts):  # on the left, so that all prompts end at the same place
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     limit = models.most_positions(model.config)
@@ -64,7 +64,7 @@ def answer(
     try:
         written = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings,
-            synced_gpus=False,  # transformers would keep the ranks of an fsdp model in step: here each has it whole
+            synced_gpus=False,  # each rank has the whole model, also under fsdp
         )  # fmt: skip
     finally:
         model.train(training)
@@ -78,8 +78,8 @@ def answer(
 class Answers:
     """Answers keeps answers on disk, a file for each batch of prompts.
 
-    The file is read again as long as weights, prompts and settings are the same: after a kill during an evaluation, or
-    when a notebook is run again.
+    While weights, prompts and settings are the same, the file is read instead of generating again: after a kill during
+    an evaluation, or when a notebook is run again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,7 +89,7 @@ class Answers:
         self, number: int, weights: str, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
         *, max_new_tokens: int, stop: Sequence[int], num_beams: int = 1,
     ) -> list[str]:  # fmt: skip
-        """`answer`, or what is remembered of it. weights: a digest of the model's."""
+        """Return the stored answers of batch `number`, else call `answer`. weights: a digest of the model's."""
         asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop), num_beams])
         key = hashlib.sha256(asked.encode()).hexdigest()
         file = self.folder / f"answers-{number:03d}.json"

@@ -53,7 +53,7 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "train.predict_with_generate": {True: {"eval_generate_samples": 16}, False: {"eval_generate_samples": 0}},
     "train.eval_strategy": {"steps": {}, "epoch": {"eval_every": "epoch"}, "no": {"eval_every": "end"}},
 }
-"""Names whose values mean settings. bf16 is taken where the GPU has it (`auto`): a T4 has not."""
+"""Names whose values stand for settings. bf16 becomes `auto`, which is bf16 only where the GPU has it: a T4 has not."""
 WITHOUT_EFFECT = {
     "train.ddp_broadcast_buffers": "buffers are the same on every GPU",
     "train.dataloader_pin_memory": "batches for a GPU are pinned",
@@ -64,7 +64,7 @@ SECTIONS = ("model", "tuning", "train")
 
 
 def nested(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Make the guide's nested settings from its make variables, text with YAML's types.
+    """Make the guide's nested settings from its make variables, whose texts are parsed as YAML.
 
     Raises:
         TypeError: a variable that the guide does not have; the message suggests the nearest.
@@ -95,7 +95,7 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     Raises:
         TypeError: a name in one of the guide's sections that the guide does not have.
-        ValueError: a value that the kit does not do.
+        ValueError: a value that the kit does not support.
     """
     flat: dict[str, Any] = {}
     of_guide: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _named(section: Mapping[str, Any], above: str) -> dict[str, Any]:
-    """Yield a section's settings by their full names, such as tuning.lora.r."""
+    """Return a section's settings by their full names, such as tuning.lora.r."""
     found: dict[str, Any] = {}
     for name, value in section.items():
         full = f"{above}.{name}"

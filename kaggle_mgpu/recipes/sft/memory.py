@@ -13,7 +13,7 @@ from . import models
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimate the bytes on one GPU from the model's configuration, before anything is loaded."""
+    """The estimated bytes on one GPU; `parameters` and `trainable` are numbers of parameters."""
 
     parameters: int
     trainable: int
@@ -32,7 +32,8 @@ class Estimate:
 
 
 def size(nbytes: float) -> str:
-    """
+    """Write bytes as GiB or MiB.
+
     >>> size(2_500_000_000), size(3_000_000)
     ('2.33 GiB', '2.9 MiB')
     """
@@ -44,23 +45,31 @@ def estimate(
 ) -> tuple[Estimate, list[str]]:
     """Estimate the memory of training, and name the layers for adapters, from a model on the meta device.
 
-    weights: 4 bytes a parameter for full (and 2 for autocast's copy), base_dtype's for lora; for qlora half a byte a
-    weight of a linear layer, and 0.016 for its scales (one byte for 64, four for 16384: Dettmers et al. 2023, arXiv
-    2305.14314), base_dtype's for the rest; 4 for adapters. gradients 4, AdamW 8, a trainable parameter. activations:
-    what a layer keeps for backward, as counted for Llamas with torch's saved_tensors_hooks: c h + 2 kv + 5 i numbers a
-    token (h hidden, kv keys' width, i intermediate; c 9 for full and 5 for adapters, in half precision, whose norms
-    keep fp32, 17 and 9), adapters 2 r for each target; h alone with checkpointing, and one layer whole; and three times
-    the logits of the learnt tokens. Llamas of two sizes kept 0.8 to 1.1 of it.
+    Bytes of the weights, per parameter: full 4, and 2 for autocast's copy of a linear layer; lora the size of
+    base_dtype; qlora 0.5 in a linear layer, plus 0.016 for its scales (one byte for 64 weights, four for 16384:
+    Dettmers et al. 2023, arXiv 2305.14314), and the size of base_dtype elsewhere; adapters 4. Per trainable parameter:
+    gradients 4, AdamW 8.
+
+    Activations: a layer keeps c h + 2 kv + 5 i numbers per token for backward, counted for Llamas with torch's
+    saved_tensors_hooks, and 2 r for each adapter (h hidden size, kv width of the keys, i intermediate size, r rank; in
+    fp32 c is 9 for full and 5 for adapters; in half precision, where norms keep fp32, 17 and 9). With gradient
+    checkpointing each layer keeps h, and one layer all. The logits of learnt tokens are kept once in the run's
+    precision and twice in fp32. Llamas of two sizes kept 0.8 to 1.1 of the estimate.
 
     Args:
-        tokens: of a micro-batch. learnt: how many of them belong to answers.
+        path: the model's folder or its name on the hub.
+        config: the run's `Config`.
+        tokens: of a micro-batch. learnt: how many of these belong to answers.
+
+    Raises:
+        ValueError: the model is no causal language model.
     """
     transformers = models.require("transformers")
     about = models.from_pretrained(transformers.AutoConfig, path)
     try:
         with torch.device("meta"), models.quiet():
             model = transformers.AutoModelForCausalLM.from_config(about)
-    except ValueError as error:  # of another kind: no causal language model
+    except ValueError as error:  # not a causal language model
         raise ValueError(f"model: {path} is none that writes text: {models.short(str(error))}") from None
     names = models.targets(model, config.lora_targets) if config.mode != "full" else []
     head = models.head_of(model)

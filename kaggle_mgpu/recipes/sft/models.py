@@ -30,7 +30,7 @@ from kaggle_mgpu.training import keep_4bit_layout
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EXTRA = {"transformers": "sft", "peft": "sft", "bitsandbytes": "qlora"}
-# In mixtures of experts: which expert a token goes to. Adapters there unsettle the routing for little gain.
+# Layers that choose experts in mixtures of experts. Adapters there would unsettle the routing for little gain.
 ROUTERS = ("gate", "router", "shared_expert_gate")
 TINY = {
     "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -44,7 +44,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# For a tokenizer without a template: words that it has in any case, since new tokens would need training of their own
+# For a tokenizer without a template: marks of plain words, since new special tokens would have to be trained
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}### Answer:\n"
     "{{ message['content'] }}{{ eos_token }}\n\n{% elif message['role'] == 'system' %}{{ message['content'] }}\n\n"
@@ -57,10 +57,10 @@ def require(package: str) -> Any:
     """Import an optional package quietly.
 
     Raises:
-        ImportError: it is not there; the message names the install.
+        ImportError: the package is missing; the message says how to install it.
     """
     os.environ.setdefault("USE_TF", "0")
-    # says at import, which peft's is too, that an optional kernel is not there
+    # when imported, also by peft, it logs that an optional kernel is missing
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         module = importlib.import_module(package)
@@ -75,7 +75,7 @@ def require(package: str) -> Any:
 
 
 def check_installed(mode: str, library: str) -> None:
-    """Raise an ImportError for a missing package of a way of tuning, before anything is read or made."""
+    """Raise an ImportError if a package for this mode and library is missing, before anything is read."""
     needed = {"transformers": True, "peft": mode != "full"}
     needed |= {"bitsandbytes": library == "bnb", "unsloth": library == "unsloth"}
     for package, is_needed in needed.items():
@@ -98,7 +98,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-# Which model
+# Finding
 def find(name: str) -> str:
     """Return the folder of a model: a path, or the end of a path among Kaggle's inputs; else the name for the hub.
 
@@ -123,7 +123,7 @@ def find(name: str) -> str:
 def digest(path: str) -> str:
     """Return a digest of a model's files: configuration, tokenizer, size and first megabyte of each file of weights.
 
-    A checkpoint of adapters fits exactly one model.
+    The digest is in the checkpoints' stamp, since adapters fit exactly one model.
     """
     folder, found = Path(path), hashlib.sha256()
     if not folder.is_dir():
@@ -160,7 +160,7 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
             return kind.from_pretrained(path, local_files_only=here or not answers, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # each file and library has its own kind
+    except Exception as error:  # files and libraries raise many kinds of errors
         said = short(f"{type(error).__name__}: {error}")
         if here:
             raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
@@ -184,13 +184,13 @@ def hub() -> str:
 def hub_answers(seconds: float = 5) -> bool:
     """Return whether the hub accepts a connection; True behind a proxy, where only the hub's client can tell.
 
-    Without internet that client tries for a minute before it gives up.
+    Without internet the hub's client would try for a minute before it gives up.
     """
     if {"http", "https", "all"} & urllib.request.getproxies().keys():
         return True
     address, taken = urllib.parse.urlsplit(hub()), threading.Event()
 
-    def knock() -> None:  # in a thread: looking a name up knows no time limit
+    def knock() -> None:  # in a thread, since looking up a name has no time limit
         with suppress(OSError):
             port = address.port or {"http": 80}.get(address.scheme, 443)
             socket.create_connection((address.hostname or "", port), seconds).close()
@@ -218,7 +218,7 @@ def make_tiny(folder: Path, texts: Sequence[str], seed: int, **sizes: int) -> No
     For trying things out where no model is at hand. The same texts and seed make the same files.
 
     Args:
-        sizes: of LlamaConfig, in the place of TINY's.
+        sizes: values of LlamaConfig that replace TINY's.
     """
     transformers, tokenizers = require("transformers"), require("tokenizers")
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -286,9 +286,10 @@ def load(
 def targets(model: nn.Module, wanted: str) -> list[str]:
     """Return the names of the layers for adapters: for "auto" every linear layer but the head and routers.
 
-    So Llama, Mistral and Qwen get q, k, v, o, gate, up and down, GPT-2 its Conv1D layers, as they name them. Of a model
-    that also sees or hears (Gemma 3 and every other ...ForConditionalGeneration) only the language model's layers get
-    adapters: no gradient reaches the others in training on text. Their names are then given in full.
+    With "auto", Llama, Mistral and Qwen get adapters on q, k, v, o, gate, up and down, GPT-2 on its Conv1D layers. In a
+    model that also takes images or sound (Gemma 3 and any other ...ForConditionalGeneration) only the language model's
+    layers get adapters, since no gradient reaches the others in training on text. Names that other layers have too are
+    then given in full.
 
     Raises:
         ValueError: a name that no layer has, or a model without linear layers.
@@ -324,10 +325,10 @@ def _full_where_shared(names: Sequence[str], there: Mapping[str, Sequence[str]],
 
 
 def language_model(model: nn.Module) -> str:
-    """Return the beginning of the names of the language model's layers; "" where the whole model is one.
+    """Return the prefix of the names of the language model's layers; "" if the whole model is a language model.
 
-    A model that also sees or hears has, beside its own configuration, one for text (transformers' `get_text_config`);
-    its language model is the largest module that was made from that.
+    A model that also takes images or sound has a separate configuration for text (transformers' `get_text_config`); its
+    language model is the outermost module with this configuration.
     """
     whole = getattr(model, "config", None)
     if whole is None or not hasattr(whole, "get_text_config") or whole.get_text_config() is whole:
@@ -342,7 +343,7 @@ def language_model(model: nn.Module) -> str:
 def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, path: str) -> nn.Module:
     """Add LoRA adapters in fp32 and freeze everything else (Hu et al. 2021, arXiv 2106.09685).
 
-    `saved_names` are the adapters' names: the kit's checkpoints hold nothing else.
+    The attribute `saved_names` of the result has the adapters' names: the kit's checkpoints hold nothing else.
     """
     if backend == "unsloth":
         adapted = require("unsloth").FastLanguageModel.get_peft_model(
@@ -352,7 +353,7 @@ def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, pat
     else:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        # autocast_adapter_dtype: fp32 adapters on fp16 and bf16 weights, without which GradScaler refuses them
+        # autocast_adapter_dtype: adapters in fp32 on fp16 and bf16 weights too, as GradScaler needs
         peft = require("peft")
         with quiet():
             adapted = peft.get_peft_model(model, lora_config(names, config, path), autocast_adapter_dtype=True)
@@ -372,7 +373,7 @@ def lora_config(names: Sequence[str], config: Any, path: str) -> Any:
 
 
 def head_of(model: nn.Module) -> nn.Module | None:
-    """Return the layer of the logits, or None."""
+    """Return the layer that computes the logits, or None."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
     return head if isinstance(head, nn.Module) else None
@@ -383,7 +384,7 @@ def only_where_asked(model: nn.Module) -> bool:
 
     Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
     three such tensors are alive at a time. Set `head.positions = at`, int64[B, A], before a forward pass, and None
-    after it. Returns whether the model tells which layer its head is.
+    after it. Returns False if the model does not name its head.
     """
     head = head_of(model)
     if head is None:
@@ -402,10 +403,10 @@ def only_where_asked(model: nn.Module) -> bool:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Make `gradient_checkpointing_enable()` the non-reentrant kind, for ddp and frozen inputs.
+    """Make `gradient_checkpointing_enable()` use the non-reentrant kind, as ddp and frozen weights need.
 
-    The reentrant kind needs an input that requires a gradient (enable_input_require_grads); this one does not, and so
-    spares the gradient of the embedding's output.
+    The reentrant kind needs an input that requires a gradient (enable_input_require_grads). The non-reentrant kind does
+    not, which saves the gradient of the embedding's output.
     """
     enable = model.gradient_checkpointing_enable
 
@@ -416,7 +417,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     model.gradient_checkpointing_enable = non_reentrant  # type: ignore[assignment]
 
 
-# What a run leaves
+# Export
 def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     """Write an adapter as peft does: adapter_config.json, adapter_model.safetensors. The model itself is not loaded.
 
@@ -431,13 +432,13 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights by name; not from state_dict, since fsdp then releases gathered weights."""
+    """Return the trained weights by name; not by state_dict, with which fsdp would release gathered weights."""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors from integer sums of their bits, plain and by position, on their own devices."""
+    """Return a digest of tensors from integer sums of their bits, plain and weighted by position, on their devices."""
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = hashlib.sha256()
     for name, tensor in sorted(named.items()):

@@ -26,7 +26,7 @@ EXPORT = "export.json"
 
 
 class Tuned(Protocol):
-    """A fine-tuning task read from the files of a finished run."""
+    """The parts of `Finetune` that this module uses."""
 
     @property
     def config(self) -> Config: ...
@@ -154,8 +154,8 @@ def farewell(task: Tuned, result: Result, folder: Path) -> str:
 def merge(output_dir: str | Path, dtype: str, to: str | Path) -> float:
     """Write base and adapter as one model for plain transformers, in a new folder.
 
-    For qlora the base is what was trained on: the 4-bit weights, written out in full. Returns the largest difference of
-    a logit to those of the model with adapters in fp32, as a share of the largest logit; it is measured, not assumed.
+    For qlora the base is the 4-bit weights of the training, written out in full. Returns the largest measured
+    difference between a logit of the merged model and of the model with adapters, as a share of the largest logit.
 
     Raises:
         FileNotFoundError: the folder holds no exported run.

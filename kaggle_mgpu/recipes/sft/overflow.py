@@ -19,7 +19,8 @@ BY_MODEL_TYPE = dict.fromkeys(
     ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
     ("embed_tokens", "act_fn", "down_proj", "post_attention_layernorm", "post_feedforward_layernorm"),
 )
-"""The last part of the names of modules that overflow. With these in fp32, all sums between layers are fp32 too.
+"""By model type, the last part of the names of modules that overflow. With these in fp32, all sums between layers are
+too.
 
 The sources are vllm PR 17364 (the sums, Gemma 3) and unsloth-zoo PR 600 (down_proj and its input, Gemma 3 and 4).
 """
@@ -28,7 +29,8 @@ The sources are vllm PR 17364 (the sums, Gemma 3) and unsloth-zoo PR 600 (down_p
 def mend(model: nn.Module, forward: Callable[[], Any] | None) -> list[str]:
     """Let the modules that overflow compute in fp32, and return their names.
 
-    These are the modules of BY_MODEL_TYPE, and each module that makes a value beyond 65504 of finite inputs in a trial.
+    These are the modules of BY_MODEL_TYPE, and each module whose output in a trial is not finite although its inputs
+    are.
 
     Args:
         forward: runs the trial, a forward pass under autocast; None: without a trial.
@@ -46,14 +48,14 @@ def _overflowing(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
     """Run `forward`; a module with finite inputs and an infinite output computes in fp32 from then on."""
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
-    running: list[tuple[bool, int]] = []  # of each module within another: whether its inputs are finite; found before
+    running: list[tuple[bool, int]] = []  # of each open call: whether its inputs are finite, len(found) before
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append((_is_finite((args, kwargs)), len(found)))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         sound, count = running.pop()
-        if not sound or count < len(found) or _is_finite(output):  # or a module within it was to blame
+        if not sound or count < len(found) or _is_finite(output):  # count < len(found): the cause is within
             return None
         compute_in_fp32(module)
         again = module.forward(*args, **kwargs)  # so that the modules after this one get finite numbers
@@ -82,7 +84,7 @@ def _is_finite(tree: Any) -> bool:
 def compute_in_fp32(module: nn.Module) -> None:
     """Let a module compute in fp32 under autocast, and return fp32.
 
-    Its weights become fp32, except an embedding's, which may be the head's too, and 4-bit weights.
+    Its weights become fp32, except 4-bit weights and those of an embedding, which the head may share.
     """
     if not isinstance(module, nn.Embedding):
         module.float()
@@ -94,7 +96,10 @@ def compute_in_fp32(module: nn.Module) -> None:
 
 @cache
 def _in_fp32(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass that computes in fp32. A function in place of `forward` would be shared by dp's replicas."""
+    """Return a subclass that computes in fp32.
+
+    A `forward` set on the module itself would compute with the original's weights in all dp replicas.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _as_fp32(args), _as_fp32(kwargs)

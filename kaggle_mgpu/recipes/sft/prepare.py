@@ -29,7 +29,7 @@ class Prepared:
     kind: str
     template: str
     train: int
-    """Examples."""
+    """Number of training examples."""
     val: int
     train_tokens: int
     train_learnt: int
@@ -43,7 +43,7 @@ def prepare(config: Config) -> Prepared:
     """Find or make the model; read, encode and write the conversations under output_dir/data, unless they exist.
 
     Raises:
-        ValueError: rows that cannot be read, or none left; a conversation longer than the model bears.
+        ValueError: rows that cannot be read, or none left; a conversation longer than the model's positions.
         FileNotFoundError: no such model or data.
     """
     path, reason = reading.choose_source(config.data_path)

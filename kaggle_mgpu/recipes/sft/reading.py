@@ -45,7 +45,7 @@ SYSTEM = ("system", "system_prompt")
 """Optional fields with the system's message, in rows of every kind."""
 KINDS = (*LISTS, *PAIRS)
 ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant")
-"""ShareGPT's roles that chat templates call otherwise."""
+"""ShareGPT's names of roles -> those of chat templates."""
 
 
 # Rows of files
@@ -54,7 +54,7 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
 
     Raises:
         ImportError: a .parquet file without the package pyarrow.
-        ValueError: a file that is not of its suffix's kind, with the place.
+        ValueError: the content does not fit the file's suffix; the message names the place.
     """
     if file.suffix.lower() == ".csv":
         yield from _csv_rows(file)
@@ -159,7 +159,7 @@ def answers(message: dict[str, Any]) -> bool:
 
 
 def _message(message: Any) -> dict[str, Any] | None:
-    """Return a message with role and content as text; None if it has none. Parts of text are joined.
+    """Return a message with role and content as text; None if one is missing. Parts of text are joined.
 
     Calls of tools are kept with their arguments as an object, since templates write objects as JSON themselves.
     """
@@ -308,7 +308,7 @@ def embedded() -> list[Conversation]:
                 continue
             name = f"{prefix}.{child.name}"
             text = " ".join(re.split(r"\n\s*\n", ast.get_docstring(child) or "")[0].split())
-            # a signature, or a fragment, is no answer
+            # leave out signatures and fragments
             if 20 <= len(text) <= 200 and text[-1] == "." and text[0].isalpha() and f"{child.name}(" not in text:
                 pairs.setdefault(text, f"What {'is' if isinstance(child, ast.ClassDef) else 'does'} {name}")
             if isinstance(child, ast.ClassDef):
@@ -319,7 +319,7 @@ def embedded() -> list[Conversation]:
         if name.split(".")[0] in sys.stdlib_module_names and "._" not in f".{name}":
             try:
                 visit(ast.parse(file.read_text(encoding="utf-8")), name)
-            except (SyntaxError, ValueError, OSError):  # somebody's edit; the rest will do
+            except (SyntaxError, ValueError, OSError):  # skip a file that somebody has damaged
                 continue
     return [
         [
@@ -331,9 +331,9 @@ def embedded() -> list[Conversation]:
 
 
 def split(conversations: Sequence[Conversation], val_fraction: float) -> tuple[list[Conversation], list[Conversation]]:
-    """Return the conversations to train on, and the held-out ones; the contents alone decide.
+    """Return the conversations to train on, and the held-out ones, chosen by a digest of their contents.
 
-    Conversations that begin alike are on the same side.
+    Conversations with the same messages before the first answer are on the same side.
     """
     groups: dict[str, list[int]] = {}
     for index, conversation in enumerate(conversations):

@@ -2,9 +2,9 @@
 
     rouge_l("a cat sat", "the cat sat down")   # F-measure: 2 PR / (P + R) of the longest common subsequence of words
 
-Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, with the tokens of Google's rouge_score: on ASCII
-text the values are that package's. It gives text of other scripts 0, since it keeps a-z and 0-9 only; here a word is a
-run of letters, digits and marks, and a character by itself in scripts that put no spaces between words.
+The definition is that of Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. On ASCII text the values
+equal those of Google's rouge_score, which scores other scripts as 0, since it keeps only a-z and 0-9. Here a word is a
+run of letters, digits and marks; in scripts without spaces between words each character is a word.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import unicodedata
 from functools import lru_cache
 
-# What the names of their characters begin with
+# Prefixes of Unicode names of characters
 _WITHOUT_SPACES = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "BOPOMOFO ")
 
 

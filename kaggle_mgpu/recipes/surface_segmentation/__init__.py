@@ -3,10 +3,10 @@
     from kaggle_mgpu.recipes.surface_segmentation import Config, run
     result = run(Config(data_path="/kaggle/input/vesuvius-challenge-surface-detection"))
 
-Or: `python -m kaggle_mgpu train surface_segmentation --epochs 20`. `run` trains, then predicts whole volumes: the held
-out ones, whose figures it reports, and the test images, which it packs into output_dir/submission.zip. Killed anywhere,
-the same call goes on; a finished model goes straight to the volumes that have no prediction yet. Without data it tries
-itself on small made-up volumes, and says so. `cross_validate` trains a model for each fold of the volumes, and
+Or: `python -m kaggle_mgpu train surface_segmentation --epochs 20`. `run` trains, then predicts whole volumes: the
+held-out volumes, to report their scores, and the test images, for output_dir/submission.zip. After an interrupt the
+same call continues; with a finished model it predicts only the volumes without a prediction. Without data it uses small
+synthetic volumes, and says so. `cross_validate` trains a model for each fold of the volumes, and
 `run(found.ensemble(config))` predicts by the mean of these models.
 """
 

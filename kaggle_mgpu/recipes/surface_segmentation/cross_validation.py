@@ -1,4 +1,4 @@
-"""Train one model a fold of the volumes, measure each on its held-out volumes, and predict the test by all of them.
+"""Train one model per fold of the volumes, measure each on its held-out volumes, and predict the test images by all.
 
 found = cross_validate(Config(...), folds=5)     # one fold per GPU at a time; print(found) is a table
 run(found.ensemble(config))                      # submission.zip by the mean of the folds' probabilities
@@ -28,7 +28,7 @@ class CrossValidation:
     volumes: list[tuple[str, ...]]
     """The ids of the held-out volumes."""
     figures: list[dict[str, float]]
-    """Means over the held-out volumes, as `measures` names its figures."""
+    """Means over the held-out volumes, by the names of `measures`."""
     weights: tuple[str, ...]
     """The files of weights."""
     choices: list[Choice]
@@ -37,8 +37,8 @@ class CrossValidation:
     def ensemble(self, config: Config) -> Config:
         """Return settings by which `run` predicts the test images, by the mean probability of the folds' models.
 
-        Nothing is held out, since each volume has trained one of the models at least. The threshold is the mean of the
-        folds' thresholds, the smallest part the median of theirs, unless config gives numbers.
+        Nothing is held out, since at least one of the models was trained on each volume. The threshold is the mean of
+        the folds' thresholds, and min_component the median of theirs, unless config gives numbers.
         """
         cut, least = config.threshold, config.min_component
         if cut == "auto":
@@ -56,13 +56,13 @@ class CrossValidation:
 
 
 def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
-    """Train on all volumes but those of a fold, for each fold, one fold per GPU at a time; measure the fold's volumes.
+    """Train one model per fold without the fold's volumes, one fold per GPU at a time; measure the fold's volumes.
 
-    Writes folds.json into the run's folder. Call it again after an interrupt or in the next session: finished folds
-    return at once, the others go on.
+    Writes folds.json into the run's folder. Call this again after an interrupt or in the next session: finished folds
+    return at once, the others continue.
 
     Args:
-        config: nproc is the number of folds at the same time.
+        config: nproc is the number of folds to train at the same time.
         folds: the number of parts; see `Config.folds`.
 
     Returns:

@@ -26,7 +26,8 @@ def averaged(models: Sequence[Predictor], axes: Sequence[int] = ()) -> Predictor
     """Return a function that gives the log-odds of the mean probability over models and mirrored windows.
 
     Args:
-        models: each takes windows (B, 1, D, H, W) to logits of the same shape. One alone, without axes, is returned.
+        models: each takes windows (B, 1, D, H, W) to logits of the same shape. A single model without axes is returned
+            as it is.
         axes: the axes to mirror, of 0 (D), 1 (H) and 2 (W); each window is seen under all 2^len(axes) flips.
     """
     if len(models) == 1 and not axes:
@@ -43,10 +44,11 @@ def averaged(models: Sequence[Predictor], axes: Sequence[int] = ()) -> Predictor
 
 
 def load(make: Callable[[], nn.Module], files: Sequence[Path], axes: Sequence[int], precision: str) -> Predictor:
-    """Return the averaged models of some weights for `sliding_window`: on this rank's device, CPU tensors in and out.
+    """Return the average of models with the weights in `files`, on this rank's device; CPU tensors in and out.
 
     Args:
         make: returns the untrained model.
+        axes: as for `averaged`.
         precision: as in TrainConfig.
 
     Raises:

@@ -38,8 +38,10 @@ LZW = 5  # the TIFF tag's value
 
 
 def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
-    """How much a window's voxels count, (size, size, size): a Gaussian around its middle with a deviation of
-    sigma_scale * size, at least 1e-3. MONAI's formula (monai.data.utils.compute_importance_map)."""
+    """Return the weights of a window's voxels, (size, size, size): a Gaussian around its middle, at least 1e-3.
+
+    The deviation is sigma_scale * size: MONAI's formula (monai.data.utils.compute_importance_map).
+    """
     x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1)
     line = torch.exp(-(x**2) / (2 * (sigma_scale * size) ** 2))
     cube = line[:, None, None] * line[None, :, None] * line[None, None, :]
@@ -47,8 +49,10 @@ def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
 
 
 def starts(length: int, size: int, overlap: float) -> list[int]:
-    """Return the windows' starts along an axis of length >= size: every size * (1 - overlap), and the last fitting
-    start (as monai.data.utils.dense_patch_slices does)."""
+    """Return the windows' starts along an axis of length >= size: every size * (1 - overlap), and the last possible.
+
+    monai.data.utils.dense_patch_slices chooses the same.
+    """
     return [*range(0, length - size, max(1, int(size * (1 - overlap)))), length - size]
 
 
@@ -63,22 +67,24 @@ def sliding_window(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield blended logits of a volume as (first plane, planes), each plane once, after its last window.
 
-    So memory beyond the volume is seven slabs of size x height x width float32 (`together`: nine), whatever the depth:
-    356 MB measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
+    Beyond the volume this takes seven slabs of size x height x width float32 (`together`: nine), for any depth: 356 MB
+    measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
 
     Args:
         volume: (D, H, W) uint8 or uint16; standardised by its own mean and deviation.
-        together: the windows are shared out over all ranks, which must all call this and all get all planes.
+        size: side of the window in voxels.
+        overlap: share of its side that a window has in common with the next.
+        together: all ranks call this, share the windows out, and get all planes.
     """
     rank, world = (distributed.rank(), distributed.world_size()) if together else (0, 1)
     mean, std = np.float32(volume.mean(dtype=np.float64)), np.float32(max(volume.std(dtype=np.float64), 1.0))
     shape = [max(n, size) for n in volume.shape]
     before = [(padded - n) // 2 for padded, n in zip(shape, volume.shape, strict=True)]
-    batch = max(1, min(8, 128**3 // size**3))  # one window of 128^3 fills a GPU; small ones go together
+    batch = max(1, min(8, 128**3 // size**3))  # a window of 128^3 fills a GPU; smaller ones are batched
     weight = importance(size)
     corners = list(itertools.product(starts(shape[1], size, overlap), starts(shape[2], size, overlap)))
     slab = (size, shape[1], shape[2])
-    weights = torch.zeros(slab)  # of the windows that begin at one plane
+    weights = torch.zeros(slab)  # the sum over the windows that begin at one plane
     for y, x in corners:
         weights[:, y : y + size, x : x + size] += weight
     total, norm = torch.zeros(slab), torch.zeros(slab)
@@ -104,7 +110,7 @@ def sliding_window(
         if first < last:
             inside = tuple(slice(b, b + n) for b, n in zip(before[1:], volume.shape[1:], strict=True))
             yield first - before[0], out[(slice(first - z, last - z), *inside)]
-        for slabs in (total, norm):  # move up by what is done
+        for slabs in (total, norm):  # drop the finished planes
             slabs[: size - done] = slabs[done:].clone()
             slabs[size - done :] = 0
 
@@ -141,14 +147,14 @@ def predict(
 ) -> int:
     """Predict the volumes without a prediction on every rank; return the number left when the time is up.
 
-    Whole volumes are shared out, so what comes out is what one rank alone would give; only where there are fewer
-    volumes than ranks all of them work on each. A prediction is written whole or not at all: a killed session goes on
-    with the volumes that are missing, and makes a mask of probabilities where they are there. Memory: 2 bytes for each
-    voxel of the volume (4 where probabilities are kept), and `sliding_window`'s.
+    Each rank predicts whole volumes, so the result is that of a single rank; only if there are fewer volumes than
+    ranks, all ranks share the windows of each. Predictions are written atomically: after a kill, the next call predicts
+    the missing volumes, and makes masks of probabilities that are there already. Memory: 2 bytes for each voxel of the
+    volume (4 where probabilities are kept), and that of `sliding_window`.
 
     Args:
         choice: how masks are made; None: only probabilities are written.
-        count: a file for {"predicted": N}, by which a session's progress is known without its predictions.
+        count: a file for {"predicted": N}, the progress.
     """
 
     def note() -> None:
@@ -187,7 +193,7 @@ def predict(
         if distributed.is_main():
             print(f"predicted {job.path.name} in {time.monotonic() - start:.1f} s", flush=True)
     distributed.barrier()
-    note()  # the other ranks' last ones too
+    note()  # with the last volumes of the other ranks
     return distributed.from_main(lambda: sum(job.missing(choice is not None) for job in jobs))
 
 

@@ -1,12 +1,12 @@
-"""How good a predicted volume is: Dice, surface Dice at a tolerance, variation of information, Betti numbers.
+"""Score a predicted volume: Dice, surface Dice at a tolerance, variation of information (VOI), Betti numbers.
 
     measures(prediction, label)  # {"dice": ..., "surface_dice": ..., "voi_score": ..., "betti0_f1": ...}, one volume
 
 Surface Dice and VOI are two of the three terms of the competition's score (0.30 topology + 0.35 surface Dice + 0.35
-VOI), as its metric defines them. The third matches parts, tunnels and cavities of prediction and label one to one, by
-where they are (Betti matching, Stucki et al. 2024), for which no library is at hand. The figures betti0_f1, betti1_f1
-and betti2_f1 compare only how many there are: an F1 as if the smaller number were all matched, hence no matching has a
-higher one. In all of them voxels labelled 2 are background in prediction and label.
+VOI), as its metric defines them. The third matches parts, tunnels and cavities of prediction and label one to one by
+their places (Betti matching, Stucki et al. 2024); it is not computed here, for lack of a library. betti0_f1, betti1_f1
+and betti2_f1 compare only the numbers: the F1 score if all of the smaller number were matched, which no matching can
+exceed. In all scores, voxels labelled 2 are background in prediction and label.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ IGNORED = 2
 
 
 def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[str, float]:
-    """Return the figures of one volume, all 0 (bad) to 1 (good).
+    """Return the figures of one volume, all 0 (bad) to 1 (good); voi_score is 1 / (1 + 0.3 VOI).
 
     Args:
         prediction: (D, H, W), nonzero is sheet.
         label: (D, H, W): 0, 1, or 2 for voxels that are ignored.
+        tolerance: of surface Dice, in voxels.
     """
     if prediction.shape != label.shape:
         raise ValueError(f"measures: expected one shape, got {prediction.shape} and {label.shape}")
@@ -44,14 +45,14 @@ def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[st
 
 
 def dice(p: Array, q: Array) -> float:
-    """2 |p and q| / (|p| + |q|); 1 where both are empty."""
+    """Return 2 |p and q| / (|p| + |q|); 1 if both are empty."""
     total = int(p.sum()) + int(q.sum())
     return 2 * int((p & q).sum()) / total if total else 1.0
 
 
 # Surface Dice (Nikolov et al. 2018, arXiv 1809.04430), as DeepMind's surface-distance computes it: a surface element
-# lies between 2x2x2 voxels; its area is that of the triangles marching cubes would put there. By symmetry 22 of the
-# 256 neighbourhoods are different; here are their areas, by the bits of one of each kind.
+# lies between 2x2x2 voxels; its area is that of the triangles marching cubes would put there. Up to symmetry 22 of the
+# 256 neighbourhoods differ; the table has the area of each kind, by the bits of one example.
 _R2, _R3 = math.sqrt(2), math.sqrt(3)
 _AREAS = {
     0: 0.0, 1: _R3 / 8, 3: _R2 / 2, 6: _R3 / 4, 7: 0.5 + 3 * _R3 / 8, 15: 1.0, 22: 3 * _R3 / 8, 23: 3 * _R3 / 4,
@@ -63,7 +64,7 @@ _AREAS = {
 
 @functools.cache
 def _area_table() -> Array:
-    """The area of each of the 256 neighbourhoods; bit 7 stands for its voxel (0, 0, 0), bit 0 for (1, 1, 1)."""
+    """Return the area of each of the 256 neighbourhoods; bit 7 stands for its voxel (0, 0, 0), bit 0 for (1, 1, 1)."""
     table = np.full(256, np.nan)
     bits = 1 << np.arange(7, -1, -1).reshape(2, 2, 2)
     for code, area in _AREAS.items():
@@ -76,7 +77,7 @@ def _area_table() -> Array:
 
 
 def _surface(mask: Array) -> Array:
-    """The number of the 2x2x2 neighbourhood around each corner of the voxels; of shape mask.shape + 1."""
+    """Return the bits of the 2x2x2 neighbourhood around each corner of the voxels, of shape mask.shape + 1."""
     padded = np.pad(mask, 1).astype(np.uint8)
     code = np.zeros([n + 1 for n in mask.shape], np.uint8)
     for bit, (z, y, x) in enumerate(itertools.product((1, 0), repeat=3)):
@@ -100,7 +101,7 @@ def _near(surface: Array, tolerance: float) -> Array:
 def surface_dice(p: Array, q: Array, tolerance: float = 2.0) -> float:
     """Return the share of both surfaces' area within `tolerance` voxels of the other surface.
 
-    Both empty: 1; one of them: 0.
+    1 if both are empty, 0 if one is.
     """
     codes = [_surface(p), _surface(q)]
     borders = [(code != 0) & (code != 255) for code in codes]
@@ -115,9 +116,9 @@ def surface_dice(p: Array, q: Array, tolerance: float = 2.0) -> float:
 
 
 def variation_of_information(p: Array, q: Array) -> tuple[float, float]:
-    """(split, merge) = (H(p | q), H(q | p)) in bits, over voxels where p or q is, of their 26-connected parts.
+    """Return (split, merge) = (H(p | q), H(q | p)) in bits, of 26-connected parts, over the voxels of p or q.
 
-    Several parts of p on one sheet of q raise the first, one part on several sheets the second (Meila 2007).
+    Several parts of p on one sheet of q raise split, one part of p on several sheets raises merge (Meila 2007).
     """
     union = p | q
     if not union.any():
@@ -163,7 +164,7 @@ def _entropy(labels: Array) -> float:
 
 
 def components(mask: Array) -> tuple[Array, int]:
-    """Number the 26-connected parts of a mask from 1 on: (numbers, how many).
+    """Number the 26-connected parts of a mask from 1 on; return (numbers, count).
 
     Raises:
         ImportError: scipy is not installed.
@@ -179,7 +180,7 @@ def components(mask: Array) -> tuple[Array, int]:
 
 
 def without_specks(mask: Array, least: int) -> NDArray[np.uint8]:
-    """The mask without connected parts of fewer than `least` voxels."""
+    """Return the mask without connected parts of fewer than `least` voxels."""
     if least <= 1:
         return (mask != 0).astype(np.uint8)
     numbers, _ = components(mask)

@@ -24,7 +24,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        # per sample, so a micro-batch of one trains as any other does; and unlike group_norm it stays in fp16 there
+        # per sample, so the micro-batch size does not matter; unlike group_norm, autocast leaves it in fp16
         self.norm1, self.norm2 = nn.InstanceNorm3d(outputs, affine=True), nn.InstanceNorm3d(outputs, affine=True)
         same = inputs == outputs and stride == 1
         self.short = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False)
@@ -37,8 +37,8 @@ class Residual(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder of `levels` resolutions with `width`, 2 width, 4 width ... (at most 320) channels.
 
-    With `deep_supervision` it returns, while it trains, the logits of every resolution but the lowest, finest first;
-    else those of the finest, one channel: the log-odds of the sheet.
+    Returns logits (B, 1, D, H, W), the log-odds of the sheet; in training with `deep_supervision` a list of the logits
+    of every resolution but the lowest, finest first.
     """
 
     def __init__(self, width: int = 32, levels: int = 5, deep_supervision: bool = False) -> None:
@@ -83,15 +83,15 @@ class UNet(nn.Module):
 
 
 def segmentation_loss(logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
-    """The SUM over patches of cross entropy (the mean over the patch's labelled voxels) + 1 - soft Dice.
+    """Return the sum over patches of cross entropy (mean over the patch's labelled voxels) + 1 - soft Dice.
 
-    A patch is one term, so gradients do not depend on how patches are split into micro-batches and over GPUs; a Dice of
-    a whole batch, or a mean over all its voxels, would. Of a patch without sheet the Dice says nothing and is left out;
-    a patch without labels gives 0. In fp32, since an fp16 sum over a patch overflows.
+    A patch is one term, so gradients do not depend on how patches are split into micro-batches and over GPUs, as they
+    would with a Dice of the whole batch or a mean over all its voxels. The Dice term is left out for a patch without
+    sheet; a patch without labels gives 0. Computed in fp32, since an fp16 sum over a patch overflows.
 
     Args:
-        logits: (B, 1, D, H, W); a list of them for deep supervision, each level halved from the one before and weighted
-            half as much as it (as nnU-Net does, Isensee et al. 2021), the weights summing to 1.
+        logits: (B, 1, D, H, W); for deep supervision a list, each level with half the resolution and half the weight of
+            the level before; the weights sum to 1 (as in nnU-Net, Isensee et al. 2021).
         label: (B, D, H, W): 0, 1, or 2 for voxels that are ignored.
     """
     if not isinstance(logits, Tensor):
@@ -112,11 +112,11 @@ def segmentation_loss(logits: Tensor | Sequence[Tensor], label: Tensor) -> Tenso
 
 
 def skeleton_recall_loss(logits: Tensor | Sequence[Tensor], medial: Tensor) -> Tensor:
-    """The SUM over patches of 1 - soft recall of the sheet's medial surface, in fp32; 0 for a patch without a sheet.
+    """Return the sum over patches of 1 - soft recall of the sheet's medial surface, in fp32; 0 without a sheet.
 
     The loss of Kirchhoff et al. 2024 (arXiv 2404.03010) for each patch alone, with the medial surface of
-    `patches.medial_surface` in place of their tubed skeleton. Of deep supervision's logits the finest count: halved,
-    the surface would have holes.
+    `patches.medial_surface` in place of their tubed skeleton. Of a list only the finest logits count, since at half the
+    resolution the surface would have holes.
 
     Args:
         logits: (B, 1, D, H, W), or a list of them, finest first.

@@ -33,14 +33,14 @@ def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) ->
 
 
 class Patches(Dataset[tuple[Tensor, ...]]):
-    """`per_volume` random cubes of each volume an epoch; chance comes from torch's generator.
+    """`per_volume` random cubes of each volume per epoch, drawn from torch's generator.
 
-    With `medial` an item has the `medial_surface` of its sheets too, (size, size, size) bool.
+    With `medial` an item also has the `medial_surface` of its sheets, (size, size, size) bool.
 
     A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
 
-    A share `sheet_fraction` of them is centred on a voxel of the sheet (moved by up to a quarter of the cube), so that
-    sheets are seen however rare they are; the others lie anywhere.
+    A share `sheet_fraction` of the cubes is centred on a voxel of the sheet (moved by up to a quarter of the cube), so
+    that rare sheets are seen too; the others lie anywhere.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Patches(Dataset[tuple[Tensor, ...]]):
         volume = self.volumes[index // self.per_volume]
         facts = self.facts.get(volume.id) or survey(volume, self.cache)
         image, label = cut(self.cache, volume, facts, self.place(volume, facts), self.size)
-        # a patch without a label teaches nothing, and a step of such patches alone would have no term
+        # a patch without a label teaches nothing, and a step of such patches alone would have no loss
         for _ in range(MAX_TRIES if facts.counts[2] else 0):
             if (label != IGNORED).any():
                 break
@@ -74,7 +74,7 @@ class Patches(Dataset[tuple[Tensor, ...]]):
         return augmented(image, *masks) if self.augment else (image, *masks)
 
     def place(self, volume: Volume, facts: Facts) -> list[int]:
-        """Where a cube begins, in voxels; in the middle where the volume is smaller than the cube."""
+        """Draw the start of a cube, in voxels; a volume smaller than the cube lies in the cube's middle."""
         room = [n - self.size for n in facts.shape]
         if float(torch.rand(())) < self.sheet_fraction and facts.counts[1]:
             points = self.cache.points(volume)
@@ -111,8 +111,10 @@ def _within(reach: int) -> int:
 
 
 def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
-    """A cube of a volume: image (1, size, size, size) float32, standardised by the volume's mean and deviation, and
-    label (size, size, size) uint8. Outside of the volume the image is at its mean and the label 2."""
+    """Return a cube of a volume: image (1, size, size, size) float32 and label (size, size, size) uint8.
+
+    The image is standardised by the volume's mean and deviation. Outside of the volume it is 0, and the label 2.
+    """
     low = [max(0, s) for s in start]
     high = [min(n, s + size) for n, s in zip(facts.shape, start, strict=True)]
     inside = (slice(None), slice(low[1], high[1]), slice(low[2], high[2]))
@@ -126,9 +128,9 @@ def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: 
 def medial_surface(sheet: Array) -> NDArray[np.bool_]:
     """Return the voxels in the middle of sheets, (D, H, W) bool of a mask of that shape; 50 ms for 128^3.
 
-    Where the city-block distance to the background is not smaller than any neighbour's. A skeleton by thinning (Lee et
-    al. 1994, scikit-image) would be lines: 1.5 % of the voxels of sheets 3 voxels thick, 29 % with a tube of 2 voxels
-    around; the middle has 43 %, all parts of the sheets.
+    There the city-block distance to the background is not smaller than at any neighbour. A skeleton by thinning (Lee et
+    al. 1994, scikit-image) would be lines: 1.5 % of the voxels of sheets 3 voxels thick, or 29 % with a tube of 2
+    voxels around the lines. The middle has 43 % of the voxels, in all parts of the sheets.
     """
     from scipy import ndimage
 
@@ -141,7 +143,7 @@ def augmented(image: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
     """Apply one of the cube's 48 flips and rotations, then contrast, brightness and noise, from torch's generator.
 
     Args:
-        image: (1, D, H, W) float32; it alone changes its values.
+        image: (1, D, H, W) float32; only its values change.
         masks: (D, H, W) each, of the voxels of the image.
     """
     axes = torch.randperm(3).tolist()

@@ -34,16 +34,16 @@ Auto = Literal["auto"]
 
 @dataclass(frozen=True)
 class Choice:
-    """How masks are made of probabilities, and what that was chosen on."""
+    """The threshold and the smallest part for masks, and how they were chosen."""
 
     threshold: float = 0.5
     min_component: int = 0
     volumes: int = 0
-    """Held-out volumes that the values were chosen on; 0: they were given."""
+    """Number of held-out volumes that the values were chosen on; 0: the values were given."""
     dice_before: float | None = None
     """Mean Dice of these volumes with the threshold 0.5 and all parts kept."""
     dice_after: float | None = None
-    """Mean Dice with the chosen values, a little too good for the choice was made on the same volumes."""
+    """Mean Dice with the chosen values; slightly too good, since these were chosen on the same volumes."""
     made_for: dict[str, Any] | None = None
     """The checksums of the weights, and the settings of the prediction."""
 
@@ -79,9 +79,10 @@ class Choice:
 def known(
     threshold: float | Auto, min_component: int | Auto, made_for: dict[str, Any], files: Sequence[Path], held_out: bool
 ) -> Choice | None:
-    """Return the choice that is given or that a file holds; None where held-out volumes have yet to decide.
+    """Return the choice from the settings or from a file; None if held-out volumes have yet to decide.
 
-    Without held-out volumes a choice for the same weights will do, made with whatever settings; else the defaults.
+    Without held-out volumes, a file's choice for the same weights is taken even if other settings differ; else the
+    defaults.
     """
     if threshold != "auto" and min_component != "auto":
         return Choice(threshold, min_component)
@@ -96,7 +97,7 @@ def known(
 
 
 def step(threshold: float) -> int:
-    """Return the lowest k of 1 ... 255 for which the probability k / 255, rounded, is above the threshold."""
+    """Return the lowest k of 1 ... 255 whose lower rounding limit, (k - 0.5) / 255, reaches the threshold."""
     return min(255, max(1, math.ceil(255 * threshold + 0.5 - 1e-9)))
 
 
@@ -112,10 +113,13 @@ def choose(
     min_component: int | Auto,
     made_for: dict[str, Any] | None = None,
 ) -> Choice:
-    """Choose what is "auto" by the mean Dice of the volumes, on every rank, each its share of the volumes.
+    """Choose what is "auto" by the mean Dice of the volumes; all ranks call this, each reads its share.
 
-    First the threshold, with all parts kept; then the smallest part, with that threshold. Of equal values the one
-    nearest to 0.5, and the smallest part, are taken.
+    First the threshold is chosen, with all parts kept; then the smallest part, with this threshold. Of equally good
+    values the threshold nearest to 0.5, and the lowest size, are taken.
+
+    Args:
+        folder: has the volumes' probabilities, <id>.tif.
     """
     mine = volumes[distributed.rank() :: distributed.world_size()]
     curve = _mean([dice_by_step(_probability(v, folder), read_label(v)) for v in mine])
@@ -150,7 +154,7 @@ def dice_by_step(probability: NDArray[np.uint8], label: NDArray[np.uint8]) -> ND
 
 
 def dice_by_size(mask: NDArray[Any], label: NDArray[np.uint8], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Return the Dice of a mask without its parts below each size; unlabelled voxels count for the size alone."""
+    """Return the Dice of a mask without its parts below each size; unlabelled voxels count for a part's size only."""
     numbers, count = components(mask)
     flat, known = numbers.reshape(-1), (label != IGNORED).reshape(-1)
     size = np.bincount(flat, minlength=count + 1)

@@ -1,6 +1,6 @@
 """Read volumes from TIFF stacks of 8-bit or 16-bit grey pages, and write 8-bit LZW pages, through pillow.
 
-tifffile would need imagecodecs for LZW. The recipe works in voxels: a spacing noted in the file is not read.
+(tifffile would need imagecodecs for LZW.) The recipe works in voxels; a spacing noted in the file is not read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = {"L": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint
 
 
 def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-    """Pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width). Only these are decoded.
+    """Return pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width), and decode no other.
 
     Raises:
         ValueError: not a readable stack of grey pages of one size and depth; the message names the path.
@@ -39,7 +39,7 @@ def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[An
 
 
 def shape_of(path: str) -> tuple[int, int, int]:
-    """(pages, height, width) of a TIFF stack, from its page headers; raises as `read_stack` does."""
+    """Return (pages, height, width) of a TIFF stack, from its page headers; raises as `read_stack` does."""
     with _opened(path) as stack:
         return stack.n_frames, stack.height, stack.width
 
@@ -60,7 +60,7 @@ def _opened(path: str) -> Iterator[Any]:
             with Image.open(path, formats=["TIFF"]) as stack:
                 _check_page(stack, path, 0, stack.size, "L" if stack.mode not in DTYPES else stack.mode)
                 yield stack
-        # of a file that is cut off pillow only warns, and reads the pages there are
+        # pillow only warns about a truncated file, and reads the remaining pages
         for warning in said:
             if "PIL" in Path(warning.filename).parts:
                 raise OSError(str(warning.message))
@@ -80,10 +80,10 @@ def _check_page(page: Any, path: str, number: int, size: tuple[int, int], mode: 
 
 
 def write_stack(path: Path, volume: NDArray[np.uint8]) -> None:
-    """Write a volume (pages, height, width) as a TIFF stack of LZW pages: whole or not at all."""
+    """Write a volume (pages, height, width) as a TIFF stack of LZW pages, atomically."""
     from PIL import Image
 
     pages = [Image.fromarray(page) for page in volume]
-    # pillow reads back what it has written, to append
+    # readable too, since pillow reads the file to append pages
     with whole(path) as temporary, temporary.open("w+b") as file:
         pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")

@@ -1,7 +1,7 @@
 """Train, predict whole volumes on all GPUs, measure the held-out volumes, and pack the submission.
 
-result = run(config)            # all of it; called again it goes on where it was
-rows = baselines(task)          # what a model has to beat
+result = run(config)            # trains and predicts; a second call continues
+rows = baselines(task)          # scores of trivial answers
 figure(task).savefig("x.png")   # image, label, prediction
 """
 
@@ -47,7 +47,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
 
     Until the predictions are whole, result.json says `finished: false`.
     """
-    if surface is None:  # else the notebook has shown it
+    if surface is None:  # else the notebook has printed it
         surface = SurfaceSegmentation(config)
         if "RANK" not in os.environ:  # under torchrun all ranks must look at the data together
             print(surface.describe(), flush=True)
@@ -55,11 +55,11 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
     result: Result = _untrained(config) if _given(config) else launch(train, config, surface)
     if not result.finished:
         return result
-    # until the predictions are whole: a session may be killed before the first of them
+    # from now on unfinished, since the session may be killed before the first prediction
     if distributed.is_main():
         _write(Path(config.output_dir), _unpredicted(result))
     limit = parse_duration(config.time_limit) - (time.monotonic() - began) if config.time_limit else math.inf
-    # under dp one process trains on all GPUs; each GPU predicts in a process of its own
+    # dp trains in one process; prediction takes a process per GPU
     nproc = config.nproc if config.strategy == "dp" else None
     result = launch(infer, config, surface, limit, nproc=nproc)
     return result
@@ -67,10 +67,16 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
 
 @distributed.returns_rank0
 def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math.inf) -> Result:
-    """Predict missing predictions on every rank, measure the held-out volumes, and pack submission.zip.
+    """Make the missing predictions on every rank, measure the held-out volumes, and pack submission.zip.
 
-    Predictions are stamped with the checksum of the weights and with all that shapes them: others start anew.
-    Those of an earlier session are taken over from the inputs where their stamp is the same.
+    The predictions have a stamp of weights, settings and volumes; with another stamp they start anew. Predictions of an
+    earlier session among the inputs are used if their stamp is the same.
+
+    Args:
+        time_limit: in seconds.
+
+    Raises:
+        FileNotFoundError: no run has been trained in output_dir.
     """
     out, main = Path(config.output_dir), distributed.is_main()
     began = time.monotonic()
@@ -89,9 +95,9 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     }
 
     def begin() -> None:
-        # whoever looks at result.json while this is not done must not take it for done
+        # result.json must not say finished while predictions are missing
         _write(out, _unpredicted(result))
-        for torn in folder.rglob(".writing-*"):  # by a session that was killed
+        for torn in folder.rglob(".writing-*"):  # left by a killed session
             torn.unlink()
         if read_json(folder / "stamp.json") != stamp:
             shutil.rmtree(folder, ignore_errors=True)
@@ -104,7 +110,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     forward = load(surface.model, paths, config.tta_axes, config.precision)
 
     def predicted(some: list[Job], choice: Choice | None) -> int:
-        # what comes after the predictions takes time too: a few seconds a volume
+        # the steps after prediction take about a minute and three seconds per volume
         rest = min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began)
         count = folder / "count.json"
         return predict(forward, some, size=size, overlap=config.overlap, choice=choice, seconds_left=rest, count=count)
@@ -118,7 +124,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if choice is None and not left:
         choice = choose(held, folder / "probabilities" / "held_out", *given, made_for)
         if main:
-            for file in files[:1] if config.given else files:  # the folder of given weights may be an input
+            for file in files[:1] if config.given else files:  # the folder of given weights may be a read-only input
                 write_text(file, choice.to_json())
     if choice is not None:
         if main and choice.volumes:
@@ -160,7 +166,7 @@ def _job(volume: Volume, folder: Path, part: str) -> Job:
 
 
 def _with_probabilities(jobs: list[Job], keep: bool) -> list[Job]:
-    """Return the jobs without the probabilities' files, where these are neither wanted nor there already."""
+    """Return the jobs, without a file for probabilities if these are neither wanted nor there already."""
     there = [keep or (job.probability is not None and job.probability.is_file()) for job in jobs]
     return [job if yes else dataclasses.replace(job, probability=None) for job, yes in zip(jobs, there, strict=True)]
 
@@ -204,7 +210,7 @@ def _untrained(config: Config) -> Result:
 
 
 def _checksum(weights: Path) -> int:
-    """Of the tensors by their names: in the file of another session the same ones may come in another order."""
+    """Return a checksum of the tensors in the order of their names, since their order in the file may vary."""
     value = 0
     for name, tensor in sorted(read_tensors(weights).items()):
         value = zlib.crc32(name.encode(), value)
@@ -217,7 +223,7 @@ def _unpredicted(result: Result) -> Result:
 
 
 def _copied(source: Path, target: Path) -> Path:
-    """Copy a file atomically unless the copy exists, and return the copy's path."""
+    """Copy a file atomically, unless both paths are the same file; return the copy's path."""
     if not (target.exists() and target.samefile(source)):
         with whole(target) as temporary:
             shutil.copyfile(source, temporary)
@@ -241,7 +247,7 @@ def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
-    """Draw slices; an error of the picture after hours of work is a warning, and no failed run."""
+    """Draw slices; an error only prints a warning, since a picture must not fail a run after hours."""
     try:
         figure(surface).savefig(path, dpi=110)
     except Exception as error:
@@ -269,8 +275,8 @@ def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
 def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[str, float]]:
     """Return `measures` of two trivial answers and of the model's predictions on the first few held-out volumes.
 
-    The answers: all is sheet; what is brighter than a threshold is, the one with the best Dice on the first few
-    training volumes. About 12 s for a held-out volume of 320^3, hence not all of them.
+    The trivial answers: every voxel is sheet; every voxel brighter than a threshold is sheet, with the threshold of
+    best Dice on the first few training volumes. About 12 s per held-out volume of 320^3, hence at most `volumes`.
     """
     train_volumes, held, _ = surface.split
     counts = np.zeros((2, 65536))
@@ -297,7 +303,7 @@ def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[
 
 
 def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
-    """Middle slices of held-out volumes: image, label, prediction."""
+    """Draw middle slices of held-out volumes: image, label, prediction."""
     held = surface.split[1][:most]
     drawn = plots.figure_of(9, 3.2 * len(held))
     axes = drawn.subplots(len(held), 3, squeeze=False)

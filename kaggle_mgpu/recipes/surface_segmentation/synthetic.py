@@ -1,4 +1,4 @@
-"""Volumes made up for a try where no data is at hand."""
+"""Synthetic volumes, to try the recipe without data."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ IGNORED = 2
 def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> None:
     """Write synthetic volumes of size^3 voxels in the competition's format, unless they exist.
 
-    The volumes hold rolled, wavy sheets in noise and uneven light. They show that the machinery works; a model
-    trained on them is worth nothing.
+    The volumes hold rolled, wavy sheets in noise and uneven light. They show that the code works; a model trained on
+    them is useless for scans.
 
-    A corner of each volume is unlabelled. The labels of the test volumes are written nowhere.
+    A corner of each volume is unlabelled. Test volumes have no labels.
     """
     if folder.is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     ids = [f"synthetic_{i}" for i in range(train + test)]
-    # three scrolls, of which the last has one volume: it is the one held out
+    # three scrolls for training; the last has a single volume, which is held out
     scrolls = ["c" if i == train - 1 else "ab"[i % 2] for i in range(train)] + ["d"] * test
     for seed, (name, scroll) in enumerate(zip(ids, scrolls, strict=True)):
         image, label = synthetic_volume(seed, size, pitch={"a": 11.0, "b": 13.0, "c": 12.0, "d": 12.0}[scroll])

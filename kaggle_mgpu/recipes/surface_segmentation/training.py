@@ -28,7 +28,7 @@ from .patches import Patches, Tiles
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """How to train on patches and predict volumes. A sample, and a term of the loss, is a patch with some label."""
+    """How to train on patches and predict volumes. A sample is a patch; one without a label has no loss."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | frozenset(
         "data_path cache_dir cache_gb weights overlap threshold min_component tta_axes save_probabilities".split()
@@ -40,10 +40,9 @@ class Config(TrainConfig):
     cache_dir: str | None = None
     """Folder for decoded volumes. None: the temporary folder (60 GB on Kaggle, lost with the session)."""
     cache_gb: float = 40.0
-    """Disk for decoded volumes (at most half of the free space): 2 bytes a voxel (3 of 16-bit
-    images), so 600 pairs of 320^3. They
-    are memory-mapped and shared by all loader processes, which so hold a patch each and nothing else in memory. What
-    does not fit is decoded again for each patch: 0.5 s instead of 5 ms."""
+    """Disk for decoded volumes, at most half of the free space: 2 bytes a voxel (3 for 16-bit images), so 40 GB hold
+    600 pairs of 320^3. All loader processes share the volumes by memory mapping, and hold only a patch each in memory.
+    Volumes that do not fit are decoded again for each patch: 0.5 s instead of 5 ms."""
     ignore_label: int = 2
     """The number of voxels without annotation in the labels, left out of loss and figures; 255 in many data sets."""
     val_fraction: float = 0.05
@@ -73,17 +72,17 @@ class Config(TrainConfig):
     """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained). Several
     files, as a list or separated by commas, of runs with the same model: the mean of their probabilities."""
     overlap: float = 0.5
-    """Of neighbouring windows when a volume is predicted."""
+    """Overlap of neighbouring windows when a volume is predicted, as a share of their side."""
     tta_axes: tuple[int, ...] = ()
     """Axes to mirror when a volume is predicted, of 0 (depth), 1 and 2; the probabilities of all flips are averaged.
     (0, 1, 2): eight flips, for eight times the work."""
     tta_in_training: bool = False
-    """Mirror these axes in the evaluations during training too."""
+    """Mirror the axes of tta_axes in the evaluations during training too."""
     threshold: float | Literal["auto"] = "auto"
-    """Lowest probability of a sheet voxel. auto: the best by the Dice of the held-out volumes; kept beside the weights
-    in postprocessing.json, which a prediction with these weights and settings reads."""
+    """Lowest probability of a sheet voxel. auto: the best by the Dice of the held-out volumes, kept beside the weights
+    in postprocessing.json for later predictions with these weights and settings."""
     min_component: int | Literal["auto"] = "auto"
-    """Remove predicted parts of fewer voxels. 0: keep all. auto: chosen as the threshold is."""
+    """Remove predicted parts of fewer voxels. 0: keep all. auto: chosen on the held-out volumes, as threshold."""
     save_probabilities: bool = False
     """Also keep the probabilities of all predicted volumes, as uint8 stacks in steps of 1/255."""
 
@@ -100,7 +99,7 @@ class Config(TrainConfig):
     warmup_steps: int | float | str = 0.05
     """Steps of linear warm-up; below 1, a fraction of the run."""
     min_lr: float = 1e-6
-    """Where each cycle of the schedule ends."""
+    """Learning rate at the end of each cycle of the schedule."""
     best_metric: str = "dice"
     """The validation metric for the choice of the weights in best/."""
     best_mode: Literal["min", "max"] = "max"
@@ -143,14 +142,14 @@ class Config(TrainConfig):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Return the files of given weights; () where the run's own predict."""
+        """Return the files of given weights; () if the run's own weights predict."""
         if self.weights in ("best", "final"):
             return ()
         return tuple(self.weights.split(",")) if isinstance(self.weights, str) else self.weights
 
 
 def _levels(size: int) -> int:
-    """Resolutions of the U-Net: until 8 voxels a side are left, at most 5."""
+    """Return the U-Net's number of resolutions: halving until 8 voxels a side are left, at most 5."""
     return max(1, min(5, int(math.log2(size / 8)) + 1)) if size >= 8 else 1
 
 
@@ -170,11 +169,11 @@ class SurfaceSegmentation(Task):
 
     @property
     def catalogue(self) -> Catalogue:
-        """The volumes. All ranks must ask for them together at first: rank 0 searches while the others wait."""
+        """The volumes. All ranks must make the first access together: rank 0 searches while the others wait."""
         if self._catalogue is None:
-            components(np.zeros((1, 1, 1)))  # a missing scipy is found out now, not after hours of training
+            components(np.zeros((1, 1, 1)))  # raises if scipy is missing, before hours of training
             self._catalogue, self.cache.prepared = distributed.from_main(self._find)
-            # Stamps the checkpoints: other volumes make another run, and so does another fold of them
+            # stamps the checkpoints: a run does not continue with other volumes or another fold
             fold = "" if self.config.folds is None else f" fold {self.config.fold} of {self.config.folds}"
             self.name = f"SurfaceSegmentation {self._catalogue.digest}{fold}"
         return self._catalogue
@@ -207,7 +206,7 @@ class SurfaceSegmentation(Task):
         return [volume for volume in volumes if volume not in held], held, f"fold {c.fold} of {c.folds}"
 
     def leave_out_tests(self) -> None:
-        """Predict no test images, for a model that is one of several."""
+        """Predict no test images, for a model of a cross-validation, whose ensemble predicts them."""
         self._catalogue = replace(self.catalogue, test=())
 
     def describe(self) -> str:
@@ -224,13 +223,13 @@ class SurfaceSegmentation(Task):
     def prepare(self) -> None:
         """Read and check every volume once, each rank its share; keep statistics and copies of labelled volumes.
 
-        1.3 s a pair of 320^3, half of it an image to predict, unless an earlier call has left its notes. A run that has
-        been trained, here or in an earlier output among the inputs, needs none of it.
+        A pair of 320^3 takes 1.3 s, an image to predict half of this, and a volume checked by an earlier call no time.
+        Nothing is read for a run whose training has finished, here or in an earlier output among the inputs.
 
         Raises:
             ValueError: a malformed volume, a label of another shape, a label out of range; named with its path.
         """
-        c, cache = self.catalogue, self.cache  # on all ranks, before rank 0 looks at it alone
+        c, cache = self.catalogue, self.cache  # on all ranks, since rank 0 uses both alone in _trained
         trained = distributed.from_main(self._trained)
         if self._facts or trained:
             return
@@ -317,7 +316,7 @@ class SurfaceSegmentation(Task):
         return {"loss": (segmentation_loss(logits, label), self.count(batch)), "voxels": (voxels, len(label))}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """loss (a patch), and dice, precision and recall of all held-out voxels together, unblended."""
+        """Return loss (per patch), and dice, precision and recall over all held-out voxels, without blending."""
         hit, false, missed = metrics["voxels"].tolist()
         return {
             "loss": float(metrics["loss"]),
@@ -330,11 +329,11 @@ class SurfaceSegmentation(Task):
 def prepare(config: Config) -> str:
     """Check and decode all volumes into output_dir/data, for sessions that find this output among their inputs.
 
-    As many are decoded as cache_gb and nine tenths of the free disk allow; on Kaggle, which keeps 20 GB, at most 18 GB:
-    270 pairs of 320^3.
+    As many are decoded as cache_gb and nine tenths of the free disk allow; on Kaggle, which keeps 20 GB of output, at
+    most 18 GB: 270 pairs of 320^3.
 
     Returns:
-        What was done, in a sentence.
+        A sentence about the result.
 
     Raises:
         ValueError: a malformed volume; named with its path.

@@ -8,10 +8,10 @@
     print(task.sample(result.load(task.model()), "Once upon a time"))
 
 Or: `python -m kaggle_mgpu train text_generation --data-path my.txt`. Rank 0 turns the text into two
-memory-mapped token files under output_dir/data, once; a batch is one NumPy gather from them. Perplexities of
-different tokenizers do not compare, so every evaluation also reports bits per byte of the held-out text. The parts:
-settings.py; documents.py (reading, split), tokenizer.py and corpus.py (token files, blocks); model.py; training.py (the
-task); generation.py; ngrams.py (what to beat).
+memory-mapped token files under output_dir/data, once; a batch is one NumPy gather from them. Perplexities of different
+tokenizers cannot be compared, so every evaluation also reports bits per byte of the held-out text. Files: settings.py;
+documents.py (reading, split), tokenizer.py and corpus.py (token files, blocks); model.py; training.py (the task);
+generation.py; ngrams.py (baselines).
 """
 
 from .corpus import prepare

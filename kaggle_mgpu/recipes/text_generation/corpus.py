@@ -41,9 +41,9 @@ BATCH_CHARACTERS = 8_000_000
 SAMPLE_CHARACTERS = 100_000
 """Characters in each of the pieces that a vocabulary is learnt from: `tokenizers` gives each core a piece at a time."""
 FIRST_SECONDS, PROGRESS_SECONDS = 2.0, 10.0
-"""Seconds until the first line about the progress of reading, learning or tokenising, and between the next."""
+"""Seconds until the first line of progress, and between further lines."""
 
-# Byte-level BPE splits a text into words before anything else, always where white space follows something else
+# Byte-level BPE first splits a text into words, always before white space that follows another character
 BETWEEN_WORDS = re.compile(r"(?<=\S)(?=[ \n])")
 PIECES = re.compile(r"(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}")
 
@@ -59,9 +59,9 @@ class Corpus:
     digest: str
     """A digest of the tokens and the split; a run continues only on data with the same digest."""
     kind: str
-    """Of the tokenizer: byte or bpe."""
+    """The tokenizer: byte or bpe."""
     n_vocab: int
-    """The separator included."""
+    """Number of ids, the separator included."""
     documents: int
     train_bytes: int
     val_bytes: int
@@ -81,9 +81,11 @@ class Corpus:
 
 
 class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
-    """Blocks of a token file: block i predicts tokens i*B+1 ... (i+1)*B from the ones before, so every token
-    but the first (a separator) is predicted exactly once. In the last block what is missing is a target of
-    -100: ignored. With `random_shift` each begins up to B - 1 tokens later, drawn from torch's generator.
+    """Blocks of B tokens of a token file: inputs, and targets one token later.
+
+    Block i predicts tokens i*B+1 ... (i+1)*B, so every token but the first (a separator) is predicted exactly once.
+    Missing targets in the last block are -100, which is ignored. With `random_shift` a block begins up to B - 1 tokens
+    later, drawn from torch's generator.
     """
 
     def __init__(self, path: Path, dtype: str, block_size: int, random_shift: bool = False) -> None:
@@ -145,7 +147,7 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
 
 
 def _has_text(file: Path, text_field: str) -> bool:
-    # an earlier run's metrics.jsonl may be among the inputs, and tables of numbers
+    # the inputs may have an earlier run's metrics.jsonl, or tables without text
     try:
         return file.suffix.lower() == ".txt" or next(read_documents(file, text_field), None) is not None
     except (ValueError, ImportError):
@@ -155,11 +157,10 @@ def _has_text(file: Path, text_field: str) -> bool:
 def prepare(config: Config) -> Corpus:
     """Write the token files under output_dir/data unless they exist there or in an input. One process at a time.
 
-    The folder's name is a digest of the text and of all settings that matter, so a second run reuses it and a
-    changed text is not mistaken for the old one. Each split is `separator document separator document ...
-    separator`. bpe takes 13 CPU-seconds for 20 MB of Python source, 5 to learn the vocabulary and 8 to encode, both on
-    all cores; these parts and the reading print a line every ten seconds. A document is in memory once, and twice
-    while it is read.
+    The folder's name is a digest of the text and of all settings that matter, so a second run reuses the folder, and a
+    changed text gets another one. Each split is `separator document separator document ... separator`. bpe takes 13
+    CPU-seconds for 20 MB of Python source, 5 to learn the vocabulary and 8 to encode, both on all cores. Progress is
+    printed every ten seconds. A document is in memory once, and twice while it is read.
 
     Raises:
         ValueError: too little text for one block.
@@ -184,7 +185,7 @@ def prepare(config: Config) -> Corpus:
     folder = Path(config.output_dir).resolve() / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = session.find_prepared(folder, "corpus.json")
     if not (folder / "corpus.json").exists():
-        # It appears under its name only when complete; a killed session may have left half of one
+        # the folder gets its name when complete; a killed session may have left a partial one
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -221,7 +222,7 @@ def _write(
     """Write train.bin, val.bin, tokenizer.json (bpe) and, last, corpus.json.
 
     Args:
-        documents: gives all of them, each time it is called.
+        documents: returns an iterator over all documents.
         listing: digest and size of each, in bytes.
         cuts: how many leading bytes of each are for training.
     """
@@ -272,7 +273,7 @@ def _write(
 
 
 def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
-    """Yield the training texts in pieces that are cut between words, so that their words are those of the whole.
+    """Yield the training texts in pieces, cut between words so that no word is split.
 
     Args:
         split: gives each document, and how many of its characters are for training.
@@ -292,8 +293,8 @@ def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
 def _batches(split: Iterator[tuple[str, int]], total: int) -> Iterator[list[tuple[int, str, bool]]]:
     """Yield batches of pieces: the part (0: training, 1: held out), the text, and whether a document ends with it.
 
-    A piece holds whole lines, a million characters at most, and a batch about eight pieces: the ids of a book at once
-    would take many times its size.
+    A piece holds whole lines, a million characters at most, and a batch about eight pieces, because the ids of a whole
+    book would take many times its size in memory.
 
     Args:
         split: gives each document, and how many of its characters are for training.
@@ -316,7 +317,7 @@ def _batches(split: Iterator[tuple[str, int]], total: int) -> Iterator[list[tupl
 
 
 class Progress:
-    """Progress prints how far a part of the work is, after two seconds and every ten, and tells the launcher of it.
+    """Progress prints a line after two seconds and then every ten, and shows the launcher that work goes on.
 
     Args:
         doing: a word or two for the work.

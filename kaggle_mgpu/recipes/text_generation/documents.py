@@ -22,8 +22,8 @@ NLTK = Path("/usr/share/nltk_data/corpora")
 def embedded_documents() -> list[str]:
     """Return the English text of `pydoc_data.topics` (Python's help(), PSF licence), about 0.37 MB.
 
-    Topics quote one another (a fifth of the text): a paragraph that an earlier, longer topic has is left out,
-    since held-out text that was trained on would be a lie.
+    A fifth of the text repeats in several topics. A paragraph that a longer topic has too is left out, since held-out
+    text must not occur in the training text.
     """
     from pydoc_data.topics import topics
 
@@ -40,7 +40,7 @@ def embedded_documents() -> list[str]:
 
 
 def _brown(folder: Path) -> Iterator[str]:
-    """The documents of the Brown corpus as nltk has it, ca01 to cr09: words with tags, The/at Fulton/np-tl."""
+    """Yield the documents of nltk's Brown corpus, ca01 to cr09, without the words' tags (The/at Fulton/np-tl)."""
     for file in sorted(folder.glob("c[a-r][0-9][0-9]")):
         lines = file.read_text(encoding="utf-8").splitlines()
         texts = (" ".join(word.rpartition("/")[0] for word in line.split()) for line in lines)
@@ -67,14 +67,14 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
                 yield text
 
 
-# Each of the three gives (place, text) for every row
+# Each of the three yields (place, text) for every row
 def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     try:
         try:
-            with file.open(encoding="utf-8-sig") as slices:  # read at once, a text would be in memory thrice
+            with file.open(encoding="utf-8-sig") as slices:  # read() would hold the text in memory three times
                 text = "".join(iter(lambda: slices.read(SLICE), ""))
         except UnicodeDecodeError:
-            text = file.read_text(encoding="utf-8-sig")  # whose error has the place in the file, not in a slice
+            text = file.read_text(encoding="utf-8-sig")  # raises the error with the place in the file, not in a slice
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
@@ -155,15 +155,15 @@ def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> lis
 
 
 def cut_at(text: str, cut: int) -> int:
-    """Return the index of a text's byte `cut` or a little before: after the end of a line nearby, or a character.
+    """Return the index of a text's byte `cut` or a little before: after a line end nearby, else at a whole character.
 
-    The text is encoded a million characters at a time, so that none but the text itself is in memory.
+    The text is encoded a million characters at a time, so that there is no second copy in memory.
     """
-    index, before = 0, 0  # of the characters that certainly come before the cut, the number and the bytes
+    index, before = 0, 0  # characters, and their bytes, that certainly come before the cut
     while index < len(text):
         data = text[index : index + SLICE].encode("utf-8")
         if before + len(data) > cut:
-            head = data[: cut - before].decode("utf-8", "ignore")  # without half of a character
+            head = data[: cut - before].decode("utf-8", "ignore")  # drops a partial character
             index, before = index + len(head), before + len(head.encode("utf-8"))
             break
         index, before = min(index + SLICE, len(text)), before + len(data)

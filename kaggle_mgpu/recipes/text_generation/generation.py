@@ -1,4 +1,4 @@
-"""Text from a trained model, token by token."""
+"""Generate text from a trained model, token by token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from .tokenizer import Tokenizer
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Return the probabilities of the next token: softmax(logits / temperature) over the top_k likeliest tokens, then
-    over the smallest set of likeliest tokens with top_p of the sum (Holtzman et al. 2020, arXiv 1904.09751).
-    Temperature 0: the likeliest.
+    """Return the probabilities of the next token: softmax(logits / temperature), with unlikely tokens left out.
+
+    Of the top_k likeliest tokens, the smallest set with a share top_p of the sum is kept (Holtzman et al. 2020, arXiv
+    1904.09751). Temperature 0: all on the likeliest token.
 
     Args:
         logits: (n_vocab,).
@@ -54,10 +55,9 @@ def generate(
 ) -> str:
     """Return the prompt and the model's continuation, up to the end of the document or max_new_tokens.
 
-    Keys and values are cached. When block_size tokens are full, the older half is forgotten and the rest is
-    read anew from position 0, so what the model sees is always between half a block and a block of the latest
-    text, at positions it was trained on. Random numbers come from a CPU generator: one seed, one text, on any
-    device.
+    Keys and values are cached. When block_size tokens are full, the older half is dropped and the rest is read again
+    from position 0, so the model sees the latest half to whole block of text, at positions it was trained on. Random
+    numbers come from a CPU generator, so a seed gives the same text on any device.
 
     Args:
         temperature, top_k, top_p: see `probabilities`.

@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), halves paired. x (..., T, D), cos (T, D/2)."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to x (..., T, D), halves paired; cos (T, D/2)."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -66,7 +66,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class GPT(nn.Module):
     """A decoder-only transformer: no biases, and the embedding's matrix is also the head.
 
-    The head has no parameter of its own, so each tensor is in state_dict() once, as safetensors demands.
+    The head has no parameter of its own, so each tensor is in state_dict() once, as safetensors needs.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # GPT-2's: what adds to the residual stream is smaller the more layers there are
+                # as in GPT-2: layers that add to the residual stream begin smaller the more of them there are
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
 

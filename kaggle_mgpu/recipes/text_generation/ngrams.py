@@ -23,7 +23,7 @@ class Ngrams:
         self.pairs, self.pair_counts = np.unique(stream[:-1] * n_vocab + stream[1:], return_counts=True)
 
     def losses(self, stream: NDArray[Any], k: float, m: float) -> tuple[float, float]:
-        """Mean -ln p of every token of `stream` but the first: (unigram, bigram)."""
+        """Return the mean -ln p of every token of `stream` but the first: (unigram, bigram)."""
         stream = stream.astype(np.int64)
         a, b = stream[:-1], stream[1:]
         unigram = ((self.counts + k) / (self.counts.sum() + k * self.n_vocab))[b]
@@ -34,10 +34,10 @@ class Ngrams:
 
 
 def ngram_losses(train: NDArray[Any], val: NDArray[Any], n_vocab: int) -> tuple[float, float]:
-    """Validation loss, nats per token, of a unigram and a bigram table made from the training stream.
+    """Return the validation losses, nats per token, of a unigram and a bigram table of the training stream.
 
-    The smoothing weights k and m are those that predict the last tenth of the training stream best from the
-    rest of it (at most 20 M tokens in all); the tables are then made from the whole.
+    The smoothing weights k and m are those with which the rest of the training stream predicts its last tenth best (at
+    most 20 M tokens in all); the final tables are made from the whole stream.
     """
     train = np.asarray(train[-20_000_000:])
     cut = len(train) - max(2, len(train) // 10)
@@ -48,8 +48,10 @@ def ngram_losses(train: NDArray[Any], val: NDArray[Any], n_vocab: int) -> tuple[
 
 
 def baselines(task: TextGeneration) -> dict[str, float]:
-    """Losses of table models on the task's own validation tokens: unigram and bigram (nats per token, to
-    compare with loss) and unigram_bits_per_byte and bigram_bits_per_byte. How they are smoothed: `ngram_losses`.
+    """Return the validation losses of frequency tables, to compare with the model's.
+
+    The keys are unigram and bigram (nats per token), unigram_bits_per_byte and bigram_bits_per_byte. `ngram_losses`
+    describes the smoothing.
 
     Raises:
         ValueError: nothing is held out.

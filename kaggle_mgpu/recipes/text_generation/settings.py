@@ -22,35 +22,35 @@ class Config(TrainConfig):
     """Share of the bytes held out: whole documents, or the text's tail where documents are too few. 0: none."""
     tokenizer: Literal["auto", "byte", "bpe"] = "auto"
     """byte: UTF-8 bytes; bpe: trained on the training split; auto: bpe where `tokenizers` is installed.
-    Measured on the embedded text, 4 layers x 128, 150 s of one CPU core each, best of three evaluations, bits
-    per byte held out: bytes 2.12; bpe of 512 ids 2.00, of 1024 1.98, of 2048 2.00. After 50 s: bytes 2.82,
-    each bpe 2.12 to 2.13."""
+    Measured on the embedded text (4 layers of width 128, 150 s of one CPU core each, best of three evaluations), in
+    bits per byte of held-out text: byte 2.12; bpe with 512 ids 2.00, with 1024 1.98, with 2048 2.00. After 50 s: byte
+    2.82, bpe 2.12 to 2.13."""
     vocab_size: int = 1024
     """Size of the bpe vocabulary, separator included. A larger one makes fewer tokens of a text, and each step slower.
-    Measured with 4 layers x 128 in 110 s of one CPU core, one seed, bits per byte held out: King James Bible (4.3 MB)
-    2.08 with 1024 (367 steps), 2.08 with 4096 (251 steps); Python source (20 MB) 3.10 and 3.25. In 330 steps, 146 s,
-    4096 led on the Bible with 2.03. The default model does about 340 in the time of 367 with 1024, by its operations:
-    the head is a smaller part of it."""
+    Measured with 4 layers of width 128 in 110 s of one CPU core, one seed, in bits per byte of held-out text: King
+    James Bible (4.3 MB) 2.08 with 1024 (367 steps), 2.08 with 4096 (251 steps); Python source (20 MB) 3.10 and 3.25.
+    After 330 steps (146 s) 4096 had 2.03 on the Bible. In the default model the head is a smaller part: by the count of
+    operations, about 340 steps with 4096 take the time of 367 with 1024."""
     n_layer: int = 8
     """Transformer blocks."""
     n_head: int = 8
     """Attention heads."""
     n_embd: int = 256
-    """Width."""
+    """Width of the model: numbers per token."""
     block_size: int = 512
     """Tokens of context."""
     dropout: float = 0.0
     """Dropout after attention and MLP. Above 0 the weights depend on the number of GPUs."""
     random_shift: bool = False
-    """Cut each training block at a random place of its stretch, different in each epoch: more different contexts
-    from the same text. The cuts depend on how the batch is split."""
+    """Shift the start of each training block at random, differently in each epoch, for more contexts from the same
+    text. The shifts depend on how the batch is split."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
     vectors. Not with strategy deepspeed. Measured on the King James Bible after 100 to 120 steps of 1024 tokens at
     lr=3e-3, nats a token held out: 0.26 M parameters 5.18 with adamw, 4.79 with muon (three seeds); 0.7 M 5.00 and
-    4.60; 1.7 M 5.13 and 4.58. The lead is gone in a run of 600 steps: 0.3 M 4.11 with adamw, 4.12 with muon (another
-    seed 4.10 and 4.10), 1.2 M 3.88 and 3.89, where a step of muon takes 1.1 and 1.3 times the CPU time. How long its
-    steps take on a GPU has not been measured."""
+    4.60; 1.7 M 5.13 and 4.58. After 600 steps the lead is gone: 0.3 M 4.11 with adamw, 4.12 with muon (another seed
+    4.10 and 4.10), 1.2 M 3.88 and 3.89, where a step of muon takes 1.1 and 1.3 times the CPU time. The time of its
+    steps on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
@@ -59,12 +59,12 @@ class Config(TrainConfig):
     """Steps of linear warm-up; below 1, a fraction of the run."""
     lr: float | Literal["auto"] = "auto"  # type: ignore[assignment]
     """Peak learning rate. auto: 1e-3 x 256 / n_embd, at least min_lr, since Adam's rate for a matrix falls with its
-    width (muP: Yang et al. 2022, arXiv 2203.03466, table 3). A run that an earlier version began goes on with 1e-3,
-    its default for every width. Measured on the King James Bible with adamw, 2 layers, 250 steps of 512 tokens, nats a
-    token held out: width 64 5.20 with 1e-3, 4.87 with 4e-3 (another seed: 5.18, 4.77); 128 4.72 with 1e-3, 4.58 with
-    2e-3, 4.65 with 4e-3; 256 4.33 with 1e-3, 4.48 with 2e-3; 512 4.39 with 5e-4, 4.70 with 1e-3."""
+    width (muP: Yang et al. 2022, arXiv 2203.03466, table 3). A run begun by an earlier version continues with that
+    version's default, 1e-3 for every width. Measured on the King James Bible with adamw, 2 layers, 250 steps of 512
+    tokens, nats a token held out: width 64 5.20 with 1e-3, 4.87 with 4e-3 (another seed: 5.18, 4.77); 128 4.72 with
+    1e-3, 4.58 with 2e-3, 4.65 with 4e-3; 256 4.33 with 1e-3, 4.48 with 2e-3; 512 4.39 with 5e-4, 4.70 with 1e-3."""
     min_lr: float = 1e-4
-    """Where the schedule ends."""
+    """Learning rate at the end of the schedule."""
     sample_tokens: int = 40
     """Tokens that the model writes at each evaluation, kept in metrics.jsonl as `sample`. 0: none."""
     sample_prompt: str = "The "

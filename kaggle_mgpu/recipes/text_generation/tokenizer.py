@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from kaggle_mgpu import env
 
 ALL_CORES = {"TOKENIZERS_PARALLELISM": "true"}
-"""Lets `tokenizers` use threads; `env.fix` turns them off, since forked loader processes may wait for them."""
+"""Lets `tokenizers` use threads; `env.fix` turns them off, since forked loader processes could wait for them
+forever."""
 MOST_CHARACTERS = 100_000_000
 """Characters that a vocabulary is learnt from, at most."""
 
@@ -62,10 +63,10 @@ class BPETokenizer:
 
     @staticmethod
     def train(texts: Iterator[str], n_vocab: int, path: Path) -> None:
-        """Train on `texts` (the first 100 M characters are enough) and write tokenizer.json to `path`.
+        """Train on the first 100 M characters of `texts`, and write tokenizer.json to `path`.
 
         Args:
-            texts: each core counts the words of a text at a time, so many short texts are faster than a long one.
+            texts: many short texts are faster than a long one, since each core counts the words of one text at a time.
             n_vocab: ids in all, the separator included.
         """
 
@@ -81,7 +82,7 @@ class BPETokenizer:
         bpe = t.Tokenizer(t.models.BPE())
         bpe.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = t.decoders.ByteLevel()
-        # All 256 bytes are in the vocabulary, so that nothing is ever unknown
+        # with all 256 bytes in the vocabulary no text is unknown
         alphabet = sorted(t.pre_tokenizers.ByteLevel.alphabet())
         trainer = t.trainers.BpeTrainer(vocab_size=n_vocab - 1, initial_alphabet=alphabet, show_progress=False)
         with env.variables(ALL_CORES):
@@ -93,7 +94,7 @@ def tokenizers_package() -> Any:
     """Import and return the package `tokenizers`.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: the package is not installed.
     """
     try:
         import tokenizers

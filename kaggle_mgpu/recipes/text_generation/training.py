@@ -31,19 +31,19 @@ class TextGeneration(Task):
         self._trained: GPT | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_trained": None}  # weights do not travel with a launch
+        return self.__dict__ | {"_trained": None}  # the trained model is not pickled for workers
 
     @property
     def corpus(self) -> Corpus:
-        """The prepared text. All ranks must ask for the text together at first: rank 0 prepares, the others wait."""
+        """The prepared text. All ranks must make the first access together: rank 0 prepares, the others wait."""
         if self._corpus is None:
             self._corpus = distributed.from_main(lambda: prepare(self.config))
-            # Stamps the checkpoints: another text or tokenizer gives the same ids another meaning
+            # stamps the checkpoints, since another text or tokenizer gives the same ids another meaning
             self.name = f"TextGeneration {self._corpus.digest}"
         return self._corpus
 
     def describe(self) -> str:
-        """Describe source, reason for the source, documents, bytes, tokens, split and tokenizer in three lines."""
+        """Describe the source and the reason for it, documents, bytes, tokenizer, tokens and split in three lines."""
         c = self.corpus
         ratio = c.train_bytes / (c.train_tokens - 1)
         return (
@@ -60,7 +60,7 @@ class TextGeneration(Task):
         return self._trained
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-        """Return AdamW, or Muon with a rate of the embedding 3 times as large."""
+        """Return AdamW, or Muon with 3 times the learning rate for the embedding."""
         if self.config.optimizer == "adamw":
             return super().optimizer(model, config)
         named = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("embedding.")}
@@ -88,20 +88,20 @@ class TextGeneration(Task):
         return int((batch[1] != IGNORED).sum())
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """loss (nats per token), perplexity = exp(loss), and bits_per_byte, fit to compare tokenizers."""
+        """Return loss (nats per token), perplexity = exp(loss), and bits_per_byte, comparable across tokenizers."""
         loss = float(metrics["loss"])
         perplexity = math.exp(min(loss, 700.0))
         return {"loss": loss, "perplexity": perplexity, "bits_per_byte": self.corpus.bits_per_byte(loss)}
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Add a short text, from the weights of this moment, to the record of an evaluation."""
+        """Add a short text, written with the current weights, to the record of an evaluation."""
         c = self.config
-        whole = c.strategy not in ("fsdp", "deepspeed")  # where rank 0 alone has no whole model to write with
+        whole = c.strategy not in ("fsdp", "deepspeed")  # there rank 0 alone does not have the whole model
         if record["kind"] == "eval" and c.sample_tokens and self._trained and whole:
             record["sample"] = self.sample(self._trained, c.sample_prompt, max_new_tokens=c.sample_tokens)
 
     def sample(self, model: nn.Module, prompt: str = "", **options: Any) -> str:
-        """`generate` with this task's tokenizer."""
+        """Call `generate` with this task's tokenizer."""
         return generate(model, self.corpus.tokenizer(), prompt, **options)
 
 
