@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     given, unknown = top.parse_known_args(arguments)
     if unknown:
-        top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], given, modules)}")
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, given, modules)}")
     if given.command == "gpus":
         from .machine import devices
 
@@ -203,15 +203,20 @@ def _in_the_way(error: Exception, folder: str) -> bool:
     return Path(error.filename).is_relative_to(folder) or Path(folder).is_relative_to(error.filename)
 
 
-def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
-    """Return a hint with the recipe's flags nearest to an unknown flag, or ""."""
-    if not flag.startswith("--") or not getattr(given, "recipe", None):
+def _meant(unknown: list[str], given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
+    """Return a hint with the recipe's flags nearest to each unknown flag, or ""."""
+    if not getattr(given, "recipe", None):
         return ""
-    from .names import either, nearest
+    from .names import either, nearest, other_value
 
     flags = [field.name.replace("_", "-") for field in dataclasses.fields(modules[given.recipe].Config)]
-    near = nearest(flag[2:].partition("=")[0], flags)
-    return f". Did you mean {either(f'--{name}' for name in near)}?" if near else ""
+    names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
+    hints = []
+    for name in names:
+        if near := nearest(name, flags):
+            start = f"For --{name}, did you mean" if len(names) > 1 else "Did you mean"
+            hints.append(f"{start} {either(f'--{flag}' for flag in near)}?{other_value(name, near)}")
+    return "".join(f"{' ' if number else '. '}{hint}" for number, hint in enumerate(hints))
 
 
 def _draw(result: Result) -> None:

@@ -201,6 +201,17 @@ def test_a_flag_by_another_librarys_name(tmp_path: Path) -> None:
     assert run.stderr.endswith("--per-device-train-batch-size 3. Did you mean --micro-batch-size?\n")
 
 
+def test_each_flag_of_another_script_gets_its_hint() -> None:
+    others = "--multi-gpu ddp --mode flatten --warmup-epochs 2 --grad-accum-steps=4"
+    run = kaggle_mgpu("train", "activity_recognition", "--epochs", "20", *others.split(), "--lr", "4e-3")
+    assert run.returncode == 2
+    assert run.stderr.endswith(
+        f"unrecognized arguments: {others}. For --multi-gpu, did you mean --strategy? "
+        "For --warmup-epochs, did you mean --warmup-steps? Epochs are written '2 epochs'. "
+        "For --grad-accum-steps, did you mean --gradient-accumulation-steps?\n"
+    )
+
+
 def test_check_of_no_folder() -> None:
     run = kaggle_mgpu("check", "--output-dir", "")
     assert run.returncode == 2
