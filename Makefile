@@ -20,6 +20,7 @@
 #
 # make gpu-info, memory-check, train-distributed RECIPE=sft CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
 # line in .venv. RECIPE=text_generation, ON=T4x2 (what to plan for), NPROC=2, OUTPUT_DIR=run, ARGS="--epochs 3 …"
+# make memory-check alone shows what is in use on each GPU, beside a run too; with any of these it plans a run
 
 PYTHON ?= python3
 LOCK := .ci/constraints.txt
@@ -40,6 +41,7 @@ RECIPE ?= $(if $(shell test -z "$(CONFIG)" || grep -lsE '^(model|tuning|max_leng
 OWN := PYTHON CONSTRAINTS VENV BIN OMP_NUM_THREADS RECIPE CONFIG DEEPSPEED_CONFIG ON NPROC OUTPUT_DIR ARGS
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
 OF_GUIDE = $(filter NUM_GPUS TRAIN_% MODEL_% TUNING_%,$(GIVEN))
+GIVEN_RUN = $(filter RECIPE CONFIG DEEPSPEED_CONFIG ON NPROC OUTPUT_DIR ARGS,$(GIVEN))$(OF_GUIDE)$(UNKNOWN)
 UNKNOWN = $(filter-out $(OWN) $(OF_GUIDE),$(GIVEN))
 VARIABLES = $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): expected $(OWN), or NUM_GPUS, MODEL_…, TUNING_…, TRAIN_… of the guide))$(foreach v,$(sort $(OF_GUIDE)),--variable '$(v)=$($(v))')
 
@@ -84,8 +86,9 @@ demo: $(VENV)/installed
 gpu-info: $(VENV)/installed
 	$(KIT) gpus
 
+# a plan without ON measures steps on the GPUs, which a run that goes on there needs
 memory-check: $(VENV)/installed
-	$(KIT) plan $(RECIPE) $(SETTINGS) $(if $(ON),--on $(ON))
+	$(KIT) $(if $(GIVEN_RUN),plan $(RECIPE) $(SETTINGS) $(if $(ON),--on $(ON)),gpus)
 
 train-distributed: $(VENV)/installed
 	$(KIT) train $(RECIPE) $(SETTINGS)

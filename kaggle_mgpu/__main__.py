@@ -58,7 +58,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
     top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
     commands = top.add_subparsers(dest="command", required=True)
     # no abbreviations: a misspelt --epoch must not be taken for --epochs
-    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
+    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs, how busy and full each is, and the mode")
     of_check = commands.add_parser(
         "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
     )
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.command == "gpus":
         from .machine import devices
 
-        print(devices.report())
+        print(devices.report(load=True))
         return 0
     if given.command == "check":
         from .planning import check

@@ -37,11 +37,14 @@ def train(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def test_gpus(tmp_path: Path) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i, Tesla T4, 15360, 7.5; done\n")
+    smi.write_text(
+        "#!/bin/sh\ncase $1 in *utilization*) echo 0, 97, 14000, 15360, 71; exit ;; esac\n"
+        "for i in 0 1; do echo $i, GPU-$i, Tesla T4, 15360, 7.5; done\n"
+    )
     smi.chmod(0o755)
     run = kaggle_mgpu("gpus", env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert (run.returncode, run.stderr) == (0, "")
-    assert "Tesla T4" in run.stdout
+    assert "GPU 0: Tesla T4, 15.0 GiB; now 97 % busy, 13.7 GiB in use, 71 °C\n" in run.stdout
     assert "2 GPUs: one process each, DistributedDataParallel" in run.stdout
 
 
@@ -55,7 +58,7 @@ def test_no_command_shows_what_there_is() -> None:
     run = kaggle_mgpu()
     assert (run.returncode, run.stdout) == (2, "")
     assert "python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp" in run.stderr
-    assert "the GPUs there are, and the mode that follows" in run.stderr
+    assert "the GPUs, how busy and full each is" in run.stderr
 
 
 def test_a_recipe_that_is_not_there() -> None:

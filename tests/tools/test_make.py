@@ -24,6 +24,8 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "line"),
     [
         (["gpu-info"], "-m kaggle_mgpu gpus"),
+        (["memory-check"], "-m kaggle_mgpu gpus"),
+        (["memory-check", "RECIPE=sft", "NUM_GPUS=2"], "-m kaggle_mgpu plan sft --variable 'NUM_GPUS=2'"),
         (["memory-check", "ON=T4x2", "CONFIG=a.yaml"], "-m kaggle_mgpu plan text_generation --config a.yaml --on T4x2"),
         (["train-distributed", "CONFIG=a.yaml", "NPROC=2", "OUTPUT_DIR=out", "ARGS=--epochs 3"],
          "-m kaggle_mgpu train text_generation --config a.yaml --nproc 2 --output-dir out --epochs 3"),
@@ -46,6 +48,7 @@ def test_an_unknown_variable_is_an_error() -> None:
     done = make("-n", "train-distributed", "TRIAN_BATCH_SIZE=1")
     assert done.returncode != 0
     assert "unknown variable TRIAN_BATCH_SIZE: expected PYTHON" in done.stderr
+    assert "unknown variable TRIAN_BATCH_SIZE" in make("-n", "memory-check", "TRIAN_BATCH_SIZE=1").stderr
     done = make("-n", "train-distributed", "RECIPE=sft", "TRAIN_BATCHSIZE=1")
     assert "--variable 'TRAIN_BATCHSIZE=1'" in done.stdout, "the command line knows the guide's names, and suggests"
 
