@@ -59,6 +59,25 @@ def test_the_recipe_is_what_the_file_of_settings_is_for(tmp_path: Path) -> None:
     assert f"train sft --config {tmp_path / 'a.yaml'}" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "variables", "folder"),
+    [
+        ('include: a.yaml\noutput_dir: "runs/one"  # of today\nmodel: x\n', [], "runs/one"),
+        ("train:\n  output_dir: runs/two\n", [], "runs/two"),
+        ('{"output_dir": "runs/three", "model": "x"}', [], "runs/three"),
+        ("train:\n  output_dir: runs/two\n", ["TRAIN_OUTPUT_DIR=runs/four"], "runs/four"),
+        ("model: x\noutput_dir: runs/one\n", ["OUTPUT_DIR=runs/five"], "runs/five"),
+        ("train:\n  epochs: 3\n", [], "sft"),
+    ],
+)
+def test_tensorboard_looks_where_the_run_writes(tmp_path: Path, text: str, variables: list[str], folder: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    given = [f"CONFIG={tmp_path / 'a.yaml'}", "RECIPE=sft" if text[0] == "{" else "NPROC=2", *variables]
+    for target in ("train-distributed-tb", "train-deepspeed-tb", "tensorboard"):
+        assert f"--logdir {folder}" in make("-n", target, *given).stdout.split("&")[0]
+    assert " train sft " in make("-n", "train-distributed", *given).stdout
+
+
 def test_the_guides_other_targets() -> None:
     assert "nothing to set up" in make("setup-accelerate").stdout
     assert "make demo" in make("help").stdout
