@@ -85,7 +85,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
                 help="a make variable of the fine-tuning guide, such as TRAIN_BATCH_SIZE=1",
             )  # fmt: skip
             if group is groups[0]:
-                on = "GPUs to estimate for, such as T4x2, L4x4, A100, H100 (default: measured on what is here)"
+                on = "GPUs to estimate for, such as T4x2, L4x4, A100-80GB, H200 (default: measured on what is here)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
         # a recipe may add commands, such as an export of its weights
         for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
