@@ -71,6 +71,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_steps, self.unit, self.world_size, self.device_line = max_steps, unit, world_size, device_line
+        self.replicas = world_size  # more of them than processes under dp
         self.clock, self.started = clock, clock()
         self.step, self.epochs, self.time_left = 0, None, math.inf
         self.latest: dict[str, Record] = {}  # the last record of each kind
@@ -95,7 +96,7 @@ class View:
             self.timed = record["time"], now
         if kind == "start":
             self.pace, self.gpus = None, []
-            for name in ("max_steps", "unit", "world_size", "device_line", "epochs"):
+            for name in ("max_steps", "unit", "world_size", "replicas", "device_line", "epochs"):
                 if (value := record.get(name)) is not None:
                     setattr(self, name, value)
             left = record.get("time_left")
@@ -132,7 +133,8 @@ class View:
         return "" if epoch is None else f"{epoch:.2f}" + (f" / {round(self.epochs, 2):g}" if self.epochs else "")
 
     def processes(self) -> str:
-        return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}"
+        replicas = f" with {self.replicas} replicas" if self.replicas > self.world_size else ""
+        return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}{replicas}"
 
     def throughput(self, record: Record) -> str:
         """Return a record's throughput as text, 12.3k tokens/s, or ""."""
