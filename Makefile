@@ -20,6 +20,7 @@
 #
 # make gpu-info, memory-check, train-distributed RECIPE=sft CONFIG=…, train-distributed-tb, train-deepspeed, tensorboard: the command
 # line in .venv. RECIPE=text_generation, ON=T4x2 (what to plan for), NPROC=2, OUTPUT_DIR=run, ARGS="--epochs 3 …"
+# make memory-check alone shows what is in use on each GPU, beside a run too; with any of these it plans a run
 
 PYTHON ?= python3
 LOCK := .ci/constraints.txt
@@ -35,11 +36,12 @@ DEMO := -p nproc 2 -p n_layer 4 -p n_head 4 -p n_embd 128 -p block_size 128 -p g
 
 CONFIG ?=
 # sft where the file of settings is one for fine-tuning
-RECIPE ?= $(if $(shell test -z "$(CONFIG)" || grep -lsE '^(model|tuning|max_length|lora_[a-z]+):' "$(CONFIG)"),sft,text_generation)
+RECIPE ?= $(if $(shell test -z "$(CONFIG)" || grep -lsE '^(model|tuning|train|max_length|lora_[a-z]+):' "$(CONFIG)"),sft,text_generation)
 # the fine-tuning guide's variables, as in `make train-distributed CONFIG=… TRAIN_BATCH_SIZE=1`; any other unknown one is an error
 OWN := PYTHON CONSTRAINTS VENV BIN OMP_NUM_THREADS RECIPE CONFIG DEEPSPEED_CONFIG ON NPROC OUTPUT_DIR ARGS
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
 OF_GUIDE = $(filter NUM_GPUS TRAIN_% MODEL_% TUNING_%,$(GIVEN))
+GIVEN_RUN = $(filter RECIPE CONFIG DEEPSPEED_CONFIG ON NPROC OUTPUT_DIR ARGS,$(GIVEN))$(OF_GUIDE)$(UNKNOWN)
 UNKNOWN = $(filter-out $(OWN) $(OF_GUIDE),$(GIVEN))
 VARIABLES = $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN): expected $(OWN), or NUM_GPUS, MODEL_…, TUNING_…, TRAIN_… of the guide))$(foreach v,$(sort $(OF_GUIDE)),--variable '$(v)=$($(v))')
 
@@ -53,8 +55,11 @@ INSTALL := pip install --quiet --disable-pip-version-check
 # each file of tests in one of three processes, the longest first: on two cores, since tests wait a third of their time
 PYTEST := pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 KIT := $(BIN)/python -m kaggle_mgpu
+# the run's folder, also where the file of settings names it
+FOLDER = $(or $(OUTPUT_DIR),$(TRAIN_OUTPUT_DIR),$(shell test -z "$(CONFIG)" || \
+    sed -nE "s/^[ {\"']*output_dir[\"']*: *[\"']?([^\"', ]+).*/\1/p" "$(CONFIG)" 2> /dev/null | tail -n 1),$(RECIPE))
 # TensorBoard beside a run, until the run ends. It prints its address, and takes another port where 6006 is in use.
-BOARD = $(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE)) & trap "kill $$!" EXIT; trap : INT TERM;
+BOARD = $(BIN)/python -m tensorboard.main --logdir $(FOLDER) & trap "kill $$!" EXIT; trap : INT TERM;
 # a file of settings, and flags that override it
 SETTINGS = $(if $(CONFIG),--config $(CONFIG)) $(VARIABLES) $(if $(NPROC),--nproc $(NPROC)) $(if $(OUTPUT_DIR),--output-dir $(OUTPUT_DIR)) $(ARGS)
 
@@ -84,8 +89,9 @@ demo: $(VENV)/installed
 gpu-info: $(VENV)/installed
 	$(KIT) gpus
 
+# a plan without ON measures steps on the GPUs, which a run that goes on there needs
 memory-check: $(VENV)/installed
-	$(KIT) plan $(RECIPE) $(SETTINGS) $(if $(ON),--on $(ON))
+	$(KIT) $(if $(GIVEN_RUN),plan $(RECIPE) $(SETTINGS) $(if $(ON),--on $(ON)),gpus)
 
 train-distributed: $(VENV)/installed
 	$(KIT) train $(RECIPE) $(SETTINGS)
@@ -101,7 +107,7 @@ train-deepspeed-tb: $(VENV)/installed
 	$(BOARD) $(KIT) train $(RECIPE) --tensorboard $(ZERO) $(SETTINGS)
 
 tensorboard: $(VENV)/installed
-	$(BIN)/python -m tensorboard.main --logdir $(or $(OUTPUT_DIR),$(RECIPE))
+	$(BIN)/python -m tensorboard.main --logdir $(FOLDER)
 
 quick: $(VENV)/installed
 	$(BIN)/python -m $(subst -n 3,-n 2,$(PYTEST)) --quick $(TESTS)

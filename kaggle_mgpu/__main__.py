@@ -58,7 +58,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
     top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
     commands = top.add_subparsers(dest="command", required=True)
     # no abbreviations: a misspelt --epoch must not be taken for --epochs
-    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs there are, and the mode that follows")
+    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs, how busy and full each is, and the mode")
     of_check = commands.add_parser(
         "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
     )
@@ -85,7 +85,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
                 help="a make variable of the fine-tuning guide, such as TRAIN_BATCH_SIZE=1",
             )  # fmt: skip
             if group is groups[0]:
-                on = "GPUs to estimate for, such as T4x2, L4x4, A100, H100 (default: measured on what is here)"
+                on = "GPUs to estimate for, such as T4x2, L4x4, A100-80GB, H200 (default: measured on what is here)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
         # a recipe may add commands, such as an export of its weights
         for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
@@ -106,11 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     given, unknown = top.parse_known_args(arguments)
     if unknown:
-        top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown[0], given, modules)}")
+        top.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, given, modules)}")
     if given.command == "gpus":
         from .machine import devices
 
-        print(devices.report())
+        print(devices.report(load=True))
         return 0
     if given.command == "check":
         from .planning import check
@@ -203,15 +203,20 @@ def _in_the_way(error: Exception, folder: str) -> bool:
     return Path(error.filename).is_relative_to(folder) or Path(folder).is_relative_to(error.filename)
 
 
-def _meant(flag: str, given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
-    """Return a hint with the recipe's flags nearest to an unknown flag, or ""."""
-    if not flag.startswith("--") or not getattr(given, "recipe", None):
+def _meant(unknown: list[str], given: argparse.Namespace, modules: dict[str, ModuleType]) -> str:
+    """Return a hint with the recipe's flags nearest to each unknown flag, or ""."""
+    if not getattr(given, "recipe", None):
         return ""
-    from .names import either, nearest
+    from .names import either, nearest, other_value
 
     flags = [field.name.replace("_", "-") for field in dataclasses.fields(modules[given.recipe].Config)]
-    near = nearest(flag[2:].partition("=")[0], flags)
-    return f". Did you mean {either(f'--{name}' for name in near)}?" if near else ""
+    names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
+    hints = []
+    for name in names:
+        if near := nearest(name, flags):
+            start = f"For --{name}, did you mean" if len(names) > 1 else "Did you mean"
+            hints.append(f"{start} {either(f'--{flag}' for flag in near)}?{other_value(name, near)}")
+    return "".join(f"{' ' if number else '. '}{hint}" for number, hint in enumerate(hints))
 
 
 def _draw(result: Result) -> None:

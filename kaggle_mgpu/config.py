@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from . import fields
-from .names import check_names, either, nearest
+from .names import check_names, either, nearest, other_value
 
 
 def in_epochs(text: object) -> float | None:
@@ -314,9 +314,10 @@ class TrainConfig:
         given = [name for name in variables if name.startswith(_PREFIX) and name not in OF_THE_KIT]
         if unknown := next((name for name in given if name not in known), None):
             # compared without the prefix, since sharing it makes any two names similar
-            near = nearest(unknown.removeprefix(_PREFIX), [name.removeprefix(_PREFIX) for name in known])
+            short = unknown.removeprefix(_PREFIX)
+            near = nearest(short, [name.removeprefix(_PREFIX) for name in known])
             meant = either(_PREFIX + name for name in near) if near else ""
-            hint = f"Did you mean {meant}?" if near else "Unset it, or correct its name."
+            hint = f"Did you mean {meant}?{other_value(short, near)}" if near else "Unset it, or correct its name."
             raise TypeError(f"environment variable {unknown}: {cls.__name__} has no such field. {hint}")
         return {known[name]: variables[name] for name in given}
 

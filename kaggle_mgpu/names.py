@@ -13,6 +13,7 @@ def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> No
         if name not in known:
             near = nearest(str(name), known)
             hint = f" Did you mean {either(map(repr, near))}?" if near else f" It has: {', '.join(sorted(known))}."
+            hint += other_value(str(name), near)
             raise TypeError(f"{where} has no parameter {name!r}.{hint}")
 
 
@@ -24,8 +25,9 @@ _ELSEWHERE = {
         "epochs": "num_train_epochs num_epochs max_epochs n_epochs",
         "max_steps": "max_iters num_train_steps num_steps total_steps",
         "micro_batch_size": "per_device_train_batch_size batch_size_per_gpu",
-        "gradient_accumulation_steps": "accumulate_grad_batches accumulation_steps accum_steps grad_accum",
-        "strategy": "multi_gpu ddp dp distributed data_parallel distributed_backend",
+        "gradient_accumulation_steps": "accumulate_grad_batches accumulation_steps accum_steps grad_accum "
+        "grad_accum_steps",
+        "strategy": "multi_gpu use_multi_gpu ddp dp distributed data_parallel distributed_backend",
         "precision": "fp16 bf16 amp mixed_precision",
         "compile": "torch_compile",
         "max_norm": "max_grad_norm gradient_clip_val grad_clip clip_grad_norm",
@@ -53,6 +55,18 @@ _ELSEWHERE = {
     }.items()
     for other in others.split()
 }
+
+# Names whose value is another here: the corresponding name, and how to write the value
+_OTHER_VALUE = {
+    "warmup_epochs": ("warmup_steps", "Epochs are written '2 epochs'."),
+    "batch_size": ("global_batch_size", "A size for each GPU is written 'per_gpu:32', for global_batch_size."),
+}
+
+
+def other_value(name: str, near: Iterable[str]) -> str:
+    """Return a sentence about the value, with a space before, where another name also means another value; else ""."""
+    meant, sentence = _OTHER_VALUE.get(name.lower().replace("-", "_"), ("", ""))
+    return f" {sentence}" if meant in (one.lower().replace("-", "_") for one in near) else ""
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:

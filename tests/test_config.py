@@ -235,7 +235,7 @@ class TestNames:
 
     def test_and_so_it_is_where_the_config_is_made(self) -> None:
         three = "'global_batch_size', 'micro_batch_size' or 'base_batch_size'"
-        with pytest.raises(TypeError, match=rf"^TrainConfig has no parameter 'batch_size'\. Did you mean {three}\?$"):
+        with pytest.raises(TypeError, match=rf"^TrainConfig has no parameter 'batch_size'\. Did you mean {three}\? A "):
             TrainConfig(batch_size=3)  # type: ignore[call-arg]
         with pytest.raises(TypeError, match=r"^Recipe has no parameter 'label'\. Did you mean 'labels'\?$"):
             Recipe(lr=1e-3, label="x")  # type: ignore[call-arg]
@@ -247,10 +247,21 @@ class TestNames:
         assert set(ELSEWHERE.values()) <= names
         assert not set(ELSEWHERE) & names
         for other, name in ELSEWHERE.items():
-            with pytest.raises(TypeError, match=rf"has no parameter '{other}'\. Did you mean '{name}'\?$"):
+            end = " Epochs" if other == "warmup_epochs" else "$"
+            with pytest.raises(TypeError, match=rf"has no parameter '{other}'\. Did you mean '{name}'\?{end}"):
                 TrainConfig.from_dict({other: 1})
         with pytest.raises(TypeError, match=r"Did you mean KAGGLE_MGPU_KEEP_LAST\?"):
             TrainConfig.environment({"KAGGLE_MGPU_SAVE_TOTAL_LIMIT": "3"})
+
+    def test_where_the_value_is_another_too_the_message_says_how_it_is_written(self) -> None:
+        with pytest.raises(TypeError, match=r"'warmup_steps'\? Epochs are written '2 epochs'\.$"):
+            TrainConfig.from_dict({"warmup_epochs": 2})
+        with pytest.raises(TypeError, match=r"\? A size for each GPU is written 'per_gpu:32', for global_"):
+            TrainConfig.from_dict({"batch_size": 32})
+        with pytest.raises(TypeError, match=r"mean KAGGLE_MGPU_WARMUP_STEPS\? Epochs are written '2 epochs'\.$"):
+            TrainConfig.environment({"KAGGLE_MGPU_WARMUP_EPOCHS": "2"})
+        with pytest.raises(TypeError, match=r"^run has no parameter 'batch_size'\. Did you mean 'my_batch_size'\?$"):
+            check_names(["batch_size"], ["my_batch_size"], where="run")
 
     @pytest.mark.parametrize("name", ["stage2_batch_size", "mode", "dropout", "optimizer"])
     def test_a_name_that_is_far_from_all_gets_no_guess(self, name: str) -> None:

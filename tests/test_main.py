@@ -37,11 +37,14 @@ def train(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def test_gpus(tmp_path: Path) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\nfor i in 0 1; do echo $i, GPU-$i, Tesla T4, 15360, 7.5; done\n")
+    smi.write_text(
+        "#!/bin/sh\ncase $1 in *utilization*) echo 0, 97, 14000, 15360, 71; exit ;; esac\n"
+        "for i in 0 1; do echo $i, GPU-$i, Tesla T4, 15360, 7.5; done\n"
+    )
     smi.chmod(0o755)
     run = kaggle_mgpu("gpus", env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
     assert (run.returncode, run.stderr) == (0, "")
-    assert "Tesla T4" in run.stdout
+    assert "GPU 0: Tesla T4, 15.0 GiB; now 97 % busy, 13.7 GiB in use, 71 °C\n" in run.stdout
     assert "2 GPUs: one process each, DistributedDataParallel" in run.stdout
 
 
@@ -55,7 +58,7 @@ def test_no_command_shows_what_there_is() -> None:
     run = kaggle_mgpu()
     assert (run.returncode, run.stdout) == (2, "")
     assert "python -m kaggle_mgpu train text_generation --epochs 1 --strategy ddp" in run.stderr
-    assert "the GPUs there are, and the mode that follows" in run.stderr
+    assert "the GPUs, how busy and full each is" in run.stderr
 
 
 def test_a_recipe_that_is_not_there() -> None:
@@ -199,6 +202,17 @@ def test_a_flag_by_another_librarys_name(tmp_path: Path) -> None:
     run = train(tmp_path, "--per-device-train-batch-size", "3")
     assert run.returncode == 2
     assert run.stderr.endswith("--per-device-train-batch-size 3. Did you mean --micro-batch-size?\n")
+
+
+def test_each_flag_of_another_script_gets_its_hint() -> None:
+    others = "--multi-gpu ddp --mode flatten --warmup-epochs 2 --grad-accum-steps=4"
+    run = kaggle_mgpu("train", "activity_recognition", "--epochs", "20", *others.split(), "--lr", "4e-3")
+    assert run.returncode == 2
+    assert run.stderr.endswith(
+        f"unrecognized arguments: {others}. For --multi-gpu, did you mean --strategy? "
+        "For --warmup-epochs, did you mean --warmup-steps? Epochs are written '2 epochs'. "
+        "For --grad-accum-steps, did you mean --gradient-accumulation-steps?\n"
+    )
 
 
 def test_check_of_no_folder() -> None:

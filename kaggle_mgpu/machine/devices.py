@@ -238,19 +238,35 @@ class Report:
     ram_bytes: int
     mode: str
     reason: str = ""
+    load: tuple[dict[str, int | None], ...] = ()
+    """The load of each GPU (`sample`) at the time of the report, where asked for."""
 
     def __str__(self) -> str:
         lines = [self.mode + (f" ({self.reason})" if self.reason else "")]
         for gpu in self.gpus:
             memory = _gib(gpu.memory_bytes) if gpu.memory_bytes else "memory unknown"
-            lines.append(f"  GPU {gpu.index}: {gpu.name}, {memory}")
+            now = "".join(_in_words(each) for each in self.load if each["index"] == gpu.index)
+            lines.append(f"  GPU {gpu.index}: {gpu.name}, {memory}{now}")
         lines.append(f"  precision {self.precision}: {self.precision_reason}")
         lines.append(f"  {self.cpus} CPU{'s' * (self.cpus != 1)}, {_gib(self.ram_bytes)} RAM")
         return "\n".join(lines)
 
 
-def report() -> Report:
-    """Return a summary of this machine's hardware."""
+def _in_words(load: dict[str, int | None]) -> str:
+    """Return "; now 97 % busy, 13.7 GiB in use, 71 °C" for a GPU's load, without unknown values."""
+    busy, used, heat = load["utilization"], load["memory_used"], load["temperature"]
+    parts = [f"{busy} % busy"] if busy is not None else []
+    parts += [f"{_gib(used)} in use"] if used is not None else []
+    parts += [f"{heat} °C"] if heat is not None else []
+    return f"; now {', '.join(parts)}" if parts else ""
+
+
+def report(load: bool = False) -> Report:
+    """Return a summary of this machine's hardware.
+
+    Args:
+        load: also how busy, full and warm each GPU is.
+    """
     answer = _visible()
     count = len(answer.gpus)
     if count > 1:
@@ -261,7 +277,8 @@ def report() -> Report:
     else:
         mode = "no GPU: CPU"
     chosen, why = precision("auto", answer.gpus)
-    return Report(answer.gpus, chosen, why, cpu_count(), ram_bytes(), mode, answer.reason)
+    now = tuple(sample()) if load else ()
+    return Report(answer.gpus, chosen, why, cpu_count(), ram_bytes(), mode, answer.reason, now)
 
 
 def ram_bytes() -> int:

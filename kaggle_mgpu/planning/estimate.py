@@ -48,7 +48,8 @@ class Published:
 _PCIE3 = "NCCL's own figure for PCIe 3.0 x16 (PCI_BW in src/graph/topo.h), an upper bound"
 _PCIE4 = "NCCL's own figure for PCIe 3.0 x16, doubled for 4.0; an upper bound"
 _NVLINK = "NVLink, as NCCL counts it"
-# Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 40 GB, H100 SXM (tensor cores, dense).
+# Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 SXM (40 and 80 GB), H100 SXM and H200 SXM, and for the RTX
+# 4090 its paper on the architecture Ada (tensor cores, dense, sums in fp32).
 # NVLink: NCCL's figure a link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h) times 12 and 18 links.
 PUBLISHED = {
     "T4": Published(
@@ -63,6 +64,16 @@ PUBLISHED = {
     ),
     "H100": Published(
         79.1 * 2**30, (9, 0), {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12}, 3350e9, 371e9, _NVLINK
+    ),
+    "A100-80GB": Published(
+        79.1 * 2**30, (8, 0), {"fp32": 19.5e12, "fp16": 312e12, "bf16": 312e12}, 2039e9, 240e9, _NVLINK
+    ),
+    "H200": Published(
+        139.7 * 2**30, (9, 0), {"fp32": 67e12, "fp16": 989e12, "bf16": 989e12}, 4800e9, 371e9, _NVLINK
+    ),
+    "RTX4090": Published(
+        23.6 * 2**30, (8, 9), {"fp32": 82.6e12, "fp16": 165.2e12, "bf16": 165.2e12}, 1008e9, 24e9,
+        f"through shared memory, since two RTX 4090s have no peer access; {_PCIE4}",
     ),
 }  # fmt: skip
 
@@ -86,7 +97,9 @@ class Target:
         Raises:
             ValueError: the text is not a name with an optional number.
         """
-        found = re.fullmatch(r"(?:(?:Tesla|NVIDIA)\s+)?([A-Za-z][A-Za-z0-9-]*?)(?:\s*[xX]\s*(\d+))?", str(text).strip())
+        # the X of RTX is no sign of multiplication
+        pattern = r"(?:(?:Tesla|NVIDIA|GeForce)\s+)*([A-Za-z][A-Za-z0-9-]*?)(?:\s*(?<!RT)X\s*(\d+))?"
+        found = re.fullmatch(pattern, re.sub(r"(?i)RTX\s+", "RTX", str(text).strip()), re.IGNORECASE)
         if found is None or found[2] == "0":
             raise ValueError(f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known: {', '.join(PUBLISHED)}")
         name = found[1].upper()

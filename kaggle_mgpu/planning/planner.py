@@ -1,7 +1,7 @@
 """Plan a run: batch, steps, memory, time, number of sessions, and the speed-up from a second GPU.
 
     print(plan(config, task))                 # measures a few steps on the GPUs (or the CPU) of this machine
-    print(plan(config, task, on="T4x2"))      # estimates for absent GPUs: T4x2, L4x4, A100, H100
+    print(plan(config, task, on="T4x2"))      # estimates for absent GPUs: T4x2, L4x4, A100, H200, RTX4090
     python -m kaggle_mgpu plan text_generation --max-steps 2000 --on T4x2
 
 estimate.py has the formulas and figures of the estimates.
@@ -102,8 +102,8 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
     """Plan the training of `task` with `config`, on this machine or on the GPUs named in `on`.
 
     Args:
-        on: "T4x2", "L4x4", "A100", "H100", or any of these with another number. Default: this machine,
-            measured in workers, so that no CUDA context stays in this process.
+        on: "T4x2", "L4x4", "A100" (40 GB), "A100-80GB", "H100", "H200", "RTX4090", or any of these with another number.
+            Default: this machine, measured in workers, so that no CUDA context stays in this process.
         steps: the number of measured steps.
 
     Raises:

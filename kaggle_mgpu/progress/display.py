@@ -21,7 +21,7 @@ from typing import Any
 
 from ..machine import session
 from .panel import View, panel_html
-from .records import METRICS, Record, parse, running
+from .records import METRICS, Record, numbers, parse, running
 
 Log = Callable[[str], None]
 
@@ -93,7 +93,10 @@ class Bar(Lines):
         if kind != "train":
             return super().show(kind)
         if self.view.curve:
-            self._bar.set_postfix_str(f"loss {self.view.curve[-1][1]:.4g}", refresh=False)
+            epoch, lr = self.view.epoch(), numbers(self.view.latest["train"]).get("lr")
+            parts = [f"epoch {epoch}" if epoch else "", f"loss {self.view.curve[-1][1]:.4g}"]
+            parts += ["" if lr is None else f"lr {lr:.1e}", self.view.processes()]
+            self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh=False)
         self._bar.update(self.view.step - self._bar.n)
 
     def close(self, outcome: str, status: str) -> None:

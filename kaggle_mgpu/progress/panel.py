@@ -71,6 +71,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_steps, self.unit, self.world_size, self.device_line = max_steps, unit, world_size, device_line
+        self.replicas = world_size  # more of them than processes under dp
         self.clock, self.started = clock, clock()
         self.step, self.epochs, self.time_left = 0, None, math.inf
         self.latest: dict[str, Record] = {}  # the last record of each kind
@@ -95,7 +96,7 @@ class View:
             self.timed = record["time"], now
         if kind == "start":
             self.pace, self.gpus = None, []
-            for name in ("max_steps", "unit", "world_size", "device_line", "epochs"):
+            for name in ("max_steps", "unit", "world_size", "replicas", "device_line", "epochs"):
                 if (value := record.get(name)) is not None:
                     setattr(self, name, value)
             left = record.get("time_left")
@@ -126,8 +127,14 @@ class View:
             return None
         return (self.clock() - self.pace[0]) / (self.step - self.pace[1]) * (self.max_steps - self.step)
 
+    def epoch(self) -> str:
+        """Return the epoch of the last training record and the epochs of the run as text, 0.52 / 3, or ""."""
+        epoch = self.latest.get("train", {}).get("epoch")
+        return "" if epoch is None else f"{epoch:.2f}" + (f" / {round(self.epochs, 2):g}" if self.epochs else "")
+
     def processes(self) -> str:
-        return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}"
+        replicas = f" with {self.replicas} replicas" if self.replicas > self.world_size else ""
+        return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}{replicas}"
 
     def throughput(self, record: Record) -> str:
         """Return a record's throughput as text, 12.3k tokens/s, or ""."""
@@ -216,8 +223,6 @@ def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
 def _tiles(view: View, ended: bool) -> list[tuple[str, str]]:
     """Return labels and values; the panel leaves out empty values."""
     train, evaluated, saved = (view.latest.get(kind, {}) for kind in ("train", "eval", "save"))
-    epoch = "" if train.get("epoch") is None else f"{train['epoch']:.2f}"
-    epoch += f" / {round(view.epochs, 2):g}" if epoch and view.epochs else ""
     left = view.time_left - view.clock()
     loss = "" if "loss" not in train else "nan" if train["loss"] is None else f"{train['loss']:.4g}"
     measured, seconds = numbers(train), view.seconds()
@@ -226,7 +231,7 @@ def _tiles(view: View, ended: bool) -> list[tuple[str, str]]:
         ("validation loss", f"{evaluated['val_loss']:.4g}" if "val_loss" in numbers(evaluated) else ""),
         ("throughput", view.throughput(train)),
         ("learning rate", f"{measured['lr']:.2e}" if "lr" in measured else ""),
-        ("epoch", epoch),
+        ("epoch", view.epoch()),
         ("elapsed", format_duration(view.latest.get("stop", {}).get("seconds", seconds) if ended else seconds)),
         ("time to go", "" if ended else format_duration(view.eta())),
         ("session's deadline", "" if ended or math.isinf(left) else f"in {format_duration(left)}"),

@@ -51,7 +51,8 @@ def parse(text: str, step: int = 0) -> list[Record]:
 
 _MOST_STEPS = 10**15
 _NUMBERS = (
-    "step samples epoch time seconds time_left max_steps world_size epochs pid loss lr grad_norm val_loss".split()
+    "step samples epoch time seconds time_left max_steps world_size replicas epochs pid "
+    "loss lr grad_norm val_loss".split()
 )
 _TEXTS = ("unit", "device_line")
 

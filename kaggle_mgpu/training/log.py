@@ -63,7 +63,7 @@ class Log:
         )  # fmt: skip
         # progress.attach and the pictures need all of this
         record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
-        record |= {"world_size": parts.world_size, "strategy": parts.strategy.name}
+        record |= {"world_size": parts.world_size, "replicas": plan.num_replicas, "strategy": parts.strategy.name}
         record |= {"precision": parts.strategy.precision, "micro_batch_size": plan.micro_batch_size}
         record |= {"micro_batch_size_because": parts.micro_batch_reason}
         epochs, steps = divmod(plan.max_steps, plan.steps_per_epoch)

@@ -225,6 +225,16 @@ def test_report_of_two_t4(install: Install, monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
+def test_report_with_the_load(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("T4x2", samples="0, 97, 14000, 15360, 71\n1, [N/A], [N/A], 15360, [Not Supported]")
+    assert str(devices.report(load=True)).splitlines()[1:3] == [
+        "  GPU 0: Tesla T4, 15.0 GiB; now 97 % busy, 13.7 GiB in use, 71 °C",
+        "  GPU 1: Tesla T4, 15.0 GiB",
+    ]
+    install("T4x2", samples="GPU is lost")
+    assert devices.report(load=True) == devices.report()
+
+
 def test_report_of_one_gpu_advises_on_kaggle_only(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("T4")
     assert devices.report().mode == "1 GPU"

@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
     assert (found.step_seconds, found.seconds, found.sessions, found.quota, found.speedup) == (None,) * 5
     text = str(found)
     assert "global batch 8 = 4 per GPU x 2 GPUs" in text
-    assert "time            unknown: no figures of B300 are kept here; known: T4, L4, A100, H100" in text
+    assert "time            unknown: no figures of B300 are kept here; known: T4, L4, A100, H100, A100-80GB, " in text
     assert f"2 GPUs over 1   unknown\n{'':15} the time of a step is not known" in text
     assert " of " not in text.split("memory per GPU")[1].splitlines()[0], "its memory is not known either"
 
@@ -198,12 +198,21 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
         ("Tesla T4 x 2", "T4", 2),
         ("NVIDIA L4x4", "L4", 4),
         ("B300x8", "B300", 8),
+        ("H200x4", "H200", 4),
+        ("A100-80GBx2", "A100-80GB", 2),
+        ("RTX4090x2", "RTX4090", 2),
+        ("RTX4090", "RTX4090", 1),
+        ("NVIDIA GeForce RTX 4090 x 2", "RTX4090", 2),
     ],
 )
 def test_names(text: str, name: str, count: int) -> None:
     found = Target.named(text)
     assert (found.name, found.count) == (name, count)
     assert (found.published is not None) == (name in PUBLISHED)
+
+
+def test_the_gpus_of_the_example_settings_have_figures() -> None:
+    assert {"T4", "L4", "A100-80GB", "H200", "RTX4090"} <= set(PUBLISHED)  # notebooks/configs
 
 
 @pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
@@ -220,7 +229,7 @@ def test_no_number(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("Tesla T4", "T4"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", None), ("H200", None)],
+    [("Tesla T4", "T4"), ("NVIDIA A100-SXM4-40GB", "A100"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", None), ("B200", None)],
 )
 def test_gpus_at_hand_are_recognised_by_their_whole_name(name: str, known: str | None) -> None:
     found = Target.at_hand([devices.GPU(0, name, 15 << 30, (7, 5))])

@@ -311,6 +311,21 @@ class TestBar:
             "finished: step 20/20  in 0:01  1 process",
         ]
 
+    def test_it_shows_epoch_loss_rate_and_processes(self, tmp_path, capsys):
+        progress = make(tmp_path, display="bar", max_steps=20)
+        progress.record({"kind": "start", "step": 0, "world_size": 2, "epochs": 3.0})
+        progress.record(train(20, epoch=0.5))
+        progress.close({"finished": True, "step": 20, "seconds": 1})
+        assert "epoch 0.50 / 3, loss 0.09524, lr 3.0e-04, 2 processes]" in capsys.readouterr().err
+
+    def test_one_process_for_several_gpus_says_so(self, tmp_path, capsys):
+        progress = make(tmp_path, display="bar", max_steps=20)
+        progress.record({"kind": "start", "step": 0, "world_size": 1, "replicas": 2})
+        progress.record(train(20))
+        progress.close({"finished": True, "step": 20, "seconds": 1})
+        assert "1 process with 2 replicas]" in capsys.readouterr().err
+        assert progress.said[-1].endswith("1 process with 2 replicas")
+
     @pytest.mark.parametrize(("can_show", "tty", "kind"), [(1, 1, "Panel"), (0, 1, "Bar"), (0, 0, "Lines")])
     def test_which_display_is_chosen(self, tmp_path, monkeypatch, can_show, tty, kind):
         monkeypatch.setattr(session, "can_show", lambda: bool(can_show))

@@ -64,6 +64,18 @@ def test_an_unknown_name_in_the_guides_yaml_is_an_error(tmp_path: Path) -> None:
         Config.load(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("steps_first", [False, True])
+@pytest.mark.parametrize(("strategy", "every"), [("steps", 200), ("epoch", "epoch"), ("no", "end"), ('"no"', "end")])
+def test_eval_steps_count_where_the_strategy_is_steps(
+    tmp_path: Path, strategy: str, every: int | str, steps_first: bool
+) -> None:
+    lines = [f"  eval_strategy: {strategy}", "  eval_steps: 200"]
+    (tmp_path / "a.yaml").write_text("\n".join(["train:", *(reversed(lines) if steps_first else lines)]))
+    assert Config.load(tmp_path / "a.yaml").eval_every == every
+    given = {"TRAIN_EVAL_STRATEGY": strategy, "TRAIN_EVAL_STEPS": "200"}
+    assert Config.variables(given, {}).get("eval_every") == every
+
+
 def test_make_variables_set_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     given = {"TRAIN_BATCH_SIZE": "1", "TRAIN_GRAD_ACCUM": "32", "NUM_GPUS": "1", "MODEL_MAX_SEQ_LEN": "64"}
     given["TRAIN_LEARNING_RATE"] = "1e-4"

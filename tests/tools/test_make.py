@@ -24,6 +24,8 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "line"),
     [
         (["gpu-info"], "-m kaggle_mgpu gpus"),
+        (["memory-check"], "-m kaggle_mgpu gpus"),
+        (["memory-check", "RECIPE=sft", "NUM_GPUS=2"], "-m kaggle_mgpu plan sft --variable 'NUM_GPUS=2'"),
         (["memory-check", "ON=T4x2", "CONFIG=a.yaml"], "-m kaggle_mgpu plan text_generation --config a.yaml --on T4x2"),
         (["train-distributed", "CONFIG=a.yaml", "NPROC=2", "OUTPUT_DIR=out", "ARGS=--epochs 3"],
          "-m kaggle_mgpu train text_generation --config a.yaml --nproc 2 --output-dir out --epochs 3"),
@@ -46,6 +48,7 @@ def test_an_unknown_variable_is_an_error() -> None:
     done = make("-n", "train-distributed", "TRIAN_BATCH_SIZE=1")
     assert done.returncode != 0
     assert "unknown variable TRIAN_BATCH_SIZE: expected PYTHON" in done.stderr
+    assert "unknown variable TRIAN_BATCH_SIZE" in make("-n", "memory-check", "TRIAN_BATCH_SIZE=1").stderr
     done = make("-n", "train-distributed", "RECIPE=sft", "TRAIN_BATCHSIZE=1")
     assert "--variable 'TRAIN_BATCHSIZE=1'" in done.stdout, "the command line knows the guide's names, and suggests"
 
@@ -54,6 +57,25 @@ def test_the_recipe_is_what_the_file_of_settings_is_for(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("model:\n  name: x\n")
     done = make("-n", "train-distributed", f"CONFIG={tmp_path / 'a.yaml'}")
     assert f"train sft --config {tmp_path / 'a.yaml'}" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "variables", "folder"),
+    [
+        ('include: a.yaml\noutput_dir: "runs/one"  # of today\nmodel: x\n', [], "runs/one"),
+        ("train:\n  output_dir: runs/two\n", [], "runs/two"),
+        ('{"output_dir": "runs/three", "model": "x"}', [], "runs/three"),
+        ("train:\n  output_dir: runs/two\n", ["TRAIN_OUTPUT_DIR=runs/four"], "runs/four"),
+        ("model: x\noutput_dir: runs/one\n", ["OUTPUT_DIR=runs/five"], "runs/five"),
+        ("train:\n  epochs: 3\n", [], "sft"),
+    ],
+)
+def test_tensorboard_looks_where_the_run_writes(tmp_path: Path, text: str, variables: list[str], folder: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    given = [f"CONFIG={tmp_path / 'a.yaml'}", "RECIPE=sft" if text[0] == "{" else "NPROC=2", *variables]
+    for target in ("train-distributed-tb", "train-deepspeed-tb", "tensorboard"):
+        assert f"--logdir {folder}" in make("-n", target, *given).stdout.split("&")[0]
+    assert " train sft " in make("-n", "train-distributed", *given).stdout
 
 
 def test_the_guides_other_targets() -> None:

@@ -51,7 +51,12 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "train.bf16": {True: {"precision": "auto"}, False: {}},
     "train.fp16": {True: {"precision": "fp16"}, False: {}},
     "train.predict_with_generate": {True: {"eval_generate_samples": 16}, False: {"eval_generate_samples": 0}},
-    "train.eval_strategy": {"steps": {}, "epoch": {"eval_every": "epoch"}, "no": {"eval_every": "end"}},
+    "train.eval_strategy": {
+        "steps": {},
+        "epoch": {"eval_every": "epoch"},
+        "no": {"eval_every": "end"},
+        False: {"eval_every": "end"},  # as YAML reads no
+    },
 }
 """Names whose values stand for settings. bf16 becomes `auto`, which is bf16 only where the GPU has it: a T4 has not."""
 WITHOUT_EFFECT = {
@@ -119,6 +124,8 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             means = SWITCHES[name][value]
         elif value == "auto" and name == "train.grad_accum":
             means = {}  # follows from global_batch_size
+        elif name == "train.eval_steps" and of_guide.get("train.eval_strategy", "steps") != "steps":
+            means = {}
         else:
             means = {NAMES[name]: ",".join(value) if isinstance(value, list) else value}
         shown = ", ".join(f"{key}={one!r}" for key, one in means.items()) or "nothing to set"
