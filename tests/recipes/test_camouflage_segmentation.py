@@ -26,6 +26,7 @@ from torch import nn
 
 from kaggle_mgpu import data as kit_data
 from kaggle_mgpu import optim, session
+from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
@@ -718,6 +719,30 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
 def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config.from_dict(changes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "here"),
+    [
+        ("dataset-path", "data-path"),
+        ("checkpoint-dir", "output-dir"),
+        ("stage1-epochs", "frozen-epochs"),
+        ("stage2-batch-size", "global-batch-size"),
+        ("stage2-lr", "lr"),
+        ("img-size", "image-size"),
+        ("accumulation-steps", "gradient-accumulation-steps"),
+        ("warmup-epochs", "warmup-steps"),
+        ("progressive-unfreeze", "unfreeze-parts"),
+        ("num-workers", "data-workers"),
+        ("resume-from", "resume"),
+    ],
+)
+def test_flags_of_other_two_stage_scripts_are_answered_by_ours(
+    capsys: pytest.CaptureFixture[str], flag: str, here: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "camouflage_segmentation", f"--{flag}", "1"])
+    assert capsys.readouterr().err.endswith(f"unrecognized arguments: --{flag} 1. Did you mean --{here}?\n")
 
 
 def test_an_earlier_runs_folder_is_gone_on_with(tmp_path: Path) -> None:
