@@ -550,6 +550,10 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.calls.append((name, options))  # type: ignore[attr-defined]
         if name == "unknown":
             raise RuntimeError("Unknown model (unknown)")
+        if name == "hiera_fixed" and options["pretrained"]:
+            raise RuntimeError(
+                "Error(s) in loading state_dict for Hiera:\n\tsize mismatch for pos_embed: [1, 3136, 96]."
+            )
         made = FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
         if options["pretrained"] and name != "misfit":  # timm's own way: what fits by name, without a word of the rest
             for number, (key, tensor) in enumerate(made.state_dict().items()):
@@ -615,6 +619,42 @@ def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
     statistics = {name for name in one if name.endswith(("running_mean", "running_var"))}
     changed = {name for name in one if name.startswith("backbone") and not torch.equal(one[name], two[name])}
     assert statistics and changed and not statistics & changed
+
+
+def test_backbones_made_for_one_size_are_told_it_and_others_are_not(timm: Any) -> None:
+    for name, told in {
+        "gcvit_tiny": True,
+        "coat_lite_tiny": True,
+        "hiera_tiny_224": True,
+        "hieradet_small": False,
+    }.items():
+        model.backbone(name, width=1, image_size=320)
+        assert timm.calls[-1][1].get("img_size") == (320 if told else None), name
+    with pytest.raises(ValueError, match=r"(?s)size mismatch for pos_embed.* of another image_size than 320"):
+        model.backbone("hiera_fixed", width=1, weights="w.safetensors", image_size=320)
+
+
+def test_a_backbone_that_cannot_compute_the_size_is_named_before_training(
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: nn.Module, x: torch.Tensor) -> None:
+        raise AssertionError("Input height (32) doesn't match model (224)")
+
+    monkeypatch.setattr(FakeFeatures, "forward", refuse)
+    config = tiny(tmp_path, backbone="fixed", backbone_weights="random")
+    for asked in (run, segmentation.runs):
+        with pytest.raises(ValueError, match=r"backbone 'fixed': it cannot compute images of 32 pixels: Input height"):
+            asked(config)
+
+
+def test_gradient_checkpointing_reaches_a_model_inside_timms_wrapper(timm: Any) -> None:
+    body = model.backbone("x", width=1)
+    asked: list[bool] = []
+    inner = nn.Identity()
+    inner.set_grad_checkpointing = asked.append  # type: ignore[assignment]
+    body.body.model = inner  # as in FeatureGetterNet
+    model.Segmenter(body, width=8, num_experts=2).gradient_checkpointing_enable()
+    assert asked == [True]
 
 
 def test_timm_that_is_missing_or_refuses_is_said(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -799,6 +839,9 @@ def test_each_stage_has_its_own_length_rate_batch_and_schedule(tmp_path: Path) -
     assert len({s.config.output_dir for s in planned}) == 4
     names = [s.name for s in stages(config.replace(frozen_epochs=0, partial_epochs=0), found(config))]
     assert names == ["stage2"]
+    # a warm-up that is longer than a stage is cut to it, in steps and in epochs
+    for warmup, cut in ((10, [4, 3, 3, 10]), ("3 epochs", [4, 3, 3, "3 epochs"])):
+        assert [s.config.warmup_steps for s in stages(config.replace(warmup_steps=warmup), found(config))] == cut
 
 
 def test_the_backbones_blocks_have_rates_of_their_own() -> None:

@@ -47,8 +47,19 @@ def _segmenter(sizes: Sizes, *, weights: str | None = None, top_k: int | None = 
 
 @functools.cache  # a fifth of a second each
 def _cost(sizes: Sizes) -> Any:
-    """Return `cost` of a segmenter with random weights."""
-    return cost(_segmenter(sizes).to("meta"), sizes[-1] or 0)
+    """Return `cost` of a segmenter with random weights.
+
+    Raises:
+        ValueError: the backbone cannot compute images of this size.
+    """
+    model = _segmenter(sizes).to("meta")
+    try:
+        return cost(model, sizes[-1] or 0)
+    except (RuntimeError, AssertionError) as error:  # on the meta device nothing else can fail
+        raise ValueError(
+            f"backbone {sizes[0]!r}: it cannot compute images of {sizes[-1]} pixels: {error}. Give the image_size that "
+            f"it is made for, or another backbone."
+        ) from error
 
 
 class CamouflageSegmentation(Task):
@@ -279,6 +290,7 @@ def find(config: Config) -> data.Found:
 def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
     """Return the name, config and task of each stage for a plan; no stage starts from another's weights."""
     found = find(config)
+    _cost(_sizes(config.settled(drawn=found.drawn)))  # a backbone that cannot compute this size is said here
     return [
         (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
         for s in stages(config, found)

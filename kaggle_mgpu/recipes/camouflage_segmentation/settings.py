@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from kaggle_mgpu.checkpoints import Checkpoints
-from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.config import TrainConfig, in_epochs
 
 from .data import SCENE_SIZE, Found
 from .model import STRIDES
@@ -118,7 +118,8 @@ class Config(TrainConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0.05
-    """Steps of linear warm-up in each stage and part; below 1, a fraction of the stage or part."""
+    """Steps of linear warm-up in each stage and part, at most its length; below 1, a fraction of it; or epochs, as
+    "2 epochs"."""
     ema_decay: float | None = 0.999
     """Average the weights with this decay; evaluation and the next stage then use the average."""
     eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
@@ -228,9 +229,9 @@ def stages(config: Config, found: Found) -> list[Stage]:
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
         assert not isinstance(batch, str)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
-        if (
-            not isinstance(one.warmup_steps, str) and one.warmup_steps > steps
-        ):  # meant for the last part, which is longer
+        epochs = in_epochs(one.warmup_steps)
+        warmup = float(one.warmup_steps) if epochs is None else epochs * math.ceil(len(found.train) / batch)
+        if warmup > steps:  # meant for the last part, which is longer
             one = one.replace(warmup_steps=steps)
         if name != planned[-1][0]:
             one = one.replace(eval_every="end")
