@@ -22,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from kaggle_mgpu import data as kit_data
@@ -909,6 +910,31 @@ def test_predictions_are_measured_at_each_masks_own_size(tmp_path: Path) -> None
             assert np.array_equal(np.array(Image.open(file)), prediction)
     with Image.open(this.figure(net, tmp_path / "f.png")) as picture:
         assert picture.convert("RGBA").getpixel((0, 0))[3] == 0, "the ground is the page's"
+
+
+def test_every_test_set_has_its_row_from_one_process_or_two(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for i in range(4):
+        pair(folder / "TrainDataset", ("Imgs", "GT"), f"a{i}")
+    for name, count in (("CAMO", 3), ("COD10K", 1)):
+        for i in range(count):
+            pair(folder / "TestDataset" / name, ("Imgs", "GT"), f"{name}-{i}", (40 + i, 30))
+    this = CamouflageSegmentation(tiny(tmp_path, data_path=str(folder)))
+    net = this.model().eval()
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    one, two = (launch(segmentation.by_test_set, this, tmp_path / "w.safetensors", nproc=n) for n in (1, 2))
+    assert one.keys() == two.keys() == {"CAMO", "COD10K"}
+    for name, row in one.items():
+        assert row == pytest.approx(two[name], abs=1e-12)
+    # the set that a run holds out has the run's own measures
+    samples = this.val_data()
+    assert samples is not None
+    sums = this.metrics(net, this.collate([samples[0]]))
+    own = this.summary({key: torch.as_tensor(value / count) for key, (value, count) in sums.items()})
+    assert one["COD10K"] == pytest.approx({key: value for key, value in own.items() if key != "loss"}, abs=1e-12)
+    scenes = CamouflageSegmentation(tiny(tmp_path))
+    assert data.test_sets(scenes.found) == {}
+    assert list(data.test_sets(prepare(cod10k(tmp_path / "cod")))) == ["Test"]
 
 
 def test_predictions_are_whole_or_not_there_and_equal_names_stay_apart(

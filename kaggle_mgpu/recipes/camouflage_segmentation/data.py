@@ -226,14 +226,34 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
                 f"test_set: no {test_set!r} in {folder}, which is one test set: leave test_set None"
             )
         return pairs
-    sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
-    have = {name: pairs for name, pairs in sets.items() if pairs is not None}
+    have = _sets(folder)
     wanted = test_set or ("COD10K" if "COD10K" in have else None)
     if wanted is None:
         return [pair for pairs in have.values() for pair in pairs]
     if wanted not in have:
         raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; there are {list(have)}")
     return have[wanted]
+
+
+def _sets(folder: Path) -> dict[str, list[Pair]]:
+    """Return the pairs of each test set in a folder of several."""
+    sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
+    return {name: pairs for name, pairs in sets.items() if pairs is not None}
+
+
+def test_sets(found: Found) -> dict[str, Files]:
+    """Return every test set beside the training data by its name, those not held out too; {} for drawn scenes.
+
+    Raises:
+        ValueError: pairs that cannot be used, each with its path.
+    """
+    for train, test in () if found.drawn else SPLITS:
+        if _folder_pairs(Path(found.where, train)) is not None:
+            one = _folder_pairs(folder := Path(found.where, test))
+            sets = _sets(folder) if one is None else {folder.name: one}
+            check([pair for pairs in sets.values() for pair in pairs])
+            return {name: Files(tuple(pairs)) for name, pairs in sets.items() if pairs}
+    return {}
 
 
 def _folder_pairs(folder: Path) -> list[Pair] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import zipfile
@@ -339,6 +340,33 @@ def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
     """Convert the first map of (…, height, width), 0 to 1, to an 8-bit image (height, width)."""
     image: NDArray[np.uint8] = (255 * probability.float()).round().to(torch.uint8).flatten(0, -3)[0].cpu().numpy()
     return image
+
+
+@distributed.returns_rank0
+def by_test_set(task: CamouflageSegmentation, weights: str | Path) -> dict[str, dict[str, float]]:
+    """Measure a file of weights on every test set beside the training data, for a table: {set: {measure: mean}}.
+
+    `launch(by_test_set, task, "camouflage_segmentation/best/model.safetensors")`: each rank measures its share of the
+    images, about 0.35 s an image of COD10K's size on its CPU core. {} for synthetic scenes.
+
+    Raises:
+        ValueError: images that cannot be used. CheckpointError: weights of another model.
+    """
+    model, tensors = task.network(), checkpoint.read_tensors(Path(weights))
+    checkpoint.check_model(tensors, model.state_dict(), str(weights))
+    model.load_state_dict(tensors)
+    model.to(distributed.device()).eval()
+    table: dict[str, dict[str, float]] = {}
+    for name, source in distributed.from_main(lambda: data.test_sets(task.found)).items():
+        one = CamouflageSegmentation(task._given, found=dataclasses.replace(task.found, val=source))
+        rows = []
+        for index in range(distributed.rank(), len(source), distributed.world_size()):
+            _, mask, prediction = one.predict(model, index)
+            rows.append(measure(prediction, mask))
+            distributed.alive()
+        every = [row for part in distributed.gather(rows) for row in part]
+        table[name] = report({key: np.mean([row[key] for row in every], axis=0) for key in every[0]})
+    return table
 
 
 # Baselines
