@@ -350,6 +350,57 @@ def test_an_augmented_sample_is_a_function_of_its_seed_and_its_mask_moves_with_i
     assert len(moved) == 6
 
 
+def test_a_rotated_image_keeps_its_mask_and_rotation_off_draws_nothing() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 34:54] = 255
+    image = Image.fromarray(np.stack([mask, 255 - mask, mask], 2))
+    turned = []
+    for rotation in (0.0, 90.0):
+        torch.manual_seed(3)
+        coloured, where = (
+            np.asarray(x).astype(int) for x in data.augmented(image, Image.fromarray(mask), 64, rotation)
+        )
+        inside = where.ravel() > 127
+        assert inside.sum() > 100
+        difference = (coloured[..., 0] - coloured[..., 1]).ravel()
+        assert difference[inside].min() > 0 > difference[~inside].max() - 200
+        turned.append(where)
+    torch.manual_seed(3)
+    plain = np.asarray(data.augmented(image, Image.fromarray(mask), 64)[1])
+    assert (plain == turned[0]).all() and (turned[0] != turned[1]).any()
+
+
+def test_the_loss_of_several_scales_is_the_mean_of_each_however_the_batch_is_split(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train_scales=(0.5, 1.0, 1.5), image_size=64).settled(drawn=True)
+    task = CamouflageSegmentation(config)
+    torch.manual_seed(0)
+    model = task.network(task.config).double()
+    batch = task.collate([task.train_data()[i] for i in range(4)])
+    whole = task.loss(model, batch)
+    each = [
+        CamouflageSegmentation(config.replace(train_scales=(scale,))).loss(model, batch)
+        for scale in config.train_scales
+    ]
+    assert whole.item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
+    assert len({round(value.item(), 3) for value in each}) == 3
+    parts = [task.loss(model, {name: value[i : i + 1] for name, value in batch.items()}) for i in range(4)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train_scales": ()}, r"train_scales: expected numbers from 0.25 to 4, got \(\)"),
+        ({"train_scales": (1.0, 0.1)}, "train_scales: expected numbers from 0.25 to 4"),
+        ({"train_scales": (0.75, 1.0), "backbone": "swin_tiny_patch4_window7_224"}, "is made for one image size"),
+        ({"rotation": -1}, "rotation: expected 0 or more, got -1"),
+    ],
+)
+def test_scales_and_rotations_that_cannot_be_are_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Config(**changes)
+
+
 def test_a_batch_pads_masks_and_remembers_their_sizes() -> None:
     sizes = ((5, 9), (7, 3))
     samples = [

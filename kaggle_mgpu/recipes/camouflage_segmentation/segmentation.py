@@ -26,7 +26,7 @@ from . import data
 from .data import Samples
 from .experts import ExpertsDecoder
 from .metrics import measure, report
-from .model import Decoder, Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
+from .model import STRIDES, Decoder, Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
 from .settings import PRESETS, Config, stages
 
 DECODERS = {"small": Decoder, "experts": ExpertsDecoder}
@@ -157,7 +157,7 @@ class CamouflageSegmentation(Task):
         return model
 
     def train_data(self) -> Samples:
-        return Samples(self.found.train, self.config.image_size or 0, augment=True)
+        return Samples(self.found.train, self.config.image_size or 0, augment=True, rotation=self._given.rotation)
 
     def val_data(self) -> Samples | None:
         return Samples(self.found.val, self.config.image_size or 0, augment=False) if self.found.val else None
@@ -166,9 +166,14 @@ class CamouflageSegmentation(Task):
         return data.collate(samples)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Sum the loss of each image (model.py)."""
-        target = batch["mask"][:, None].float() / 255
-        return loss_terms(model(batch["image"]), target, balance_weight=self._given.balance_weight).sum()
+        """Sum the loss of each image (model.py); of several train_scales, the mean of their losses."""
+        image, target = batch["image"], batch["mask"][:, None].float() / 255
+        losses = []
+        for scale in self._given.train_scales:
+            size = STRIDES[-1] * max(1, round(scale * image.shape[-1] / STRIDES[-1]))
+            seen = image if size == image.shape[-1] else enlarged(image, (size, size))
+            losses.append(loss_terms(model(seen), target, balance_weight=self._given.balance_weight).sum())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
         """Return the measures of metrics.py, and the prediction's structure loss, at each mask's own size.
