@@ -27,10 +27,10 @@ class Config(TrainConfig):
     2.82, bpe 2.12 to 2.13."""
     vocab_size: int = 1024
     """Size of the bpe vocabulary, separator included. A larger one makes fewer tokens of a text, and each step slower.
-    Measured with 4 layers of width 128 in 110 s of one CPU core, one seed, in bits per byte of held-out text: King
-    James Bible (4.3 MB) 2.08 with 1024 (367 steps), 2.08 with 4096 (251 steps); Python source (20 MB) 3.10 and 3.25.
-    After 330 steps (146 s) 4096 had 2.03 on the Bible. In the default model the head is a smaller part: by the count of
-    operations, about 340 steps with 4096 take the time of 367 with 1024."""
+    Measured with 4 layers of width 128, in bits per byte of held-out text. King James Bible (4.3 MB), three seeds: 2.172
+    with 1024 after 400 steps (89 s of one CPU core), VOC272 with 4096 after 272 steps (97 s), 2.123 after 400 (130 s).
+    Python source (20 MB), one seed, 110 s each: 3.10 with 1024, 3.25 with 4096. In the default model the head is a
+    smaller part: by the count of operations, about 340 steps with 4096 take the time of 367 with 1024."""
     n_layer: int = 8
     """Transformer blocks."""
     n_head: int = 8
@@ -46,11 +46,10 @@ class Config(TrainConfig):
     text. The shifts depend on how the batch is split."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
-    vectors. Not with strategy deepspeed. Measured on the King James Bible after 100 to 120 steps of 1024 tokens at
-    lr=3e-3, nats a token held out: 0.26 M parameters 5.18 with adamw, 4.79 with muon (three seeds); 0.7 M 5.00 and
-    4.60; 1.7 M 5.13 and 4.58. After 600 steps the lead is gone: 0.3 M 4.11 with adamw, 4.12 with muon (another seed
-    4.10 and 4.10), 1.2 M 3.88 and 3.89, where a step of muon takes 1.1 and 1.3 times the CPU time. The time of its
-    steps on a GPU has not been measured."""
+    vectors. Not with strategy deepspeed. Measured on the King James Bible at lr=3e-3, nats a token held out, three
+    seeds: 0.26 M parameters, 120 steps 5.19 with adamw, 4.79 with muon; 600 steps 4.26 and 4.21, and 4.23 with adamw
+    after as much time (684 steps); 1.2 M, 600 steps 3.79 and 3.77, and ADAM708 with adamw after as much time (708). The
+    time of its steps on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
