@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from kaggle_mgpu import TrainConfig, checkpoint, train
+from kaggle_mgpu import TrainConfig, checkpoint, progress, train
 from kaggle_mgpu.checkpoints import Checkpoints, files
 from kaggle_mgpu.errors import CheckpointError, DiskFullError
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.records import comparable
 from tasks import Regression
 
 
@@ -356,7 +356,7 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_once_there_is_room(disk: Path, t
     assert (disk / "run" / "model.safetensors").read_bytes() == (
         Path(twin.output_dir) / "model.safetensors"
     ).read_bytes()
-    assert progress.comparable(records) == progress.comparable(twin.records())
+    assert comparable(records) == comparable(twin.records())
 
 
 # Damage
