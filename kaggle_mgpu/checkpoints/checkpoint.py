@@ -30,12 +30,12 @@ from torch import Tensor
 from ..errors import CheckpointError, DiskFullError
 from ..parallel import distributed
 from . import files, format
-from .files import read_tensors, replace_tensors, write_tensors, write_text
+from .files import read_tensors, replace_tensors, write_text
 from .format import Checkpoint, all_in, check_model, damage, load, read_facts, step_of
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Checkpoints", "DiskFullError", "Saved", "all_in", "check_model", "damage", "load",
-    "read_facts", "read_tensors", "replace_tensors", "step_of", "write_tensors", "write_text",
+    "read_facts", "read_tensors", "replace_tensors", "step_of", "write_text",
 ]  # fmt: skip
 
 # state.json, the folder itself, and what rounding to the disk's blocks adds

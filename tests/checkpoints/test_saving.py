@@ -211,7 +211,7 @@ def test_what_it_writes_the_safetensors_library_reads(tmp_path: Path) -> None:
         "complex": torch.randn(2, dtype=torch.complex64), "float8": torch.randn(4).to(torch.float8_e4m3fn),
     }  # fmt: skip
     direct = tmp_path / "direct.safetensors"
-    files.write_tensors(direct, odd)
+    files.replace_tensors(direct, odd)
     held = files.Buffer().hold({"a": files.Layout.of({"x": torch.ones(3)}), "b": files.Layout.of(odd)})["b"]
     assert b"".join(held) == direct.read_bytes()
     found = load_file(direct)
