@@ -14,13 +14,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[Any]
-IGNORED = 2
+from .stacks import IGNORED, Array
 
 
 def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[str, float]:
