@@ -209,11 +209,12 @@ def _meant(unknown: list[str], given: argparse.Namespace, modules: dict[str, Mod
         return ""
     from .names import either, nearest, other_value
 
-    flags = [field.name.replace("_", "-") for field in dataclasses.fields(modules[given.recipe].Config)]
+    kind = modules[given.recipe].Config
+    flags = [field.name.replace("_", "-") for field in dataclasses.fields(kind)]
     names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
     hints = []
     for name in names:
-        if near := nearest(name, flags):
+        if near := nearest(name, flags, kind.ELSEWHERE):
             start = f"For --{name}, did you mean" if len(names) > 1 else "Did you mean"
             hints.append(f"{start} {either(f'--{flag}' for flag in near)}?{other_value(name, near)}")
     return "".join(f"{' ' if number else '. '}{hint}" for number, hint in enumerate(hints))

@@ -50,6 +50,9 @@ class TrainConfig:
     """Settings that may differ between the sessions of a run: where, how and how long training runs. The batch sizes
     may change, but not the resulting global batch size. A subclass adds its own names."""
 
+    ELSEWHERE: ClassVar[dict[str, str]] = {}
+    """Names of settings in other scripts, and the name here of each: an error suggests it. A subclass sets its own."""
+
     _derived: ClassVar[tuple[str, ...]] = ()
     """Fields of this config in which a subclass replaced "auto" by a value; `settings` leaves these fields out."""
 
@@ -187,7 +190,8 @@ class TrainConfig:
         # before __init__, because its error for an unknown name suggests no other; unpickling passes no names
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
-            check_names(named, [parameter.name for parameter in accepted][1:], where=cls.__name__)
+            names = [parameter.name for parameter in accepted][1:]
+            check_names(named, names, where=cls.__name__, elsewhere=cls.ELSEWHERE)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -258,7 +262,8 @@ class TrainConfig:
             TypeError: a name is not a field; the message suggests the nearest field.
             ValueError: a value is invalid for its field.
         """
-        check_names(values, [field.name for field in dataclasses.fields(cls)], where=cls.__name__)
+        names = [field.name for field in dataclasses.fields(cls)]
+        check_names(values, names, where=cls.__name__, elsewhere=cls.ELSEWHERE)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
-def check_names(names: Iterable[str], known: Iterable[str], *, where: str) -> None:
-    """Raise TypeError for the first unknown name, with the nearest known names."""
+def check_names(
+    names: Iterable[str], known: Iterable[str], *, where: str, elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raise TypeError for the first unknown name, with the nearest known names; `elsewhere` as in `nearest`."""
     known = list(known)
     for name in names:
         if name not in known:
-            near = nearest(str(name), known)
+            near = nearest(str(name), known, elsewhere)
             hint = f" Did you mean {either(map(repr, near))}?" if near else f" It has: {', '.join(sorted(known))}."
             hint += other_value(str(name), near)
             raise TypeError(f"{where} has no parameter {name!r}.{hint}")
@@ -32,6 +34,7 @@ _ELSEWHERE = {
         "compile": "torch_compile",
         "max_norm": "max_grad_norm gradient_clip_val grad_clip clip_grad_norm",
         "warmup_steps": "warmup_ratio warmup_epochs",
+        "min_lr": "eta_min",
         "schedule_first_cycle": "t_0",
         "schedule_cycle_factor": "t_mult",
         "patience": "early_stopping_patience early_stopping",
@@ -42,16 +45,19 @@ _ELSEWHERE = {
         "eval_every": "eval_steps eval_interval val_interval val_check_interval check_val_every_n_epoch",
         "log_every": "logging_steps log_interval log_every_n_steps",
         "save_every": "save_steps save_interval checkpoint_every checkpoint_interval every_n_train_steps",
+        "save_interval_minutes": "checkpoint_interval_minutes",
         "keep_last": "save_total_limit max_checkpoints max_to_keep",
         "output_dir": "save_dir out_dir log_dir logdir logging_dir checkpoint_dir ckpt_dir run_dir default_root_dir",
-        "data_workers": "num_workers dataloader_num_workers",
-        "nproc": "num_gpus n_gpus devices num_processes nproc_per_node",
+        "data_workers": "num_workers dataloader_num_workers num_workers_per_gpu",
+        "nproc": "num_gpus n_gpus devices num_processes nproc_per_node world_size",
         "gpu_ids": "gpus device_ids",
         "best_metric": "metric_for_best_model monitor",
         "best_mode": "greater_is_better monitor_mode",
-        "resume": "resume_from_checkpoint ckpt_path",
+        "resume": "resume_from_checkpoint resume_from auto_resume ckpt_path",
         "seed": "random_state manual_seed",
         "time_limit": "max_time",
+        "ema_decay": "use_ema ema",
+        "collective_timeout_minutes": "nccl_timeout",
     }.items()
     for other in others.split()
 }
@@ -69,17 +75,22 @@ def other_value(name: str, near: Iterable[str]) -> str:
     return f" {sentence}" if meant in (one.lower().replace("-", "_") for one in near) else ""
 
 
-def nearest(name: str, known: Sequence[str]) -> list[str]:
+def nearest(name: str, known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
     """Return likely known names: another library's equivalent, a near spelling, or names containing `name`.
 
-    The list is empty if no name is near, because a wrong suggestion misleads more than none.
+    The list is empty if no name is near, because a wrong suggestion misleads more than none. Capitals do not matter.
+
+    Args:
+        elsewhere: more names of other training scripts, and the known name of each.
     """
-    meant = _ELSEWHERE.get(name.lower().replace("-", "_"))
-    if same := [other for other in known if other.lower().replace("-", "_") == meant]:
+    name = name.lower()
+    meant = (_ELSEWHERE | dict(elsewhere or {})).get(name.replace("-", "_"))
+    lowered = {other.lower(): other for other in known}
+    if same := [other for low, other in lowered.items() if low.replace("-", "_") == meant]:
         return same
     # a lower cutoff for short names, where one wrong letter is a large share
-    slip = difflib.get_close_matches(name, known, n=1, cutoff=0.75 if len(name) < 8 else 0.85)
-    return slip or [other for other in known if len(name) > 4 and name in other][:3]
+    slip = difflib.get_close_matches(name, lowered, n=1, cutoff=0.75 if len(name) < 8 else 0.85)
+    return [lowered[low] for low in slip or [low for low in lowered if len(name) > 4 and name in low][:3]]
 
 
 def either(names: Iterable[str]) -> str:

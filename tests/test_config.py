@@ -10,7 +10,7 @@ import pickle
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -262,6 +262,19 @@ class TestNames:
             TrainConfig.environment({"KAGGLE_MGPU_WARMUP_EPOCHS": "2"})
         with pytest.raises(TypeError, match=r"^run has no parameter 'batch_size'\. Did you mean 'my_batch_size'\?$"):
             check_names(["batch_size"], ["my_batch_size"], where="run")
+
+    def test_capitals_do_not_matter_to_a_suggestion(self) -> None:
+        for other, name in (("PREFETCH_FACTOR", "prefetch_factor"), ("BATCH_SIZE_PER_GPU", "micro_batch_size")):
+            with pytest.raises(TypeError, match=rf"has no parameter '{other}'\. Did you mean '{name}'\?$"):
+                TrainConfig.from_dict({other: 1})
+
+    def test_a_recipe_knows_other_names_of_its_settings(self) -> None:
+        class Other(Recipe):
+            ELSEWHERE: ClassVar[dict[str, str]] = {"class_names": "labels"}
+
+        for made in (lambda: Other.from_dict({"class_names": 1}), lambda: Other(class_names=1)):
+            with pytest.raises(TypeError, match=r"has no parameter 'class_names'\. Did you mean 'labels'\?$"):
+                made()
 
     @pytest.mark.parametrize("name", ["stage2_batch_size", "mode", "dropout", "optimizer"])
     def test_a_name_that_is_far_from_all_gets_no_guess(self, name: str) -> None:

@@ -22,10 +22,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from kaggle_mgpu import data as kit_data
 from kaggle_mgpu import optim, progress, session
+from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
@@ -348,6 +350,57 @@ def test_an_augmented_sample_is_a_function_of_its_seed_and_its_mask_moves_with_i
     assert len(moved) == 6
 
 
+def test_a_rotated_image_keeps_its_mask_and_rotation_off_draws_nothing() -> None:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 34:54] = 255
+    image = Image.fromarray(np.stack([mask, 255 - mask, mask], 2))
+    turned = []
+    for rotation in (0.0, 90.0):
+        torch.manual_seed(3)
+        coloured, where = (
+            np.asarray(x).astype(int) for x in data.augmented(image, Image.fromarray(mask), 64, rotation)
+        )
+        inside = where.ravel() > 127
+        assert inside.sum() > 100
+        difference = (coloured[..., 0] - coloured[..., 1]).ravel()
+        assert difference[inside].min() > 0 > difference[~inside].max() - 200
+        turned.append(where)
+    torch.manual_seed(3)
+    plain = np.asarray(data.augmented(image, Image.fromarray(mask), 64)[1])
+    assert (plain == turned[0]).all() and (turned[0] != turned[1]).any()
+
+
+def test_the_loss_of_several_scales_is_the_mean_of_each_however_the_batch_is_split(tmp_path: Path) -> None:
+    config = tiny(tmp_path, train_scales=(0.5, 1.0, 1.5), image_size=64).settled(drawn=True)
+    task = CamouflageSegmentation(config)
+    torch.manual_seed(0)
+    model = task.network(task.config).double()
+    batch = task.collate([task.train_data()[i] for i in range(4)])
+    whole = task.loss(model, batch)
+    each = [
+        CamouflageSegmentation(config.replace(train_scales=(scale,))).loss(model, batch)
+        for scale in config.train_scales
+    ]
+    assert whole.item() == pytest.approx(sum(each).item() / 3, rel=1e-6)
+    assert len({round(value.item(), 3) for value in each}) == 3
+    parts = [task.loss(model, {name: value[i : i + 1] for name, value in batch.items()}) for i in range(4)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"train_scales": ()}, r"train_scales: expected numbers from 0.25 to 4, got \(\)"),
+        ({"train_scales": (1.0, 0.1)}, "train_scales: expected numbers from 0.25 to 4"),
+        ({"train_scales": (0.75, 1.0), "backbone": "swin_tiny_patch4_window7_224"}, "is made for one image size"),
+        ({"rotation": -1}, "rotation: expected 0 or more, got -1"),
+    ],
+)
+def test_scales_and_rotations_that_cannot_be_are_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Config(**changes)
+
+
 def test_a_batch_pads_masks_and_remembers_their_sizes() -> None:
     sizes = ((5, 9), (7, 3))
     samples = [
@@ -549,6 +602,10 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         module.calls.append((name, options))  # type: ignore[attr-defined]
         if name == "unknown":
             raise RuntimeError("Unknown model (unknown)")
+        if name == "hiera_fixed" and options["pretrained"]:
+            raise RuntimeError(
+                "Error(s) in loading state_dict for Hiera:\n\tsize mismatch for pos_embed: [1, 3136, 96]."
+            )
         made = FakeFeatures([2, 4, 8] if name == "shallow" else [2, 4, 8, 16, 32])
         if options["pretrained"] and name != "misfit":  # timm's own way: what fits by name, without a word of the rest
             for number, (key, tensor) in enumerate(made.state_dict().items()):
@@ -614,6 +671,42 @@ def test_stages_with_a_timm_backbone(timm: Any, tmp_path: Path) -> None:
     statistics = {name for name in one if name.endswith(("running_mean", "running_var"))}
     changed = {name for name in one if name.startswith("backbone") and not torch.equal(one[name], two[name])}
     assert statistics and changed and not statistics & changed
+
+
+def test_backbones_made_for_one_size_are_told_it_and_others_are_not(timm: Any) -> None:
+    for name, told in {
+        "gcvit_tiny": True,
+        "coat_lite_tiny": True,
+        "hiera_tiny_224": True,
+        "hieradet_small": False,
+    }.items():
+        model.backbone(name, width=1, image_size=320)
+        assert timm.calls[-1][1].get("img_size") == (320 if told else None), name
+    with pytest.raises(ValueError, match=r"(?s)size mismatch for pos_embed.* of another image_size than 320"):
+        model.backbone("hiera_fixed", width=1, weights="w.safetensors", image_size=320)
+
+
+def test_a_backbone_that_cannot_compute_the_size_is_named_before_training(
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: nn.Module, x: torch.Tensor) -> None:
+        raise AssertionError("Input height (32) doesn't match model (224)")
+
+    monkeypatch.setattr(FakeFeatures, "forward", refuse)
+    config = tiny(tmp_path, backbone="fixed", backbone_weights="random")
+    for asked in (run, segmentation.runs):
+        with pytest.raises(ValueError, match=r"backbone 'fixed': it cannot compute images of 32 pixels: Input height"):
+            asked(config)
+
+
+def test_gradient_checkpointing_reaches_a_model_inside_timms_wrapper(timm: Any) -> None:
+    body = model.backbone("x", width=1)
+    asked: list[bool] = []
+    inner = nn.Identity()
+    inner.set_grad_checkpointing = asked.append  # type: ignore[assignment]
+    body.body.model = inner  # as in FeatureGetterNet
+    model.Segmenter(body, width=8, num_experts=2).gradient_checkpointing_enable()
+    assert asked == [True]
 
 
 def test_timm_that_is_missing_or_refuses_is_said(timm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -720,6 +813,30 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str) -> None:
         Config.from_dict(changes)
 
 
+@pytest.mark.parametrize(
+    ("flag", "here"),
+    [
+        ("dataset-path", "data-path"),
+        ("checkpoint-dir", "output-dir"),
+        ("stage1-epochs", "frozen-epochs"),
+        ("stage2-batch-size", "global-batch-size"),
+        ("stage2-lr", "lr"),
+        ("img-size", "image-size"),
+        ("accumulation-steps", "gradient-accumulation-steps"),
+        ("warmup-epochs", "warmup-steps"),
+        ("progressive-unfreeze", "unfreeze-parts"),
+        ("num-workers", "data-workers"),
+        ("resume-from", "resume"),
+    ],
+)
+def test_flags_of_other_two_stage_scripts_are_answered_by_ours(
+    capsys: pytest.CaptureFixture[str], flag: str, here: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "camouflage_segmentation", f"--{flag}", "1"])
+    assert f"unrecognized arguments: --{flag} 1. Did you mean --{here}?" in capsys.readouterr().err
+
+
 def test_an_earlier_runs_folder_is_gone_on_with(tmp_path: Path) -> None:
     config = tiny(tmp_path, partial_epochs=0, max_steps=2)
     first = run(config)
@@ -774,6 +891,9 @@ def test_each_stage_has_its_own_length_rate_batch_and_schedule(tmp_path: Path) -
     assert len({s.config.output_dir for s in planned}) == 4
     names = [s.name for s in stages(config.replace(frozen_epochs=0, partial_epochs=0), found(config))]
     assert names == ["stage2"]
+    # a warm-up that is longer than a stage is cut to it, in steps and in epochs
+    for warmup, cut in ((10, [4, 3, 3, 10]), ("3 epochs", [4, 3, 3, "3 epochs"])):
+        assert [s.config.warmup_steps for s in stages(config.replace(warmup_steps=warmup), found(config))] == cut
 
 
 def test_the_backbones_blocks_have_rates_of_their_own() -> None:
@@ -841,6 +961,31 @@ def test_predictions_are_measured_at_each_masks_own_size(tmp_path: Path) -> None
             assert np.array_equal(np.array(Image.open(file)), prediction)
     with Image.open(this.figure(net, tmp_path / "f.png")) as picture:
         assert picture.convert("RGBA").getpixel((0, 0))[3] == 0, "the ground is the page's"
+
+
+def test_every_test_set_has_its_row_from_one_process_or_two(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    for i in range(4):
+        pair(folder / "TrainDataset", ("Imgs", "GT"), f"a{i}")
+    for name, count in (("CAMO", 3), ("COD10K", 1)):
+        for i in range(count):
+            pair(folder / "TestDataset" / name, ("Imgs", "GT"), f"{name}-{i}", (40 + i, 30))
+    this = CamouflageSegmentation(tiny(tmp_path, data_path=str(folder)))
+    net = this.model().eval()
+    save_file(net.state_dict(), tmp_path / "w.safetensors")
+    one, two = (launch(segmentation.by_test_set, this, tmp_path / "w.safetensors", nproc=n) for n in (1, 2))
+    assert one.keys() == two.keys() == {"CAMO", "COD10K"}
+    for name, row in one.items():
+        assert row == pytest.approx(two[name], abs=1e-12)
+    # the set that a run holds out has the run's own measures
+    samples = this.val_data()
+    assert samples is not None
+    sums = this.metrics(net, this.collate([samples[0]]))
+    own = this.summary({key: torch.as_tensor(value / count) for key, (value, count) in sums.items()})
+    assert one["COD10K"] == pytest.approx({key: value for key, value in own.items() if key != "loss"}, abs=1e-12)
+    scenes = CamouflageSegmentation(tiny(tmp_path))
+    assert data.test_sets(scenes.found) == {}
+    assert list(data.test_sets(prepare(cod10k(tmp_path / "cod")))) == ["Test"]
 
 
 def test_predictions_are_whole_or_not_there_and_equal_names_stay_apart(

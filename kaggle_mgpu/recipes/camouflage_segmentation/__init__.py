@@ -15,11 +15,22 @@ from __future__ import annotations
 
 from kaggle_mgpu.training import Task
 
-from .segmentation import CamouflageSegmentation, baselines, runs
+from .segmentation import CamouflageSegmentation, baselines, by_test_set, runs
 from .settings import PRESETS, Config, Stage, stages
 from .staged import run
 
-__all__ = ["PRESETS", "CamouflageSegmentation", "Config", "Stage", "baselines", "run", "runs", "stages", "task"]
+__all__ = [
+    "PRESETS",
+    "CamouflageSegmentation",
+    "Config",
+    "Stage",
+    "baselines",
+    "by_test_set",
+    "run",
+    "runs",
+    "stages",
+    "task",
+]
 
 
 def task(config: Config) -> Task:

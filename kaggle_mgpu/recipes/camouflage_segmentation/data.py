@@ -226,14 +226,34 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
                 f"test_set: no {test_set!r} in {folder}, which is one test set: leave test_set None"
             )
         return pairs
-    sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
-    have = {name: pairs for name, pairs in sets.items() if pairs is not None}
+    have = _sets(folder)
     wanted = test_set or ("COD10K" if "COD10K" in have else None)
     if wanted is None:
         return [pair for pairs in have.values() for pair in pairs]
     if wanted not in have:
         raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; there are {list(have)}")
     return have[wanted]
+
+
+def _sets(folder: Path) -> dict[str, list[Pair]]:
+    """Return the pairs of each test set in a folder of several."""
+    sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
+    return {name: pairs for name, pairs in sets.items() if pairs is not None}
+
+
+def test_sets(found: Found) -> dict[str, Files]:
+    """Return every test set beside the training data by its name, those not held out too; {} for drawn scenes.
+
+    Raises:
+        ValueError: pairs that cannot be used, each with its path.
+    """
+    for train, test in () if found.drawn else SPLITS:
+        if _folder_pairs(Path(found.where, train)) is not None:
+            one = _folder_pairs(folder := Path(found.where, test))
+            sets = _sets(folder) if one is None else {folder.name: one}
+            check([pair for pairs in sets.values() for pair in pairs])
+            return {name: Files(tuple(pairs)) for name, pairs in sets.items() if pairs}
+    return {}
 
 
 def _folder_pairs(folder: Path) -> list[Pair] | None:
@@ -319,10 +339,14 @@ def _by(size: tuple[int, int]) -> str:
 
 # Samples
 class Samples(Dataset[dict[str, Tensor]]):
-    """Samples resizes a source's images, and augments them with random numbers seeded for each sample."""
+    """Samples resizes a source's images, and augments them with random numbers seeded for each sample.
 
-    def __init__(self, source: Source, size: int, augment: bool) -> None:
-        self.source, self.size, self.augment = source, size, augment
+    Args:
+        rotation: augmented images are rotated by an angle of at most so many degrees.
+    """
+
+    def __init__(self, source: Source, size: int, augment: bool, rotation: float = 0.0) -> None:
+        self.source, self.size, self.augment, self.rotation = source, size, augment, rotation
 
     def __len__(self) -> int:
         return len(self.source)
@@ -330,7 +354,7 @@ class Samples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image, mask = self.source.load(index)
         if self.augment:
-            image, mask = augmented(image, mask, self.size)
+            image, mask = augmented(image, mask, self.size, self.rotation)
         return {"image": pixels(image, self.size), "mask": torch.from_numpy(np.array(mask))}
 
 
@@ -341,9 +365,9 @@ def pixels(image: Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
-    """Crop at random to at least three quarters of each side, mirror half of the crops, change colours."""
-    from PIL import ImageEnhance
+def augmented(image: Image, mask: Image, side: int, rotation: float = 0.0) -> tuple[Image, Image]:
+    """Crop at random to at least three quarters of each side, mirror half of the crops, rotate, change colours."""
+    from PIL import ImageEnhance, ImageStat
 
     pil = pillow()
     scale, left, top, mirror, *colours = torch.rand(7).tolist()
@@ -356,6 +380,11 @@ def augmented(image: Image, mask: Image, side: int) -> tuple[Image, Image]:
     if mirror < 0.5:
         image = image.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
         mask = mask.transpose(pil.Transpose.FLIP_LEFT_RIGHT)
+    if rotation:
+        angle = rotation * (2 * torch.rand(()).item() - 1)
+        mean = tuple(round(value) for value in ImageStat.Stat(image).mean)  # for the corners, which rotation empties
+        image = image.rotate(angle, pil.Resampling.BILINEAR, fillcolor=mean)
+        mask = mask.rotate(angle, pil.Resampling.BILINEAR)
     for change, amount in zip(
         (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), colours, strict=True
     ):

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 STRIDES = (4, 8, 16, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation of RGB in 0 to 1, for backbones that name no others."""
-SIZED = ("swin", "maxvit", "maxxvit", "coatnet", "hiera", "vit_", "deit", "beit", "eva")
+SIZED = tuple("swin maxvit maxxvit coatnet coat_ gcvit efficientformerv2 hiera_ vit_ deit beit eva".split())
 """Prefixes of the names of timm backbones that are made for one image size."""
 DILATIONS = (1, 2, 3, 5)
 """Dilations of the experts' kernels, in turn, so that experts see neighbourhoods of different sizes."""
@@ -144,9 +144,12 @@ class Timm(nn.Module):
         except WeightsError:
             raise
         except Exception as error:
+            advice = "Look the name up with timm.list_models(); without internet give a file as backbone_weights."
+            if "img_size" in options and "size mismatch" in str(error):
+                advice = f"The weights are of another image_size than {image_size}, and timm does not resize them."
             raise ValueError(
                 f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
-                f"Look the name up with timm.list_models(); without internet give a file as backbone_weights."
+                f"{advice}"
             ) from error
         said: dict[str, Any] = {}
         for attribute in ("default_cfg", "pretrained_cfg"):
@@ -203,7 +206,9 @@ class Timm(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self) -> None:
-        self.body.set_grad_checkpointing(True)
+        # some of timm's wrappers for features have no such method of their own, but the model in them does
+        owner = self.body if hasattr(self.body, "set_grad_checkpointing") else self.body.model
+        owner.set_grad_checkpointing(True)
 
 
 def _timm(name: str) -> Any:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from kaggle_mgpu.checkpoints import Checkpoints
-from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.config import TrainConfig, in_epochs
 
 from .data import SCENE_SIZE, Found
-from .model import STRIDES
+from .model import SIZED, STRIDES
 
 Preset = Literal["balanced", "fast", "high_resolution"]
 PRESETS: dict[str, dict[str, int]] = {
@@ -41,6 +41,11 @@ class Config(TrainConfig):
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # the stamp has the data's digest
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "dataset_path": "data_path", "img_size": "image_size", "stage1_epochs": "frozen_epochs",
+        "stage1_lr": "frozen_lr", "stage1_batch_size": "frozen_batch_size", "stage2_lr": "lr",
+        "stage2_epochs": "epochs", "stage2_batch_size": "global_batch_size", "progressive_unfreeze": "unfreeze_parts",
+    }  # fmt: skip
 
     data_path: str | None = None
     """A folder with Train/Image and Train/GT_Object (COD10K-v3), TrainDataset/Imgs and TrainDataset/GT, or Imgs and
@@ -113,7 +118,8 @@ class Config(TrainConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0.05
-    """Steps of linear warm-up in each stage and part; below 1, a fraction of the stage or part."""
+    """Steps of linear warm-up in each stage and part, at most its length; below 1, a fraction of it; or epochs, as
+    "2 epochs"."""
     ema_decay: float | None = 0.999
     """Average the weights with this decay; evaluation and the next stage then use the average."""
     eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
@@ -123,6 +129,12 @@ class Config(TrainConfig):
     """The validation metric for the choice of the weights in best/."""
     best_mode: Literal["min", "max"] = "max"
     """Whether best_metric is better when smaller or larger."""
+    rotation: float = 0.0
+    """Rotate training images by a random angle of at most so many degrees; 15 in SINet-V2 (Fan et al. 2021)."""
+    train_scales: tuple[float, ...] = (1.0,)
+    """Multi-scale training: the loss is the mean over these multiples of image_size, each rounded to a multiple of 32.
+    PraNet (Fan et al. 2020) takes a step at each of 0.75, 1 and 1.25. The mean does not depend on how a batch is split,
+    and costs 3.1 times the work. Not for backbones that are made for one size."""
     tta: bool = False
     """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
     resume: str = "auto"
@@ -137,6 +149,7 @@ class Config(TrainConfig):
             "scenes": 1, "val_scenes": 0, "image_size": 32, "width": 2, "decoder_width": 2, "num_experts": 1,
             "top_k": 1, "frozen_epochs": 0, "frozen_batch_size": 1, "unfreeze_parts": 1, "partial_epochs": 0,
             "frozen_lr": 0, "balance_weight": 0, "backbone_lr_scale": 0, "layer_decay": 0,
+            "rotation": 0,
         }  # fmt: skip
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -150,6 +163,13 @@ class Config(TrainConfig):
         for name, factor in {"image_size": STRIDES[-1], "width": 2, "decoder_width": 2}.items():
             if (getattr(self, name) or 0) % factor:
                 raise ValueError(f"Config.{name}: expected a multiple of {factor}, got {getattr(self, name)}")
+        if not self.train_scales or not all(0.25 <= scale <= 4 for scale in self.train_scales):
+            raise ValueError(f"Config.train_scales: expected numbers from 0.25 to 4, got {self.train_scales!r}")
+        if self.train_scales != (1.0,) and self.backbone.startswith(SIZED):
+            raise ValueError(
+                f"Config.train_scales: backbone {self.backbone!r} is made for one image size, so it cannot train at "
+                f"{self.train_scales!r}. Leave train_scales out, or choose another backbone, such as pvt_v2_b2."
+            )
         if not 0 <= self.val_fraction <= 0.5:
             raise ValueError(f"Config.val_fraction: expected 0 to 0.5, got {self.val_fraction}")
         if self.routing == "topk" and self.top_k > (self.num_experts or self._preset()["num_experts"]):
@@ -223,9 +243,9 @@ def stages(config: Config, found: Found) -> list[Stage]:
         batch = one.global_batch_size or micro * replicas * (one.gradient_accumulation_steps or 1)
         assert not isinstance(batch, str)
         steps = one.max_steps or one.epochs * math.ceil(len(found.train) / batch)
-        if (
-            not isinstance(one.warmup_steps, str) and one.warmup_steps > steps
-        ):  # meant for the last part, which is longer
+        epochs = in_epochs(one.warmup_steps)
+        warmup = float(one.warmup_steps) if epochs is None else epochs * math.ceil(len(found.train) / batch)
+        if warmup > steps:  # meant for the last part, which is longer
             one = one.replace(warmup_steps=steps)
         if name != planned[-1][0]:
             one = one.replace(eval_every="end")
