@@ -37,8 +37,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, installed or not
 
-from kaggle_mgpu import checkpoint
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu import checkpoint, progress
+from kaggle_mgpu.progress.records import comparable
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(f"{name} is only in one of them")
         elif (one / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes():
             found.append(name)
-    ours, theirs = (progress.comparable(progress.read(run)) for run in (one, other))
+    ours, theirs = (comparable(progress.read(run)) for run in (one, other))
     if ours != theirs:
         first = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), "one ends sooner")
         found.append(f"{progress.METRICS}: {len(ours)} and {len(theirs)} records; first difference: {first}")

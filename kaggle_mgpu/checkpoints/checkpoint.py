@@ -30,12 +30,12 @@ from torch import Tensor
 from ..errors import CheckpointError, DiskFullError
 from ..parallel import distributed
 from . import files, format
-from .files import read_tensors, replace_tensors, write_tensors, write_text
+from .files import read_tensors, replace_tensors, write_text
 from .format import Checkpoint, all_in, check_model, damage, load, read_facts, step_of
 
 __all__ = [
     "Checkpoint", "CheckpointError", "Checkpoints", "DiskFullError", "Saved", "all_in", "check_model", "damage", "load",
-    "read_facts", "read_tensors", "replace_tensors", "step_of", "write_tensors", "write_text",
+    "read_facts", "read_tensors", "replace_tensors", "step_of", "write_text",
 ]  # fmt: skip
 
 # state.json, the folder itself, and what rounding to the disk's blocks adds
@@ -134,6 +134,8 @@ class Checkpoints:
         def opened() -> tuple[Path | None, str, OSError | None]:
             try:
                 return *self._open(step, needed), None
+            except DiskFullError as error:
+                return None, f"no checkpoint of step {step}: {error.strerror}", None
             except OSError as error:
                 return None, "", error
 
@@ -151,20 +153,11 @@ class Checkpoints:
         else:
             self._start(format.write_part, temporary, contents, rank)
 
-    def _open(self, step: int, needed: int) -> tuple[Path | None, str]:
+    def _open(self, step: int, needed: int) -> tuple[Path, str]:
         """Make a temporary folder with room for all ranks' files; return the folder and a note of dropped ones."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*-step-*"):  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
-        note = ""
-        if (free := files.free_bytes(self.folder)) < needed:
-            note = f"the disk is full: {needed:,} bytes needed, {free:,} free"
-            if not (dropped := self._make_room(needed, free)):
-                return None, (
-                    f"no checkpoint of step {step}: {note}, and dropping older checkpoints would not make room. Free "
-                    f"some space."
-                )
-            note += f". Dropped to make room: {', '.join(path.name for path in dropped)}"
+        self._clear()
+        free = files.free_bytes(self.folder)
+        note = self._drop_oldest(needed, free) if free < needed else ""
         temporary = self.folder / f".writing-{self._path(step).name}-{os.getpid()}"
         temporary.mkdir()
         return temporary, note
@@ -358,34 +351,43 @@ class Checkpoints:
     def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
         """Write the checkpoint; on a full disk drop the oldest checkpoints first, if this makes room."""
         final = self._path(step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(".*-step-*"):  # left by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        self._clear()
         needed = sum(len(part) for parts in contents.values() for part in parts) + _SLACK
         try:
             self._write_and_rename(final, contents, facts, needed)
             return final, ""
-        except DiskFullError as error:
+        except DiskFullError:
             # free space does not account for a quota
             free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
-            full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
-            dropped = self._make_room(needed, free)
-            if not dropped:
-                raise DiskFullError(
-                    error.errno, f"{full}, and dropping older checkpoints would not make room. Free some space."
-                ) from None
-        note = f"{full}. Dropped to make room: {', '.join(path.name for path in dropped)}"
+        note = self._drop_oldest(needed, free)
         try:
             self._write_and_rename(final, contents, facts, needed)
         except DiskFullError as error:
             raise DiskFullError(error.errno, f"{note}; it was not enough") from None
         return final, note
 
+    def _clear(self) -> None:
+        """Make the folder, without the temporary folders that a killed process left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(".*-step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _drop_oldest(self, needed: int, free: int) -> str:
+        """Remove the oldest checkpoints to make room, and return a note of the removed ones.
+
+        Raises:
+            DiskFullError: removing them would not make room.
+        """
+        full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
+        if not (dropped := self._make_room(needed, free)):
+            raise DiskFullError(28, f"{full}, and dropping older checkpoints would not make room. Free some space.")
+        return f"{full}. Dropped to make room: {', '.join(path.name for path in dropped)}"
+
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
         # checked first, so that the run's records keep some room
-        if (free := files.free_bytes(self.folder)) < needed:
-            raise DiskFullError(28, f"the disk is full: {needed:,} bytes needed, {free:,} free")
+        if files.free_bytes(self.folder) < needed:
+            raise DiskFullError(28, "the disk is full")
         try:
             temporary.mkdir(parents=True)
             self._complete(temporary, final, format.write_files(temporary, contents), facts)

@@ -1,7 +1,6 @@
 """Write tensors and text atomically, flushed to disk, with checksums.
 
-    write_tensors(path, {"weight": tensor})      # the .safetensors layout; read_tensors(path) gives them back
-    replace_tensors(path, model.state_dict())    # the same, atomically
+    replace_tensors(path, model.state_dict())    # the .safetensors layout; read_tensors(path) gives them back
     image = Buffer().hold(layout)                # the bytes of such a file, copied now, to be written by a thread
 
 `write` does all writing: in large pieces, which release the interpreter's lock, and with a checksum.
@@ -231,13 +230,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def write_tensors(path: Path, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as a single .safetensors file (see `Layout.of`), flushed to disk."""
-    write(path, Layout.of(named, metadata).pieces())
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a .safetensors file from `write_tensors`, on the CPU."""
+    """Read every tensor of a .safetensors file from `replace_tensors`, on the CPU."""
     return read_with_metadata(path)[0]
 
 
@@ -268,7 +262,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def replace_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
-    """Write tensors atomically: the old file stays until the new file is complete."""
+    """Write tensors as a .safetensors file atomically: the old file stays until the new file is complete."""
     layout = Layout.of(named)
     replace(path, layout.pieces(), layout.nbytes)
 

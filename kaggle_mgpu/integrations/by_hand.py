@@ -199,8 +199,9 @@ def watch(
     _check_group()
     folder = Path(output_dir)
     kept = Checkpoints(folder / "checkpoints", keep_last=keep_last)
-    options: dict[str, Any] = {"time_limit": time_limit, "save_every": save_every}
-    run = Run(kept, objects, max_steps=max_steps, seed=seed, log_every=log_every, **options)
+    run = Run(
+        kept, objects, max_steps=max_steps, seed=seed, log_every=log_every, time_limit=time_limit, save_every=save_every
+    )
     try:
         yield run
     except BaseException as error:

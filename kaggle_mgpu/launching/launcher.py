@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import env
-from ..errors import HangError, RestartError, WorkerDiedError, WorkerError, WorkerTraceback
+from ..errors import HangError, RestartError, WorkerDiedError
 from ..machine import devices
 from ..names import nearest
 from . import lock, server
@@ -35,8 +35,6 @@ from .output import CELL_CHARACTERS
 from .settings import ProcessSettings, RunSettings, is_run_settings
 from .tracebacks import folded
 from .workers import Workers, is_consequence, visible, without_peer_access
-
-__all__ = ["HangError", "WorkerDiedError", "WorkerError", "WorkerTraceback", "launch"]
 
 KEPT_LOGS = 10
 """The number of folders with logs of failed launches that stay among the temporary files."""

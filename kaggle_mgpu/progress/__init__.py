@@ -1,5 +1,9 @@
 """Show a run: its records, the panel in a notebook cell, the lines of a log, and the plots.
 
+    read(output_dir)                 # every record, as written
+    attach(output_dir)               # the display again, from another notebook or after a reload
+    plot(output_dir)                 # a matplotlib figure; compare_plot([one, other]) of several runs
+
 The package imports no torch and decides nothing about a run. Start reading at `Progress` in progress.py; records.py is
 the format of metrics.jsonl, display.py and panel.py show it, plots.py draws it.
 """

@@ -135,7 +135,8 @@ def compare_plot(
         rates = sorted(r[key] for r in train[1:] or train if isinstance(r.get(key), int | float))
         if rates:
             value = rates[len(rates) // 2]
-            _labelled_bar(speed, index, value, f"{_round(value)} {key.replace('_per_s', '/s')}", f"C{index}")
+            rounded = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            _labelled_bar(speed, index, value, f"{rounded} {key.replace('_per_s', '/s')}", f"C{index}")
         seconds = max((float(r.get("time", 0.0)) for r in records), default=0.0)
         final = f", validation loss {evals[-1]['val_loss']:.4g}" if evals and evals[-1]["val_loss"] is not None else ""
         _labelled_bar(duration, index, seconds / scale, f"{seconds / scale:.3g} {unit}{final}", f"C{index}")
@@ -303,19 +304,11 @@ def _time_use_bar(axes: Axes, spent: dict[str, float]) -> None:
         left += share
     axes.set_yticks([])
     axes.set_xlim(0, 100)
-    style(axes, "", f"where {_duration(total)} went (%)")
+    scale, unit = _time_unit(total)
+    style(axes, "", f"where {total / scale:.3g} {unit} went (%)")
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.legend(frameon=False, labelcolor=INK, fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-
-
-def _duration(seconds: float) -> str:
-    scale, unit = _time_unit(seconds)
-    return f"{seconds / scale:.3g} {unit}"
-
-
-def _round(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _memory(gpus: list[Record]) -> dict[int, tuple[float, float | None]]:
@@ -351,6 +344,6 @@ def _labelled_bar(axes: Axes, place: int, value: float, text: str, colour: str) 
     axes.locator_params(axis="x", nbins=5)
 
 
-def _short(name: str, most: int = 24) -> str:
-    """Shorten a name for the legend."""
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
+def _short(name: str) -> str:
+    """Shorten a name for the legend, to 24 characters at most."""
+    return name if len(name) <= 24 else f"{name[:15]}…{name[-8:]}"

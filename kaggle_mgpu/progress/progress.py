@@ -3,10 +3,7 @@
     with Progress(output_dir, max_steps=1000, main=distributed.is_main()) as progress:
         progress.record({"kind": "train", "step": 10, "loss": 2.1, "lr": 3e-4, "samples_per_s": 812.0})
         progress.close({"finished": True, "step": 1000, "metrics": {"loss": 1.9}, "seconds": 171.0})
-    read(output_dir)                 # every record, as written
-    attach(output_dir)               # the display again, from another notebook or after a reload
     stop(output_dir)                 # ask a run to save and leave
-    plot(output_dir)                 # a matplotlib figure; compare_plot([one, other]) of several runs
 
 Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. The work is done with each record, so
 other steps cost nothing. Between records a thread samples the GPUs and looks for stop requests every few seconds.
@@ -27,26 +24,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..env import import_hooks
-from .display import Log, attach, choose, print_line, status_of
-from .panel import View, format_count, format_duration
-from .plots import compare_plot, pixels, plot
-from .records import METRICS, Record, comparable, encode, numbers, owner, read, rewind, running, texts
+from .display import Log, choose, print_line, status_of
+from .panel import View
+from .plots import pixels, plot
+from .records import METRICS, Record, encode, numbers, owner, read, rewind, running, texts
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-__all__ = [
-    "METRICS",
-    "Progress",
-    "attach",
-    "comparable",
-    "compare_plot",
-    "format_count",
-    "format_duration",
-    "plot",
-    "read",
-    "stop",
-]
 
 STOP = "stop"
 """The name of the file that asks a run to stop, in the run's folder."""

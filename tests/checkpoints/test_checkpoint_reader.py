@@ -251,7 +251,7 @@ def tensors(name: str, change: Callable[[dict[str, Any]], Any], tree: Callable[[
         found = {key: tensor.clone() for key, tensor in found.items()}
         change(found)
         text = tree(metadata["tree"]) if "tree" in metadata else None
-        files.write_tensors(folder / name, found, {} if text is None else {"tree": text})
+        files.write(folder / name, files.Layout.of(found, {} if text is None else {"tree": text}).pieces())
         signed(folder)
 
     return changed
@@ -386,7 +386,7 @@ def test_rows_that_are_missing_or_twice_there_are_refused(tmp_path: Path) -> Non
         names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         for name, where, rows, rest in zip(names, halves, ranges, (weights, {}), strict=True):
             part = {**rest, "0.weight": weights["0.weight"][rows].clone()}
-            files.write_tensors(path / name, part, {"shards": json.dumps(where)})
+            files.write(path / name, files.Layout.of(part, {"shards": json.dumps(where)}).pieces())
         file = path / "state.json"
         document = json.loads(file.read_text())
         document["files"] = {name: {} for name in [*names, OPTIMIZER, EMA]}

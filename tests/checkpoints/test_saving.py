@@ -18,10 +18,10 @@ import pytest
 import torch
 from torch import nn
 
-from kaggle_mgpu import TrainConfig, checkpoint, train
+from kaggle_mgpu import TrainConfig, checkpoint, progress, train
 from kaggle_mgpu.checkpoints import Checkpoints, files
 from kaggle_mgpu.errors import CheckpointError, DiskFullError
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.records import comparable
 from tasks import Regression
 
 
@@ -211,7 +211,7 @@ def test_what_it_writes_the_safetensors_library_reads(tmp_path: Path) -> None:
         "complex": torch.randn(2, dtype=torch.complex64), "float8": torch.randn(4).to(torch.float8_e4m3fn),
     }  # fmt: skip
     direct = tmp_path / "direct.safetensors"
-    files.write_tensors(direct, odd)
+    files.replace_tensors(direct, odd)
     held = files.Buffer().hold({"a": files.Layout.of({"x": torch.ones(3)}), "b": files.Layout.of(odd)})["b"]
     assert b"".join(held) == direct.read_bytes()
     found = load_file(direct)
@@ -356,7 +356,7 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_once_there_is_room(disk: Path, t
     assert (disk / "run" / "model.safetensors").read_bytes() == (
         Path(twin.output_dir) / "model.safetensors"
     ).read_bytes()
-    assert progress.comparable(records) == progress.comparable(twin.records())
+    assert comparable(records) == comparable(twin.records())
 
 
 # Damage

@@ -283,7 +283,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped bit": lambda folder: flip(folder / MODEL),
     "truncated": lambda folder: os.truncate(folder / MODEL, 200),
     "truncated to nothing": lambda folder: os.truncate(folder / MODEL, 0),
-    "other weights": lambda folder: files.write_tensors(folder / MODEL, {"a": torch.zeros(3)}),
+    "other weights": lambda folder: files.replace_tensors(folder / MODEL, {"a": torch.zeros(3)}),
     "truncated, of an older version": edit,
 }
 

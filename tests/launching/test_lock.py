@@ -22,12 +22,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import TrainConfig, distributed, launch, train
+from kaggle_mgpu import TrainConfig, distributed, launch, progress, train
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import LockedError
 from kaggle_mgpu.launching import lock
 from kaggle_mgpu.launching.lock import held
-from kaggle_mgpu.progress import progress
 from tasks import Regression
 
 ROOT = Path(__file__).parents[2]

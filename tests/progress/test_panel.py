@@ -17,7 +17,17 @@ import pytest
 
 import browser
 from kaggle_mgpu import session
-from kaggle_mgpu.progress import View, display, format_count, format_duration, panel_html, progress, records
+from kaggle_mgpu.progress import (
+    View,
+    attach,
+    display,
+    format_count,
+    format_duration,
+    panel_html,
+    progress,
+    read,
+    records,
+)
 from runs import START, Clock, executed, gpu, make, story, train, write
 
 ROOT = Path(__file__).parents[2]
@@ -412,7 +422,7 @@ class TestAttach:
         monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append((html, text, display_id)))
         end = {"kind": "stop", "step": 1240, "reason": "time limit", "finished": False, "seconds": 496.0}
         write(tmp_path, [*story(), {**end, "metrics": {"loss": 3.4}}])
-        progress.attach(tmp_path, display="panel")
+        attach(tmp_path, display="panel")
         html, text, _ = shown[-1]
         assert text == "stopped (time limit): step 1240/2000  loss 3.4  in 8:16  2 processes"
         assert len({display_id for _, _, display_id in shown}) == 1
@@ -458,7 +468,7 @@ class TestAttach:
             progress.record({"kind": "stop", "step": 30, "reason": "asked to stop", "seconds": 9.0})"""
         process = self.writer(tmp_path, body)
         self.on_its_way(monkeypatch, process)
-        progress.attach(tmp_path, display="lines", poll=0.02)
+        attach(tmp_path, display="lines", poll=0.02)
         assert process.wait(600) == 0
         said = capsys.readouterr().out.splitlines()
         assert said[-2:] == ["a note", "stopped (asked to stop): step 30/1000  in 0:09  1 process"]
@@ -467,7 +477,7 @@ class TestAttach:
         process = self.writer(tmp_path, "time.sleep(600)")
         process.kill()
         process.wait(600)
-        progress.attach(tmp_path, display="lines", poll=0.02, patience=0.1)
+        attach(tmp_path, display="lines", poll=0.02, patience=0.1)
         said = capsys.readouterr().out.splitlines()[-1]
         assert said.startswith("stopped (ended without a word: it was killed, or is on another machine): step 1/1000")
 
@@ -481,7 +491,7 @@ class TestAttach:
             return False
 
         monkeypatch.setattr(display, "running", ends)
-        progress.attach(tmp_path, follow=False, display="lines")
+        attach(tmp_path, follow=False, display="lines")
         assert capsys.readouterr().out.splitlines()[-1] == "finished: step 2000/2000  in 0:09  2 processes"
 
     def test_one_that_broke_off_may_be_started_again(self, tmp_path, capsys, monkeypatch):
@@ -498,7 +508,7 @@ class TestAttach:
             progress.record({"kind": "stop", "step": 40, "reason": "finished", "finished": True, "seconds": 2.0})"""
         process = self.writer(tmp_path, "sys.stdin.readline()\n            " + body)
         self.on_its_way(monkeypatch, process)
-        progress.attach(tmp_path, display="lines", poll=0.02, patience=600)
+        attach(tmp_path, display="lines", poll=0.02, patience=600)
         process.communicate(timeout=600)
         assert capsys.readouterr().out.splitlines()[-1] == "finished: step 40/40  in 0:02  1 process"
 
@@ -532,14 +542,14 @@ class TestAttach:
         write(tmp_path, [{**START, **records.owner()}, train(10)])  # of this process, which lives
         shown = []
         monkeypatch.setattr(session, "show", lambda html, text, display_id: shown.append(html))
-        progress.attach(tmp_path, follow=False, display="panel")
+        attach(tmp_path, follow=False, display="panel")
         assert "Watching only: " in shown[-1]  # the stop button would not stop the run
-        progress.attach(tmp_path, follow=False, display="lines")
+        attach(tmp_path, follow=False, display="lines")
         assert capsys.readouterr().out == "step 10/2000 (0%)  loss 0.1818  lr 3.0e-04  2 processes\n"
 
     def test_no_run(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"metrics.jsonl does not exist: expected the output_dir of a run"):
-            progress.attach(tmp_path)
+            attach(tmp_path)
 
 
 class TestWatcher:
@@ -555,15 +565,15 @@ class TestWatcher:
 
         run = make(tmp_path, display="panel", sample=sample)
         run.record(train(1))
-        wait_for(lambda: len(asked) >= 1 and len(progress.read(tmp_path)) >= 2)
+        wait_for(lambda: len(asked) >= 1 and len(read(tmp_path)) >= 2)
         run.clock.now += 3.0
         wait_for(lambda: "GPU 1" in shown[-1])
         run.clock.now += 60.0
-        wait_for(lambda: progress.read(tmp_path)[-1].get("time", 0.0) >= 60.0)
+        wait_for(lambda: read(tmp_path)[-1].get("time", 0.0) >= 60.0)
         run.close({"finished": True})
         run._watcher.join(600)
         assert run._watcher.is_alive() is False
-        found = [record for record in progress.read(tmp_path) if record["kind"] == "gpus"]
+        found = [record for record in read(tmp_path) if record["kind"] == "gpus"]
         assert found[0]["gpus"][0] == {**gpu(0, 91), "temperature": 71}
         assert 61 < found[-1]["gpus"][1]["temperature"] <= 60 + len(asked)
         assert found[-1]["time"] > found[0]["time"]
@@ -585,13 +595,13 @@ class TestWatcher:
         command = [sys.executable, "-c", script, str(tmp_path)]
         run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
         try:
-            wait_for(lambda: any(record["kind"] == "train" for record in progress.read(tmp_path)))
+            wait_for(lambda: any(record["kind"] == "train" for record in read(tmp_path)))
             progress.stop(tmp_path)
             out, _ = run.communicate(timeout=600)
         finally:
             run.kill()
         assert out.splitlines()[-1] == "RESULT False asked to stop"
-        end = progress.read(tmp_path)[-1]
+        end = read(tmp_path)[-1]
         assert end["kind"] == "stop"
         assert (tmp_path / f"checkpoints/step-{end['step']:08}/state.json").is_file()
         assert not (tmp_path / progress.STOP).exists()

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kaggle_mgpu import data as kit_data
-from kaggle_mgpu import optim, session
+from kaggle_mgpu import optim, progress, session
 from kaggle_mgpu.__main__ import main
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import launch
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.records import comparable
 from kaggle_mgpu.recipes.camouflage_segmentation import (
     PRESETS,
     CamouflageSegmentation,
@@ -1173,7 +1173,7 @@ def test_killed_in_stage_2_it_goes_on_there_with_the_same_bits(tmp_path: Path) -
     assert seen == {p: p.stat().st_mtime_ns for p in seen}
     assert weights(one) == weights(other)
     for stage in ("stage1", "stage2"):
-        a, b = (progress.comparable(progress.read(folder / stage)) for folder in (one, other))
+        a, b = (comparable(progress.read(folder / stage)) for folder in (one, other))
         assert a == b
 
 

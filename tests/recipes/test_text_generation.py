@@ -128,6 +128,9 @@ def test_parquet_reads_the_column_and_names_a_bad_row(tmp_path):
     parquet.write_table(arrow.table({"text": ["one", None]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: expected a string in 'text', got NoneType"):
         list(read_documents(path))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"a\.parquet: not a readable \.parquet file: "):
+        list(read_documents(path))
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "tokenizers"])

@@ -16,7 +16,8 @@ import pytest
 import kaggle_cli
 import kernel as kernels
 import relay
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu import progress
+from kaggle_mgpu.progress.records import comparable
 from kaggle_mgpu.recipes.surface_segmentation import synthetic
 from kaggle_server import KaggleServer
 from kaggle_server.at_work import COUNTING, ROOT, SLUG, TEXT, TOOL, corpus, counting, flags, push, tool
@@ -394,7 +395,7 @@ def test_a_relay_is_one_run(kaggle: KaggleServer, house: Path, tmp_path: Path) -
     assert f"finished: step {STEPS}, after {len(sessions)} sessions" in said
     fetched = house / "runs" / "relayed-run" / f"v{len(sessions)}" / "text_generation"
     assert (fetched / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert progress.comparable(progress.read(fetched)) == progress.comparable(progress.read(whole))
+    assert comparable(progress.read(fetched)) == comparable(progress.read(whole))
     assert planted_in(house / "build", house / "runs", *(session.folder for session in sessions)) == []
 
 

@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import TrainConfig, distributed, launch, train
+from kaggle_mgpu import TrainConfig, distributed, launch, progress, train
 from kaggle_mgpu.errors import HangError
 from kaggle_mgpu.machine import session
-from kaggle_mgpu.progress import progress
 from kaggle_mgpu.training import clock, evaluation, log, saving
 from kaggle_mgpu.training import loop as trainer
 from runs import Clock, by

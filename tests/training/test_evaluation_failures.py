@@ -16,6 +16,7 @@ from everything import Killed
 from kaggle_mgpu import TrainConfig, distributed, launch, train
 from kaggle_mgpu.checkpoints import checkpoint, read_tensors
 from kaggle_mgpu.progress import display, progress
+from kaggle_mgpu.progress.records import comparable, read
 from kaggle_mgpu.training import evaluation
 from tasks import Regression
 
@@ -26,7 +27,7 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 
 def kinds(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [record for record in progress.read(folder) if record["kind"] == kind]
+    return [record for record in read(folder) if record["kind"] == kind]
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -200,7 +201,7 @@ def test_a_trial_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
     untried = train(settings.replace(output_dir=str(tmp_path / "without")), Statistics(dropout=0.2))
     assert tried.metrics == untried.metrics
     assert same_weights(tmp_path / "with", tmp_path / "without")
-    both = [progress.comparable(progress.read(tmp_path / name)) for name in ("with", "without")]
+    both = [comparable(read(tmp_path / name)) for name in ("with", "without")]
     assert both[0] == both[1]
 
 
@@ -313,7 +314,7 @@ def test_an_error_that_leaves_the_weights_whole_loses_no_step(
     assert [record["step"] for record in kinds(tmp_path, "start")] == [0, 6]
     assert same_weights(tmp_path, undisturbed)
     if where != "on_record":  # an interrupt there comes before its record is written
-        assert progress.comparable(progress.read(tmp_path)) == progress.comparable(progress.read(undisturbed))
+        assert comparable(read(tmp_path)) == comparable(read(undisturbed))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the driver is gone"), KeyboardInterrupt()], ids=repr)

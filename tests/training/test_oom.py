@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu import TrainConfig, distributed, launch, train
+from kaggle_mgpu import TrainConfig, distributed, launch, progress, train
 from kaggle_mgpu.checkpoints import format as checkpoint_files
 from kaggle_mgpu.checkpoints import read_tensors
 from kaggle_mgpu.data import BatchPlan, randomness
 from kaggle_mgpu.launching import workers
-from kaggle_mgpu.progress import Progress, progress
+from kaggle_mgpu.progress import Progress
+from kaggle_mgpu.progress.records import comparable
 from kaggle_mgpu.training import is_out_of_memory, micro_batch
 from tasks import Regression
 
@@ -435,9 +436,7 @@ def test_auto_leaves_no_trace(tmp_path: Path) -> None:
     files += [f"checkpoints/step-00000042/{name}.safetensors" for name in ("model", "ema", "optimizer")]
     for name in files:
         assert (tmp_path / "auto" / name).read_bytes() == (tmp_path / "given" / name).read_bytes(), name
-    assert progress.comparable(progress.read(tmp_path / "auto")) == progress.comparable(
-        progress.read(tmp_path / "given")
-    )
+    assert comparable(progress.read(tmp_path / "auto")) == comparable(progress.read(tmp_path / "given"))
 
 
 def test_weights_optimizer_and_chance_are_afterwards_what_they_were() -> None:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from everything import Config, Everything, Killed
-from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, session, train
+from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, progress, session, train
 from kaggle_mgpu.checkpoints import files, read_tensors
 from kaggle_mgpu.data import Fetch, randomness
 from kaggle_mgpu.errors import CheckpointError, DivergedError
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.records import comparable
 from kaggle_mgpu.training import clock, saving
 from kaggle_mgpu.training import loop as trainer
 from runs import Clock as Seconds
@@ -315,7 +315,7 @@ def test_a_time_limit_ends_a_session_in_good_order(
     assert (document["finished"], document["remaining_steps"]) == (False, result.remaining_steps)
     run(tmp_path, save_every=None)
     assert torch.equal(weights(tmp_path), weights(undisturbed))
-    assert progress.comparable(progress.read(tmp_path)) == progress.comparable(progress.read(undisturbed))
+    assert comparable(progress.read(tmp_path)) == comparable(progress.read(undisturbed))
     assert json.loads((tmp_path / "result.json").read_text())["remaining_steps"] == 0
 
 
@@ -343,7 +343,7 @@ def test_the_next_session_goes_on_from_an_input(undisturbed: Path, kaggle: Path,
     for path in [*kaggle.rglob("*"), kaggle]:
         path.chmod(0o755 if path.is_dir() else 0o644)
     assert torch.equal(weights(second), weights(undisturbed))
-    assert progress.comparable(progress.read(second)) == progress.comparable(progress.read(undisturbed))
+    assert comparable(progress.read(second)) == comparable(progress.read(undisturbed))
     assert (second / "best" / "model.safetensors").read_bytes() == (
         undisturbed / "best" / "model.safetensors"
     ).read_bytes()

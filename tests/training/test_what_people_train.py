@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from kaggle_mgpu import Task, TrainConfig, distributed, launch, train
+from kaggle_mgpu import Task, TrainConfig, distributed, launch, progress, train
 from kaggle_mgpu.checkpoints import checkpoint
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.machine import devices
-from kaggle_mgpu.progress import progress
+from kaggle_mgpu.progress.records import comparable
 from kaggle_mgpu.training import fingerprint
 from tasks import Regression
 
@@ -442,7 +442,7 @@ def test_all_of_these_killed_are_the_same_run(tmp_path: Path) -> None:
     two = run("two")
     for name in ("model.safetensors", "best/model.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    assert progress.comparable(progress.read(one)) == progress.comparable(progress.read(two))
+    assert comparable(progress.read(one)) == comparable(progress.read(two))
     result = json.loads((two / "result.json").read_text())
     assert (result["finished"], result["stopped_early"], result["remaining_steps"]) == (True, True, 0)
     assert result["step"] == 12

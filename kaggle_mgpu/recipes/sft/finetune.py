@@ -253,11 +253,11 @@ class Finetune(Task):
         val, indices = self.examples("val"), self.sample()[number]
         stop = generation.stops(self.tokenizer, model, [val[i][0].tolist() for i in indices])
         weights = models.fingerprint(models.trained(model)) + f" {self.prepared.digest} {self.backend}"
-        answers = generation.Answers(Path(self.prepared.folder))
+        file = Path(self.prepared.folder) / f"answers-{number:03d}.json"
         prompts = [val.prompt(index) for index in indices]
         try:
-            return answers.get(
-                number, weights, model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, stop=stop,
+            return generation.stored_answers(
+                file, weights, model, self.tokenizer, prompts, max_new_tokens=self.config.max_new_tokens, stop=stop,
                 num_beams=self.config.generation_num_beams,
             )  # fmt: skip
         except Exception as error:

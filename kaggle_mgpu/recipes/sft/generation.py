@@ -75,30 +75,26 @@ def answer(
     return texts
 
 
-class Answers:
-    """Answers keeps answers on disk, a file for each batch of prompts.
+def stored_answers(
+    file: Path, weights: str, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
+    *, max_new_tokens: int, stop: Sequence[int], num_beams: int = 1,
+) -> list[str]:  # fmt: skip
+    """Return the answers in a file, else call `answer` and write them there.
 
     While weights, prompts and settings are the same, the file is read instead of generating again: after a kill during
     an evaluation, or when a notebook is run again.
+
+    Args:
+        weights: a digest of the model's weights.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def get(
-        self, number: int, weights: str, model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]],
-        *, max_new_tokens: int, stop: Sequence[int], num_beams: int = 1,
-    ) -> list[str]:  # fmt: skip
-        """Return the stored answers of batch `number`, else call `answer`. weights: a digest of the model's."""
-        asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop), num_beams])
-        key = hashlib.sha256(asked.encode()).hexdigest()
-        file = self.folder / f"answers-{number:03d}.json"
-        try:
-            known = json.loads(file.read_text(encoding="utf-8"))
-            if known["key"] == key:
-                return list(known["texts"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        texts = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, num_beams=num_beams)
-        files.write_text(file, json.dumps({"key": key, "texts": texts}, ensure_ascii=False))
-        return texts
+    asked = json.dumps([weights, [list(prompt) for prompt in prompts], max_new_tokens, list(stop), num_beams])
+    key = hashlib.sha256(asked.encode()).hexdigest()
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return list(known["texts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    texts = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop=stop, num_beams=num_beams)
+    files.write_text(file, json.dumps({"key": key, "texts": texts}, ensure_ascii=False))
+    return texts

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,26 +19,11 @@ from kaggle_mgpu.fields import parse_per_gpu
 from kaggle_mgpu.training import Result
 
 from . import memory, models
-from .config import Config
-from .prepare import Prepared
+
+if TYPE_CHECKING:
+    from .finetune import Finetune
 
 EXPORT = "export.json"
-
-
-class Tuned(Protocol):
-    """The parts of `Finetune` that this module uses."""
-
-    @property
-    def config(self) -> Config: ...
-    @property
-    def prepared(self) -> Prepared: ...
-    @property
-    def tokenizer(self) -> Any: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def backend(self) -> str: ...
-    def plan(self) -> tuple[memory.Estimate, list[str]]: ...
 
 
 def weights_file(result: Result, which: str) -> Path:
@@ -47,7 +32,7 @@ def weights_file(result: Result, which: str) -> Path:
     return Path(result.output_dir) / ("best/model.safetensors" if best else "model.safetensors")
 
 
-def export(task: Tuned, result: Result, which: str = "best") -> Path:
+def export(task: Finetune, result: Result, which: str = "best") -> Path:
     """Write the adapter as peft does, the tokenizer and the model card; for full tuning the card alone.
 
     Returns the folder: output_dir/adapter, or output_dir.
@@ -86,7 +71,7 @@ def measured(result: Result) -> dict[str, str]:
     return rows
 
 
-def card(task: Tuned, result: Result, which: str) -> str:
+def card(task: Finetune, result: Result, which: str) -> str:
     """Return the model card: model, tuning, data, and the measured figures."""
     config, prepared = task.config, task.prepared
     library = "transformers" if config.mode == "full" else "peft"
@@ -135,7 +120,7 @@ learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {confi
 """
 
 
-def farewell(task: Tuned, result: Result, folder: Path) -> str:
+def farewell(task: Finetune, result: Result, folder: Path) -> str:
     """List the files, and the measured figures beside the estimates."""
     planned, _ = task.plan()
     found = measured(result)

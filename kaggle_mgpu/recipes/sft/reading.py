@@ -21,7 +21,7 @@ from typing import Any
 
 from kaggle_mgpu.machine import session
 
-from .._files import data_files
+from .._files import data_files, jsonl_rows, parquet_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Conversation = list[dict[str, Any]]
@@ -60,16 +60,10 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
         yield from _csv_rows(file)
         return
     if file.suffix.lower() == ".parquet":
-        yield from _parquet_rows(file)
+        yield from parquet_rows(file)
         return
     if file.suffix.lower() == ".jsonl":
-        with file.open("rb") as lines:
-            for number, content in enumerate(lines, 1):
-                if content.strip():
-                    try:
-                        yield f"{file}, line {number}", json.loads(content.decode("utf-8-sig"))
-                    except ValueError as error:
-                        raise ValueError(f"{file}, line {number}: not valid JSON: {error}") from None
+        yield from jsonl_rows(file)
         return
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -127,22 +121,6 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 yield place, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a readable .csv in UTF-8: {error}") from None
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(f"{file}: reading parquet needs the package `pyarrow`: pip install pyarrow") from None
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}, row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file}: not a readable .parquet file: {error}") from None
 
 
 def kind_of(row: Any) -> str | None:

@@ -26,11 +26,9 @@ from numpy.typing import NDArray
 
 from kaggle_mgpu.machine import session
 
-from .stacks import SUFFIXES, bytes_of, read_stack, shape_of
+from .stacks import IGNORED, SUFFIXES, Array, bytes_of, read_stack, shape_of
 from .synthetic import synthesise
 
-IGNORED = 2
-Array = NDArray[Any]
 MAX_POINTS = 4096
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = 2
+from .stacks import IGNORED
 
 
 class Residual(nn.Module):

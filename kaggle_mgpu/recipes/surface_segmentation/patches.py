@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import IGNORED, Array, Cache, Facts, Volume, survey
-from .stacks import shape_of
+from .data import Cache, Facts, Volume, survey
+from .stacks import IGNORED, Array, shape_of
 
 MAX_TRIES = 20
 

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from kaggle_mgpu.parallel import distributed
 
-from .data import IGNORED, Volume, read_label
+from .data import Volume, read_label
 from .metrics import components, without_specks
-from .stacks import read_stack
+from .stacks import IGNORED, read_stack
 
 FILE = "postprocessing.json"
 SIZES = (0, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)

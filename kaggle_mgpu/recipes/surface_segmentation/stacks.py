@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from kaggle_mgpu.checkpoints import whole
 
+Array = NDArray[Any]
+IGNORED = 2
+"""The value of voxels without annotation in labels."""
 SUFFIXES = (".tif", ".tiff")
 DTYPES = {"L": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16}
 """By pillow's mode: 8-bit grey, and 16-bit grey in either order of bytes."""
 
 
-def read_stack(path: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+def read_stack(path: str, start: int = 0, stop: int | None = None) -> Array:
     """Return pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width), and decode no other.
 
     Raises:

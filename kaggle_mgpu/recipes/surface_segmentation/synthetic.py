@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .stacks import write_stack
-
-IGNORED = 2
+from .stacks import IGNORED, write_stack
 
 
 def synthesise(folder: Path, size: int = 64, train: int = 8, test: int = 2) -> None:

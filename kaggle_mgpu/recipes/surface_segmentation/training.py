@@ -24,6 +24,7 @@ from .ensemble import averaged
 from .metrics import components
 from .model import UNet, segmentation_loss, skeleton_recall_loss
 from .patches import Patches, Tiles
+from .stacks import IGNORED
 
 
 @dataclass(frozen=True)
@@ -306,12 +307,12 @@ class SurfaceSegmentation(Task):
 
     def count(self, batch: tuple[Tensor, ...]) -> int:
         """Return the number of patches with a labelled voxel; the loss of the others is 0."""
-        return int((batch[1] != data.IGNORED).flatten(1).any(1).sum())
+        return int((batch[1] != IGNORED).flatten(1).any(1).sum())
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
         image, label = batch
         logits = averaged([model], self.config.tta_axes if self.config.tta_in_training else ())(image)
-        p, q, known = logits[:, 0] > 0, label == 1, label != data.IGNORED
+        p, q, known = logits[:, 0] > 0, label == 1, label != IGNORED
         voxels = torch.stack([(p & q).sum(), (p & ~q & known).sum(), (~p & q).sum()])
         return {"loss": (segmentation_loss(logits, label), self.count(batch)), "voxels": (voxels, len(label))}
 

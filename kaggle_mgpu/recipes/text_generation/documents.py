@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import data_files
+from .._files import data_files, jsonl_rows, parquet_rows
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SLICE = 1_000_000
@@ -83,34 +82,16 @@ def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
 
 
 def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{place}: not valid JSON: {error}") from None
-            if not isinstance(row, dict) or text_field not in row:
-                have = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-                raise ValueError(f"{place}: expected an object with the field {text_field!r} (text_field), got {have}")
-            yield place, row[text_field]
+    for place, row in jsonl_rows(file):
+        if not isinstance(row, dict) or text_field not in row:
+            have = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{place}: expected an object with the field {text_field!r} (text_field), got {have}")
+        yield place, row[text_field]
 
 
 def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ImportError(f"{file}: reading parquet needs the package `pyarrow`: pip install pyarrow") from None
-    table = parquet.ParquetFile(file)
-    if text_field not in table.schema_arrow.names:
-        raise ValueError(f"{file}: expected a column {text_field!r} (text_field), got {table.schema_arrow.names}")
-    row = 0
-    for batch in table.iter_batches(columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            row += 1
-            yield f"{file}, row {row}", text
+    for place, row in parquet_rows(file, text_field):
+        yield place, row[text_field]
 
 
 def digest_of(text: str) -> tuple[str, int]:
