@@ -54,14 +54,14 @@ def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor) -> Tensor:
+def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
     """Return class probabilities, float (windows, classes) on the CPU, for windows x (windows, channels, T), in fp32.
 
     Pass the windows as they are read, since the model normalises them. The model runs on the device of its weights.
     """
     device = next(model.parameters()).device
     model.eval()
-    return torch.cat([model(part.to(device)).float().softmax(1).cpu() for part in x.split(512)])
+    return torch.cat([model(part.to(device)).float().softmax(1).cpu() for part in x.split(batch_size)])
 
 
 @dataclass
@@ -117,17 +117,20 @@ class Report:
         return figure
 
 
-def write_predictions(path: Path, ids: Sequence[str | int], probabilities: Tensor, classes: Sequence[str]) -> None:
+def write_predictions(
+    path: Path, ids: Sequence[str | int], probabilities: Tensor, classes: Sequence[str], digits: int = 6
+) -> None:
     """Write a .csv with a row per window: id, label (the most probable class), and the probability of each class.
 
     Args:
         probabilities: float (windows, classes).
+        digits: decimals of each probability.
     """
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["id", "label", *classes])
     for name, row in zip(ids, probabilities.tolist(), strict=True):
-        rows.writerow([name, classes[row.index(max(row))], *(f"{value:.6f}" for value in row)])
+        rows.writerow([name, classes[row.index(max(row))], *(f"{value:.{digits}f}" for value in row)])
     write_text(path, text.getvalue())
 
 

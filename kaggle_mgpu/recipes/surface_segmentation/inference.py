@@ -37,13 +37,13 @@ Forward = Callable[[Tensor], Tensor]
 LZW = 5  # the TIFF tag's value
 
 
-def importance(size: int) -> Tensor:
+def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
     """Return the weights of a window's voxels, (size, size, size): a Gaussian around its middle, at least 1e-3.
 
-    The deviation is 0.125 * size: MONAI's formula (monai.data.utils.compute_importance_map).
+    The deviation is sigma_scale * size: MONAI's formula (monai.data.utils.compute_importance_map).
     """
     x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1)
-    line = torch.exp(-(x**2) / (2 * (0.125 * size) ** 2))
+    line = torch.exp(-(x**2) / (2 * (sigma_scale * size) ** 2))
     cube = line[:, None, None] * line[None, :, None] * line[None, None, :]
     return cube.clamp(min=max(float(cube.min()), 1e-3))
 

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from .stacks import IGNORED, Array
 
 
-def measures(prediction: Array, label: Array) -> dict[str, float]:
+def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[str, float]:
     """Return the figures of one volume, all 0 (bad) to 1 (good); voi_score is 1 / (1 + 0.3 VOI).
 
     Args:
         prediction: (D, H, W), nonzero is sheet.
         label: (D, H, W): 0, 1, or 2 for voxels that are ignored.
+        tolerance: of surface Dice, in voxels.
     """
     if prediction.shape != label.shape:
         raise ValueError(f"measures: expected one shape, got {prediction.shape} and {label.shape}")
@@ -35,7 +36,7 @@ def measures(prediction: Array, label: Array) -> dict[str, float]:
     numbers = zip(betti_numbers(p), betti_numbers(q), strict=True)
     return {
         "dice": dice(p, q),
-        "surface_dice": surface_dice(p, q),
+        "surface_dice": surface_dice(p, q, tolerance),
         "voi_score": 1 / (1 + 0.3 * sum(variation_of_information(p, q))),
         **{f"betti{k}_f1": 2 * min(a, b) / (a + b) if a + b else 1.0 for k, (a, b) in enumerate(numbers)},
     }
