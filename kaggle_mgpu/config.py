@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Literal, Self
 from . import fields
 from .names import check_names, either, nearest, other_value
 
+Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
+
 
 def in_epochs(text: object) -> float | None:
     """Return 2.0 for "2 epochs", and None for anything else.
@@ -130,7 +132,7 @@ class TrainConfig:
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0
     """Steps of linear warm-up; below 1, a fraction of the run; or epochs, as "2 epochs"."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine"
+    schedule: Schedule = "cosine"
     """Shape of the learning rate after warm-up."""
     schedule_cycles: int = 4
     """Number of cosine cycles of cosine_restarts, where schedule_first_cycle is None."""

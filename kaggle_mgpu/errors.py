@@ -21,7 +21,7 @@ class DivergedError(FloatingPointError):
 
 
 class WorkerError(RuntimeError):
-    """A worker failed without an exception to raise in this process."""
+    """A worker failed and left no exception that could be raised here."""
 
 
 class WorkerDiedError(WorkerError):

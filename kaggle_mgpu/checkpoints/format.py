@@ -143,13 +143,14 @@ def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoin
     """Load a checkpoint as `load` does, without looking at the checksums.
 
     Raises:
-        CheckpointError: the content is not in the kit's format.
+        CheckpointError: the content is not in the package's format.
     """
     try:
         return _load(path, facts, whole)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be used: what it holds is none of the kit's: {type(error).__name__}: {error}"
+            f"checkpoint {path} cannot be used: its content was not written by kaggle_mgpu: {type(error).__name__}: "
+            f"{error}"
         ) from error
 
 

@@ -4,7 +4,8 @@
 
 A checksum shows that a file is undamaged, not that its content fits this run: a checkpoint among the inputs may come
 from anybody. So the type and range of each value are checked, and the names and shapes of tensors are compared with
-this run's model, averages and optimizer. The optimizer's state is tried in one step on tensors without memory.
+this run's model, averages and optimizer. The optimizer's state is tried in one step on meta tensors, which need
+no memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from . import format
 from .format import OtherRunError
 
 STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "improved_to", "without_improvement", "seconds")
-"""The fields of a run's position (`TrainState`)."""
+"""The fields of `TrainState`."""
 MOST_STEPS = 10**12
 """More steps than a run takes."""
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -50,7 +51,7 @@ class Expected:
 
 
 def examine(path: Path, expected: Expected) -> dict[str, Any]:
-    """Read all of a checkpoint whose checksums are right, and compare it with the expected; return its facts.
+    """Read a checkpoint, compare its content with the expected, and return its facts. The caller checked the checksums.
 
     Raises:
         OtherRunError: the checkpoint is of another model or another optimizer.
@@ -92,7 +93,9 @@ def _position(facts: Mapping[str, Any], expected: Expected) -> None:
         raise CheckpointError(f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known")
     step = _whole("step in its state", state.get("step"), MOST_STEPS)
     if step != facts["step"]:
-        raise CheckpointError(f"step in its state is {step}, expected {facts['step']}, as state.json says beside it")
+        raise CheckpointError(
+            f"step in its state is {step}, expected {facts['step']}, the step at the top of state.json"
+        )
     samples = _whole("samples_seen in its state", state.get("samples_seen"), 10**30)
     if samples != (there := expected.samples_at(step)):
         raise CheckpointError(f"samples_seen in its state is {samples}, expected {there} after {step} steps")
@@ -138,7 +141,7 @@ def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]
 
 
 def _parts(what: str, value: Any) -> list[Tensor]:
-    """Return the tensors of a value's parts, which must cover all rows."""
+    """Return [value], or the row blocks of a sharded tensor; raise unless the blocks cover every row once."""
     if isinstance(value, Tensor):
         return [value]
     parts = sorted(value.found, key=lambda part: part[0])
@@ -170,7 +173,9 @@ def _bounds(part: Tensor) -> list[float]:
 # The optimizer
 def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     if not isinstance(state, dict) or not {"optimizer", "scaler", "skipped"} <= state.keys():
-        raise CheckpointError("optimizer.safetensors is none of the kit's: it has no optimizer, scaler and skipped")
+        raise CheckpointError(
+            "optimizer.safetensors was not written by kaggle_mgpu: it has no optimizer, scaler and skipped"
+        )
     skipped, scaler, saved = _whole("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
     if not isinstance(scaler, dict) or (scaler and not scaler.keys() >= _SCALER):
         raise CheckpointError(f"the gradient scaler's state is {scaler!r:.80}, expected {', '.join(sorted(_SCALER))}")
@@ -178,12 +183,12 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
         if not 0 <= _number(f"the gradient scaler's {name}", scaler[name]) < math.inf:
             raise CheckpointError(f"the gradient scaler's {name} is {scaler[name]!r}, expected 0 or more")
     if not isinstance(saved, dict) or not isinstance(saved.get("param_groups"), list):
-        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
+        raise CheckpointError("the optimizer's state in optimizer.safetensors was not written by kaggle_mgpu")
     groups, moments = saved["param_groups"], saved["state"]
     if not all(isinstance(it, dict) for it in [*groups, moments]) or not all(
         isinstance(group.get("params"), list) for group in groups
     ):
-        raise CheckpointError("the optimizer's state in optimizer.safetensors is none of the kit's")
+        raise CheckpointError("the optimizer's state in optimizer.safetensors was not written by kaggle_mgpu")
     theirs, mine = [group["params"] for group in groups], [list(group) for group in expected.groups]
     if theirs != mine:
         differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
@@ -197,7 +202,10 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     for then, now in zip(groups, expected.optimizer.param_groups, strict=True):
         for key in (then.keys() & now.keys()) - {*_KERNEL, "params"}:
             if not _alike(then[key], now[key]):
-                raise CheckpointError(f"{key} of an optimizer's group is {then[key]!r:.80}, expected as {now[key]!r}")
+                raise CheckpointError(
+                    f"{key} of an optimizer's group is {then[key]!r:.80}, expected a value of the same kind as "
+                    f"{now[key]!r}"
+                )
     if unknown := set(moments) - {name for group in mine for name in group}:
         raise CheckpointError(f"the optimizer's state holds parameters it does not train: {sorted(unknown)[:5]}")
     for name, values in moments.items():
@@ -227,7 +235,7 @@ def _alike(then: Any, now: Any) -> bool:
 
 
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
-    """Compare the saved state with a step's state on meta tensors (no memory), and try a step from the saved state.
+    """Compare the saved state with that of a fresh optimizer after a step on meta tensors, and try a step from it.
 
     Only torch's optimizers and the kit's are tried, since the step of another one may wait for the other ranks. One
     parameter of each shape in a group is enough.

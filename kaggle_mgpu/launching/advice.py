@@ -1,4 +1,4 @@
-"""Help a launched loop that is not the kit's: report its steps, find two common mistakes, explain torch's errors.
+"""Help a launched loop other than `train`: report its steps, find two common mistakes, explain torch's errors.
 
 watch(store, rank, count)     # before the loop
 advise(error)                 # adds a note with the remedy to an error of torch.distributed

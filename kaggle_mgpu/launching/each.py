@@ -41,7 +41,8 @@ class _Job:
     item: Any
     folder: Path
     digest: str | None = None
-    """Identifies the call, to find its kept value. None: a config, whose run keeps the result, or pickling failed."""
+    """Identifies the call, to find its kept value. None if the item is a config (its run folder holds the result), or
+    if the call cannot be pickled."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
@@ -92,12 +93,13 @@ def launch_each(
     The next job starts as soon as a GPU is free. Jobs do not communicate, and a failed job does not end the others.
     After an interrupt (the stop button) no further job starts, and the running jobs are asked to stop; the value of a
     job that did not end is None. When the same call is made again, finished jobs return at once and interrupted runs go
-    on from their checkpoints. Values are kept in output_dir if JSON can hold them; runs of a config keep their own
-    result. A kept value is used only for the same item, arguments and code of the function and of the functions in
-    cells that it uses; changes in modules are not noticed.
+    on from their checkpoints. Values are kept in output_dir if JSON can hold them; if the item is a config, its run
+    folder holds the result. A kept value is used only if item, arguments and code are unchanged: the code of the
+    function and of the notebook functions it calls. Changes in modules are not noticed.
 
     Args:
-        items: numbers, names, or configs. Configs with one output_dir among them get its subfolders fold0, fold1, ….
+        items: numbers, names, or configs. If two configs share an output_dir, each config gets a subfolder fold0,
+            fold1, … of its output_dir.
         output_dir: logs and values are kept in its subfolders fold0, fold1, …; of no effect for configs.
         at_once: jobs at the same time. Default: one for each GPU, or one where there is none.
         gpu_ids: which GPUs, as "0,1". Default: all.
@@ -123,7 +125,9 @@ def launch_each(
     display, shown = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}", ""
     with collect_interrupts() as interrupts, contextlib.ExitStack() as stack:
         if waiting:
-            stack.enter_context(worker_server.pinned(interrupts))  # a new server would end running jobs
+            stack.enter_context(
+                worker_server.pinned(interrupts)
+            )  # replacing the server would end the jobs that it forked
         free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):
@@ -229,6 +233,6 @@ def _digest(value: Any) -> str | None:
     buffer = io.BytesIO()
     try:
         Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    except Exception:  # the launch then raises the error, which names the part
+    except Exception:  # launching raises this error again, with the name of the object that fails
         return None
     return hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -78,8 +78,8 @@ def launch(
             GPU, or one without GPUs. With one process, and under torchrun, the function is called in this process.
         gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
         timeout: seconds without a sign of life of any rank (distributed.alive, or output) after which a HangError is
-            raised. Default: the config's hang_timeout_minutes, else 30 minutes, but not before the first call of
-            alive(step), as by `train` after each step.
+            raised. Default: the config's hang_timeout_minutes, else 30 minutes. With the default, the clock starts at
+            the first call of alive(step), which `train` makes after each step; else at the launch.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
         in_worker: start a worker even for a single process, so that no CUDA context stays in this process.
 
@@ -108,7 +108,7 @@ def launch(
     gpus = devices.select(gpu_ids or settings.gpu_ids)
     count = _number_of_processes(nproc, config, len(gpus))
     if count == 1 and not in_worker:
-        # of no effect once this process has used CUDA
+        # CUDA_VISIBLE_DEVICES has no effect once this process has used CUDA
         shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
         shown |= without_peer_access(gpus, settings)  # dp has several GPUs in this process
         with env.variables(shown), _restored_handlers():
@@ -117,7 +117,8 @@ def launch(
             except ValueError as error:
                 if "env:// rendezvous" in str(error):
                     error.add_note(
-                        "One process is this one. launch(…, in_worker=True) starts one that can make a group."
+                        "With one process, launch calls the function in this process, where no group can be made. "
+                        "launch(…, in_worker=True) starts a worker that can make one."
                     )
                 raise
         return value if one_value else [value]
@@ -163,7 +164,8 @@ def attempts(
         try:
             return workers.run(interrupts, limit, from_start)
         except Exception as error:
-            # a RestartError does not count as a restart, since the next attempt uses smaller micro-batches
+            # a RestartError (out of memory) does not count towards max_restarts, since the next attempt uses smaller
+            # micro-batches
             again, which = isinstance(error, RestartError), ""
             if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
                 died += 1
@@ -211,7 +213,9 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
     with _locked(logs):
         yield logs
     with contextlib.suppress(OSError):
-        if os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS:  # a full cell refers to the file
+        if (
+            os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS
+        ):  # keep the file if the output was cut, since the cell then names it
             shutil.rmtree(logs)
 
 

@@ -121,7 +121,7 @@ def _release(folder: Path, file: BinaryIO) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file for writing, as a lock on NFS requires, or another user's file for reading (for a local disk).
+    """Open a file for writing, which locks on NFS need; another user's file for reading only, enough on a local disk.
 
     Raises:
         OSError: the file cannot be made, or is a link or a folder, which must not be written to.

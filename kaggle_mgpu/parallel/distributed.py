@@ -269,7 +269,7 @@ def gather(value: T) -> list[T]:
     return values
 
 
-# The kind of batch that this rank computes at the moment; "" outside the kit's training loop
+# The kind of batch that this rank computes at the moment; "" outside `train`
 _batch: Literal["", "step", "stand-in", "alone"] = ""
 
 

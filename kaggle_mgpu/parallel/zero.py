@@ -1,4 +1,4 @@
-"""The deepspeed strategy runs DeepSpeed's ZeRO, stages 1 to 3 with offload, under the kit's training loop.
+"""The deepspeed strategy runs DeepSpeed's ZeRO, stages 1 to 3 with offload, under the training loop of `train`.
 
     launch(train, TrainConfig(strategy="deepspeed", deepspeed_config="zero3.json"), task)
 
@@ -82,7 +82,7 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         raise ValueError(f"deepspeed_config: {file}: zero_optimization.stage is {stage!r}: expected 1, 2 or 3")
     return {
         **_without_auto({name: value for name, value in found.items() if name not in OURS}),
-        # one micro-batch at a time: the kit scales the loss and sets accumulation boundaries
+        # one micro-batch at a time: `train` scales the loss and sets accumulation boundaries
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,

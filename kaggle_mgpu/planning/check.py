@@ -38,7 +38,7 @@ MEMORY_FREE = 0.5
 """Expected free share of a GPU's memory."""
 TOLERANCE = 1e-4
 """Allowed relative difference of two float32 gradients. Another order of addition gives about 1e-6; a wrong scale gives
-at least 0.01 with the uneven counts here."""
+at least 0.01 with the uneven numbers of terms in `selftest.gradients`."""
 STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
 """The tests in the workers, in this order."""
 
@@ -46,8 +46,8 @@ _ADVICE = {
     "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
     "was short",
     "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
-    "all-reduce": "NCCL_DEBUG=INFO in the environment shows where NCCL stops. On GPUs other than T4s, where it is the "
-    "default, set nccl_p2p='off' in the config (or NCCL_P2P_DISABLE=1)",
+    "all-reduce": "NCCL_DEBUG=INFO in the environment shows where NCCL stops. Set nccl_p2p='off' in the config (or "
+    "NCCL_P2P_DISABLE=1); on T4s it is off already",
     "gradients": "do not train with the strategy named here: it would give another model. Use strategy='single' until "
     "the cause is known",
     "checkpoint": "free some space, or choose an output_dir that can be written to",
@@ -56,7 +56,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Line:
-    """The finding of one check, with advice if the check did not pass."""
+    """The finding of one check, with advice if there is any."""
 
     name: str
     status: Status
@@ -208,7 +208,7 @@ def _disk(folder: Path) -> Line:
 
 
 def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
-    """Run the tests on every GPU; with fewer than two, on two CPU processes, and on a single GPU by itself."""
+    """Run the tests on every GPU. With one, test two CPU processes, then the GPU alone; with none, the processes."""
     if len(gpus) > 1:
         return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
     with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
@@ -236,6 +236,7 @@ def _lines(
     for stage in stages:
         if stage in done:
             lines += judges[stage](done[stage])
+        # if the stage that broke is not among those shown, the first that did not run gets the error
         elif stage == broken or (broken not in stages and not any(line.status == "failed" for line in lines)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))

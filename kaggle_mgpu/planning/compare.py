@@ -2,9 +2,9 @@
 
     rows = compare_strategies(config, task, steps=20)   # prints a table: single, dp, ddp; returns its rows
 
-Each strategy takes the same real steps on the same global batch with the same micro-batch per GPU, in workers of its
-own: no checkpoint, evaluation or log is written, and nothing stays in this process. `measure` times one strategy;
-`plan` uses it too.
+Each strategy takes the same real steps on the same global batch with the same micro-batch per GPU ("auto": with the
+largest that each can take), in workers of its own: no checkpoint, evaluation or log is written, and nothing stays in
+this process. `measure` times one strategy; `plan` uses it too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Row:
 
     strategy: str
     replicas: int
-    """Replicas of the model: GPUs, or on a CPU processes (ddp) or stand-ins in one process (dp)."""
+    """Replicas of the model: one per GPU; on a CPU, processes (ddp) or CPUReplicas in one process (dp)."""
     samples_per_s: float | None = None
     step_seconds: float | None = None
     ratio: float | None = None
@@ -111,7 +111,7 @@ def compare_strategies(
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """Return a sentence on the gain of one job per GPU over ddp, for several runs; "" for less than 10 %."""
+    """Say how much faster several runs finish as one job per GPU than in turn under ddp; "" for less than 10 %."""
     rates = {row.strategy: row.samples_per_s for row in rows if row.samples_per_s}
     ddp = next((row for row in rows if row.strategy == "ddp" and row.samples_per_s), None)
     if ddp is None or "single" not in rates:
@@ -129,7 +129,7 @@ def advice(rows: Sequence[Row]) -> str:
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """Return the config with the micro-batch of `replicas`; with fewer replicas, accumulation makes up the batch."""
+    """Fix the micro-batch to what `replicas` replicas get; with fewer replicas, accumulation makes up the batch."""
     if config.micro_batch_size == "auto":
         size = config.global_batch_size
         size = parse_per_gpu(size) * replicas if isinstance(size, str) else size

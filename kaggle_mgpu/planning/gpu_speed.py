@@ -1,4 +1,4 @@
-"""The sections of `gpu_proof` that measure speed: a step beside a plain loop, adapters, and a save."""
+"""The sections of `gpu_proof` that measure speed: a step beside a hand-written loop, LoRA steps, and a save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..training import Parts, build_parts, take_step
 from .gpu_task import Sum, config_in
 
 _BLOCKS = {1: (4, 256), 5: (12, 1024), 20: (24, 2048)}
-"""Blocks and width of models that take about 1, 5 and 20 ms a step on a T4, by these milliseconds."""
+"""{milliseconds per step on a T4: (blocks, width) of the model}; estimates."""
 
 
 def _kernels(step: Callable[[], None]) -> int | None:
@@ -41,7 +41,7 @@ def _kernels(step: Callable[[], None]) -> int | None:
 
 
 def _timed(loops: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[str, Any]]:
-    """Time the steps of loops in turns; return each loop's best ms a step by clock and by events, and its kernels."""
+    """Time the steps of loops in turns; return by loop the best ms a step by clock and by events, and the kernels."""
     found: dict[str, dict[str, Any]] = {name: {"ms": math.inf, "gpu_ms": math.inf} for name in loops}
     for turn in range(4):
         for name, step in loops.items():
@@ -63,7 +63,7 @@ def _timed(loops: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[s
 
 
 def _stepper(parts: Parts) -> Callable[[], None]:
-    """Return a function for the kit's next step."""
+    """Return a function that takes the next step of kaggle_mgpu."""
     batches = parts.batches(0)
 
     def step() -> None:
@@ -202,7 +202,7 @@ def _save(folder: str, quick: bool) -> dict[str, Any]:
             for _ in range(10):
                 step()
             torch.cuda.synchronize()
-            ms.append((time.perf_counter() - began) * 100)  # the first without a save beside it
+            ms.append((time.perf_counter() - began) * 100)  # the first time is measured with no save running
             began = time.perf_counter()
             held = parts.strategy.held_state(parts.optimizer)
             checkpoints.begin(number, tensors={"model": held.pop("model")}, state=held, facts={})

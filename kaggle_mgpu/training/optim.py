@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
+from ..config import Schedule
 from ..parallel import shards
 
-Schedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"]
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 # Layers whose weights scale activations and do not decay, whatever their shape: a LayerNorm over (C, H, W) has three
@@ -109,12 +109,16 @@ def lr_at(
     if step >= max_steps:
         return min_lr
     t = (step - warmup_steps) / (max_steps - warmup_steps)
-    if schedule in ("cosine", "cosine_restarts"):
-        if schedule == "cosine_restarts":
-            t = (t * cycles) % 1.0 if first_cycle is None else _in_cycle(step - warmup_steps, first_cycle, cycle_factor)
+    if schedule == "cosine_restarts":
+        t = (t * cycles) % 1.0 if first_cycle is None else _in_cycle(step - warmup_steps, first_cycle, cycle_factor)
+    if schedule == "linear":
+        factor = 1.0 - t
+    elif schedule == "polynomial":
+        factor = (1.0 - t) ** power
+    elif schedule in ("cosine", "cosine_restarts"):
         factor = 0.5 * (1.0 + math.cos(math.pi * t))
     else:
-        factor = (1.0 - t) ** (power if schedule == "polynomial" else 1.0)
+        raise AssertionError(f"lr_at has no branch for {schedule}")
     return min_lr + (lr - min_lr) * factor
 
 

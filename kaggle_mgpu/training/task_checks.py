@@ -1,4 +1,7 @@
-"""Warn before training if samples affect each other, in the loss or through BatchNorm. No warning ends a run."""
+"""Warn before training if a loss is not a sum over samples, or BatchNorm does not see the whole batch.
+
+No warning ends a run.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ A_MEAN = (
 
 NOT_A_SUM = (
     "NOTE: the loss of {samples} samples is {whole:.4g}, but that of their two halves together is {total:.4g}, so it "
-    "depends on how the batch is split, and on the number of GPUs. Return the SUM over terms, and compare predictions "
-    "with targets of the same shape: (8, 1) - (8,) is (8, 8). If samples are compared with each other on purpose, set "
-    "whole_batch_loss = True in the task and use distributed.gather_with_gradients."
+    "depends on how the batch is split, and on the number of GPUs. Return the SUM over terms, and check that "
+    "predictions and targets have the same shape: (8, 1) - (8,) broadcasts to (8, 8). If samples are compared with "
+    "each other on purpose, set whole_batch_loss = True in the task and use distributed.gather_with_gradients."
 )
 
 

@@ -294,6 +294,7 @@ def drop_moment(tree: str) -> str:
     return json.dumps(document)
 
 
+NOT_OURS = "was not written by kaggle_mgpu"
 CRAFTED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "best as text": (state(best="good"), "best in its state is 'good', expected a number"),
     "seconds as text": (state(seconds="long"), "seconds in its state is 'long', expected a number"),
@@ -302,13 +303,13 @@ CRAFTED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a step far ahead": (state(step=10**6), "step in its state is 1000000, expected 4"),
     "a step that is not the folder's": (state(step=3, samples_seen=150), "step in its state is 3, expected 4"),
     "a metric of 400 digits": (state(metrics={"loss": 10**400}), "metrics['loss'] in its state is 1000000"),
-    "no tree": (tensors(OPTIMIZER, lambda found: None, lambda tree: None), "what it holds is none of the kit's"),
-    "a list for a tree": (tensors(OPTIMIZER, lambda found: None, lambda tree: '{"list": [1]}'), "is none of the kit's"),
-    "a number in a list": (tensors(OPTIMIZER, lambda found: None, lambda tree: "[1]"), "is none of the kit's"),
+    "no tree": (tensors(OPTIMIZER, lambda found: None, lambda tree: None), NOT_OURS),
+    "a list for a tree": (tensors(OPTIMIZER, lambda found: None, lambda tree: '{"list": [1]}'), NOT_OURS),
+    "a number in a list": (tensors(OPTIMIZER, lambda found: None, lambda tree: "[1]"), NOT_OURS),
     "a moment missing": (
         tensors(OPTIMIZER, lambda found: None, drop_moment), "has no exp_avg_sq, which AdamW goes on from"
     ),
-    "a tuple for a list": (tensors(OPTIMIZER, lambda found: None, tuple_for_a_list), "is none of the kit's"),
+    "a tuple for a list": (tensors(OPTIMIZER, lambda found: None, tuple_for_a_list), NOT_OURS),
     "no average": (without_ema, "it holds no ema.safetensors"),
     "an average of another shape": (
         tensors(EMA, lambda found: found.update({"0.weight": torch.zeros(2, 2)})),

@@ -136,7 +136,9 @@ def test_samples_that_see_each_other_are_pointed_out(tmp_path: Path, capsys: pyt
         return capsys.readouterr().out
 
     assert "set whole_batch_loss = True in the task and use distributed.gather_with" in said("alone", Alone(50))
-    assert "with targets of the same shape: (8, 1) - (8,) is (8, 8)" in said("broadcast", Broadcast())
+    assert "predictions and targets have the same shape: (8, 1) - (8,) broadcasts to (8, 8)" in said(
+        "broadcast", Broadcast()
+    )
     for name, task in {"pairs": Pairs(50), "noisy": Noisy(), "images": Images(50)}.items():
         assert "NOTE" not in said(name, task), name
     note = r"NOTE: BatchNorm \(1 and 2 more\) takes its statistics from 25 samples at a time, not .* batch of 50"

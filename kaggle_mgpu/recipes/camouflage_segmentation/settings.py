@@ -130,11 +130,14 @@ class Config(TrainConfig):
     best_mode: Literal["min", "max"] = "max"
     """Whether best_metric is better when smaller or larger."""
     rotation: float = 0.0
-    """Rotate training images by a random angle of at most so many degrees; 15 in SINet-V2 (Fan et al. 2021)."""
+    """Rotate training images by a random angle of at most so many degrees; 15 in SINet-V2 (Fan et al. 2021). On
+    synthetic scenes 15 gives no gain: S-measure 0.851 against 0.856 after 150 steps (three seeds)."""
     train_scales: tuple[float, ...] = (1.0,)
     """Multi-scale training: the loss is the mean over these multiples of image_size, each rounded to a multiple of 32.
     PraNet (Fan et al. 2020) takes a step at each of 0.75, 1 and 1.25. The mean does not depend on how a batch is split,
-    and costs 3.1 times the work. Not for backbones that are made for one size."""
+    and costs 3.1 times the work. Not for backbones that are made for one size. On synthetic scenes, whose objects have
+    one scale, it gives no gain: S-measure 0.833 against 0.856 after 150 steps (three seeds). Not measured on
+    photographs."""
     tta: bool = False
     """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
     resume: str = "auto"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kaggle_mgpu.config import TrainConfig
+from kaggle_mgpu.config import Schedule, TrainConfig
 from kaggle_mgpu.machine import session
 from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Task
@@ -95,7 +95,7 @@ class Config(TrainConfig):
     """Passes over the volumes, patches_per_volume patches of each. Ignored when max_steps is given."""
     lr: float = 1e-3
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial"] = "cosine_restarts"
+    schedule: Schedule = "cosine_restarts"
     """Shape of the learning rate after warm-up."""
     warmup_steps: int | float | str = 0.05
     """Steps of linear warm-up; below 1, a fraction of the run."""

@@ -27,10 +27,10 @@ class Config(TrainConfig):
     2.82, bpe 2.12 to 2.13."""
     vocab_size: int = 1024
     """Size of the bpe vocabulary, separator included. A larger one makes fewer tokens of a text, and each step slower.
-    Measured with 4 layers of width 128, in bits per byte of held-out text. King James Bible (4.3 MB), three seeds: 2.172
-    with 1024 after 400 steps (89 s of one CPU core), VOC272 with 4096 after 272 steps (97 s), 2.123 after 400 (130 s).
-    Python source (20 MB), one seed, 110 s each: 3.10 with 1024, 3.25 with 4096. In the default model the head is a
-    smaller part: by the count of operations, about 340 steps with 4096 take the time of 367 with 1024."""
+    Measured with 4 layers of width 128, in bits per byte of held-out text. King James Bible (4.3 MB), three seeds:
+    2.172 with 1024 after 400 steps (89 s of one CPU core), 2.177 with 4096 after 272 steps (97 s), 2.123 with 4096
+    after 400 (130 s). Python source (20 MB), one seed, 110 s each: 3.10 with 1024, 3.25 with 4096. In the default model
+    the head is a smaller part: by the count of operations, about 340 steps with 4096 take the time of 367 with 1024."""
     n_layer: int = 8
     """Transformer blocks."""
     n_head: int = 8
