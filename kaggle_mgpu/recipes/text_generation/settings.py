@@ -48,7 +48,7 @@ class Config(TrainConfig):
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
     vectors. Not with strategy deepspeed. Measured on the King James Bible at lr=3e-3, nats a token held out, three
     seeds: 0.26 M parameters, 120 steps 5.19 with adamw, 4.79 with muon; 600 steps 4.26 and 4.21, and 4.23 with adamw
-    after as much time (684 steps); 1.2 M, 600 steps 3.79 and 3.77, and ADAM708 with adamw after as much time (708). The
+    after as much time (684 steps); 1.2 M, 600 steps 3.79 and 3.77, and 3.71 with adamw after as much time (708). The
     time of its steps on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
