@@ -375,9 +375,10 @@ def test_outside_of_a_volume_is_its_mean_and_unlabelled(tmp_path):
 
 
 # Model and loss
-def test_a_sample_does_not_depend_on_the_others_of_its_batch():
+@pytest.mark.parametrize("half", [False, True])
+def test_a_sample_does_not_depend_on_the_others_of_its_batch(half):
     torch.manual_seed(0)
-    model, x = UNet(4, 3), torch.randn(3, 1, 16, 8, 12)
+    model, x = UNet(4, 2 if half else 3, half=half), torch.randn(3, 1, 16, 8, 12)
     for mode in (model.train(), model.eval()):
         whole = mode(x)
         assert whole.shape == x.shape
@@ -386,11 +387,21 @@ def test_a_sample_does_not_depend_on_the_others_of_its_batch():
         model(torch.randn(1, 1, 16, 8, 10))
 
 
-def test_checkpointing_changes_no_gradient():
+def test_a_half_stem_halves_the_finest_features_and_needs_patches_halved_once_more():
+    model, sizes = UNet(4, 2, half=True), []
+    model.down[0].register_forward_hook(lambda module, given, output: sizes.append(tuple(output.shape[1:])))
+    assert model(torch.randn(1, 1, 16, 16, 16)).shape == (1, 1, 16, 16, 16) and sizes == [(4, 8, 8, 8)]
+    assert Config(patch_size=48).patch_size == Config(patch_size=48, stem="half").patch_size
+    with pytest.raises(ValueError, match=r"patch_size: expected 8 or more, and a multiple of 32 .* got 144"):
+        Config(patch_size=144, stem="half")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_checkpointing_changes_no_gradient(half):
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = UNet(4, 3, deep_supervision=True)
+        model = UNet(4, 3, deep_supervision=True, half=half)
         if checkpointing:
             model.gradient_checkpointing_enable()
         segmentation_loss(model(torch.randn(2, 1, 16, 16, 16)), torch.randint(0, 3, (2, 16, 16, 16))).backward()
@@ -399,9 +410,10 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_deep_supervision_weighs_halved_labels():
+@pytest.mark.parametrize("half", [False, True])
+def test_deep_supervision_weighs_halved_labels(half):
     torch.manual_seed(0)
-    model = UNet(4, 3, deep_supervision=True)
+    model = UNet(4, 3, deep_supervision=True, half=half)
     levels = model(torch.randn(2, 1, 16, 16, 16))
     label = torch.randint(0, 3, (2, 16, 16, 16))
     assert [tuple(x.shape[2:]) for x in levels] == [(16, 16, 16), (8, 8, 8)]

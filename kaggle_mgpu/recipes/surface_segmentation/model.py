@@ -34,35 +34,50 @@ class Residual(nn.Module):
         return F.leaky_relu(self.norm2(self.conv2(y)) + self.short(x), 0.01)
 
 
+class Doubled(nn.Module):
+    """Logits at twice the resolution of the features: a transposed convolution, and a correction of its steps."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.enlarge, self.correct = nn.ConvTranspose3d(inputs, 1, 2, stride=2), nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.enlarge(x)
+        return logits + self.correct(logits)
+
+
 class UNet(nn.Module):
     """Encoder and decoder of `levels` resolutions with `width`, 2 width, 4 width ... (at most 320) channels.
+
+    The finest is the image's, or with `half` its half; then the heads double their resolution.
 
     Returns logits (B, 1, D, H, W), the log-odds of the sheet; in training with `deep_supervision` a list of the logits
     of every resolution but the lowest, finest first.
     """
 
-    def __init__(self, width: int = 32, levels: int = 5, deep_supervision: bool = False) -> None:
+    def __init__(self, width: int = 32, levels: int = 5, deep_supervision: bool = False, half: bool = False) -> None:
         super().__init__()
         channels = [min(width * 2**i, 320) for i in range(levels)]
         self.levels, self.deep_supervision, self.checkpointing = levels, deep_supervision, False
         self.down = nn.ModuleList(
-            Residual(1 if i == 0 else channels[i - 1], channels[i], 1 if i == 0 else 2) for i in range(levels)
+            Residual(1 if i == 0 else channels[i - 1], channels[i], 2 if i or half else 1) for i in range(levels)
         )
         self.up = nn.ModuleList(
             nn.ConvTranspose3d(channels[i + 1], channels[i], 2, stride=2) for i in range(levels - 1)
         )
         self.merge = nn.ModuleList(Residual(2 * channels[i], channels[i]) for i in range(levels - 1))
         heads = max(1, levels - 1) if deep_supervision else 1
-        self.heads = nn.ModuleList(nn.Conv3d(channels[i], 1, 1) for i in range(heads))
+        self.heads = nn.ModuleList(Doubled(c) if half else nn.Conv3d(c, 1, 1) for c in channels[:heads])
+        self.divisor = 2 ** (levels if half else levels - 1)
+        """The sides of an image must be multiples of this."""
 
     def gradient_checkpointing_enable(self) -> None:
         self.checkpointing = True
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Raises ValueError where a side is no multiple of 2^(levels - 1)."""
-        step = 2 ** (self.levels - 1)
-        if any(side % step for side in x.shape[2:]):
-            raise ValueError(f"UNet: expected sides that are multiples of {step}, got {tuple(x.shape[2:])}")
+        """Raises ValueError where a side is no multiple of `divisor`."""
+        if any(side % self.divisor for side in x.shape[2:]):
+            raise ValueError(f"UNet: expected sides that are multiples of {self.divisor}, got {tuple(x.shape[2:])}")
         skips: list[Tensor] = []
         for block in self.down:
             x = self._run(block, x)

@@ -63,6 +63,10 @@ class Config(TrainConfig):
     """Flip, rotate and change the intensities of training patches."""
     width: int | Literal["auto"] = "auto"
     """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
+    stem: Literal["full", "half"] = "full"
+    """half: the finest features have half the resolution, as in MONAI's UNet; a step takes a quarter of the time, so
+    give the run more epochs. In equal CPU time (240 and 960 steps, three seeds) Dice 0.926 with full, 0.949 with half
+    on synthetic sheets; 0.819 and 0.956 on the brain in a head's scan. Not measured on a GPU or on scrolls."""
     deep_supervision: bool = False
     """Also compare the coarser resolutions of the decoder with the label."""
     skeleton_recall: float = 0.0
@@ -117,10 +121,11 @@ class Config(TrainConfig):
         if not 2 <= self.ignore_label <= 65535:
             raise ValueError(f"Config.ignore_label: expected 2 to 65535, got {self.ignore_label!r}")
         size = self.patch_size
-        if isinstance(size, int) and (size < 8 or size % 2 ** (_levels(size) - 1)):
+        halvings = _levels(size) - (self.stem == "full") if isinstance(size, int) else 0
+        if isinstance(size, int) and (size < 8 or size % 2**halvings):
             raise ValueError(
-                f"Config.patch_size: expected 8 or more, and a multiple of {2 ** (_levels(size) - 1)} (it is halved "
-                f"{_levels(size) - 1} times), got {size}"
+                f"Config.patch_size: expected 8 or more, and a multiple of {2**halvings} (it is halved {halvings} "
+                f"times), got {size}"
             )
         least_of = {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0, "skeleton_recall": 0}
         for name, least in least_of.items():
@@ -279,7 +284,7 @@ class SurfaceSegmentation(Task):
     def model(self) -> nn.Module:
         width = self.config.width
         channels = width if isinstance(width, int) else 8 if self.catalogue.synthetic else 32
-        return UNet(channels, _levels(self.patch_size), self.config.deep_supervision)
+        return UNet(channels, _levels(self.patch_size), self.config.deep_supervision, self.config.stem == "half")
 
     def train_data(self) -> Patches:
         self.prepare()

@@ -29,13 +29,13 @@ STEPS = {True: 25, False: 240}
 CHANNELS = (8, 16, 32)
 
 
-def task(run: common.Run, sheets: bool = False) -> SurfaceSegmentation:
-    """Return the recipe with a cosine, on the head or on synthetic sheets."""
-    data: dict[str, Any] = {} if sheets else {"data_path": str(run.data), "val_fraction": 0.0, "patches_per_volume": 64}
+def task(run: common.Run, sheets: bool = False, longer: int = 1, **changes: Any) -> SurfaceSegmentation:
+    """Return the recipe with a cosine, on the head or on synthetic sheets, for `longer` times the number of steps."""
+    data = changes if sheets else {"data_path": str(run.data), "val_fraction": 0, "patches_per_volume": 64} | changes
     return SurfaceSegmentation(
         Config(
             cache_dir=str(run.output / "cache"), output_dir=str(run.output), patch_size=32,
-            width=CHANNELS[0], micro_batch_size=None, max_steps=run.steps, schedule="cosine", seed=run.seed,
+            width=CHANNELS[0], micro_batch_size=None, max_steps=longer * run.steps, schedule="cosine", seed=run.seed,
             eval_every="end", strategy="single", nproc=1, **data,
         )
     )  # fmt: skip
@@ -53,9 +53,9 @@ def scores(run: common.Run, surface: SurfaceSegmentation, model: nn.Module) -> d
     return {"Dice": figures["dice"], "surface Dice": figures["surface_dice"], "M": common.parameters(model) / 1e6}
 
 
-def kit(run: common.Run, sheets: bool = False) -> dict[str, float]:
+def kit(run: common.Run, **changes: Any) -> dict[str, float]:
     """Train the recipe."""
-    surface = task(run, sheets)
+    surface = task(run, **changes)
     return scores(run, surface, train(surface.config, surface).load(surface.model()))
 
 
@@ -65,7 +65,7 @@ def monai(
     """Train a network of MONAI with a loop written by hand, for `longer` times the number of steps."""
     from monai.losses import DiceCELoss
 
-    surface = task(run, sheets)
+    surface = task(run, sheets, longer)
     c, measure = surface.config, DiceCELoss(sigmoid=True)
     torch.manual_seed(run.seed)
     model = network(spatial_dims=3, in_channels=1, out_channels=1, **sizes)
@@ -77,7 +77,7 @@ def monai(
         return found
 
     patches = common.batches(surface.train_data(), 8, run.seed)
-    common.fit(model, patches, loss, optimizer, steps=longer * run.steps, lr=c.lr, min_lr=c.min_lr, warmup=0.05)
+    common.fit(model, patches, loss, optimizer, steps=c.max_steps or 0, lr=c.lr, min_lr=c.min_lr, warmup=0.05)
     return scores(run, surface, model)
 
 
@@ -103,6 +103,8 @@ CONTENDERS: dict[str, common.Contender] = {
     "MONAI's DynUNet": dynunet,
     "MONAI's UNet": unet,
     "MONAI's UNet, 4 x the steps": partial(unet, longer=4),
+    "kit, half stem, 4 x the steps": partial(kit, stem="half", longer=4),
     "kit, sheets": partial(kit, sheets=True),
+    "kit, half stem, sheets, 4 x the steps": partial(kit, sheets=True, stem="half", longer=4),
     "MONAI's UNet, sheets, 4 x the steps": partial(unet, sheets=True, longer=4),
 }
