@@ -135,7 +135,7 @@ class Session:
         if not self.leaving:
             stop, no_time, save = self._vote.vote(
                 self._stop.is_set() or self.progress.stop_requested,
-                self._deadline.remaining() <= self.clock.margin(self._vote.interval, False),
+                self._deadline.remaining() <= self.clock.margin(self._vote.most_steps, False),
                 now >= self._next_save,
             )
             self.leaving = stop or no_time

@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import datetime
+import math
 import os
 import pickle
 import signal
@@ -415,40 +416,62 @@ class RankVote:
     """A RankVote turns decisions by each rank's clock and signals into the same decision on all ranks.
 
     A collective on every step would cost a small model more than a tenth of its time, so the ranks vote about every
-    `seconds`, and agree on the number of steps until the next vote. A single process decides at once.
+    `seconds`, and agree on the number of steps until the next vote. The votes are exchanged during the next step, which
+    waits for no rank, and the answer comes after that step. A single process decides at once.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
         self.seconds = seconds
-        self.steps = 0
-        self.next = 1
-        self.interval, self.voted = 1, 0
+        self.steps = self.voted = 0
+        self.next, self.at_once = 1.0, True
+        self.interval = 1
         self.since = time.monotonic()
+        self.pending: tuple[Any, torch.Tensor] | None = None
+        """The collective of a vote whose answer is due at the next step, and its tensor."""
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps from a flag raised too late for a vote to the answer of the next vote."""
+        return self.interval + 1 if active() else 1
 
     def vote_next(self, wanted: bool = True) -> None:
-        """Let the ranks vote at the next step if `wanted`; all ranks must make the same call after the same step."""
+        """Let the ranks vote at the next step if `wanted`, with the answer in that step.
+
+        All ranks must make the same call after the same step.
+        """
         if wanted:
-            self.next = self.steps + 1
+            self.next, self.at_once = self.steps + 1, True
 
     def vote(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any rank raised the flag; all False on steps between votes."""
+        """Return for each flag whether any rank raised the flag; all False on steps without the answer of a vote."""
         if not active():
             return list(flags)
         self.steps += 1
-        if self.steps < self.next:
-            return [False] * len(flags)
-        alive()
-        now = time.monotonic()
-        pace = (now - self.since) / (self.steps - self.voted)  # `vote_next` may have come before the interval's end
-        answers = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
-        dist.all_reduce(answers, op=dist.ReduceOp.MAX, group=_group())
-        *raised, slowest = answers.tolist()
+        answer = [False] * len(flags) if self.pending is None else self._answer()
+        if self.steps >= self.next:
+            alive()
+            now = time.monotonic()
+            pace = (now - self.since) / (self.steps - self.voted)  # `vote_next` may have come before the interval's end
+            votes = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
+            self.pending = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_group(), async_op=True), votes
+            self.voted, self.since = self.steps, now
+            at_once, self.next, self.at_once = self.at_once, math.inf, False
+            if at_once:
+                answer = [before or raised for before, raised in zip(answer, self._answer(), strict=True)]
+        return answer
+
+    def _answer(self) -> list[bool]:
+        """Wait for the pending vote, set the step of the next one, and return whether each flag was raised."""
+        assert self.pending is not None
+        work, votes = self.pending
+        work.wait()
+        self.pending = None
+        *raised, slowest = votes.tolist()
         # at most doubled, so that one quick step after a slow start does not delay the next vote for long
         self.interval = builtins.max(
             1, builtins.min(int(self.seconds / builtins.max(slowest, 1e-6)), 2 * self.interval)
         )
-        self.next, self.voted = self.steps + self.interval, self.steps
-        self.since = now
+        self.next = builtins.min(self.next, self.voted + self.interval)
         return [value > 0 for value in raised]
 
 

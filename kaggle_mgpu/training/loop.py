@@ -105,7 +105,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             stop, end, no_time, save = ranks.vote(
                 stop_request.is_set() or log.progress.stop_requested,
                 log.progress.end_reason != "",
-                deadline is not None and deadline.remaining() <= clock.margin(ranks.interval, evaluation_due),
+                deadline is not None and deadline.remaining() <= clock.margin(ranks.most_steps, evaluation_due),
                 time.monotonic() >= saving.next_time,
             )
             early = early or ("stopped early" if end else "")

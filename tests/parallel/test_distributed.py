@@ -227,8 +227,8 @@ def test_a_vote_answers_alike_on_all_ranks_and_in_time() -> None:
     first, *others = launch(votes, 80, nproc=3)
     assert all(found == first for found in others)
     asked, answers = first["asked"], first["answers"]
-    # between two questions: false. At one: whether any rank has raised the flag by then
-    expected = [(step in asked and step >= 20, step in asked and step >= 33) for step in range(1, 81)]
+    # one step after a question: whether any rank had raised the flag by then; else false
+    expected = [(step - 1 in asked and step > 20, step - 1 in asked and step > 33) for step in range(1, 81)]
     assert answers == expected
     gaps = [b - a for a, b in pairwise(asked)]
     assert asked[0] == 1
@@ -271,7 +271,7 @@ def test_votes_that_are_asked_for_do_not_slow_the_others(monkeypatch: pytest.Mon
     now = [0.0]
     monkeypatch.setattr(module, "active", lambda: True)
     monkeypatch.setattr(module, "_group", lambda *_: None)
-    monkeypatch.setattr(module.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(module.dist, "all_reduce", lambda *_, **__: SimpleNamespace(wait=lambda: None))
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     ranks = RankVote(seconds=0.5)
     for step in range(2000):
