@@ -322,7 +322,7 @@ class TrainConfig:
         if unknown := next((name for name in given if name not in known), None):
             # compared without the prefix, since sharing it makes any two names similar
             short = unknown.removeprefix(_PREFIX)
-            near = nearest(short, [name.removeprefix(_PREFIX) for name in known])
+            near = nearest(short, [name.removeprefix(_PREFIX) for name in known], cls.ELSEWHERE)
             meant = either(_PREFIX + name for name in near) if near else ""
             hint = f"Did you mean {meant}?{other_value(short, near)}" if near else "Unset it, or correct its name."
             raise TypeError(f"environment variable {unknown}: {cls.__name__} has no such field. {hint}")

@@ -417,7 +417,8 @@ class RankVote:
 
     A collective on every step would cost a small model more than a tenth of its time, so the ranks vote about every
     `seconds`, and agree on the number of steps until the next vote. The votes are exchanged during the next step, which
-    waits for no rank, and the answer comes after that step. A single process decides at once.
+    waits for no rank, and the answer comes after that step; slow steps, with a vote at each, get the answer at once. A
+    single process decides at once.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -455,7 +456,7 @@ class RankVote:
             votes = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
             self.pending = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_group(), async_op=True), votes
             self.voted, self.since = self.steps, now
-            at_once, self.next, self.at_once = self.at_once, math.inf, False
+            at_once, self.next, self.at_once = self.at_once or self.interval == 1, math.inf, False
             if at_once:
                 answer = [before or raised for before, raised in zip(answer, self._answer(), strict=True)]
         return answer

@@ -101,6 +101,8 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             distributed.alive(state.step)  # by this the launcher detects a hang and the slowest rank
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
+            # an evaluation or a save must not begin before the answer
+            ranks.vote_next(evaluation_due or state.step >= saving.next_step)
             # each rank has its own clock and its own signals, so the ranks decide together
             stop, end, no_time, save = ranks.vote(
                 stop_request.is_set() or log.progress.stop_requested,

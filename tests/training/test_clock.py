@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,14 +52,14 @@ def test_the_final_weights_are_counted_at_the_speed_of_the_saves() -> None:
 
 
 class Priced(Regression):
-    """By the test's own clock, a training step takes 1 s and a batch of an evaluation 2 s."""
+    """By the test's own clock, a training step takes 1 s and a batch of an evaluation 2 s, if not told otherwise."""
 
-    def __init__(self, now: Clock) -> None:
+    def __init__(self, now: Clock, step: float = 1.0, evaluation: float = 2.0) -> None:
         super().__init__()
-        self.now = now
+        self.now, self.step, self.evaluation = now, step, evaluation
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        self.now.now += 1.0 if model.training else 2.0
+        self.now.now += self.step if model.training else self.evaluation
         return super().loss(model, batch)
 
 
@@ -74,6 +76,29 @@ def test_an_evaluation_is_begun_only_where_the_trial_says_that_there_is_time(
     result, _ = timed(tmp_path, monkeypatch, eval_every=15, time_limit="30s")
     assert (result.step, result.reason) == (15, "time limit")
     assert not any(record["kind"] == "eval" for record in progress.read(tmp_path))
+
+
+def timed_ranks(folder: str, step: float, batch: float, changes: dict[str, Any]) -> tuple[int, str]:
+    """One of two ranks: a training step takes `step` seconds and a batch of an evaluation `batch`."""
+    with pytest.MonkeyPatch.context() as patch:
+        now = by(Clock(), patch, clock, session, saving, trainer, evaluation, sys.modules[distributed.__name__])
+        settings = TrainConfig(global_batch_size=24, max_steps=60, output_dir=folder).replace(**changes)
+        result = train(settings, Priced(now, step, batch))
+    return result.step, result.reason
+
+
+def test_ranks_begin_no_evaluation_for_which_there_is_no_time(tmp_path: Path) -> None:
+    """An evaluation of 40 s, and 21 s are left after 293 quick steps: the answer of a vote must not come later."""
+    changes = {"eval_every": 293, "time_limit": "100s", "max_steps": 400}
+    assert launch(timed_ranks, str(tmp_path), 0.1, 10.0, changes, nproc=2)[0] == (293, "time limit")
+    assert not any(record["kind"] == "eval" for record in progress.read(tmp_path))
+
+
+def test_ranks_with_slow_steps_save_once_an_interval(tmp_path: Path) -> None:
+    changes = {"save_interval_minutes": 3 / 60, "save_every": None, "eval_every": "end", "max_steps": 40}
+    launch(timed_ranks, str(tmp_path), 0.3, 0.0, changes, nproc=2)
+    saved = [record["step"] for record in progress.read(tmp_path) if record["kind"] == "save"]
+    assert len(saved) > 3 and all(later - earlier > 5 for earlier, later in itertools.pairwise(saved[:-1])), saved
 
 
 @pytest.mark.parametrize(("kaggle", "limit", "left"), [(False, "1m", 5.0), (True, "10m", 180.0)])

@@ -48,7 +48,7 @@ class TestLearningRate:
     def test_constant_stays(self):
         assert rates("constant", (2, 5, 10, 99), min_lr=0.5) == [1.0, 1.0, 1.0, 1.0]
 
-    @pytest.mark.parametrize("schedule", set(SCHEDULES) - {"constant", "cosine_restarts"})
+    @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name not in ("constant", "cosine_restarts")])
     def test_it_never_rises_after_the_warm_up_nor_wastes_the_last_step(self, schedule):
         falling = rates(schedule, range(20, 201), max_steps=200, warmup_steps=20, power=3.0)
         assert all(a >= b for a, b in pairwise(falling))
