@@ -22,11 +22,13 @@ from . import session
 
 
 class SessionCallback(Callback):
-    """Save at intervals; save and stop before the session ends or on request; record; make a resumed run exact.
+    """Save at intervals, save and stop before the session ends or on request, and record metrics.
+
+    A resumed run trains on the same samples with the same random numbers as a run without interruption.
 
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
-        seed: for augmentation and dropout.
+        seed: of the order of samples, augmentation and dropout.
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         keep_last: number of checkpoints to keep, the newest.
@@ -48,7 +50,7 @@ class SessionCallback(Callback):
         self.finished, self.began, self.saved = False, False, 0
 
     def find_checkpoint(self) -> str | None:
-        """Return the newest checkpoint in the run's folder, or in a folder of its name among Kaggle's inputs."""
+        """Return the newest checkpoint in the run's folder, or in one of the same name among Kaggle's inputs."""
         found = session.newest(self.output_dir)
         self.history = None if found is None else found.parent.parent
         return None if found is None else str(found / "model.ckpt")
@@ -69,7 +71,7 @@ class SessionCallback(Callback):
             history=self.history, unit="steps", **self.limits,
         )  # fmt: skip
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        skip = done if done < trainer.num_training_batches else 0  # else the checkpoint is from an epoch's end
+        skip = done if done < trainer.num_training_batches else 0  # else all batches of the epoch are done
         for loader in trainer.fit_loop._combined_loader.flattened:
             session.seed_order(loader, self.seed, trainer.current_epoch)
             if (samples := session.seeded(loader, self.seed, skip)) is not None:
@@ -77,7 +79,7 @@ class SessionCallback(Callback):
                 self.samples.append(samples)
         fetcher = trainer.fit_loop._data_fetcher
         iter(fetcher)  # a new iterator, since the present one knows nothing of these changes
-        if not self.samples:  # iterable datasets, which are read from their start
+        if not self.samples:  # an iterable dataset cannot jump: read the batches already trained on, and drop them
             for _ in range(skip):
                 next(fetcher)
             fetcher.fetched -= skip  # Lightning counts the skipped batches itself
@@ -126,7 +128,7 @@ class SessionCallback(Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         epochs, steps = trainer.max_epochs or -1, trainer.max_steps
-        if not self.began:  # Lightning does not start a finished run again
+        if not self.began:  # Lightning does not call on_train_start for a finished run
             self.finished = 0 < epochs <= trainer.current_epoch or 0 < steps <= trainer.global_step
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

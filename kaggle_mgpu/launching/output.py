@@ -16,7 +16,11 @@ CELL_CHARACTERS = 100_000
 
 
 class Output:
-    """Show rank 0's growing log in the cell; the worker never waits for the notebook, and no line appears twice."""
+    """Show rank 0's log in the cell as the log grows.
+
+    The worker writes to its log file only, so a slow notebook never delays the worker. Nothing after byte `end` is
+    shown: the traceback there is shown with the exception.
+    """
 
     def __init__(self, path: Path, quiet: bool = False) -> None:
         self.path, self.file = path, open(path, "rb")  # noqa: SIM115 (closed in __exit__)
@@ -39,7 +43,7 @@ class Output:
         return os.fstat(self.file.fileno()).st_size
 
     def show(self, size: int) -> None:
-        """Show the new part of the log's first `size` bytes, unless the cell is full."""
+        """Show what is new up to byte `size` of the log, until the cell has CELL_CHARACTERS."""
         if self.quiet or self.shown >= CELL_CHARACTERS:
             return
         room = min(CELL_CHARACTERS - self.shown, min(size, self.end) - self.file.tell())

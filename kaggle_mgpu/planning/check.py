@@ -1,11 +1,11 @@
 """Check in ten seconds whether this machine trains correctly.
 
-    python -m kaggle_mgpu check                      # exit code 1 if a line failed
+    python -m kaggle_mgpu check                      # exit code 1 if a check failed
     from kaggle_mgpu import check; check.run()       # the same in a notebook cell
 
-Each line passed, failed or was skipped, with the finding and advice. Tests that need torch or a GPU run in workers of
-`launch`, so this process neither imports torch nor creates a CUDA context. With fewer than two GPUs the workers are two
-processes on the CPU.
+Each check prints a line: passed, failed or skipped, the finding, and advice where there is any. Tests that need torch
+or a GPU run in workers of `launch`, so this process neither imports torch nor creates a CUDA context. With fewer than
+two GPUs the workers are two processes on the CPU; a single GPU is then tested by itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SHARED_MEMORY = 256 << 20
 """Free bytes expected in /dev/shm: four loader processes with two batches of up to 20 MB each, and NCCL's buffers
 between GPUs without peer access. Docker's default of 64 MB is too small."""
 DISK = 2 << 30
-"""Free bytes expected for runs: five sets of weights and moments of a model of 30 M parameters."""
+"""Free bytes expected for runs: five checkpoints (four kept, one being written) of a model of 30 M parameters, with
+the weights and the two moments of Adam."""
 MEMORY_FREE = 0.5
 """Expected free share of a GPU's memory."""
 TOLERANCE = 1e-4
@@ -114,8 +115,8 @@ def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "
     """Check this machine's GPUs, memory, disk, packages and training.
 
     Args:
-        output_dir: the folder for runs, checked for space and with a checkpoint. Default: Kaggle's working folder, or
-            the current folder.
+        output_dir: the folder for runs. Its free space is checked, and a checkpoint is written there and read back.
+            Default: Kaggle's working folder, or the current folder.
         shared_memory: the file system for memory that processes share.
     """
     started = time.monotonic()
@@ -208,7 +209,7 @@ def _disk(folder: Path) -> Line:
 
 
 def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
-    """Run the tests on every GPU. With one, test two CPU processes, then the GPU alone; with none, the processes."""
+    """Run the tests on every GPU; with one, in two CPU processes and then on the GPU; with none, in the processes."""
     if len(gpus) > 1:
         return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
     with env.variables({"CUDA_VISIBLE_DEVICES": ""}):

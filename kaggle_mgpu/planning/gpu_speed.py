@@ -41,7 +41,11 @@ def _kernels(step: Callable[[], None]) -> int | None:
 
 
 def _timed(loops: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[str, Any]]:
-    """Time the steps of loops in turns; return by loop the best ms a step by clock and by events, and the kernels."""
+    """Time several training loops alternately, in four rounds.
+
+    Return for each loop the milliseconds per step of its fastest round by wall clock (`ms`) and by CUDA events
+    (`gpu_ms`), and the number of kernels in a step.
+    """
     found: dict[str, dict[str, Any]] = {name: {"ms": math.inf, "gpu_ms": math.inf} for name in loops}
     for turn in range(4):
         for name, step in loops.items():
@@ -90,7 +94,10 @@ def _speed(folder: str, milliseconds: int, steps: int) -> dict[str, Any]:
 
 
 def overhead(folder: str, quick: bool) -> dict[str, Any]:
-    """Compare the kit's step with a hand-written loop at about 1, 5 and 20 ms a step; expected 1.01 at 5 ms."""
+    """Compare a step of kaggle_mgpu with that of a hand-written loop, for models of about 1, 5 and 20 ms a step.
+
+    At 5 ms, kaggle_mgpu may take at most 1.01 times as long.
+    """
     found: dict[str, Any] = {}
     for size in (1,) if quick else _BLOCKS:
         times = launch(_speed, folder, size, 2 if quick else 40, nproc=1, in_worker=True)[0]
@@ -99,7 +106,7 @@ def overhead(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def _plain_gpt(task: text_generation.TextGeneration, device: torch.device, precision: str) -> Callable[[], None]:
-    """Return a function for a plain loop's next step, in the form of nanoGPT's train.py, with the recipe's model."""
+    """Return a function that takes a training step of the recipe's model the way nanoGPT's train.py does."""
     config, path = task.config, Path(task.corpus.folder) / "train.bin"
     model = task.model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -156,7 +163,10 @@ def _gpt(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def gpt(folder: str, quick: bool) -> dict[str, Any]:
-    """Compare the tokens per second of text generation with a plain loop of the same model, in nanoGPT's form."""
+    """Compare the training speed of the recipe text_generation with that of a loop like nanoGPT's train.py.
+
+    Both train the same model; kaggle_mgpu may take at most 1.05 times as long.
+    """
     found = launch(_gpt, folder, quick, nproc=1, in_worker=True)[0]
     return {"right": quick or found["kit"]["ms"] <= 1.05 * found["plain"]["ms"], **found}
 
@@ -186,7 +196,7 @@ def adapters(folder: str, quick: bool) -> dict[str, Any]:
     missing = [name for name in ("transformers", "peft", "bitsandbytes") if importlib.util.find_spec(name) is None]
     if missing:
         return {"right": True, "left_out": f"not installed: {', '.join(missing)}"}
-    # bitsandbytes brings kernels of its own for CUDA, so a dry run without a GPU stays with lora
+    # qlora needs bitsandbytes' CUDA kernels, and `quick` may run without a GPU
     names = ("lora",) if quick else ("lora", "qlora")
     found = {name: launch(_adapters, folder, name, quick, nproc=1, in_worker=True)[0] for name in names}
     return {"right": all(row["losses"][-1] < row["losses"][0] for row in found.values()), **found}
@@ -197,12 +207,12 @@ def _save(folder: str, quick: bool) -> dict[str, Any]:
     parts = build_parts(config_in(folder, global_batch_size=64), Sum(depth=depth, width=width, adamw=True))
     step, ms, stalls = _stepper(parts), [], []
     with Checkpoints(Path(folder, "checkpoints")) as checkpoints:
-        for number in range(3):  # the first one also allocates page-locked memory
+        for number in range(3):  # the first save also allocates page-locked memory
             began = time.perf_counter()
             for _ in range(10):
                 step()
             torch.cuda.synchronize()
-            ms.append((time.perf_counter() - began) * 100)  # the first time is measured with no save running
+            ms.append((time.perf_counter() - began) * 100)  # ms[0] without a save running, ms[1:] during one
             began = time.perf_counter()
             held = parts.strategy.held_state(parts.optimizer)
             checkpoints.begin(number, tensors={"model": held.pop("model")}, state=held, facts={})

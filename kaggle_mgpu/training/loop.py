@@ -102,7 +102,8 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
             # an evaluation or a save must not begin before the answer
-            ranks.vote_next(evaluation_due or state.step >= saving.next_step)
+            if evaluation_due or state.step >= saving.next_step:
+                ranks.vote_next()
             # each rank has its own clock and its own signals, so the ranks decide together
             stop, end, no_time, save = ranks.vote(
                 stop_request.is_set() or log.progress.stop_requested,

@@ -55,7 +55,7 @@ def _about_batch_norm(parts: Parts) -> str:
 def _about_loss(parts: Parts) -> str:
     """Return a warning if the loss of a few samples is not the sum of the losses of its halves, or "".
 
-    If the loss fits a mean over the samples, the warning says so, because Adam hides this mistake.
+    If the loss looks like a mean over the samples, the warning says that. Adam hides this mistake.
     """
     strategy, plan, task = parts.strategy, parts.plan, parts.task
     samples = min(plan.dataset_size, plan.micro_batch_size, 8) // 2 * 2
