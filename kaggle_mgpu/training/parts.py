@@ -155,8 +155,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     header = (
         f"strategy {strategy.name}: {reason}; precision {precision}: {precision_reason}",
         f"learning rate {lr:g}{scaled}, {config.schedule if isinstance(lr_at, partial) else 'Task.schedule'}, "
-        f"{data.counted(warmup_steps, 'warm-up step')}; {number:,} parameters; "
-        f"{data.counted(workers, 'loader process')} per rank",
+        f"{warmup_steps} warm-up steps; {number:,} parameters; {workers} loader processes per rank",
     )
     optimizer = strategy.attach(_optimizer(task, task.optimizer(model, config.replace(lr=lr))))
     return Parts(
