@@ -1,8 +1,8 @@
-"""A run's state on disk, complete or absent.
+"""The checkpoints package saves a run's state to disk; a checkpoint is complete or absent, never half written.
 
-The package knows no task, config or strategy, only names and tensors. Start reading at `Checkpoints` in checkpoint.py.
-format.py defines the contents of a checkpoint's folder, reader.py checks them, resume.py chooses the checkpoint to go
-on from, and files.py writes tensors and text so that a crash at any moment leaves the old file or the new one.
+The package uses no task, config or strategy, only tensors by name and plain values. Start reading at `Checkpoints` in
+checkpoint.py. format.py defines the contents of a checkpoint's folder, reader.py checks them, resume.py chooses the
+checkpoint to go on from, and files.py writes a file so that a crash at any moment leaves the old or the new content.
 """
 
 from . import checkpoint, files, resume

@@ -1,14 +1,14 @@
-"""Write and find checkpoints: complete or absent, and written while training continues.
+"""Write checkpoints while training continues, and find them; each checkpoint is complete or absent.
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
 Training waits only while the state is copied to host memory. A thread then writes the copy into a temporary folder,
 flushes the files to disk, and renames the folder; a checkpoint exists once the folder has its final name. state.json is
-written last and holds the length and checksum of every file, so a checkpoint that a disk or a download has damaged is
-recognised, and the one before it is used. Loading a checkpoint runs no code: all files are tensors and JSON.
+written last, with the length and checksum of every file, so that a run recognises a damaged checkpoint and uses the
+checkpoint before it. Loading a checkpoint runs no code: all files are tensors and JSON.
 
-Under fsdp each rank can write its own rows to files of its own (model-00001-of-00002.safetensors); loading joins them.
-(torch.distributed.checkpoint has another format, with a pickled list of contents.)
+Under fsdp each rank can write its rows of the sharded tensors to its own files (model-00001-of-00002.safetensors);
+loading joins the rows. (torch.distributed.checkpoint is not used, since its format has a pickled list of contents.)
 
 format.py defines the files' contents; resume.py chooses the checkpoint that a run goes on from.
 """
@@ -38,10 +38,10 @@ __all__ = [
     "read_facts", "read_tensors", "replace_tensors", "step_of", "write_text",
 ]  # fmt: skip
 
-# state.json, the folder itself, and what rounding to the disk's blocks adds
+# Bytes allowed for state.json, the folder itself, and the rounding of file sizes to the disk's blocks.
 _SLACK = 1 << 20
 MOST_FAILURES = 3
-"""Failed saves in a row that end a run. A single error of a disk often passes, as on a network."""
+"""Failed saves in a row that end a run. A single disk error is often temporary, for example on a network disk."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Saved:
     note: str = ""
     """A sentence for the log if the disk was full or the save failed, else ""."""
     error: OSError | None = None
-    """The error if the save failed for another reason than a full disk; the next save may succeed."""
+    """The error if the save failed for another reason than a full disk."""
 
 
 class Checkpoints:
@@ -65,8 +65,8 @@ class Checkpoints:
     The end of a `with` block waits for the last save, even if an error ends the run.
 
     Args:
-        keep_last: the number of checkpoints that stay.
-        flush_first: files to flush to disk before a checkpoint gets its name: the records up to its step.
+        keep_last: the number of newest checkpoints to keep.
+        flush_first: files to flush to disk before a checkpoint gets its final name, such as the run's log of metrics.
     """
 
     def __init__(self, folder: Path, *, keep_last: int = 4, flush_first: Sequence[Path] = ()) -> None:
@@ -75,9 +75,9 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
-        self._failed = 0  # saves in a row
+        self._failed = 0  # failures since the last successful save, without those due to a full disk
         self.news = False
-        """Whether a save has ended that `collect` has not returned yet."""
+        """Whether a save has ended since the last `collect`."""
 
     def __enter__(self) -> Self:
         return self
@@ -88,10 +88,15 @@ class Checkpoints:
     def save(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> Path:
-        """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns its path.
+        """Write a checkpoint for `step`, then remove all but the newest `keep_last`. Returns the new folder's path.
+
+        Args:
+            tensors: for each .safetensors file, such as "model", its tensors by name.
+            state: the content of optimizer.safetensors: tensors and plain values in lists, tuples and dictionaries.
+            facts: further values for state.json, all convertible to JSON.
 
         Raises:
-            DiskFullError: the disk is full, even without the older checkpoints.
+            DiskFullError: the disk would be full even after the removal of older checkpoints.
             OSError: writing failed for another reason.
             TypeError: the state holds something other than tensors and plain values.
         """
@@ -106,7 +111,7 @@ class Checkpoints:
     ) -> None:
         """Save in the background: copy everything to host memory, hand the copy to a thread and return.
 
-        A second call waits for the first save to end. `collect` returns the outcomes.
+        A second call waits for the first save to end. `collect` returns the outcomes. Arguments are as for `save`.
         """
         self._join()
         began = time.monotonic()
@@ -120,7 +125,7 @@ class Checkpoints:
     ) -> None:
         """Save on all ranks in the background; each rank writes its rows of sharded tensors.
 
-        All ranks must see the same disk. Rank 0 renames the folder after every rank has reported its part as written.
+        All ranks must call this and see the same disk. Rank 0 renames the folder once every rank has written its part.
         """
         self._join()
         began = time.monotonic()
@@ -154,7 +159,7 @@ class Checkpoints:
             self._start(format.write_part, temporary, contents, rank)
 
     def _open(self, step: int, needed: int) -> tuple[Path, str]:
-        """Make a temporary folder with room for all ranks' files; return the folder and a note of dropped ones."""
+        """Make a temporary folder with room for all ranks' files; return the folder and a note about removals."""
         self._clear()
         free = files.free_bytes(self.folder)
         note = self._drop_oldest(needed, free) if free < needed else ""
@@ -166,7 +171,8 @@ class Checkpoints:
         """Return the saves that ended since the last call.
 
         Raises:
-            OSError: three saves in a row failed, and not because of a full disk.
+            OSError: three saves in a row failed for another reason than a full disk.
+            Exception: any other error in the writer's thread.
         """
         self.news = False
         if self._error is not None:
@@ -178,18 +184,21 @@ class Checkpoints:
 
     @property
     def may_try_again(self) -> bool:
-        """Return whether to retry: the last save failed, not for a full disk, and few failed in a row."""
+        """Whether to save again: 1 or 2 saves failed since the last success, for another reason than a full disk."""
         return 0 < self._failed < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
-        """Wait for the save in progress, then return the same as `collect`."""
+        """Wait for the save in progress, then return (or raise) the same as `collect`."""
         self._join()
         return self.collect()
 
     def rescue(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Any, facts: Mapping[str, Any]
     ) -> Path:
-        """Save from another process than rank 0; rank 0 may be writing at the same moment."""
+        """Save the state from this rank alone and return the path; other ranks may save at the same time.
+
+        An existing checkpoint of `step` is kept. Arguments and errors are as for `save`.
+        """
         final = self._path(step)
         contents = {f"{name}.safetensors": layout.pieces() for name, layout in format.layouts(tensors, state).items()}
         temporary = self.folder.parent / f".rescue-{final.name}-{os.getpid()}"
@@ -222,16 +231,16 @@ class Checkpoints:
         return None
 
     def put_right(self) -> list[str]:
-        """Rename each checkpoint whose name has another step than its state.json, such as a copied folder.
+        """Rename each checkpoint whose name and state.json give different steps, such as a renamed copy.
 
-        If the right name is taken, the folder is moved aside. Returns a line for each change.
+        If the correct name is taken, the folder is moved to another folder. Returns a line for each change.
         """
         done = []
         for path in self.all():
             try:
                 step = read_facts(path)["step"]
             except CheckpointError:
-                continue  # `newest` says so
+                continue  # `newest` warns about this damage
             if step == step_of(path):
                 continue
             if not (right := self._path(step)).exists():
@@ -242,10 +251,10 @@ class Checkpoints:
         return done
 
     def put_aside(self, after: int = -1) -> Path | None:
-        """Move the checkpoints of steps later than `after` into another folder; return this folder.
+        """Move the checkpoints of steps later than `after` (by default all) to a new folder; return the folder or None.
 
-        They are damaged, or newer than the checkpoint that the run goes on from. If they stayed, `keep_last` would
-        count them as the newest and remove the checkpoints that this run saves.
+        A run calls this with the step that the run goes on from. If later checkpoints stayed, `keep_last` would count
+        them as the newest, and the run's own new checkpoints would be removed.
         """
         later = [path for path in self.all() if step_of(path) > after]
         return self._move(later) if later else None
@@ -263,16 +272,19 @@ class Checkpoints:
     def write_with_room(self, path: Path, pieces: Callable[[], Iterable[Any]], nbytes: int) -> tuple[Any, str]:
         """Replace a file; on a full disk drop the oldest checkpoints first, if this makes room.
 
-        Returns the file's length and checksum, and a sentence about dropped checkpoints or "".
+        Returns {"bytes": length, "crc32": checksum}, and a sentence about dropped checkpoints or "".
+
+        Args:
+            pieces: returns the content, `nbytes` long, as bytes-like objects; called for each attempt.
 
         Raises:
-            DiskFullError: the disk is full, even without all checkpoints but the newest.
+            DiskFullError: the disk would be full even after the removal of all checkpoints but the newest.
         """
         try:
             return files.replace(path, pieces(), nbytes), ""
         except DiskFullError:
             needed = nbytes + _SLACK
-            # free space does not account for a quota
+            # a full disk that reports enough free bytes means an exhausted quota: no byte is free to this user
             free = 0 if (said := files.free_bytes(path.parent)) >= needed else said
             if not (dropped := self._make_room(needed, free)):
                 raise
@@ -283,7 +295,7 @@ class Checkpoints:
     def _start(self, function: Callable[..., None], *args: Any) -> None:
         def run() -> None:
             with contextlib.suppress(OSError, AttributeError):
-                # on Linux a thread has a priority of its own: where CPUs are few, training comes first
+                # low priority for this thread alone (possible on Linux), so that training goes first if CPUs are few
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             function(*args)
 
@@ -335,7 +347,7 @@ class Checkpoints:
         self.news = True
 
     def _failure(self, step: int, began: float, error: OSError) -> None:
-        """Record a failed save; raise the error at the third failure in a row."""
+        """Record a failed save; at the third failure in a row, store the error for `collect` to raise."""
         self._failed += 1
         if self._failed >= MOST_FAILURES:
             newest = next(iter(self.all()), None)
@@ -357,7 +369,7 @@ class Checkpoints:
             self._write_and_rename(final, contents, facts, needed)
             return final, ""
         except DiskFullError:
-            # free space does not account for a quota
+            # as in write_with_room: a quota is exhausted
             free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
         note = self._drop_oldest(needed, free)
         try:
@@ -367,7 +379,7 @@ class Checkpoints:
         return final, note
 
     def _clear(self) -> None:
-        """Make the folder, without the temporary folders that a killed process left."""
+        """Make the folder if necessary, and remove temporary folders that a killed process left."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(".*-step-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -385,7 +397,7 @@ class Checkpoints:
 
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
-        # checked first, so that the run's records keep some room
+        # checked before writing, since a disk filled to the last byte would stop the run's log too
         if files.free_bytes(self.folder) < needed:
             raise DiskFullError(28, "the disk is full")
         try:
@@ -409,7 +421,7 @@ class Checkpoints:
             self._remove(path)
 
     def _make_room(self, needed: int, free: int) -> list[Path]:
-        """Remove the oldest checkpoints until there is room, but never the newest; none if this would not be enough."""
+        """Remove and return the oldest checkpoints (never the newest undamaged) until `needed` bytes fit, else none."""
         checkpoints = self.all()
         newest = next((path for path in checkpoints if damage(path) is None), None)
         dropped: list[Path] = []

@@ -1,9 +1,9 @@
 """Write tensors and text atomically, flushed to disk, with checksums.
 
-    replace_tensors(path, model.state_dict())    # the .safetensors layout; read_tensors(path) gives them back
-    image = Buffer().hold(layout)                # the bytes of such a file, copied now, to be written by a thread
+    replace_tensors(path, model.state_dict())    # writes a .safetensors file; read_tensors(path) returns the tensors
+    pieces = Buffer().hold({"model": layout})    # copies the bytes of such a file now; a thread writes the copy later
 
-`write` does all writing: in large pieces, which release the interpreter's lock, and with a checksum.
+All writing goes through `write`, in large pieces, so that other threads run meanwhile, and with a checksum.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..errors import DiskFullError
 
-# Names of the format (https://huggingface.co/docs/safetensors), which is little-endian, as these machines are
+# Names of types in .safetensors files (https://huggingface.co/docs/safetensors), which are little-endian like the CPU
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -50,9 +50,9 @@ class Layout:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
-        """Lay tensors out; tied weights, which share a tensor, are written once.
+        """Lay out named tensors, and text for the file's metadata; tied weights, which share memory, are written once.
 
-        The names left out are noted in the file's metadata, and `read_tensors` puts them back.
+        The metadata lists the other names of tied weights, and `read_tensors` returns these names too.
 
         Raises:
             TypeError: a tensor of a type that the format does not have.
@@ -93,14 +93,14 @@ class Layout:
         return cls(header, [unique[name] for name in order], [len(header) + o for o in offsets], len(header) + position)
 
     def pieces(self) -> Iterable[Any]:
-        """Yield the file's content, a tensor at a time."""
+        """Yield the file's content: the header, then the bytes of one tensor at a time."""
         yield self.header
         for tensor in self.tensors:
             yield _bytes_of(tensor.cpu().contiguous())
 
 
 class Buffer:
-    """Reuse host memory for every save, since fresh memory costs more than the copy.
+    """Reuse host memory for every save, since allocating memory takes longer than the copy itself.
 
     Memory for a GPU's tensors is page-locked, so that copies have the bus's full speed. torch rounds each page-locked
     piece up to a power of two (CachingHostAllocator): 9 GB in one piece would take 16 of Kaggle's 31 GB. The buffer
@@ -108,7 +108,7 @@ class Buffer:
     """
 
     SMALLEST = 1 << 20
-    """Bytes of the smallest page-locked piece, and the most that a buffer wastes."""
+    """Bytes of the smallest page-locked piece; a new buffer has fewer unused bytes than this."""
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
@@ -118,7 +118,7 @@ class Buffer:
         starts: dict[str, int] = {}
         size = 0
         for name, layout in layouts.items():
-            # so that the tensors, after the header, begin at a multiple of 64
+            # so that the tensors, after the header, begin at a multiple of 64 bytes
             starts[name] = size + -(size + len(layout.header)) % 64
             size = starts[name] + layout.nbytes
         tensors = [tensor for layout in layouts.values() for tensor in layout.tensors]
@@ -163,13 +163,13 @@ class Buffer:
             try:
                 self._pieces += [torch.empty(length, dtype=torch.uint8, pin_memory=True) for length in lengths]
                 return
-            except RuntimeError:  # locked memory is limited: ordinary memory is only slower
+            except RuntimeError:  # the limit of page-locked memory is reached: use ordinary memory, which is slower
                 pass
         self._pieces = [torch.empty(size, dtype=torch.uint8)]
 
 
 def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy each second tensor to the first; large ones of the CPU in pieces and by several threads (1.2 x as fast)."""
+    """Copy the second tensor of each pair into the first; several threads copy large CPU tensors (1.2 x as fast)."""
     pieces: list[tuple[Tensor, Tensor]] = []
     for target, source in copies:
         if source.device.type == "cpu" and source.is_contiguous():
@@ -191,10 +191,11 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def write(path: Path, pieces: Iterable[Any]) -> dict[str, int]:
-    """Write a file and flush the content to disk; return length and checksum.
+    """Write bytes-like pieces to a file and flush to disk; return {"bytes": length, "crc32": checksum}.
 
     Raises:
         DiskFullError: there is no room.
+        OSError: writing failed for another reason.
     """
     size = crc = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -216,7 +217,7 @@ def write(path: Path, pieces: Iterable[Any]) -> dict[str, int]:
 
 
 def no_room(path: Path, error: OSError, needed: int | None = None) -> DiskFullError | None:
-    """Convert a disk-full OSError to DiskFullError, with the free space; otherwise return None."""
+    """Return a DiskFullError with the free and `needed` bytes if `error` means a full disk or quota; else None."""
     if isinstance(error, DiskFullError):
         return error
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -231,12 +232,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a .safetensors file from `replace_tensors`, on the CPU."""
+    """Read every tensor of a .safetensors file into CPU memory; tied weights have each of their names."""
     return read_with_metadata(path)[0]
 
 
 def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a .safetensors file, and the text in its header."""
+    """Read the tensors of a .safetensors file as `read_tensors` does, and the metadata in its header."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
@@ -247,7 +248,11 @@ def read_with_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor of a .safetensors file, from its header alone."""
+    """Return the name and shape of every tensor of a .safetensors file, from its header alone.
+
+    Raises:
+        ValueError: the file is not a .safetensors file.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -256,7 +261,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     notes = entries.pop("__metadata__", {})
     aliases = json.loads(notes.get("aliases", "{}"))
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    # a tensor spread over several files has the shape of the whole
+    # for a tensor whose rows are in several files, the shape of the full tensor
     found |= {name: tuple(shape) for name, (shape, _) in json.loads(notes.get("shards", "{}")).items()}
     return {**found, **{name: found[first] for name, first in aliases.items()}}
 
@@ -274,12 +279,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 _LEFT_BEHIND = 3600.0
-"""Seconds after which a temporary file is taken for a killed process's, and removed."""
+"""Age in seconds from which a temporary file is removed as the remains of a killed process."""
 
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`, flushed and renamed to `path` when the `with` block succeeds."""
+    """Yield a temporary path to write; when the `with` block succeeds, flush the file and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # with the process id, so that two processes can write the same file at the same time
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
@@ -297,10 +302,11 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
-    """Write a file atomically: the old file stays until the new file is complete; return length and checksum.
+    """Write a file atomically: the old file stays until the new file is complete; return the same as `write`.
 
     Raises:
         DiskFullError: there is no room for the `needed` bytes.
+        OSError: writing failed for another reason.
     """
     try:
         with whole(path) as temporary:
@@ -313,7 +319,7 @@ def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to disk (fsync), since after a crash a name may be there without its content."""
+    """Flush a file or a folder to disk (fsync); a crash can leave an unflushed file without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -330,12 +336,13 @@ def crc32(path: Path) -> int:
     return value
 
 
-# Any state as tensors and text: what a .safetensors file and its metadata can hold, and nothing that runs when read
+# pack and unpack store nested state without pickle: the tensors of a .safetensors file, and JSON in its metadata
 def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
-    """Return tensors by their path in the tree ("optimizer/state/weight/exp_avg"), and the rest as JSON.
+    """Return the tensors in a tree by their paths ("optimizer/state/weight/exp_avg"), and the rest of the tree as JSON.
 
     Raises:
-        TypeError: the tree holds something other than tensors, plain values, lists, tuples and dictionaries.
+        TypeError: the tree holds something other than tensors, plain values, lists, tuples and dictionaries, or a
+            dictionary has a key that is neither text nor a whole number.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -364,7 +371,7 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
 
 
 def unpack(tensors: Mapping[str, Tensor], text: str) -> Any:
-    """Return the value given to `pack`."""
+    """Return the tree for which `pack` returned `tensors` and `text`."""
 
     def restored(value: Any) -> Any:
         if isinstance(value, dict):

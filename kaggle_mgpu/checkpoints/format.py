@@ -2,11 +2,11 @@
 
     checkpoints/step-00000100/{model.safetensors, optimizer.safetensors, state.json}
 
-    problem = damage(path)      # None where every file has the length and checksum that state.json says
-    checkpoint = load(path)     # its tensors, put together where each rank has written rows of its own
+    problem = damage(path)      # None if every file has the length and checksum that state.json says
+    checkpoint = load(path)     # also joins the rows of a tensor that several ranks have written
 
-state.json is written last; checkpoint.py then gives the folder its name. Each other rank reports its part to rank 0 by
-a small file.
+state.json is written last; checkpoint.py then gives the folder its name. If all ranks write, each rank but 0 reports
+its part to rank 0 by a small file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PART_SECONDS = 900.0
 
 
 class OtherRunError(CheckpointError):
-    """An undamaged checkpoint belongs to another run: `problem` names the difference, `advice` a way out."""
+    """An undamaged checkpoint belongs to another run: `problem` names the difference, `advice` says what to do."""
 
     def __init__(self, problem: str, advice: str) -> None:
         super().__init__(f"{problem}. {advice}")
@@ -49,11 +49,11 @@ class Checkpoint:
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
-    """One dictionary of tensors for each other .safetensors file: `model`, and `ema` where the run averages weights."""
+    """Tensors by file and name, without the optimizer's: `model`, and `ema` if the run averages weights."""
     state: Any
-    """optimizer.safetensors: optimizer, gradient scaler."""
+    """The content of optimizer.safetensors: `optimizer`, `scaler` (gradient scaler), `skipped` (number of steps)."""
     facts: dict[str, Any]
-    """state.json: step, samples_seen, stamp, config."""
+    """The content of state.json: step, state (the fields of TrainState), stamp (see `starting_point`), config, …"""
 
 
 def step_of(path: Path) -> int:
@@ -89,7 +89,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     """Read state.json of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another version's format.
+        CheckpointError: the file is missing or damaged, or its format is not this version's.
     """
     file = path / "state.json"
     try:
@@ -131,7 +131,7 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
             need only some rows.
 
     Raises:
-        CheckpointError: a file is damaged, or could run code when loaded; the message names the place.
+        CheckpointError: a file is damaged or not in the package's format; the message names the problem.
     """
     problem = damage(path)
     if problem:
@@ -140,7 +140,7 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
 
 
 def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoint:
-    """Load a checkpoint as `load` does, without looking at the checksums.
+    """Load a checkpoint as `load` does, from facts that `read_facts` returned and without comparing checksums.
 
     Raises:
         CheckpointError: the content is not in the package's format.
@@ -175,14 +175,14 @@ def _load(path: Path, facts: dict[str, Any], whole: bool) -> Checkpoint:
 
 
 def whose(name: str) -> str:
-    """Return the part of a file: model for model.safetensors and model-00001-of-00002.safetensors."""
+    """Return a file's kind: model for model.safetensors and for model-00001-of-00002.safetensors."""
     stem = Path(name).stem
     part = _PART.fullmatch(stem)
     return part[1] if part else stem
 
 
 def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where: str) -> None:
-    """Compare names and shapes of saved weights with a model's.
+    """Compare names and shapes of saved weights with a model's; `where` names the saved file in the message.
 
     Raises:
         CheckpointError: they differ; the message names the first differences.
@@ -195,7 +195,7 @@ def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where:
 
 
 def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> str:
-    """Describe the first differences of names and shapes; "" without any."""
+    """Return a description of the first differences of names and shapes; "" if there are none."""
     problems = [f"{name}: not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in model]
     problems += [
@@ -209,7 +209,7 @@ def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor
 
 # Writing
 def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bool = True) -> dict[str, files.Layout]:
-    """Choose each file's content: this rank's rows of sharded tensors; all other values on `main` only."""
+    """Return a Layout for each file of a rank: its rows of sharded tensors, and on `main` all other values too."""
 
     def layout(named: Mapping[str, Tensor], notes: Mapping[str, str]) -> files.Layout:
         cut = {name: shards.shard_of(tensor) for name, tensor in named.items() if shards.is_sharded(tensor)}
@@ -223,7 +223,7 @@ def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bo
 
 
 def write_files(folder: Path, contents: Mapping[str, Any]) -> dict[str, Any]:
-    """Write each content to the file of its name; return lengths and checksums for `write_facts`."""
+    """Write {file name: pieces} into the folder; return the files' lengths and checksums for `write_facts`."""
     return {name: files.write(folder / name, pieces) for name, pieces in contents.items()}
 
 
@@ -249,7 +249,11 @@ def write_part(temporary: Path, contents: dict[str, Any], rank: int) -> None:
 
 
 def part_of(temporary: Path, rank: int) -> dict[str, Any]:
-    """Wait for another rank's note, which may come from another machine, and return the rank's files."""
+    """Wait for another rank's note, perhaps from another machine, and return the rank's lengths and checksums by file.
+
+    Raises:
+        OSError: the rank failed to write (DiskFullError on a full disk), or no note came within PART_SECONDS.
+    """
     path = temporary / f".part-{rank}.json"
     deadline = time.monotonic() + PART_SECONDS
     while True:

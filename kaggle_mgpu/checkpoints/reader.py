@@ -1,11 +1,11 @@
 """Check all values in a checkpoint before a run goes on from it.
 
-    examine(path, expected)     # returns its facts, or raises a CheckpointError that says what does not fit
+    examine(path, expected)     # returns the content of state.json, or raises a CheckpointError with the unfit value
 
-A checksum shows that a file is undamaged, not that its content fits this run: a checkpoint among the inputs may come
-from anybody. So the type and range of each value are checked, and the names and shapes of tensors are compared with
-this run's model, averages and optimizer. The optimizer's state is tried in one step on meta tensors, which need
-no memory.
+A checksum shows that a file is undamaged, not that its content fits this run: a checkpoint among Kaggle's inputs may
+come from anybody. So the type and range of each value are checked, and the names and shapes of tensors are compared
+with this run's model, averaged weights and optimizer. The optimizer's state is tried in one step on meta tensors, which
+need no memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .format import OtherRunError
 STATE = ("step", "samples_seen", "evaluated", "metrics", "best", "improved_to", "without_improvement", "seconds")
 """The fields of `TrainState`."""
 MOST_STEPS = 10**12
-"""More steps than a run takes."""
+"""Upper limit for the number of steps in a checkpoint; no run takes so many."""
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 _NUM_UPDATES = ".num_updates"
 _KERNEL = ("fused", "foreach", "capturable")
@@ -41,13 +41,13 @@ class Expected:
     model: Mapping[str, Tensor]
     """The model's state by name; only shapes and types count."""
     ema: Mapping[str, Tensor] | None
-    """The averaged weights in the same way; None where the run averages none."""
+    """The averaged weights by name; None if the run averages no weights."""
     groups: Sequence[Sequence[str]]
     """The names of the optimizer's parameters, group by group."""
     optimizer: torch.optim.Optimizer
-    """This run's optimizer; nothing of it changes."""
+    """This run's optimizer, which the check does not change."""
     samples_at: Callable[[int], int]
-    """Returns the samples seen after a number of steps."""
+    """Returns the number of samples seen after a given number of steps."""
 
 
 def examine(path: Path, expected: Expected) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
                 _finite(f"{name} in {kind}.safetensors", found.tensors.get(kind, {}).get(name))
     except CheckpointError:
         raise
-    except Exception as error:  # whatever somebody else's file holds
+    except Exception as error:  # somebody else's file may hold anything
         raise CheckpointError(f"it cannot be read: {type(error).__name__}: {error}"[:500]) from error
     return facts
 
@@ -129,7 +129,7 @@ def _number(what: str, value: Any) -> float:
 
 
 def _tensors(kind: str, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """Return the differences of names and shapes, or ""; without differences, check types and missing rows."""
+    """Return the differences of names and shapes, or ""; raise if a type is wrong or rows are missing."""
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     if problem := format.other_model(shapes, expected):
         return problem
@@ -164,7 +164,7 @@ def _finite(what: str, value: Any) -> None:
 
 
 def _bounds(part: Tensor) -> list[float]:
-    """Return the least and the greatest value, both nan if any is; takes half the time of isfinite().all()."""
+    """Return the least and the greatest value, both nan if any value is nan; twice as fast as isfinite().all()."""
     if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
         return []
     return [bound.item() for bound in torch.aminmax(part)]
@@ -235,10 +235,10 @@ def _alike(then: Any, now: Any) -> bool:
 
 
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
-    """Compare the saved state with that of a fresh optimizer after a step on meta tensors, and try a step from it.
+    """Compare the saved state with a new optimizer's after a step, then try a step from the saved state (meta tensors).
 
-    Only torch's optimizers and the kit's are tried, since the step of another one may wait for the other ranks. One
-    parameter of each shape in a group is enough.
+    Only optimizers of torch and kaggle_mgpu are tried, since another optimizer's step may wait for the other ranks. One
+    parameter of each shape and type in a group is enough.
     """
     if not type(expected.optimizer).__module__.startswith(("torch.optim.", "kaggle_mgpu.")):
         return
@@ -254,7 +254,7 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
         fresh.optimizer.step()
         again.optimizer.load_state_dict(fresh.optimizer.state_dict())
         again.optimizer.step()
-    except Exception:  # it cannot be tried, whatever the checkpoint holds
+    except Exception:  # this optimizer cannot step on meta tensors, with or without a checkpoint
         return
     kind = type(expected.optimizer).__name__
     needed = {name: fresh.optimizer.state[tensor] for name, tensor in fresh.tensors.items()}
@@ -287,8 +287,8 @@ class _Trial:
     """An optimizer of the run's type and groups, for tensors on the meta device.
 
     Args:
-        chosen: the names of the parameters that are in it.
-        saved: settings and state to go on from; else the run's settings, and no state.
+        chosen: the names of the parameters to include.
+        saved: settings and state to load; None: the run's settings, and no state.
     """
 
     def __init__(self, expected: Expected, chosen: Collection[str], saved: Mapping[str, Any] | None = None) -> None:
@@ -320,7 +320,7 @@ class _Trial:
 
 
 def _meta(value: Any) -> Any:
-    """Return a tensor without memory of the same shape and type; a single number keeps its value."""
+    """Return a meta tensor of the same shape and type; a number or 0-d tensor is returned unchanged."""
     if isinstance(value, shards.Pieces):
         return torch.empty(tuple(value.shape), dtype=value.found[0][1].dtype, device="meta")
     return value.to("meta") if isinstance(value, Tensor) and value.ndim else value

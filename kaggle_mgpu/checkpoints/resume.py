@@ -1,9 +1,10 @@
-"""Find the checkpoint for a run to go on from: its own newest, or its newest among the inputs, never another run's.
+"""Find the checkpoint that a run goes on from, in its own folder or among Kaggle's inputs, never another run's.
 
     path = starting_point(checkpoints, resume="auto", config=config.to_dict(), may_change=…, stamp=…)
 
-A run is identified by its stamp and by its settings, apart from those that may change. Files among the inputs may be
-anybody's and hold anything: a checkpoint that cannot be used is named and passed over, and never ends a run.
+Checkpoints belong to the same run if their stamps (facts such as the task's name and the size of the dataset) and all
+settings but those in `may_change` are equal. Files among the inputs may come from anybody and hold anything: a message
+names each unusable checkpoint, and the run continues without this checkpoint.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def starting_point(
     expected: Expected | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Path | None:
-    """Return the checkpoint to go on from: this run's newest, else the same run's newest among Kaggle's inputs.
+    """Return the run's newest usable checkpoint, first from its folder, else from Kaggle's inputs; None for a new run.
 
-    A checkpoint that is damaged or holds impossible values is named, and the one before it is tried.
+    A message names each checkpoint that is damaged or holds impossible values; the checkpoint before it is tried next.
 
     Args:
-        resume: auto; never (checkpoints in the folder are put aside); or the path of a checkpoint.
-        config: the run's settings; those in `may_change` may differ from the checkpoint's.
-        stamp: identifies the run beside the settings.
+        resume: "auto"; "never", which moves the folder's checkpoints away; or the path of a checkpoint.
+        config: the run's settings; settings named in `may_change` may differ from the checkpoint's.
+        stamp: further facts that identify the run, such as the task's name.
         defaults: values of settings that were added after a checkpoint was made.
         expected: the required content of a checkpoint; None checks only checksums, settings and stamp.
 
@@ -75,20 +76,20 @@ def starting_point(
     for line in checkpoints.put_right():
         print(line, flush=True)
     path, others = _first(checkpoints.all(), examined)
-    if path is None and others:  # a new run in this folder takes resume='never'
+    if path is None and others:  # only resume='never' starts a new run in another run's folder
         raise CheckpointError(str(others[0]))
     return path or _among_inputs(config, may_change, stamp, defaults, examined)
 
 
 def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
-    """Return the first usable checkpoint, and the errors of other runs' before it; print skipped ones."""
+    """Return the first usable checkpoint, and an error for each earlier path of another run; print skipped paths."""
     others: list[OtherRunError] = []
     for path in paths:
         try:
             path = examined(path)
         except OtherRunError as error:
             others.append(error)
-        except Exception as error:  # whatever is in it, or a disk that cannot read it
+        except Exception as error:  # the content may be anything, and the disk may fail
             print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
         else:
             for other in others:
@@ -104,7 +105,7 @@ def _among_inputs(
     defaults: Mapping[str, Any] | None,
     examined: Callable[[Path], Path],
 ) -> Path | None:
-    """Return this run's newest checkpoint; if there are only other runs', print how the newest differs."""
+    """Return this run's newest checkpoint among the inputs; if all are of other runs, print how the newest differs."""
     found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
@@ -133,11 +134,11 @@ def batch_begun_with(
     stamp: Mapping[str, Any],
     defaults: Mapping[str, Any],
 ) -> int | None:
-    """Return the global batch of the checkpoint that a run with a batch per GPU goes on from; None for a new run.
+    """Return the global batch size (samples) with which a run with the setting "per_gpu:N" began; None for a new run.
 
     Args:
-        folder: the run's own checkpoints.
-        stamp: identifies the run, without its global batch. The rest is as for `starting_point`.
+        folder: the folder of the run's own checkpoints.
+        stamp: as for `starting_point`, but without the global batch size. The rest is as for `starting_point`.
     """
     if resume == "never":
         return None
@@ -146,7 +147,7 @@ def batch_begun_with(
         files = session.find("checkpoints/step-*/state.json") if among_inputs else own
         found: list[tuple[int, int]] = []
         for path in (file.parent for file in files):
-            with contextlib.suppress(Exception):  # starting_point names what cannot be used
+            with contextlib.suppress(Exception):  # starting_point names unusable checkpoints
                 facts = read_facts(path)
                 differ = _differences(facts, config, may_change, stamp, defaults).keys() - {"global_batch_size"}
                 if facts["config"]["global_batch_size"] == config["global_batch_size"] and not differ:

@@ -13,7 +13,10 @@ DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A BatchPlan holds a run's batch sizes, with global = micro x replicas x accumulation, and its number of steps."""
+    """A BatchPlan holds a run's batch sizes (samples) and number of steps; global = micro x replicas x accumulation.
+
+    A replica is a copy of the model, usually one per GPU; a micro-batch is a replica's samples in one forward pass.
+    """
 
     global_batch_size: int
     micro_batch_size: int
@@ -104,7 +107,7 @@ class BatchPlan:
         return replace(self, micro_batch_size=micro, gradient_accumulation_steps=share // micro)
 
     def per_process(self, world_size: int) -> int:
-        """Return the samples that a process computes at a time: those of all its replicas under dp, else of one."""
+        """Return the number of samples that a process computes at a time: a micro-batch for each of its replicas."""
         return self.micro_batch_size * (self.num_replicas // world_size)
 
     @property
@@ -119,7 +122,7 @@ class BatchPlan:
         return math.ceil(self.dataset_size / self.global_batch_size)
 
     def scaled_lr(self, lr: float, lr_scaling: str, base_batch_size: int) -> float:
-        """Scale the learning rate for this global batch: linear (Goyal et al. 2017) or sqrt (Krizhevsky 2014)."""
+        """Scale `lr` from `base_batch_size` to the global batch: none, linear (Goyal 2017), sqrt (Krizhevsky 2014)."""
         ratio = self.global_batch_size / base_batch_size
         return lr * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[lr_scaling]
 

@@ -150,11 +150,11 @@ class Step:
     own_terms: int = 0
     """This rank's part of the terms."""
     next_terms: distributed.Count | None = None
-    """The next step's number of terms, if summed over the ranks together with this step's gradients; else None."""
+    """The next step's number of loss terms, if this step's all-reduce of gradients also sums that number; else None."""
 
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
-    """Return len(dataset); raise TypeError for a dataset without length or indexing."""
+    """Return len(dataset); raise TypeError, naming the dataset as `what`, if length or indexing is missing."""
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"{what} is a stream, {type(dataset).__name__}: expected a map-style dataset (__len__ and __getitem__). "
@@ -176,11 +176,11 @@ def size_of(dataset: Dataset[Any], what: str) -> int:
 class Fetch(Dataset[Any]):
     """Fetch makes a batch from sample indices, by the dataset's own `batch(indices)` or by collating items.
 
-    The global random generators are seeded for each sample, and again, for the first sample, before a custom collate.
-    If a dataset makes several samples at a time (`batch`, `__getitems__`), the generators are seeded once, for the
-    first of these samples, so random values repeat only if batches are split in the same way.
+    The global random generators are seeded before each sample, and before a custom collate with a seed that depends on
+    the batch's first sample. If a dataset makes several samples at a time (`batch`, `__getitems__`), the generators are
+    seeded once, for the first of these samples; random values then repeat only if batches are split in the same way.
 
-    A dataset may have `sample_lengths`, a number for each sample: see `Sampler`.
+    A dataset may have `sample_lengths`, the length of each sample as a number; `Sampler` says how lengths are used.
 
     Args:
         seed: the run's seed.
@@ -238,7 +238,7 @@ class Fetch(Dataset[Any]):
 def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
     """Return the number of loader processes per rank.
 
-    "auto" is a rank's share of at most 4 CPUs, and 0 on one CPU or for a dataset that makes whole batches.
+    "auto" is the CPUs, at most 4, divided by the ranks and rounded down; 0 on one CPU or for a dataset with `batch`.
 
     Args:
         cpus: the CPUs of this machine.
@@ -255,6 +255,10 @@ LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")
 
 def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, prefetch: int = 2) -> Iterator[Any]:
     """Yield the batch for each of the `index_batches`, in order, fetched here or by `workers` loader processes.
+
+    Args:
+        index_batches: an iterable of the arguments that `Fetch.__getitem__` takes.
+        prefetch: batches that each loader process fetches in advance.
 
     Raises:
         ValueError: the path of the temporary folder is too long for loader processes.
@@ -284,8 +288,8 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, pr
 class Batches:
     """Batches yields endless `Step`s for training, from the sampler's position on.
 
-    `count` returns the number of loss terms in a batch; None if each sample is one term, which saves a collective.
-    With `carried`, steps have `next_terms`, and the all-reduce of their gradients also sums the terms of the next step.
+    `count` returns the number of loss terms in a batch; None: each sample is one term, so the ranks sum no counts.
+    With `carried`, each step has `next_terms`: the all-reduce of its gradients also sums the counts of the next step.
     """
 
     def __init__(
@@ -303,7 +307,7 @@ class Batches:
         self.coming: Step | None = None
         sampler.lengths = fetch.lengths
         self.shares = iter(sampler)
-        self.loaded: Iterator[Any] | None = None  # None: fetched in this process
+        self.loaded: Iterator[Any] | None = None  # None: `fetch` makes the batches in this process
         if workers or pin_memory:
             self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory, prefetch=prefetch)
 
@@ -389,7 +393,7 @@ def _takes_non_blocking(kind: type[Any]) -> bool:
     """Return whether the class's method `to` has a parameter non_blocking."""
     try:
         return "non_blocking" in inspect.signature(kind.to).parameters
-    except (ValueError, TypeError, AttributeError):  # `to` is built in, no function, or the instance's
+    except (ValueError, TypeError, AttributeError):  # the class has no `to`, or Python cannot tell its parameters
         return False
 
 

@@ -20,7 +20,7 @@ _64 = 2**64 - 1
 
 
 def key(seed: int, purpose: str) -> int:
-    """Return a different `rng_key` for `seed_for` for each seed and purpose."""
+    """Return the `rng_key` that `seed_for` takes: a number that differs between seeds and between purposes."""
     return _mix(seed + 0x9E3779B97F4A7C15 * zlib.crc32(purpose.encode()))
 
 

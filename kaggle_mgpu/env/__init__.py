@@ -1,4 +1,4 @@
-"""The env package prepares a process for other imports: quiet logs, GPU memory allocator, a working protobuf.
+"""The env package prepares a process for later imports: quiet logs, GPU memory allocator, a working protobuf.
 
 `fix()` is called in a notebook's first cell. The package uses the standard library and errors.py alone, and imports no
 other package of kaggle_mgpu, no torch and no protobuf. Start reading at `fix` in environment.py; protobuf_fix.py finds

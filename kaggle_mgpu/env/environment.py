@@ -1,4 +1,4 @@
-"""`fix` prepares a process for other imports: quiet logs, GPU memory allocator, a working protobuf.
+"""`fix` prepares a process for later imports: quiet logs, GPU memory allocator, a working protobuf.
 
 Call `fix` in the first cell of a notebook, before torch, TensorFlow or transformers are imported::
 
@@ -11,8 +11,9 @@ From a shell the exit code is 1 if an installed package cannot work::
     python -m kaggle_mgpu.env
     python -m kaggle_mgpu.env --protobuf pin
 
-The module uses the standard library only. `fix` takes a few milliseconds, may be called again at any time, and never
-changes an environment variable that the user has set.
+The module uses the standard library only. `fix` takes a few milliseconds and may be called again at any time.
+Environment variables that the user has set stay unchanged, except PYTHONPATH (extended in a notebook) and an empty
+PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION (removed).
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def fix(
 
 
 def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
-    """Return (leave protobuf alone, be quiet), and keep both for workers and later calls in environment variables."""
+    """Return (leave protobuf alone, be quiet); two environment variables keep both for workers and later calls."""
     if protobuf != "auto":
         _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
     if quiet is not None:
@@ -211,7 +212,7 @@ def _fix_variables(quiet: bool) -> list[Item]:
 
 
 def _fix_path() -> list[Item]:
-    """Let commands in a notebook's cells find this package if only the notebook's sys.path has its folder."""
+    """In a notebook, add the folder of an uninstalled kaggle_mgpu to PYTHONPATH, so that shell commands find it."""
     folder, paths = os.path.dirname(os.path.dirname(os.path.dirname(__file__))), os.environ.get("PYTHONPATH", "")
     installed = os.path.basename(folder) in ("site-packages", "dist-packages")
     if "ipykernel" not in sys.modules or installed or folder in paths.split(os.pathsep):
@@ -257,7 +258,7 @@ def _torch_version() -> tuple[int, int]:
 
 
 def _found() -> list[Item]:
-    """Report installed versions, and log files of processes killed while importing TensorFlow."""
+    """Report the installed versions, and the log files left by processes that died while importing TensorFlow."""
     items = []
     if protobuf := protobuf_fix.installed():
         items.append(Item("protobuf", protobuf_fix.text(protobuf), "found", "installed"))
@@ -270,7 +271,7 @@ def _found() -> list[Item]:
 
 
 def _tensorflow_version() -> str | None:
-    """Return the version in the name of the .dist-info folder, under any of TensorFlow's package names."""
+    """Return TensorFlow's version from the name of its .dist-info folder, whichever variant is installed, or None."""
     package = protobuf_fix.locate("tensorflow/__init__.py")
     if package is None:
         return None

@@ -45,7 +45,7 @@ _INFORMATION = re.compile(
 
 
 class Finder:
-    """Finder is the entry in `sys.meta_path`; its only state are three switches (see `install`)."""
+    """Finder is the entry in `sys.meta_path`; its only state is three switches (see `install`)."""
 
     def __init__(self, shim: bool = False, quiet: bool = False, stub: bool = False) -> None:
         self.shim, self.quiet, self.stub = shim, quiet, stub
@@ -82,7 +82,7 @@ def _is_ours(finder: Any) -> bool:
 
 
 def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | None = None) -> None:
-    """Install the Finder first in `sys.meta_path` and set its switches; None keeps a switch (at first: off).
+    """Install the Finder first in `sys.meta_path` and set its switches; None keeps a switch, initially off.
 
     Args:
         shim: add GetPrototype to a protobuf without the method.
@@ -125,7 +125,7 @@ class _Loader:
         self._real, self._run = real, run
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_real":  # copied or unpickled without __init__: no endless recursion
+        if name == "_real":  # not set if copied or unpickled without __init__; prevents endless recursion
             raise AttributeError(name)
         return getattr(self._real, name)
 

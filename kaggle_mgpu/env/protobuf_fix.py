@@ -24,10 +24,10 @@ if TYPE_CHECKING:  # only pin() needs subprocess, whose import takes 8 ms
 Version = tuple[int, int, int]
 
 PINNED: Version = (3, 20, 3)
-"""The last patch of 3.20, to which protobuf's own error message about old generated code advises to downgrade."""
+"""The last release of 3.20; protobuf's error message about old generated code advises a downgrade to 3.20."""
 TIMEOUT = 900.0
 """Seconds that pip, or importing every package with generated code, may take."""
-# One generated file of each package that Kaggle's users meet; the same compiler made a package's other files.
+# One generated file of each package that is common on Kaggle; one compiler version made all files of a package.
 PROBES = {
     "tensorflow": "tensorflow/core/framework/types_pb2.py",
     "tensorboard": "tensorboard/compat/proto/graph_pb2.py",
@@ -63,10 +63,10 @@ def installed() -> Version | None:
 
 
 def floors(protobuf: Version) -> dict[str, Version]:
-    """Return the oldest usable protobuf for each well-known installed package with such a floor.
+    """Return the floor (oldest usable protobuf) of each installed package in PROBES and of wandb, if it has a floor.
 
     Args:
-        protobuf: the installed version, which decides which of its files wandb loads.
+        protobuf: the installed version, by which wandb chooses among its generated files.
     """
     found = {name: _read(locate(path), _CHECK) for name, path in PROBES.items()}
     found["wandb"] = _wandb(locate("wandb/proto"), protobuf)
@@ -83,7 +83,7 @@ def _read(path: Path | None, pattern: re.Pattern[bytes]) -> Version | None:
 
 
 def _wandb(folder: Path | None, protobuf: Version) -> Version | None:
-    """Return wandb's floor; wandb ships generations v5, v6, … of its files and loads the installed protobuf's."""
+    """Return wandb's floor; wandb has folders v5, v6, … of files and loads the folder for protobuf's major version."""
     names = [path.name[1:] for path in folder.glob("v*")] if folder else []
     for generation in sorted(int(name) for name in names if name.isdecimal()):
         if folder and generation >= protobuf[0]:
@@ -151,7 +151,7 @@ def _generated_code() -> tuple[dict[str, Version], list[str]]:
             depth = 1 if parts[0] != "google" else 3 if parts[1] == "cloud" else 2  # many packages share these folders
             package = ".".join(parts[:depth])
             if parts[:2] == ("wandb", "proto") and len(parts) > 3:
-                continue  # wandb loads only one of these generations
+                continue  # wandb loads only one of the folders v5, v6, …
             modules.setdefault(package, ".".join(parts))
             floor = _wandb(folder / "wandb/proto", PINNED) if package == "wandb" else _read(path, _CHECK)
             if floor is not None and floor > max(PINNED, needs.get(package, PINNED)):
@@ -162,7 +162,7 @@ def _generated_code() -> tuple[dict[str, Version], list[str]]:
 def _pb2_files(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder):
         if where == str(folder / "google" / "protobuf"):
-            folders.clear()  # protobuf's own
+            folders.clear()  # protobuf's own generated files
             continue
         folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.endswith(".dist-info"))
         yield from (Path(where, name) for name in sorted(names) if name.endswith("_pb2.py"))

@@ -52,7 +52,7 @@ class Server:
     mark: str
     """"NAME=value" of an environment variable that all processes below the server have."""
     variables: dict[str, str]
-    """The values at the server's start of the variables that libraries read only then."""
+    """The environment variables that libraries read only at the server's start, with their values at the start."""
     watched: dict[str, tuple[str, int]] | None = None
     """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
@@ -66,7 +66,7 @@ class Server:
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            # the operating system ends supervisors and workers with the server; only workers' children may remain
+            # the operating system ends all launches' processes with the server, except children of workers
             for path in Path("/proc").glob("[0-9]*/environ"):
                 with contextlib.suppress(OSError):
                     if self.mark.encode() in path.read_bytes():
@@ -130,13 +130,13 @@ def _read_at_start() -> dict[str, str]:
 
 
 def ready(interrupts: Sequence[float]) -> Server:
-    """Return a server whose imports are done and current, after starting a new server if necessary.
+    """Return a server that has imported the current files; wait for the imports, and start a new server if necessary.
 
     Args:
-        interrupts: times of interrupts; the first entry ends the wait.
+        interrupts: a time.monotonic() per interrupt; the list may grow meanwhile, and the first entry ends the wait.
 
     Raises:
-        WorkerError: the server does not start; the message has its output.
+        WorkerError: the server ended (the message has its output) or has not imported torch within START_SECONDS.
         KeyboardInterrupt: `interrupts` is not empty.
     """
     fresh = 0
@@ -148,7 +148,7 @@ def ready(interrupts: Sequence[float]) -> Server:
             else:
                 server = current
             if _has_imported(server, interrupts, patient=fresh < 3):
-                # accept a fresh server always: if it and this process find different files, another would not help
+                # always accept a fresh server: if it finds other files than this process, so would the next server
                 if fresh or _pins or _is_current(server.watched or {}):
                     return server
                 start()
@@ -175,7 +175,7 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
     """Wait for the server's list of imported files; return False if the server was killed.
 
     Args:
-        patient: False raises a WorkerError for a killed server too.
+        patient: whether to return False for a killed server; otherwise raise a WorkerError.
 
     Raises:
         WorkerError, KeyboardInterrupt: as `ready`.
