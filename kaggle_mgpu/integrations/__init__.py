@@ -1,8 +1,8 @@
-"""Run the loops of other libraries safely: stop before the session's end, save, show, and resume exactly.
+"""Run the loops of other libraries safely: stop before the session's end, save, show progress, and resume exactly.
 
 `watch` serves a loop written by hand. transformers.py, accelerate.py and lightning.py serve the library of their name,
-are imported only when asked for, and never import each other. The package knows no config object. Start reading at
-`Session` in session.py, which all loops share.
+are imported only when asked for, and never import each other. Settings are plain arguments, not a TrainConfig. Start
+reading at `Session` in session.py, which all loops share.
 """
 
 from .by_hand import Run, watch

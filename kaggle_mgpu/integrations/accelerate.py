@@ -24,15 +24,17 @@ class Session:
     """Resume, seed, record, save and stop a loop. Every rank makes the same calls, after `accelerator.prepare`.
 
     Args:
+        accelerator: the Accelerator that has prepared the models, optimizers and loaders.
         output_dir: the run's folder; checkpoints by `accelerator.save_state` lie in checkpoints/step-N.
         max_steps: optimizer steps of the run; `batches` ends after them.
         seed: for the order of samples, augmentation and dropout.
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         keep_last: number of checkpoints to keep, the newest.
-        log_every: steps between two records.
+        log_every: steps between two records in metrics.jsonl.
 
     Raises:
+        ValueError: time_limit or save_every is not a duration.
         LockedError: another run has the folder.
     """
 
@@ -53,7 +55,7 @@ class Session:
         )  # fmt: skip
 
     def resume(self) -> Path | None:
-        """Load the newest whole checkpoint of the run's folder, or of a folder of its name among Kaggle's inputs."""
+        """Load the newest checkpoint (see `session.newest`); return its folder, or None without a checkpoint."""
         start = session.newest(self._output_dir)
         self.steps_taken, self._position = 0, (0, 0)
         if start is not None:
@@ -64,7 +66,7 @@ class Session:
         return start
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Yield the prepared loader's batches, epoch after epoch, from the run's position to its end or its stop."""
+        """Yield the loader's batches from the run's position, epoch after epoch, until the run ends or must stop."""
         samples = session.seeded(loader, self._seed)
 
         def passes(epoch: int, skip: int) -> Any:

@@ -25,11 +25,12 @@ from . import session
 
 
 class Run:
-    """A run of a loop, made by `watch`. Every rank makes the same calls.
+    """The run of a loop, made by `watch`. Every rank makes the same calls.
 
     Args:
         kept: the checkpoints in the run's folder.
-        objects: models, optimizers and other objects with `state_dict` and `load_state_dict`.
+        objects: models, optimizers and other objects with `state_dict` and `load_state_dict`, by name.
+        options: further arguments of `session.Session`; the other arguments are those of `watch`.
 
     Raises:
         TypeError, ValueError, CheckpointError, LockedError: as `watch`.
@@ -77,7 +78,7 @@ class Run:
             print(f"going on from {start}: step {self.steps_taken} of {self.max_steps}", flush=True)
 
     def batches(self, loader: Any) -> Iterator[Any]:
-        """Yield the loader's batches, epoch after epoch, from the run's position to its last step or its stop.
+        """Yield the loader's batches, epoch after epoch, from the run's position until the run ends or must stop.
 
         The order of samples, their augmentation and the dropout of each batch depend only on the seed and the position.
         An iterable dataset is read from its start and decides itself on order and augmentation. Call `batches` once,
@@ -98,7 +99,7 @@ class Run:
             if samples is not None:
                 samples.set_epoch(epoch)
             session.seed_order(loader, self._seed, epoch)
-            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # no sampler can skip
+            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # no batch sampler can skip
             return itertools.islice(loader, skip if drops else 0, None)
 
         return self.session.batches(passes)
@@ -108,7 +109,7 @@ class Run:
 
         Args:
             loss: a number or a 0-d tensor, of this rank; read on rank 0 when a record is due.
-            numbers: further numbers for the record.
+            numbers: further numbers or 0-d tensors for the record.
         """
         self.steps_taken += 1
         given = numbers if loss is None else {"loss": loss, **numbers}
@@ -134,6 +135,7 @@ class Run:
                 self._kept.begin(self.steps_taken, tensors=models, state=others, facts=facts)
 
     def close(self, error: BaseException | None = None) -> None:
+        """Save and write result.json, unless an error ended the loop; wait for saves, and unlock the folder."""
         if error is None:
             self.save()
         for saved in self._kept.wait() if distributed.is_main() else []:
@@ -182,17 +184,19 @@ def watch(
     """Resume a run from its folder or Kaggle's inputs; record, save and stop the run inside the `with` block.
 
     Args:
+        output_dir: the run's folder.
         max_steps: optimizer steps of the run; `Run.batches` ends after them.
         seed: for the order of samples, augmentation and dropout.
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         keep_last: number of checkpoints to keep, the newest.
-        log_every: steps between two records.
+        log_every: steps between two records in metrics.jsonl.
         objects: what to save and restore, by a name of your choice: model=model, optimizer=optimizer, scheduler=….
 
     Raises:
         TypeError: an object has no state_dict or load_state_dict.
-        ValueError: a model or an optimizer is split over the ranks: fully_shard, FSDP, ZeroRedundancyOptimizer.
+        ValueError: a model or an optimizer is split over the ranks (fully_shard, FSDP, ZeroRedundancyOptimizer), or
+            time_limit or save_every is not a duration.
         CheckpointError: the folder holds a run of other objects or another seed.
         LockedError: another run has the folder.
     """

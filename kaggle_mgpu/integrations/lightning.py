@@ -28,13 +28,13 @@ class SessionCallback(Callback):
 
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
-        seed: of the order of samples, augmentation and dropout.
+        seed: for the order of samples, augmentation and dropout.
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         keep_last: number of checkpoints to keep, the newest.
 
     Raises:
-        ValueError: the Trainer has another number of processes than were launched.
+        ValueError: not as many processes were launched as the Trainer has; time_limit or save_every is not a duration.
         LockedError: another run has the folder.
     """
 
@@ -50,7 +50,10 @@ class SessionCallback(Callback):
         self.finished, self.began, self.saved = False, False, 0
 
     def find_checkpoint(self) -> str | None:
-        """Return the newest checkpoint in the run's folder, or in one of the same name among Kaggle's inputs."""
+        """Return the path of the newest checkpoint in the run's folder or Kaggle's inputs; None without a checkpoint.
+
+        Among the inputs, a folder of the same name as `output_dir` is searched.
+        """
         found = session.newest(self.output_dir)
         self.history = None if found is None else found.parent.parent
         return None if found is None else str(found / "model.ckpt")

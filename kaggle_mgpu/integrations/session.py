@@ -25,11 +25,11 @@ from ..parallel import distributed
 HOLDERS = ("base_dataloader", "_dataloader")
 """Attributes in which accelerate's and Fabric's loaders hold the DataLoader that reads the data."""
 MOST_WITHOUT_A_STEP = 256
-"""Batches without an optimizer step after which the end of a pass over the data is an error."""
+"""If at the end of the data at least this many batches have passed since the last step, `batches` raises an error."""
 
 
 class Session:
-    """A Session accompanies a loop from its start or resume to its end or stop. All ranks make the same calls.
+    """A Session tells a loop when to save and stop, seeds it, and records its steps. All ranks make the same calls.
 
     Args:
         output_dir: the run's folder, for metrics.jsonl and result.json; locked while the run lasts.
@@ -40,10 +40,11 @@ class Session:
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         nbytes: bytes of a checkpoint, to estimate the duration of the first save.
         history: folder of the run to continue, if not output_dir.
-        unit: the name of the units that `after_step` counts, such as samples.
+        unit: what `after_step` counts, "samples" or "steps"; the throughput is recorded as UNIT_per_s.
         position: for `batches`: the epoch, and the number of its batches taken by earlier sessions.
 
     Raises:
+        ValueError: time_limit or save_every is not a duration.
         LockedError: another run has the folder.
     """
 
@@ -86,18 +87,18 @@ class Session:
         """Seed all random generators of this rank from (seed, epoch, number, rank).
 
         Args:
-            number: the step's or micro-step's number in the epoch, or in the run if `epoch` is always 0.
+            number: the number of the batch in the epoch; if `epoch` is always 0, of the batch or step in the run.
         """
         randomness.seed_for(self._key, (epoch << 32) + number, self._rank)
 
     def batches(self, passes: Callable[[int, int], Iterable[Any]]) -> Iterator[Any]:
-        """Yield batches, epoch after epoch, from the run's position to its last step or its stop; seed before each.
+        """Yield batches, epoch after epoch, from the run's position until the run ends or must stop; seed each.
 
         Args:
             passes: a function of (epoch, skip) that returns an epoch's batches without the first `skip`.
 
         Raises:
-            ValueError: an epoch has no batch, or the loop counts no step.
+            ValueError: an epoch has no batch, or the loop never calls `after_step`.
         """
         epoch, skip = self.position
         while not self.over:
@@ -164,7 +165,7 @@ class Session:
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Measure and record the save made in the `with` block."""
+        """Measure and record the duration of the save made in the `with` block."""
         began = time.monotonic()
         distributed.saving(True)
         with self.clock.pause():
@@ -174,7 +175,7 @@ class Session:
 
     @contextlib.contextmanager
     def checkpoint(self, step: int, keep_last: int, **facts: Any) -> Iterator[Path]:
-        """Give a temporary folder for a checkpoint, renamed to checkpoints/step-N when all ranks have written.
+        """Yield a temporary folder for a checkpoint, and rename the folder to step-N when all ranks have written.
 
         Args:
             keep_last: number of checkpoints to keep, the newest.
@@ -201,7 +202,7 @@ class Session:
         self.progress.record({"kind": "save", "step": step, "seconds": seconds, "time": self.clock.seconds()})
 
     def record(self, kind: str, **values: Any) -> None:
-        """Record a "start", "train" or "eval", with its time."""
+        """Record values of a "start", "train", "eval" or "stop", with the step and the run's seconds of training."""
         if kind == "train":
             values = {**values, **self.clock.throughput(self.unit)}
         if kind == "eval":
@@ -209,7 +210,7 @@ class Session:
         self.progress.record({"kind": kind, "step": self.step, **values, "time": self.clock.seconds()})
 
     def close(self, error: BaseException | None = None) -> bool:
-        """Write result.json and free the folder; return whether the run has taken all its steps."""
+        """Unlock the folder, and without an error write result.json; return whether the run is finished."""
         finished = error is None and self.step >= self.max_steps
         reason = "finished" if finished else self.reason or "the loop ended before its last step"
         result = {"finished": finished, "reason": reason, "step": self.step, "max_steps": self.max_steps}
@@ -229,7 +230,7 @@ class Session:
 def newest(output_dir: Path) -> Path | None:
     """Return a run's newest checkpoint, from its folder or from a folder of its name among Kaggle's inputs.
 
-    Every rank gets the same answer.
+    Every rank gets the same answer, None without a checkpoint.
     """
 
     def find() -> Path | None:
@@ -301,9 +302,9 @@ class Skipping:
 
 
 def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
-    """Make a loader seed its samples and skip its first batches once; return None for an iterable dataset.
+    """Make a loader seed its samples and skip its first `skip` batches once; return the SeededSamples.
 
-    A loader without a batch sampler (batch_size=None) skips nothing.
+    For an iterable dataset do nothing and return None. Without a batch sampler (batch_size=None) no batch is skipped.
     """
     inner = next((getattr(loader, name) for name in HOLDERS if hasattr(loader, name)), loader)
     if isinstance(inner.dataset, IterableDataset) or not hasattr(inner.dataset, "__len__"):

@@ -19,12 +19,12 @@ from ..machine import session as machine
 from ..parallel import distributed
 from .session import SeededSamples, Session, seeded
 
-_open: list[Session] = []  # not closed yet, since a Trainer that fails calls none of its callbacks
+_open: list[Session] = []  # a Trainer that fails calls no callback, so the next run closes its session
 _histories: dict[Path, Path] = {}  # output folder -> the folder among the inputs from which the run continues
 
 
 def find_checkpoint(output_dir: str | Path) -> str | None:
-    """Return the newest whole checkpoint of a Trainer's run, from its folder or from Kaggle's inputs; None for none.
+    """Return the path of a Trainer's newest complete checkpoint, in its folder or Kaggle's inputs; None without any.
 
     Among the inputs, a folder of the same name as `output_dir` is searched. An incomplete checkpoint, as left by a
     kill, is skipped. Every rank gets the same answer.
@@ -48,7 +48,7 @@ def _find(folder: Path) -> str | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Return whether a Trainer's checkpoint was written to its end: trainer_state.json comes last."""
+    """Return whether a Trainer's checkpoint is complete: with trainer_state.json, written last, and no torn file."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for path in checkpoint.iterdir():
@@ -67,14 +67,18 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 class SessionCallback(TrainerCallback):
-    """Save at intervals; save and stop before the session ends or on request; record; make a resumed run exact.
+    """Save at intervals, save and stop before the session ends or on request, and record metrics.
 
-    Random generators are seeded from (seed, step, rank) before each step and from (seed, epoch, sample) before each
-    sample of a map-style dataset.
+    A resumed run draws the same random numbers as an uninterrupted run: generators are seeded from (seed, step, rank)
+    before each step, and from (seed, epoch, sample) before each sample of a map-style dataset.
 
     Args:
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
         save_every: time between two saves, "15m" or seconds, beside the Trainer's own saves; None: no further saves.
+
+    Raises:
+        ValueError: time_limit or save_every is not a duration.
+        LockedError: another run has the folder.
     """
 
     def __init__(self, *, time_limit: str | float | None = None, save_every: str | float | None = "15m") -> None:
@@ -98,7 +102,7 @@ class SessionCallback(TrainerCallback):
         )  # fmt: skip
         _open.append(self.session)
         self.batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # Trainer takes a step before it compares with max_steps, so a finished run gets no batch
+        # Trainer compares with max_steps only after a step; a loader without batches keeps a finished run from a step
         over = state.global_step >= state.max_steps
         self.samples = seeded(given["train_dataloader"], args.seed, skip=sys.maxsize if over else 0)
         self.step_ended = time.monotonic()

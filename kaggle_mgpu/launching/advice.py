@@ -1,6 +1,6 @@
-"""Help a launched loop other than `train`: report its steps, find two common mistakes, explain torch's errors.
+"""Help a launched function other than `train`: report its steps to `launch`, find mistakes, explain torch's errors.
 
-watch(store, rank, count)     # before the loop
+watch(store, rank, count)     # before the function is called
 advise(error)                 # adds a note with the remedy to an error of torch.distributed
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
-"""Optimizer steps after which a loop is checked for mistakes: by then it has made its process group and log files."""
+"""Optimizer steps after which a loop is checked for mistakes: by then the loop has made its process group and logs."""
 _EVENTS = "tensorboard"
 _STARTS_PROCESSES = (
     "launch has started one process for each GPU already. Give launch the function that each of them calls, not one "
@@ -43,10 +43,11 @@ def advise(error: BaseException) -> None:
 def watch(store: Any, rank: int, count: int) -> None:
     """Report each optimizer step of this process to the launcher, and check for two mistakes.
 
-    Training without a process group is reported at once; TensorBoard events from several ranks are reported by `tell`.
+    At step STEPS a missing process group is reported; TensorBoard events from several ranks are reported by `tell`.
 
     Args:
         store: torch's store that all ranks share.
+        rank: this process's rank.
         count: number of ranks.
     """
     import torch.distributed as dist
@@ -63,7 +64,8 @@ def watch(store: Any, rank: int, count: int) -> None:
         # GIL and waits for a thread, which needs the GIL to free an object of backward: a deadlock (torch 2.13)
         if dist.is_initialized() and dist.group.WORLD not in groups:
             groups.append(dist.group.WORLD)
-        # no step number: alive(step) would start the default time limit, but a loop's own evaluation may be silent
+        # alive() without a step: alive(step) would start `launch`'s default timeout, but the function's own evaluation
+        # may take longer without a sign of life
         distributed.alive()
         if steps != STEPS or count == 1:
             return

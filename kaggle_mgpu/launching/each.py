@@ -35,19 +35,19 @@ from .settings import ProcessSettings, is_run_settings
 
 @dataclass
 class _Job:
-    """A call with one item; its thread sets `state`, and then `value` or `error`."""
+    """A call with one item; the thread that makes the call sets `value` or `error`, and the last `state`."""
 
     name: str
     item: Any
     folder: Path
     digest: str | None = None
-    """Identifies the call, to find its kept value. None if the item is a config (its run folder holds the result), or
-    if the call cannot be pickled."""
+    """Identifies the call, so that a later launch finds its kept value. None if the item is a config (its run folder
+    holds the result), or if the call cannot be pickled."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
     kept_value: bool = True
-    """False after the value could not be written."""
+    """False if `keep` has failed to write the value."""
 
     def line(self) -> str:
         """Return the job's name, state and last line of output."""
@@ -98,17 +98,19 @@ def launch_each(
     function and of the notebook functions it calls. Changes in modules are not noticed.
 
     Args:
-        items: numbers, names, or configs. If two configs share an output_dir, each config gets a subfolder fold0,
-            fold1, … of its output_dir.
+        function: any function that takes an item as the first argument.
+        items: numbers, names, or configs (such as a TrainConfig). If two configs share an output_dir, each config gets
+            a subfolder fold0, fold1, … of its output_dir.
         output_dir: logs and values are kept in its subfolders fold0, fold1, …; of no effect for configs.
-        at_once: jobs at the same time. Default: one for each GPU, or one where there is none.
+        at_once: jobs at the same time. Default: one for each GPU, or one without GPUs.
         gpu_ids: which GPUs, as "0,1". Default: all.
         timeout: as in `launch`, for each job.
         max_restarts: as in `launch`, for each job.
 
     Raises:
         ExceptionGroup: jobs failed. Its `results` has the values of all jobs, None for those that failed.
-        ValueError: at_once is more than the number of GPUs, or gpu_ids names a missing GPU.
+        ValueError: at_once is below 1 or more than the number of GPUs, or gpu_ids names a missing GPU.
+        WorkerError: the worker server does not start.
     """
     jobs = _jobs(list(items), Path(output_dir))
     gpus = devices.select(gpu_ids)
@@ -180,7 +182,7 @@ def _run(
     settings = ProcessSettings() if config is None else ProcessSettings.of(config)
     restarts = settings.max_restarts if max_restarts is None else max_restarts
     try:
-        if config is not None:  # fail before this launch empties the logs of another run in the folder
+        if config is not None:  # raise LockedError before this launch empties the logs of the run that has the lock
             with lock.held(config.output_dir):
                 pass
         job.value = attempts(
@@ -203,7 +205,7 @@ def _run(
 def _digest(value: Any) -> str | None:
     """Return a digest of a value and of its functions' code, the same in all processes; None if pickling fails.
 
-    Pickles themselves differ: a cell's code has the process's id in its file name, a cell's class has a random id, and
+    Plain pickles differ: a cell's code has the process's id in its file name, a cell's class has a random id, and
     a tensor's storage has its address. A function of a module is in a pickle by name only.
     """
     import cloudpickle
@@ -212,7 +214,7 @@ def _digest(value: Any) -> str | None:
 
     class Pickler(cloudpickle.Pickler):
         def reducer_override(self, item: Any) -> Any:
-            if isinstance(item, CodeType):  # the order of a set differs between processes
+            if isinstance(item, CodeType):  # a frozenset's order differs between processes
                 constants = [
                     sorted(map(repr, part)) if isinstance(part, frozenset) else part for part in item.co_consts
                 ]

@@ -1,6 +1,6 @@
 """Run a function on N worker processes from a notebook cell, a script, or under torchrun.
 
-    result = launch(train, config, task)      # one worker per GPU, or config.nproc workers
+    result = launch(train, config, task)      # one worker per GPU, or config.nproc workers: rank 0's result
     values = launch(lambda: rank(), nproc=2)  # any function: every rank's value, in the order of ranks
 
 The workers are forked from a clean server process that has imported torch already (server.py), never from the notebook:
@@ -69,25 +69,30 @@ def launch(
     in_worker: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Call `function(*args, **kwargs)` on every worker; return the list of values, for `train` the single result.
+    """Call `function(*args, **kwargs)` on every worker; return all values in the order of ranks.
 
-    An interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second one ends them at once.
+    For a function marked `returns_rank0`, such as `train`, rank 0's value alone is returned. An interrupt (the stop
+    button) asks the workers to stop: `train` saves and returns. A second interrupt kills the workers.
 
     Args:
-        nproc: number of processes on this machine. Default: from a TrainConfig among the arguments, else one for each
-            GPU, or one without GPUs. With one process, and under torchrun, the function is called in this process.
+        nproc: number of processes on this machine. Default: as a config among the arguments (a TrainConfig) says,
+            else one for each GPU, or one without GPUs. A single process, and each process under torchrun, calls the
+            function itself.
         gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
         timeout: seconds without a sign of life of any rank (distributed.alive, or output) after which a HangError is
-            raised. Default: the config's hang_timeout_minutes, else 30 minutes. With the default, the clock starts at
-            the first call of alive(step), which `train` makes after each step; else at the launch.
+            raised, from the launch on. Default: the config's hang_timeout_minutes, else 30 minutes, from the first call
+            of alive(step) on; `train` calls alive(step) after each step.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
         in_worker: start a worker even for a single process, so that no CUDA context stays in this process.
 
     Raises:
-        TypeError: `function` is not callable, or `kwargs` has a misspelt argument of `launch`.
-        ValueError: more processes than there are GPUs, or than a launch can start.
+        TypeError: `function` is not callable or cannot be pickled, or `kwargs` has a misspelt argument of `launch`.
+        ValueError: more processes than there are GPUs, or than a launch can start; gpu_ids names a missing GPU.
+        LockedError: another run trains in the config's output_dir.
         WorkerDiedError: a worker was killed, crashed or ended without a result.
         HangError: no rank made progress for `timeout` seconds.
+        WorkerError: no worker could be started, or a worker's exception cannot be raised in this process.
+        KeyboardInterrupt: there was a second interrupt, or one before the workers had started.
         Exception: as raised by the function in a worker, with the worker's traceback as the cause.
     """
     if not callable(function):
@@ -110,7 +115,7 @@ def launch(
     if count == 1 and not in_worker:
         # CUDA_VISIBLE_DEVICES has no effect once this process has used CUDA
         shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
-        shown |= without_peer_access(gpus, settings)  # dp has several GPUs in this process
+        shown |= without_peer_access(gpus, settings)  # strategy="dp" uses several GPUs from this process
         with env.variables(shown), _restored_handlers():
             try:
                 value = function(*args, **kwargs)
@@ -123,7 +128,7 @@ def launch(
                 raise
         return value if one_value else [value]
 
-    if config is not None and one_value:  # fail before this launch empties the logs of another run in the folder
+    if config is not None and one_value:  # raise LockedError before this launch empties the other run's logs
         with lock.held(config.output_dir):
             pass
     limit = timeout if timeout is not None else settings.hang_timeout_minutes * 60
@@ -137,7 +142,7 @@ def launch(
 
 
 def _check_names(function: Callable[..., Any], kwargs: Iterable[str]) -> None:
-    """Raise TypeError for an argument that the function does not take, and whose name is like one of `launch`."""
+    """Raise TypeError for a name that is no parameter of the function, but resembles a parameter of `launch`."""
     try:
         accepted = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some C functions have no signature
@@ -249,7 +254,7 @@ def collect_interrupts() -> Iterator[list[float]]:
 
 @contextlib.contextmanager
 def _restored_handlers() -> Iterator[None]:
-    """Restore the handlers of SIGINT and SIGTERM after the `with` block: a loop that broke off may leave its own."""
+    """Restore the handlers of SIGINT and SIGTERM after the `with` block: a loop ended by an error may leave its own."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

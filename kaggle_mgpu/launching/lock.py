@@ -43,7 +43,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     systems).
 
     Raises:
-        LockedError: another run has the folder, and keeps it for PATIENCE_SECONDS.
+        LockedError: another run still holds the lock after PATIENCE_SECONDS.
     """
     new = not os.path.lexists(folder)
     file = None if fcntl is None else _take(Path(folder))
@@ -115,13 +115,15 @@ def _release(folder: Path, file: BinaryIO) -> None:
         if _is_at(folder / FILE, file):  # else the folder was removed, and the file there now may be another run's
             (folder / FILE).unlink()  # before unlocking, so that a process that waits for the lock notices the removal
     with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_UN)  # unlocks a forked process's copy too
+        fcntl.flock(file, fcntl.LOCK_UN)  # close() would not unlock while a forked process has a copy
     _held.discard(file)
     file.close()
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file for writing, which locks on NFS need; another user's file for reading only, enough on a local disk.
+    """Open a lock file for writing, since NFS locks no file opened for reading only.
+
+    Another user's file can be opened for reading only; a local disk locks such a file too.
 
     Raises:
         OSError: the file cannot be made, or is a link or a folder, which must not be written to.

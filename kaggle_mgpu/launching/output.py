@@ -19,7 +19,7 @@ class Output:
     """Show rank 0's log in the cell as the log grows.
 
     The worker writes to its log file only, so a slow notebook never delays the worker. Nothing after byte `end` is
-    shown: the traceback there is shown with the exception.
+    shown: the traceback there is shown with the exception. With `quiet`, nothing at all is shown.
     """
 
     def __init__(self, path: Path, quiet: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Pickle functions and classes from cells, tensors, values and exceptions for the way to the workers and back.
+"""Pickle calls for the workers, and their values and exceptions for the notebook's process.
 
 data = pickling.dumps(value, "the value")  # a TypeError names the part that cannot travel
 value = pickle.loads(data)
@@ -73,7 +73,7 @@ def _travelling(tensor: Any) -> Any:
 
 
 def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
-    """Find the smallest part of a value that pickle refuses, and the expression for this part."""
+    """Find the smallest part of a value that pickle refuses, at most `depth + 1` levels deep, and its expression."""
     parts: dict[str, Any] = {}
     if isinstance(value, dict):
         parts = {f"{name}[{key!r}]": item for key, item in value.items()}
@@ -95,7 +95,7 @@ def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
 
 
 class _Rebuilt:
-    """Wrap an exception whose own pickling fails, most often because __init__ needs more arguments."""
+    """Wrap an exception whose own pickling fails, most often because __init__ needs more than `args`."""
 
     def __init__(self, error: BaseException) -> None:
         self.parts = (type(error), error.args, dict(error.__dict__))

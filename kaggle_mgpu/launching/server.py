@@ -46,7 +46,7 @@ from . import advice, pickling
 
 PRELOAD = (
     "torch", "torch.distributed", "torch.nn.parallel.distributed", "torch.utils.data",
-    # imported, together with sympy, at the first use of DistributedDataParallel and of the optimizers
+    # torch imports this, and sympy with it, at the first use of DistributedDataParallel and of the optimizers
     "torch._dynamo",
     "torch.profiler._cupti_monitor", "torch.utils.serialization", "numpy.ctypeslib", "cloudpickle", "safetensors.torch",
     "kaggle_mgpu.training",
@@ -55,7 +55,7 @@ PRELOAD = (
 
 END = struct.Struct("ii")  # supervisor to notebook: rank, status as from waitpid; (-1, 0): the workers are forked
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
-SIZE = struct.Struct("q")  # worker to notebook: length of the pickle after it, (kind, bytes in the log, *content)
+SIZE = struct.Struct("q")  # worker to notebook: bytes of the pickle that follows: (kind, size of the log, *content)
 PULSE = struct.Struct("qqqq")  # of a rank: see distributed.set_pulse
 
 MOST_WORKERS = 124
@@ -88,10 +88,10 @@ class Request:
 
 
 def main(control_fd: int) -> NoReturn:
-    """Import, say ready, and fork a supervisor for each launch until the notebook's process is gone."""
+    """Import PRELOAD, report the imported files, and fork a supervisor for each launch while the notebook lives."""
     me, parent = os.getpid(), os.getppid()
     control = socket.socket(fileno=control_fd)
-    # workers inherit this: an interrupt stays pending until the worker can handle it
+    # workers inherit the blocked signal: an interrupt stays pending until the worker can handle it
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the operating system
     _adopt_orphans()
@@ -136,7 +136,7 @@ def main(control_fd: int) -> NoReturn:
 def _end_orphans(supervisors: set[int]) -> bool:
     """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
-    # the list may omit a running supervisor (see _children); forgotten here, it would be killed as an orphan later
+    # `children` may omit a running supervisor (see _children); if it were forgotten, the next call would kill it
     supervisors -= {pid for pid in supervisors - children if not os.path.exists(f"/proc/{pid}")}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
@@ -311,7 +311,7 @@ def _work(
             os.close(fd)
     sys.stdout.reconfigure(line_buffering=True, encoding="utf-8")  # type: ignore[union-attr]
     sys.stderr.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    faulthandler.enable(log_fd, all_threads=True)  # not to 2, which the function may close
+    faulthandler.enable(log_fd, all_threads=True)  # not to descriptor 2, which the function may close
     faulthandler.register(signal.SIGQUIT, log_fd, all_threads=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
@@ -352,7 +352,7 @@ def _work(
         store = dist.TCPStore(host, port, request.count, rank == 0, timeout, False, True, fd if rank == 0 else None)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         distributed.offer(dist.PrefixStore("kaggle_mgpu", store), timeout)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # a pending one is delivered here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # a pending interrupt is delivered here
         function, args, kwargs = pickle.loads(call)
         if not getattr(function, "returns_rank0", False):
             advice.watch(store, rank, request.count)
@@ -369,7 +369,7 @@ def _work(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         advice.advise(error)
         trace = _traceback(error)
-        line = "".join(traceback.format_exception_only(error)).strip()  # also where the error's __str__ fails
+        line = "".join(traceback.format_exception_only(error)).strip()  # works even if the error's __str__ fails
         in_collective = _came_from_a_collective(error)
         _leave(send, ("error", pickling.dumps_error(error), line, trace, in_collective), log_fd, trace)
 
@@ -413,7 +413,10 @@ def _meet(store: Any, rank: int, count: int) -> None:
 
 
 def _leave(send: Callable[..., None], answer: tuple[Any, ...], log_fd: int, trace: str = "") -> NoReturn:
-    """Send the answer, then write the traceback to the log, so the notebook can avoid showing the traceback twice."""
+    """Send the answer with the log's size, then write the traceback to the log and exit.
+
+    The notebook shows the log up to that size, so the traceback appears only with the exception.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # closed, or the disk is full
             stream.flush()

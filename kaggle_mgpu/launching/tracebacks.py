@@ -29,7 +29,7 @@ _ENTRY = re.compile(r'  File "(.+)", line \d+.*\n(?:    .*\n|  \[Previous.*\n)*'
 
 
 def folded(function: Callable[_Given, _Value]) -> Callable[_Given, _Value]:
-    """Return the function; a notebook shows its exceptions without frames of this package."""
+    """Wrap a function so that a notebook shows its exceptions without this package's frames (see `_hidden`)."""
 
     @functools.wraps(function)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Value:
@@ -60,7 +60,7 @@ def _rendered(error: Exception) -> list[str]:
 
 
 def _hidden(file: str) -> bool:
-    """Return whether a frame belongs to this package, to IPython, or to a wrapper that calls the next function."""
+    """Return whether a frame belongs to this package, to IPython, or to a wrapper around the user's function."""
     return file.startswith(PACKAGE) or f"{os.sep}IPython{os.sep}core{os.sep}" in file or file.endswith(_WRAPPERS)
 
 

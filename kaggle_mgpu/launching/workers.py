@@ -33,13 +33,13 @@ from .server import END, PULSE, SIGNAL, SIZE
 from .settings import ProcessSettings
 
 START_ATTEMPTS = 3
-"""How many servers are asked to start the workers."""
+"""How many servers are tried, one after another, until one of them starts the workers."""
 GRACE_SECONDS = 10.0
-"""How long to wait, after a first failure, for the failed worker to end and for a failure of another rank that may have
-caused it. On a busy machine the news of a killed rank may come seconds after the errors that the kill causes."""
+"""How long to wait, after a first failure, for the end of the failed worker, and for another rank's failure that may be
+the cause. On a busy machine the news of a killed rank may come seconds after the errors that the kill causes."""
 SAVE_SECONDS = 120.0
-"""How long to wait for a checkpoint that is being written while another rank fails. A sharded checkpoint is not waited
-for, since the failed rank's part is missing."""
+"""How long to wait for a checkpoint that is being written while another rank fails. A sharded checkpoint of `train` is
+not waited for, since the failed rank's part is missing."""
 END_SECONDS = 10.0
 """How long workers that have given their value may take to end."""
 STACK_SECONDS = 2.0
@@ -57,7 +57,7 @@ class Workers:
         gpus: the GPUs that the workers may use.
         logs: the folder for their logs.
         settings: the run's settings for its processes.
-        attempt: 0, or the number of the restart, which appends to the logs.
+        attempt: 0 empties the logs; the number of a restart appends to them.
         quiet: write the output only to the logs.
 
     Raises:
@@ -76,7 +76,7 @@ class Workers:
             variables=_variables(count, gpus, settings),
             path=list(sys.path),
             folder=_folder(),
-            # IPython keeps the source of cells in linecache; workers read files themselves
+            # IPython keeps the source of cells in linecache; workers read the source of modules from files
             sources={name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
             semaphores=f"/mp-{uuid.uuid4().hex[:12]}",
             threads=cpu.threads_per_worker(count),
@@ -103,7 +103,7 @@ class Workers:
         """Run the call on the workers until every value has arrived; leave no process behind.
 
         Args:
-            interrupts: grows by one with each interrupt. The first is passed on to the workers.
+            interrupts: the list of `collect_interrupts`. The first interrupt is passed on to the workers.
             limit: seconds without a sign of life of any rank after which a HangError is raised.
             from_start: whether the limit also holds before the first step.
 
@@ -132,7 +132,7 @@ class Workers:
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
                     if interrupts and not told:
-                        # workers are in sessions of their own and got no SIGINT; `train` then saves and returns
+                        # workers run in process sessions of their own and got no SIGINT; `train` then saves and returns
                         told = True
                         self._signal(signal.SIGINT)
                     self._check_pulse(limit, from_start)
@@ -189,13 +189,13 @@ class Workers:
     def _show_output(self) -> None:
         """Show rank 0's new output, except the traceback of its error, which the exception shows."""
         size = self.output.size()
-        self._receive(0)  # an error message sets the log's end for the output
+        self._receive(0)  # an error message sets output.end, so read messages first
         self.output.show(size)
 
     def _hear_of_an_end(self) -> None:
         try:
             message = self.channel.recv(END.size)
-        except ConnectionError:  # the supervisor ended with a signal unread; a later call reads its messages
+        except ConnectionError:  # the supervisor ended before it read a signal; a later call reads its messages
             return
         for rank, status in [END.unpack(message)] if message else [(rank, None) for rank in range(self.count)]:
             while self._receive(rank):  # read the last messages first
@@ -205,7 +205,7 @@ class Workers:
             self.ended.add(rank)
 
     def _receive(self, rank: int) -> bool:
-        """Read without waiting, since a worker may stop within a message; return whether there was anything to read."""
+        """Read without waiting, since a worker may stop amid a message; return whether there was anything to read."""
         link, unread = self.links[rank], self.unread[rank]
         try:
             read = link.recv(1 << 20)
@@ -259,10 +259,10 @@ class Workers:
             self._next(min(left, 0.1))
 
     def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
-        """Wait until the checkpoint and records for the next start are written.
+        """Wait, at most SAVE_SECONDS, for the checkpoint that a rank is writing.
 
-        Before a restart (RestartError) also wait for the end of the other ranks, which write the record of the step
-        before. Most ranks end by themselves, since their next collective lacks a rank.
+        After a RestartError also wait, at most GRACE_SECONDS, until the other ranks have ended: rank 0 may still have
+        to record the step before the failed step. Ranks end by themselves when a collective lacks the failed rank.
 
         Args:
             asked: number of interrupts when the failure became known; a further interrupt ends the wait.
@@ -367,14 +367,14 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    # all GPUs for each worker, which takes its own by LOCAL_RANK
+    # every worker sees all GPUs, and takes the GPU with the number LOCAL_RANK
     return {**defaults, **variables, **without_peer_access(gpus, settings), **visible(gpus)}
 
 
 def without_peer_access(gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
     """Return environment variables for NCCL between GPUs without peer access, except variables that are set already.
 
-    nccl_p2p="auto" takes T4s for GPUs without peer access. With peer access the result is {}.
+    nccl_p2p="auto" assumes that T4s alone have no peer access. With peer access the result is {}.
     """
     off = settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus))
     found = {"NCCL_P2P_DISABLE": "1"} if off else {}

@@ -35,7 +35,7 @@ SAMPLE_TIMEOUT = 5.0
 class GPU:
     """A GPU, with nvidia-smi's ``index``, independent of CUDA_VISIBLE_DEVICES.
 
-    ``memory_bytes`` is 0 and ``capability`` None if nvidia-smi does not report the value."""
+    If nvidia-smi does not report them, ``memory_bytes`` is 0 and ``capability``, CUDA's (major, minor), is None."""
 
     index: int
     name: str
@@ -54,9 +54,9 @@ class _Answer:
 
 
 def gpus() -> list[GPU]:
-    """Return the GPUs that this process may use, in CUDA's order (:func:`report` says why the list is empty).
+    """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES, else of nvidia-smi.
 
-    nvidia-smi is asked once; CUDA_VISIBLE_DEVICES is read at every call.
+    nvidia-smi is asked once; CUDA_VISIBLE_DEVICES is read at every call. :func:`report` says why the list is empty.
     """
     return list(_visible().gpus)
 
@@ -186,8 +186,8 @@ def _number(value: str) -> int | None:
 def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
     """Return the precision for training on these GPUs, and the reason.
 
-    "auto" is bf16 where every GPU has capability 8.0 (Ampere) or more, fp16 from 7.0 (Volta, Turing: the
-    T4) on, else fp32. torch's ``is_bf16_supported()`` is not used: it counts emulation and returns True for a T4.
+    "auto" is bf16 if every GPU has capability 8.0 (Ampere) or more, fp16 if every GPU has 7.0 (Volta; T4: 7.5) or more,
+    else fp32. torch's ``is_bf16_supported()`` is not used, since it returns True for a T4, which only emulates bf16.
 
     Args:
         choice: auto, fp32, fp16 or bf16.
@@ -229,7 +229,7 @@ def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
 
 @dataclass(frozen=True)
 class Report:
-    """A Report is a printable summary of the hardware; ``reason`` explains why there is no GPU."""
+    """A Report is a printable summary: ``mode`` says how training uses the devices, ``reason`` why there is no GPU."""
 
     gpus: tuple[GPU, ...]
     precision: Precision
@@ -239,7 +239,7 @@ class Report:
     mode: str
     reason: str = ""
     load: tuple[dict[str, int | None], ...] = ()
-    """The load of each GPU (`sample`) at the time of the report, where asked for."""
+    """The load of each GPU (`sample`) at the time of the report; empty unless requested."""
 
     def __str__(self) -> str:
         lines = [self.mode + (f" ({self.reason})" if self.reason else "")]
@@ -265,7 +265,7 @@ def report(load: bool = False) -> Report:
     """Return a summary of this machine's hardware.
 
     Args:
-        load: also how busy, full and warm each GPU is.
+        load: whether to include each GPU's utilization, memory in use and temperature.
     """
     answer = _visible()
     count = len(answer.gpus)

@@ -1,6 +1,6 @@
 """This module detects the kind of Kaggle session, its folders, its remaining time and its display.
 
-Three variables override the detection: ``KAGGLE_MGPU_KAGGLE_ROOT`` (Kaggle's folders, default ``/kaggle``),
+Three environment variables override detection: ``KAGGLE_MGPU_KAGGLE_ROOT`` (Kaggle's folders, default ``/kaggle``),
 ``KAGGLE_MGPU_SESSION_END`` (the session's end as a Unix time) and ``KAGGLE_MGPU_DISPLAY=live|lines``::
 
     from kaggle_mgpu import session
@@ -67,8 +67,8 @@ def working() -> Path:
 def inputs() -> list[Path]:
     """Return the folders of all mounted inputs, sorted.
 
-    Kaggle's layouts are ``datasets/<owner>/<slug>``, ``notebooks/…``, ``models/<owner>/<slug>`` and
-    ``competitions/<slug>``, formerly ``<slug>``."""
+    Kaggle mounts ``datasets/<owner>/<slug>``, ``notebooks/<owner>/<slug>``, ``models/<owner>/<slug>`` and
+    ``competitions/<slug>``; older sessions have ``<slug>`` for every input."""
     sources: list[Path] = []
     for folder in _folders(input_root()):
         level = [folder]
@@ -86,7 +86,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 MOST_ENTRIES = 2_000_000
-"""Limit of entries that :func:`find` reads in one input: about 4 s on a local disk."""
+"""The most entries that :func:`find` reads in one input, which takes about 4 s on a local disk."""
 _NOTHING_IN = {".git", ".ipynb_checkpoints", "__MACOSX", "__pycache__", "node_modules"}
 """Folders that :func:`find` skips."""
 
@@ -145,10 +145,10 @@ def find(
 
 
 def find_prepared(folder: Path, last: str) -> Path:
-    """Return a folder, or the folder of the same name among the inputs if only that one is complete.
+    """Return `folder`, or its copy among the inputs if only the copy is complete.
 
     Args:
-        folder: a folder named after a digest of its content, such as run/data/0123abcd.
+        folder: a folder named after a digest of its content, such as run/data/0123abcd. A copy ends in data/0123abcd.
         last: the name of the file that is written last, and so marks a complete folder.
     """
     if not (folder / last).exists() and (found := find(f"{folder.parent.name}/{folder.name}/{last}", limit=1)):
@@ -159,7 +159,7 @@ def find_prepared(folder: Path, last: str) -> Path:
 def _scan(
     folder: Path, seen: set[tuple[int, int]], matches: Callable[[str], object] | None
 ) -> tuple[list[Path], list[Path], int]:
-    """Return a folder's matching entries, its folders to search, and its number of entries; nothing if in ``seen``."""
+    """Return a folder's matching entries, its folders to search, and its number of entries; [], [], 0 if seen."""
     names, folders, count = [], [], 0
     try:
         status = folder.stat()
@@ -226,27 +226,27 @@ def live() -> bool:
 def set_channel(channel: Channel | None, live: bool = True) -> None:
     """Send a worker's displays to the notebook's process through ``channel(html, text, display_id)``.
 
-    ``live`` says whether the notebook can update displays in place.
+    A channel of None ends this. ``live`` says whether the notebook can update displays in place.
     """
     global _channel, _channel_is_live
     _channel, _channel_is_live = channel, live
 
 
 def can_draw() -> bool:
-    """Return whether :func:`show` adds an output to a notebook, even if nobody is watching."""
+    """Return whether :func:`show` adds an output to a notebook, watched or not; ValueError as :func:`live`."""
     return _override() != "lines" and (_channel is not None or in_notebook())
 
 
 def can_show() -> bool:
-    """Return whether :func:`show` reaches a viewer at once; if not, callers should print lines."""
+    """Return whether :func:`show` reaches a viewer at once, else callers print lines; ValueError as :func:`live`."""
     return can_draw() and (live() if _channel is None else _channel_is_live)
 
 
 def show(html: str, text: str, display_id: str) -> None:
     """Show a display in the running cell, or update this cell's display with the same id.
 
-    In a worker with a channel the display goes to the notebook's process. Without a channel or a notebook nothing
-    happens (see :func:`can_show`).
+    In a worker with a channel the display goes to the notebook's process. In a process with neither a channel nor a
+    notebook the function does nothing (see :func:`can_show`).
 
     Args:
         html: content for notebooks.
@@ -278,7 +278,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None, started: float | None = None) -> None:
-        """Set the limit to ``seconds`` (None: none) after ``started``, a value of ``time.monotonic()`` (None: now)."""
+        """Set the limit ``seconds`` (None: no limit) after ``started``, in ``time.monotonic()`` (None: now)."""
         self._end = math.inf if seconds is None else (time.monotonic() if started is None else started) + seconds
 
     def remaining(self) -> float:
@@ -293,8 +293,8 @@ class Deadline:
 def session_started() -> float:
     """Return an estimate of the session's age in seconds.
 
-    On Kaggle the estimate is the age of process 1 (too long if the container waited for its user), elsewhere the age of
-    this process.
+    On Kaggle the estimate is the age of process 1, too high if the container ran before its session began; elsewhere
+    the age of this process.
     """
     ages = [_process_age("self"), _process_age("1") if on_kaggle() else None]
     return max((age for age in ages if age is not None), default=time.monotonic() - _imported)
