@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# _HOMES: the module of each public name. _MODULES: modules that have a short name
+# _HOMES: the module of each public name. _MODULES: the path of each module with a short name
 _HOMES = {
     "TrainConfig": "config",
     "notebook_parameters": "notebook",

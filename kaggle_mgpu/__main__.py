@@ -47,7 +47,7 @@ LIGHT = ("gpus", "check", "--version")
 
 
 def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
-    """Return the argument parser, and the recipes' modules by name."""
+    """Return the argument parser, and the recipes' modules by name; without recipes, only `LIGHT` commands and {}."""
     top = argparse.ArgumentParser(
         prog="python -m kaggle_mgpu",
         allow_abbrev=False,

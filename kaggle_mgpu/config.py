@@ -53,7 +53,7 @@ class TrainConfig:
     may change, but not the resulting global batch size. A subclass adds its own names."""
 
     ELSEWHERE: ClassVar[dict[str, str]] = {}
-    """Names of settings in other scripts, and the name here of each: an error suggests it. A subclass sets its own."""
+    """{name in another training script: field of this config}. Errors suggest the field. A subclass sets its own."""
 
     _derived: ClassVar[tuple[str, ...]] = ()
     """Fields of this config in which a subclass replaced "auto" by a value; `settings` leaves these fields out."""
@@ -61,13 +61,13 @@ class TrainConfig:
     # Where it runs
     strategy: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"] = "auto"
     """single: one GPU; dp: one process, DataParallel; ddp: one process per GPU; fsdp: like ddp, with weights, gradients
-    and optimizer state sharded, for models that do not fit otherwise; deepspeed: ZeRO; auto: ddp if nproc > 1."""
+    and optimizer state sharded, for large models; deepspeed: ZeRO; auto: ddp in several processes, else single."""
     nproc: int | Literal["auto"] = "auto"
-    """Number of replicas on this machine: worker processes under ddp, GPUs under dp. auto: one per GPU; one on CPU."""
+    """Number of replicas on this machine: GPUs under dp, else worker processes. auto: one per GPU, at least one."""
     gpu_ids: str | None = None
     """The GPUs to use, as "0,1". None: all."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), fp32 on CPU."""
+    """auto: bf16 from compute capability 8.0, fp16 with loss scaling from 7.0 (T4, V100), else fp32 (P100, CPU)."""
     compile: bool = False
     """Compile the model with torch.compile."""
     cpu_offload: bool = False
@@ -86,13 +86,13 @@ class TrainConfig:
     max_restarts: int = 0
     """Number of restarts from the newest checkpoint after a worker was killed, crashed or hung."""
     hang_timeout_minutes: float = 30.0
-    """End a run after this long without progress on any rank (no step, batch or line), and show each rank's stack."""
+    """End a run in which no rank makes progress (step, batch, output) for this long, and show each rank's stack."""
     collective_timeout_minutes: float = 60.0
     """Time limit for a collective, an exchange between all ranks. Keep the limit above hang_timeout_minutes, whose
     error is more detailed."""
     nccl_p2p: Literal["auto", "on", "off"] = "auto"
-    """Whether NCCL may copy directly between GPUs. auto: off for T4s, since Kaggle's pair has no peer access, and NCCL
-    can hang if a virtual machine claims otherwise. Copies then go through shared memory."""
+    """Whether NCCL may copy directly between GPUs. auto: off for T4s, else on. Kaggle's T4s have no peer access, and
+    NCCL can hang if a virtual machine claims otherwise. With off, copies go through shared memory."""
     gradient_compression: Literal["none", "fp16"] = "none"
     """Under ddp, send gradients as fp16: half the bytes, three significant digits. `plan` estimates the gain."""
     bucket_mb: int = 25
@@ -101,15 +101,17 @@ class TrainConfig:
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | str | None = None
     """Samples per optimizer step over all GPUs, independent of the number of GPUs. "per_gpu:64": 64 times the number of
-    GPUs (of processes on a CPU); the weights then depend on the number of GPUs. A resumed run keeps
-    the size of its first session."""
+    GPUs (of processes on a CPU); the weights then depend on the number of GPUs, and a resumed run keeps the size of its
+    first session. None: micro x replicas x accumulation, or 32 if micro_batch_size is None or auto."""
     micro_batch_size: int | Literal["auto"] | None = None
     """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
-    under fsdp and deepspeed all of a GPU's share, halved when memory runs out."""
+    under fsdp and deepspeed a GPU's whole share of the global batch, halved when memory runs out. None: that share
+    divided by gradient_accumulation_steps."""
     gradient_accumulation_steps: int | None = None
-    """Forward/backward passes per optimizer step."""
+    """Forward/backward passes per optimizer step. None: follows from the two sizes above, or 1."""
     data_workers: int | Literal["auto"] = "auto"
-    """Loader processes per rank. auto: an equal share of the CPUs, at most 4 in all; 0 for datasets with `batch`."""
+    """Loader processes per rank. auto: an equal share of at most 4 CPUs; 0 on one CPU, or for a dataset with a method
+    `batch`, which makes a whole batch at once."""
     prefetch_factor: int = 2
     """Batches that each loader process fetches ahead."""
 
@@ -123,13 +125,13 @@ class TrainConfig:
 
     # The optimizer
     lr: float = 1e-3
-    """Peak learning rate (for base_batch_size, when lr_scaling is not none)."""
+    """Peak learning rate; with lr_scaling, the peak at base_batch_size."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply lr by global_batch_size / base_batch_size (linear, Goyal et al. 2017), or by its square root (sqrt)."""
     base_batch_size: int = 256
     """The batch size that lr was chosen for; read only when lr_scaling is not none."""
     weight_decay: float = 0.1
-    """AdamW's decoupled weight decay, applied to matrices only."""
+    """AdamW's decoupled weight decay; vectors, biases and normalisation layers do not decay."""
     warmup_steps: int | float | str = 0
     """Steps of linear warm-up; below 1, a fraction of the run; or epochs, as "2 epochs"."""
     schedule: Schedule = "cosine"
@@ -141,13 +143,13 @@ class TrainConfig:
     schedule_cycle_factor: int = 1
     """T_mult of cosine_restarts: each cycle is this many times as long as the cycle before."""
     schedule_power: float = 2.0
-    """Exponent of polynomial."""
+    """Exponent of the polynomial schedule."""
     min_lr: float = 0.0
     """Final learning rate of the schedule."""
     sync_batchnorm: Literal["auto", "off"] = "auto"
-    """auto: BatchNorm layers compute their statistics over all processes, that is the global batch unless gradients are
-    accumulated; off: each process computes its own, which saves two exchanges per layer. find_unused_parameters
-    implies off, since a rank may then skip a layer."""
+    """auto: BatchNorm layers compute their statistics over the micro-batches of all processes. off: each process
+    computes its own statistics, which saves two exchanges per layer. find_unused_parameters implies off, since a rank
+    may then skip a layer in which other ranks wait."""
     find_unused_parameters: bool = False
     """Under ddp, allow parameters unused in a step (conditional branches), at the cost of time in each step."""
     max_norm: float | None = 1.0
@@ -189,7 +191,7 @@ class TrainConfig:
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
-        # before __init__, because its error for an unknown name suggests no other; unpickling passes no names
+        # checked before __init__, whose error for an unknown name suggests no known name; unpickling passes no names
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
             names = [parameter.name for parameter in accepted][1:]
@@ -238,7 +240,7 @@ class TrainConfig:
                 except ValueError as error:
                     raise ValueError(f"{type(self).__name__}.{name}: {error}") from None
                 if name == "global_batch_size":
-                    object.__setattr__(self, name, f"per_gpu:{parsed}")  # without spaces, as in checkpoints
+                    object.__setattr__(self, name, f"per_gpu:{parsed}")  # one spelling, without spaces
         for name, value in vars(self).items():
             # an empty path, as from an unset shell variable, would mean the current folder
             names = name in ("resume", "best_metric", "deepspeed_config", "model") or name.endswith(("_path", "_dir"))
@@ -269,7 +271,7 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as JSON would return them: lists for tuples."""
+        """Return the value of each field as after a JSON round trip: lists in place of tuples."""
         return {name: fields.plain(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
@@ -280,11 +282,11 @@ class TrainConfig:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Return plain values, without the `_derived` fields, which follow from others."""
+        """Return `to_dict` without the `_derived` fields."""
         return {name: value for name, value in self.to_dict().items() if name not in self._derived}
 
     def replace(self, **changes: Any) -> Self:
-        """Return a checked copy with some fields changed."""
+        """Return a checked copy with some fields changed. Raises as `from_dict`."""
         return type(self).from_dict({**self.settings(), **changes})
 
     @classmethod
@@ -304,7 +306,7 @@ class TrainConfig:
         try:
             return cls.from_dict(settings)
         except (TypeError, ValueError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError  # type(error) may need other arguments
+            kind = TypeError if isinstance(error, TypeError) else ValueError  # subclasses may need other arguments
             raise kind(f"{path}: {error}") from None
 
     @classmethod

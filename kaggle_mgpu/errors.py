@@ -21,7 +21,7 @@ class DivergedError(FloatingPointError):
 
 
 class WorkerError(RuntimeError):
-    """A worker failed and left no exception that could be raised here."""
+    """A worker failed without an exception that the launching process could raise again."""
 
 
 class WorkerDiedError(WorkerError):
@@ -37,7 +37,7 @@ class WorkerTraceback(Exception):  # noqa: N818 (the cause of another error, lik
 
     Args:
         text: the traceback.
-        in_collective: whether torch.distributed raised the exception.
+        in_collective: whether torch.distributed raised the exception, perhaps because another rank ended.
         log: the path of the worker's log, which has the traceback too; "" if there is none.
     """
 

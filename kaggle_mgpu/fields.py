@@ -50,7 +50,7 @@ def parse(name: str, annotation: Any, value: Any) -> Any:
         annotation: a type, a Literal, list[...], tuple[...] or a union of these.
 
     Raises:
-        ValueError: the value matches no type.
+        ValueError: the value matches no type, or has another number of items than the tuple.
     """
     # "none" on a command line or in papermill means None wherever None is allowed
     if types.NoneType in _choices(annotation) and (

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 def check_names(
     names: Iterable[str], known: Iterable[str], *, where: str, elsewhere: Mapping[str, str] | None = None
 ) -> None:
-    """Raise TypeError for the first unknown name, with the nearest known names; `elsewhere` as in `nearest`."""
+    """Raise TypeError for the first unknown name; the message begins with `where` and suggests the nearest known names.
+
+    `elsewhere` is as in `nearest`.
+    """
     known = list(known)
     for name in names:
         if name not in known:
@@ -62,7 +65,7 @@ _ELSEWHERE = {
     for other in others.split()
 }
 
-# Names whose value is another here: the corresponding name, and how to write the value
+# For names of other libraries whose values have another form here: the corresponding name, and a sentence on its form
 _OTHER_VALUE = {
     "warmup_epochs": ("warmup_steps", "Epochs are written '2 epochs'."),
     "batch_size": ("global_batch_size", "A size for each GPU is written 'per_gpu:32', for global_batch_size."),
@@ -70,7 +73,7 @@ _OTHER_VALUE = {
 
 
 def other_value(name: str, near: Iterable[str]) -> str:
-    """Return a sentence about the value, with a space before, where another name also means another value; else ""."""
+    """Return " " and the sentence of `_OTHER_VALUE` for `name` if its corresponding name is among `near`, else ""."""
     meant, sentence = _OTHER_VALUE.get(name.lower().replace("-", "_"), ("", ""))
     return f" {sentence}" if meant in (one.lower().replace("-", "_") for one in near) else ""
 

@@ -1,9 +1,9 @@
 """The parallel package computes gradients and optimizer steps on any number of GPUs.
 
-The package knows no config, task or dataset, and writes no file. Start reading at `Strategy` in strategy.py,
-the class for one process with one device; `choose` selects the class for a run: data_parallel.py (dp, ddp), fsdp.py or
-zero.py. distributed.py has the communication between ranks, state.py the state in checkpoints, shards.py the handling
-of sharded tensors.
+The package is independent of configs, tasks and datasets, and writes no file. Start reading at `Strategy` in
+strategy.py, the class for one process with one device. Its subclasses are in data_parallel.py (dp, ddp), fsdp.py and
+zero.py; `choose` selects the class for a run. distributed.py has the communication between ranks, state.py the state in
+checkpoints, shards.py the handling of sharded tensors.
 """
 
 from . import distributed, shards

@@ -37,7 +37,7 @@ def sync_batch_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, _Synced):
-            # decorated here, since the decorator imports torch._dynamo, which takes two seconds in every process
+            # decorated only if a model has BatchNorm, since the decorator's import of torch._dynamo takes two seconds
             members = {"forward": torch.compiler.disable(_Synced.forward)}
             module.__class__ = type(type(module).__name__, (_Synced, type(module)), members)
 
@@ -109,7 +109,7 @@ class _Normalise(torch.autograd.Function):
         exact = input.float() if input.dtype in HALF_TYPES else input
         var, mean = torch.var_mean(exact, over, correction=0)
         rows = 0 if distributed.stands_in() else input.numel() // input.shape[1]
-        # one collective; added up in the order of ranks, so that a resumed run has the same bits
+        # one collective for mean, variance and count; sums go in the order of ranks, so a resumed run has the same bits
         own = torch.cat([mean, var, mean.new_full((1,), rows)])
         every = torch.stack(distributed.all_gather(own))
         means, variances, counts = every[:, : len(mean)], every[:, len(mean) : -1], every[:, -1:]
@@ -132,7 +132,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         if not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient = gradient.contiguous()
-        # the gradient with constant statistics; the kernel also gives the sums for the statistics' part of the gradient
+        # `constant` is the input's gradient for constant mean and variance. The gradients of weight and bias, summed
+        # over the ranks, give the part through mean and variance.
         scale = torch.ones_like(mean) if weight is None else weight  # CUDA's kernel fails without a weight
         constant, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, scale, mean, var, mean, inverse, False, ctx.eps, [True, True, True]

@@ -1,10 +1,10 @@
-"""This module lets the GPU decide whether an optimizer step counts, so that the CPU need not wait for the gradient.
+"""This module lets the GPU undo an optimizer step with an infinite gradient, so the CPU need not wait for the norm.
 
     if can_undo(optimizer, parameters, device):
         step_unless(infinite, optimizer, parameters)
 
 A fused Adam's kernel skips a step with an infinite gradient by itself. Every other optimizer takes the step;
-`torch.where` then restores the weights and the optimizer state if the gradient was not finite.
+`torch.where` then restores the weights and the optimizer state if the gradient's norm was inf or nan.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from . import shards
 
 LARGEST = 64 << 20
-"""Most bytes of weights and state to copy; with more, the CPU waits for the gradient's norm. A T4 copies and compares
-64 MiB in a millisecond (320 GB/s, NVIDIA's data sheet), about as long as launching an optimizer step after a wait."""
+"""Most bytes of weights and state to copy; with more, the CPU waits for the gradient's norm. A T4 copies and restores
+64 MiB in a millisecond (320 GB/s, NVIDIA's data sheet). A wait costs about as much, since the GPU then idles."""
 
 
 def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], device: torch.device) -> bool:
-    """Return whether parameters and optimizer state are tensors on the device, of at most `LARGEST` bytes together.
+    """Return whether `step_unless` can undo a step: weights and state are on the device, at most `LARGEST` bytes.
 
     An optimizer that counts its steps on the CPU, such as torch's Adam without `fused`, cannot be undone.
     """

@@ -1,4 +1,4 @@
-"""The ddp and dp strategies replicate the model on each GPU, in one process or one thread per GPU.
+"""The ddp and dp strategies replicate the model on each GPU: ddp with a process per GPU, dp with a thread per GPU.
 
 Without a GPU, ddp's processes and dp's replicas share the CPU, so both can be tested anywhere.
 """
@@ -20,7 +20,8 @@ from . import distributed
 from .strategy import Strategy
 
 LIMB = 4096
-"""A count is sent as two digits in this base. float32 adds digits exactly up to 2^24, so a total may have 36 bits."""
+"""A count is sent as two digits in this base, 2^12. float32 adds whole numbers exactly up to 2^24, so the total of a
+count may have 24 + 12 bits."""
 
 
 class Distributed(Strategy):
@@ -29,8 +30,9 @@ class Distributed(Strategy):
     Args:
         gradient_compression: fp16 halves the bytes sent; none sends gradients unchanged.
         bucket_mb: MiB of gradients sent at a time; default: torch's.
-        counts_terms: whether each step needs a count over all ranks. On CPUs a separate collective would take 5 % of a
-            step of 11 ms, so the previous step's gradients carry the count, in two elements of an added parameter.
+        counts_terms: whether each step needs its number of loss terms summed over all ranks. On CPUs the gradients of
+            the step before carry the number, in two elements of an added parameter, since a separate collective would
+            take 5 % of a step of 11 ms.
     """
 
     name = "ddp"
@@ -47,8 +49,8 @@ class Distributed(Strategy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
-        # not on GPUs, since reading the sum would make the CPU wait; fp16 is too coarse for counts; and with
-        # find_unused_parameters torch expects no gradient for the carrier, which the wrapped forward pass does not use
+        # Not on GPUs: reading the sum would make the CPU wait. Not in fp16: too coarse for counts. Not with
+        # find_unused_parameters: the wrapped forward pass does not use the carrier, so torch expects no gradient there.
         exact = gradient_compression == "none" and not self.find_unused_parameters
         self.carries_count = counts_terms and exact and self.device.type == "cpu"
         self.carrier: nn.Parameter | None = None
@@ -72,7 +74,7 @@ class Distributed(Strategy):
         wrapped = nn.parallel.DistributedDataParallel(
             call,
             device_ids=[self.device.index] if on_gpu else None,
-            # gradients are views of the buckets, which saves the memory of one gradient
+            # gradients are views of the buckets, which saves the memory of a second copy of all gradients
             gradient_as_bucket_view=True,
             find_unused_parameters=self.find_unused_parameters,
             bucket_cap_mb=self.bucket_mb,
@@ -126,9 +128,9 @@ class Distributed(Strategy):
         return super().step(optimizer, max_norm=max_norm)
 
     def communication(self) -> float | None:
-        """Return the mean seconds over the steps timed by torch (the first ten, then every hundredth), None if unknown.
+        """Return the mean seconds per step of exchanging gradients without overlap with backward; None if unknown.
 
-        Only communication that backward does not hide counts.
+        torch times the first ten steps, then every hundredth.
         """
         with contextlib.suppress(Exception):  # torch may change this private interface
             assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
@@ -139,7 +141,7 @@ class Distributed(Strategy):
 
 
 class _Carried(torch.autograd.Function):
-    """Pass a loss on unchanged, and give a parameter a gradient that does not depend on the loss."""
+    """Return the loss unchanged; in backward, `carrier` gets the given gradient, whatever the loss is."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, carrier: Tensor, gradient: Tensor) -> Tensor:

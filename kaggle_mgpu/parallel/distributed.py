@@ -1,7 +1,7 @@
 """This module gives a process its rank and the collective operations between ranks.
 
-Every function also works in a single process, so callers need not ask for the number of processes. In a launched
-function the first collective makes the process group, unless the function has made one before.
+Every function also works in a single process, so callers need not ask for the number of processes. In a function run
+by `launch` the first collective makes the process group, unless the function has made one before.
 
     distributed.init()                    # under torchrun, or in a launched function
     total = distributed.sum(my_count)     # the same number on every rank
@@ -92,7 +92,7 @@ def under_torchrun() -> bool:
 
 
 def offer(store: dist.Store | None = None, timeout: datetime.timedelta = TIMEOUT) -> None:
-    """Keep arguments for `init`, called by the first collective at the latest, and select this rank's GPU.
+    """Keep the arguments of `init`, which the first collective calls at the latest, and select this rank's GPU.
 
     The environment variables RANK and WORLD_SIZE must be set. A launched function may call
     `torch.distributed.init_process_group` before the first collective; this module then uses the function's group.
@@ -160,7 +160,7 @@ def set_pulse(pulse: Any) -> None:
     """Set the memory shared with the launcher; called by the launcher's worker.
 
     Args:
-        pulse: four int64: step, signs of life since the step, time of the last (time.monotonic_ns), 1 while saving.
+        pulse: four int64: step, signs of life since the step, time of the last sign (monotonic_ns), 1 while saving.
     """
     global _pulse
     _pulse = pulse
@@ -185,7 +185,7 @@ def alive(step: int | None = None) -> None:
 
 
 def saving(now: bool) -> None:
-    """Tell the launcher whether this rank is writing a checkpoint, to be finished even if another rank fails."""
+    """Tell the launcher whether this rank is writing a checkpoint; after a failure the launcher waits for the write."""
     if _pulse is not None:
         _pulse[3] = now
 
@@ -204,7 +204,7 @@ def sum(value: Any) -> Any:
 def sum_later(value: T) -> Callable[[], T]:
     """Start a sum over all ranks and return a function; the function waits for the sum and returns the sum.
 
-    Communication then overlaps with other work: loss terms are counted during the first forward pass.
+    Communication then overlaps with other work. `train` sums the number of loss terms during the first forward pass.
     """
     total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
@@ -235,7 +235,7 @@ class Count:
         self.total: Callable[[], int] | None = None
 
     def start(self) -> None:
-        """Start the collective. All ranks must call this, or none."""
+        """Start the collective. All ranks must call `start`, or none."""
         self.total = sum_later(self.own)
 
     def __call__(self) -> int:
@@ -276,7 +276,11 @@ _batch: Literal["", "step", "stand-in", "alone"] = ""
 
 @contextlib.contextmanager
 def computing(batch: Literal["step", "stand-in", "alone"]) -> Iterator[None]:
-    """Set the kind of batch for a `with` block: this rank's part of a step, a stand-in, or a batch without others."""
+    """Set the kind of the batches computed in a `with` block.
+
+    "step": this rank's part of a training step. "stand-in": a batch that does not count, computed only because other
+    ranks wait. "alone": a batch for which other ranks compute nothing.
+    """
     global _batch
     before, _batch = _batch, batch
     try:
@@ -307,7 +311,7 @@ def all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """Return the rows of all ranks, in the order of ranks, and the slice of this rank's own; gradients flow to all.
+    """Return the rows of all ranks in order, and the slice of this rank's rows; gradients flow back to all ranks.
 
     For a loss over the whole batch, such as a contrastive loss: each rank compares its own rows with the rows of all
     ranks, and sums the losses of its own rows.
@@ -315,8 +319,8 @@ def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
         every, own = distributed.gather_with_gradients(model(x))  # float[all samples, features]
         loss = cross_entropy(every[own] @ every.T, torch.arange(own.start, own.stop), reduction="sum")
 
-    Ranks may have different numbers of rows. In a single process, and in `train`'s evaluation, where ranks have
-    different numbers of batches, only this rank's rows are returned.
+    `tensor` is float[rows, …]; ranks may have different numbers of rows. In a single process, and in `train`'s
+    evaluation, where ranks have different numbers of batches, only this rank's rows are returned.
     """
     if not active() or _batch == "alone":
         return tensor, slice(0, len(tensor))
@@ -413,12 +417,12 @@ def lost_a_rank(error: BaseException) -> bool:
 
 
 class RankVote:
-    """A RankVote turns decisions by each rank's clock and signals into the same decision on all ranks.
+    """A RankVote combines flags, raised by each rank's own clock and signals, into the same decision on all ranks.
 
-    A collective on every step would cost a small model more than a tenth of its time, so the ranks vote about every
-    `seconds`, and agree on the number of steps until the next vote. The votes are exchanged during the next step, which
-    waits for no rank, and the answer comes after that step; slow steps, with a vote at each, get the answer at once. A
-    single process decides at once.
+    A collective in every step would cost a small model more than a tenth of its time. The ranks therefore vote about
+    every `seconds` seconds, and each vote sets the number of steps until the next vote. A vote runs during the
+    following step, and `vote` returns the answer after that step. `vote` waits for the answer at once if steps are so
+    slow that each has a vote, and after `vote_next`. A single process decides without a vote.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -432,19 +436,22 @@ class RankVote:
 
     @property
     def most_steps(self) -> int:
-        """The most steps from a flag raised too late for a vote to the answer of the next vote."""
+        """The largest number of steps between a flag that has just missed a vote and the answer of the next vote."""
         return self.interval + 1 if active() else 1
 
     def vote_next(self, wanted: bool = True) -> None:
-        """Let the ranks vote at the next step if `wanted`, with the answer in that step.
+        """If `wanted`, make the next call of `vote` start a vote and wait for its answer.
 
-        All ranks must make the same call after the same step.
+        All ranks must call `vote_next` after the same step with the same `wanted`.
         """
         if wanted:
             self.next, self.at_once = self.steps + 1, True
 
     def vote(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any rank raised the flag; all False on steps without the answer of a vote."""
+        """Return for each flag whether any rank raised the flag; all False in steps without the answer of a vote.
+
+        All ranks must call `vote` once per step.
+        """
         if not active():
             return list(flags)
         self.steps += 1
@@ -452,7 +459,7 @@ class RankVote:
         if self.steps >= self.next:
             alive()
             now = time.monotonic()
-            pace = (now - self.since) / (self.steps - self.voted)  # `vote_next` may have come before the interval's end
+            pace = (now - self.since) / (self.steps - self.voted)  # fewer than `interval` steps after `vote_next`
             votes = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
             self.pending = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_group(), async_op=True), votes
             self.voted, self.since = self.steps, now
@@ -462,7 +469,7 @@ class RankVote:
         return answer
 
     def _answer(self) -> list[bool]:
-        """Wait for the pending vote, set the step of the next one, and return whether each flag was raised."""
+        """Wait for the pending vote, set the step of the next vote, and return whether each flag was raised."""
         assert self.pending is not None
         work, votes = self.pending
         work.wait()

@@ -24,10 +24,10 @@ from .strategy import HALF, Call, Strategy
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return a model's blocks: entries of its outermost ModuleLists and Sequentials that share a class in their list.
+    """Return a model's blocks: entries of its outermost ModuleLists and Sequentials with the class of another entry.
 
-    Lists inside blocks are left out: all ranks must gather a unit together, but may call different experts of a
-    mixture.
+    Lists inside blocks are not searched, since all ranks must gather a block together, but may call different experts
+    of a mixture of experts.
     """
     if isinstance(model, nn.ModuleList | nn.Sequential):
         entries = [child for child in model if any(True for _ in child.parameters())]
@@ -65,7 +65,7 @@ class Sharded(Strategy):
     micro-step, since accumulation before the exchange, as in ddp, would need memory for the full gradient.
 
     Args:
-        units: returns the modules that are gathered one at a time (None: `repeated_blocks`); other modules stay
+        units: returns the modules to gather one at a time, or None for `repeated_blocks`; other modules stay
             gathered throughout a step.
         cpu_offload: keep parameters, gradients and optimizer state in host memory between uses.
         meta_init: build the weights on rank 0 alone; other ranks receive their shards.
@@ -106,7 +106,7 @@ class Sharded(Strategy):
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         units = self.units(model)
-        # one unit after the other, so that at most one is unsharded on the device; the root, with the rest, is last
+        # units are sharded one by one, so at most one is whole on the device; the last, `call`, has all other weights
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
             with _integer_parameters():
@@ -123,7 +123,7 @@ class Sharded(Strategy):
 
         torch's BatchNorm needs weights of the type of its statistics, fp32. On CPUs, where autocast skips
         normalisations, LayerNorm and GroupNorm need weights of their input's type. A module with a true attribute
-        `computes_in_fp32` turns autocast off.
+        `computes_in_fp32` turns autocast off for itself, and needs fp32 weights.
         """
         on_cpu = (nn.LayerNorm, nn.GroupNorm) if self.device.type == "cpu" else ()
         kinds = (nn.modules.batchnorm._NormBase, *on_cpu)
@@ -191,8 +191,8 @@ class Sharded(Strategy):
         def gathered(tensor: Tensor) -> Tensor:
             if not shards.is_sharded(tensor):
                 return tensor
-            # Tied weights are gathered once and stay one tensor. They are recognised by the address of their memory:
-            # torch pads shards, so a rank without rows has memory too, unless no rank has any.
+            # Tied weights are gathered once and stay one tensor. The address of a shard's memory identifies the weight:
+            # torch pads shards, so a rank without rows has memory too, except for a tensor without elements.
             memory = shards.local(tensor).untyped_storage()
             key = (memory.data_ptr(), tuple(tensor.shape)) if memory.nbytes() else object()
             if key not in found:

@@ -152,9 +152,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def _set_when_resharded(unit: Any) -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, value) of the values that `set_reshard_after_forward` changes; torch has no getter.
+    """Return (owner, attribute, value) for each value that `set_reshard_after_forward` changes; torch has no getter.
 
-    Each unit has its own values, since the root keeps its weights after a forward pass.
+    The root's values differ from other units' values: torch keeps the root gathered after a forward pass.
     """
     state = unit._get_fsdp_state()
     one = getattr(state, "_fsdp_param_group", None)

@@ -98,7 +98,7 @@ class Call(nn.Module):
 class Strategy:
     """A Strategy trains in one process on one device; subclasses use several devices.
 
-    A step is `micro_step` around `backward` for each micro-batch, then `step`.
+    A step is `begin_step`, then for each micro-batch `backward` within `micro_step`, then `step`.
 
     Args:
         loss: `(model, batch) -> scalar`, the sum of the loss over a batch's terms (tokens, pixels or samples).
@@ -217,7 +217,7 @@ class Strategy:
     def forward(self, batch: Any) -> Tensor:
         """Return the loss summed over the batch's terms, or a vector of the loss and its parts, with the graph."""
         if self.parallel is self.call:
-            return self.call.forward(batch)  # skips Module.__call__, since only the wrapped model has hooks
+            return self.call.forward(batch)  # not Module.__call__: hooks are on the model inside
         return self.parallel(batch)
 
     def begin_step(self, next_terms: distributed.Count | None = None) -> None:
@@ -240,7 +240,7 @@ class Strategy:
             parameter.grad = None
 
     def try_step(self, batch: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Allocate the memory of a training step without other processes: forward, backward, optimizer step."""
+        """Take a training step without other processes, as a test of memory; the caller restores weights and state."""
         self.forward_alone(batch).flatten()[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -253,7 +253,7 @@ class Strategy:
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
-        Every rank has the same gradient and so makes the same decision to skip. On a GPU the device decides and the CPU
+        Every rank computes the same norm, so all ranks skip the same steps. On a GPU the device decides, and the CPU
         does not wait, if the optimizer is a fused Adam, or from the second step on if a step can be undone
         (conditional.py).
 
@@ -377,7 +377,7 @@ class Strategy:
         return self.whole(self.held_state(optimizer))
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the full tensors of a weights file on rank 0; all ranks must call `weights`."""
+        """Return {name: full tensor} for a weights file, valid on rank 0 only; all ranks must call `weights`."""
         return cast(dict[str, Tensor], self.whole(saved_state(self.model)))
 
     def described(self) -> dict[str, Tensor]:

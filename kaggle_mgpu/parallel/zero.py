@@ -2,10 +2,10 @@
 
     launch(train, TrainConfig(strategy="deepspeed", deepspeed_config="zero3.json"), task)
 
-zero3.json is DeepSpeed's: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. A DeepSpeed
-engine with the task's optimizer runs each backward pass and step. Checkpoints are assembled parameter by parameter and
-have the same contents as under other strategies. On CPUs DeepSpeed 0.19 compiles an extension at its first start, for a
-minute or two, and keeps the result in TORCH_EXTENSIONS_DIR.
+zero3.json has DeepSpeed's settings: {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}. A
+DeepSpeed engine with the task's optimizer runs each backward pass and step. Checkpoints are assembled parameter by
+parameter and have the same contents as under other strategies. On CPUs DeepSpeed 0.19 compiles an extension at its
+first start, for a minute or two, and keeps the result in TORCH_EXTENSIONS_DIR.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         max_norm: for clipping gradients; None: no clipping.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, not JSON, or contradicts the run's settings.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not JSON, contradicts the run's settings, or has another stage than 1, 2 or 3.
     """
     found: Any = {"zero_optimization": {"stage": 2}}
     if file is not None:
@@ -113,7 +114,7 @@ def _without_auto(tree: Any) -> Any:
 
 
 def require(device: torch.device) -> Any:
-    """Import DeepSpeed.
+    """Import DeepSpeed and return the module.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -143,8 +144,8 @@ class ZeRO(Strategy):
 
     Args:
         file: the path of DeepSpeed's JSON configuration; None: stage 2.
-        max_norm: the value that `step` will get, which DeepSpeed needs at the start.
-        averaged: whether weights will be averaged, which stage 3 does not support.
+        max_norm: the same value as `step` will get; DeepSpeed needs the value at the start.
+        averaged: whether ema_decay averages the weights; True raises ValueError under stage 3.
 
     Raises:
         ImportError, RuntimeError: DeepSpeed or a compiler is missing (see `require`).
@@ -207,7 +208,7 @@ class ZeRO(Strategy):
         return self.shapes
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights, trainable weights in the optimizer's fp32 precision."""
+        """Return {name: full tensor}; trainable weights have the optimizer's fp32 precision."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         own = self.model.state_dict()
         made: dict[Tensor, Tensor] = {}
@@ -271,7 +272,7 @@ class ZeRO(Strategy):
         }
 
     def _link(self) -> None:
-        """Let stages 1 and 2 find each parameter's moments in the flat pieces.
+        """Let stages 1 and 2 find each parameter's moments in the flat shards.
 
         DeepSpeed 0.19 does so once, after the first parameter group of the first step, and so misses the moments of all
         later groups.
@@ -336,6 +337,7 @@ class ZeRO(Strategy):
         self.skipped.fill_(state["skipped"])
 
     def shape(self, name: str) -> torch.Size:
+        """Return the shape of a full weight."""
         return self.shapes[name].shape
 
     def _put(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
