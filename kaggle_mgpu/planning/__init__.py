@@ -1,9 +1,9 @@
 """Test a machine and estimate a run before a GPU hour is spent.
 
-A run imports nothing from here. The names below load on first use, because `check` must work without torch. Start
-reading at `plan` in planner.py and `run` in check.py. selftest.py runs in a check's workers, counts.py counts a step's
-operations and memory, estimate.py turns the counts into times, compare.py measures strategies, and gpu_proof.py proves
-that training on real GPUs is right (with gpu_task.py) and quick (gpu_speed.py).
+Training imports nothing from this package. The names below load on first use, because `check` must work without torch.
+Start reading at `plan` in planner.py and `run` in check.py. selftest.py runs in a check's workers, counts.py counts a
+step's operations and memory, estimate.py turns the counts into times, and compare.py measures strategies. gpu_proof.py
+tests training on real GPUs: the correctness of results (with gpu_task.py) and the speed (with gpu_speed.py).
 """
 
 from importlib import import_module

@@ -3,9 +3,9 @@
     python -m kaggle_mgpu check                      # exit code 1 if a check failed
     from kaggle_mgpu import check; check.run()       # the same in a notebook cell
 
-Each check prints a line: passed, failed or skipped, the finding, and advice where there is any. Tests that need torch
-or a GPU run in workers of `launch`, so this process neither imports torch nor creates a CUDA context. With fewer than
-two GPUs the workers are two processes on the CPU; a single GPU is then tested by itself.
+The report has a line for each check: passed, failed or skipped, the finding, and advice if there is any. Tests that
+need torch or a GPU run in workers of `launch`, so this process neither imports torch nor creates a CUDA context. With
+fewer than two GPUs the workers are two processes on the CPU; a single GPU is then tested in a third process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..machine import devices, session
 Status = Literal["passed", "failed", "skipped"]
 
 TIMEOUT = 60.0
-"""Seconds without a sign of life before the workers count as hanging. NCCL's first collective takes a few."""
+"""Seconds without a sign of life before the workers count as hanging. NCCL's first collective takes a few seconds."""
 SHARED_MEMORY = 256 << 20
 """Free bytes expected in /dev/shm: four loader processes with two batches of up to 20 MB each, and NCCL's buffers
 between GPUs without peer access. Docker's default of 64 MB is too small."""
@@ -97,10 +97,10 @@ class Report:
         print(self)
 
     def save(self, folder: str | os.PathLike[str], **more: Any) -> Path:
-        """Write `folder`/result.json for tools that judge a notebook's run: `finished` is true if no line failed.
+        """Write the report to `folder`/result.json and return the path; `finished` is true if no line failed.
 
         Args:
-            more: further plain values to write.
+            more: further JSON values to write.
         """
         path = Path(folder) / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def run(output_dir: str | os.PathLike[str] | None = None, shared_memory: str = "
     Args:
         output_dir: the folder for runs. Its free space is checked, and a checkpoint is written there and read back.
             Default: Kaggle's working folder, or the current folder.
-        shared_memory: the file system for memory that processes share.
+        shared_memory: the folder of the file system for shared memory.
     """
     started = time.monotonic()
     report = env.fix(verbose=False, start_workers=False)
@@ -209,7 +209,7 @@ def _disk(folder: Path) -> Line:
 
 
 def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
-    """Run the tests on every GPU; with one, in two CPU processes and then on the GPU; with none, in the processes."""
+    """Run the tests on all GPUs; with one GPU, in two CPU processes and then on the GPU; with none, on the CPU only."""
     if len(gpus) > 1:
         return _lines(*_launch(folder, len(gpus)), gpus, STAGES)
     with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
@@ -224,7 +224,7 @@ def _workers(gpus: list[devices.GPU], folder: Path) -> list[Line]:
 def _lines(
     done: dict[str, Any], error: Exception | None, gpus: list[devices.GPU], stages: tuple[str, ...]
 ) -> list[Line]:
-    """Return the lines of one launch: finished stages, the stage with the error, and skipped stages."""
+    """Return the lines of one launch: for each of `stages` the finding, the error, or "skipped"."""
     judges: dict[str, Callable[[Any], list[Line]]] = {
         "workers": lambda found: [_judge_workers(found, gpus)],
         "precision": _judge_precision,
@@ -237,7 +237,7 @@ def _lines(
     for stage in stages:
         if stage in done:
             lines += judges[stage](done[stage])
-        # if the stage that broke is not among those shown, the first that did not run gets the error
+        # if `broken` is not in `stages`, the first stage that did not run shows the error
         elif stage == broken or (broken not in stages and not any(line.status == "failed" for line in lines)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))
@@ -249,7 +249,7 @@ def _lines(
 def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]:
     """Run the stages in workers; return the finding of each stage, and the error that ended the workers.
 
-    The findings come through files, so a worker's death loses none.
+    The workers write the findings to files, so that no finding is lost when a worker dies.
     """
     from ..launching import launch
 

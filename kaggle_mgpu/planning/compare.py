@@ -2,9 +2,9 @@
 
     rows = compare_strategies(config, task, steps=20)   # prints a table: single, dp, ddp; returns its rows
 
-Each strategy takes the same real steps on the same global batch with the same micro-batch per GPU ("auto": with the
-largest that each can take), in workers of its own: no checkpoint, evaluation or log is written, and nothing stays in
-this process. `measure` times one strategy; `plan` uses it too.
+Each strategy takes real steps on the same global batches with the same micro-batch per GPU, in new workers. With
+micro_batch_size="auto" each strategy takes the largest micro-batch that fits. No checkpoint, evaluation or log is
+written, and nothing stays in this process. `measure` times one strategy, also for `plan`.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of a strategy. Figures are None if the strategy could not run, and `note` says why."""
+    """The figures of a strategy. If the strategy could not run, the figures are None and `note` gives the reason."""
 
     strategy: str
     replicas: int
-    """Replicas of the model: one per GPU; on a CPU, processes (ddp) or CPUReplicas in one process (dp)."""
+    """Replicas of the model: one per GPU; on a CPU, one per process (ddp) or several in one process (dp)."""
     samples_per_s: float | None = None
     step_seconds: float | None = None
     ratio: float | None = None
     """Throughput relative to the first row with a throughput."""
     memory_bytes: tuple[int, ...] = ()
-    """Peak of torch's allocator on each GPU; () on a CPU."""
+    """Peak bytes of torch's allocator on each GPU; () on a CPU."""
     micro_batch_size: int | None = None
     terms_per_s: float | None = None
-    """In the task's unit, if the unit is not samples."""
+    """Throughput in the task's unit; None if the unit is samples."""
     note: str = ""
 
 
 @dataclass
 class Measured:
-    """The measured steps of a rank."""
+    """The measured steps of a rank; `samples` and `terms` are sums over all ranks."""
 
     seconds: list[float]
     samples: int
@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def step_seconds(self) -> float:
-        """The median: outliers of a busy machine have no influence."""
+        """Return the median of `seconds`, so that outliers of a busy machine have no influence."""
         return sorted(self.seconds)[len(self.seconds) // 2]
 
 
@@ -75,11 +75,11 @@ def compare_strategies(
 
     Args:
         nproc: replicas for dp and ddp. Default: one per GPU; two where there is none.
-        strategies: the strategies in the order of the rows; ratios are to the first row.
+        strategies: the strategies in the order of the rows; the first that can run has the ratio 1.
 
     Raises:
-        TypeError: not a TrainConfig and a Task.
-        ValueError: fewer than one step, or more replicas than there are GPUs.
+        TypeError: `config` is no TrainConfig, or `task` is no Task.
+        ValueError: `steps` or `nproc` is below 1, or `nproc` is above the number of GPUs (if there are any).
     """
     expect(config, task, "compare_strategies")
     for name, number in {"steps": steps, "nproc": 1 if nproc is None else nproc}.items():
@@ -123,13 +123,16 @@ def advice(rows: Sequence[Row]) -> str:
         f"several runs (folds, seeds, settings): launch_each, one job per GPU, gives up to {apart:.1f} samples/s on "
         f"{ddp.replicas} GPUs, {apart / together:.1f} x ddp's"
     )
-    if together < rates["single"]:  # T4s have no peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
+    if together < rates["single"]:  # T4s lack peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
         said += ". A single run is faster on one GPU: the exchange of gradients takes longer than the second GPU saves"
     return said
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """Fix the micro-batch to what `replicas` replicas get; with fewer replicas, accumulation makes up the batch."""
+    """Fix the global batch, and the micro-batch unless "auto", to their sizes with `replicas` replicas.
+
+    A strategy with fewer replicas then reaches the same global batch by gradient accumulation.
+    """
     if config.micro_batch_size == "auto":
         size = config.global_batch_size
         size = parse_per_gpu(size) * replicas if isinstance(size, str) else size
@@ -163,7 +166,7 @@ def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
     on_gpu = torch.cuda.is_available()
     mine = [distributed.device()] if on_gpu else []
     if on_gpu and config.strategy == "dp":
-        mine = [torch.device("cuda", index) for index in range(int(config.nproc))]  # one process, all of them
+        mine = [torch.device("cuda", index) for index in range(int(config.nproc))]  # dp: one process uses all GPUs
     for device in mine:
         torch.cuda.reset_peak_memory_stats(device)
     parts = settle_micro_batch(build_parts(config, task), folders=[])

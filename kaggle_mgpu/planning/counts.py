@@ -1,11 +1,11 @@
-"""Count the operations and bytes that training a model takes, from shapes alone: nothing is computed.
+"""Count the operations and bytes that training a model takes, if possible from the shapes of tensors alone.
 
-(facts,) = count_all([(config, task, True)])   # counted as under autocast on a GPU
-facts.memory(samples=32)                 # bytes on one GPU, by what they are for
+(facts,) = count_all([(config, task, True)])   # True: count as under a GPU's autocast
+facts.memory(samples=32)                 # bytes on one GPU, by their use
 
-The forward and backward passes run on torch's fake tensors, which have shapes and no data: a U-Net on cubes of 128
-voxels is counted in seconds. A loss that reads values (`.item()`, numpy) fails on fake tensors; then the passes are
-really computed.
+The forward and backward passes run on torch's fake tensors, which have shapes and no data: a U-Net on cubes of 128^3
+voxels is counted in seconds. A loss that reads values (`.item()`, numpy) fails on fake tensors; then the passes run on
+real tensors. One step of the optimizer always runs on real tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ..training import Parts, Task, build_parts, count_parameters, is_out_of_mem
 
 @dataclass(frozen=True)
 class Facts:
-    """The counts of a model and its data, over a forward and backward pass of a few samples."""
+    """The sizes of a run's data and model, and the cost of a forward and backward pass."""
 
     dataset_size: int
     val_samples: int
@@ -56,7 +56,10 @@ class Facts:
         return self.fixed_bytes + samples * self.sample_bytes
 
     def memory(self, samples: int, ema: bool = False, shards: int = 1) -> dict[str, float]:
-        """Return bytes on one GPU by their use; everything except activations is split over `shards` GPUs."""
+        """Return the bytes on one GPU by their use, for a micro-batch of `samples` samples.
+
+        With `ema`, averaged weights are included. All except the activations are split over `shards` GPUs.
+        """
         parts = {"weights": float(self.weight_bytes), "gradients": float(self.gradient_bytes)}
         parts |= {"optimizer": float(self.optimizer_bytes)} | ({"averages": float(self.weight_bytes)} if ema else {})
         return {name: nbytes / shards for name, nbytes in parts.items()} | {"activations": self.activations(samples)}
@@ -89,8 +92,8 @@ FP32_ON_CUDA = frozenset(
     "nll_loss norm pow prod reciprocal rms_norm rsqrt smooth_l1_loss soft_margin_loss softmax softmin softplus sum "
     "__pow__ __rpow__ __rtruediv__".split()
 )
-"""Functions that CUDA's autocast computes in fp32 and a CPU's does not, or not always; of the list in torch's
-documentation of torch.amp, those that models use."""
+"""Functions that CUDA's autocast always computes in fp32, and a CPU's autocast does not. The names are from the
+documentation of torch.amp, without functions that models hardly use."""
 
 
 class CudaAutocast(TorchFunctionMode):
@@ -112,11 +115,11 @@ def _as_fp32(value: Any) -> Any:
 
 
 def count_all(runs: Sequence[tuple[TrainConfig, Task, bool]], *, on_cpu: bool = False) -> list[Facts]:
-    """Count runs one after the other in one worker, so that the counting modules are imported once.
+    """Count runs in a worker, in turn, and return the counts in the same order.
 
     Args:
-        runs: config, task, and whether to count under autocast (in fp16 or bf16: the sizes are the same).
-        on_cpu: the planned runs are on a CPU, whose autocast keeps other layers in half precision than a GPU's.
+        runs: config, task, and whether to count under 16-bit autocast (fp16 and bf16 have the same sizes).
+        on_cpu: whether the planned runs are on a CPU; a CPU's autocast uses 16 bits in other layers than a GPU's.
     """
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-plan-") as folder:
         alone = {"strategy": "single", "nproc": 1, "compile": False, "resume": "never", "max_restarts": 0}
@@ -131,9 +134,9 @@ def _count_each(runs: Sequence[tuple[TrainConfig, Task, bool]], on_cpu: bool) ->
 
 
 def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
-    """Count a pass of four samples, and the bytes of two: the difference is per sample, the rest is fixed."""
+    """Count a pass of four samples and the kept bytes of two; the difference gives the kept bytes per sample."""
     here = devices.precision("auto", devices.gpus() if torch.cuda.is_available() else [])[0]
-    # where auto means fp32 (a GPU before sm_70, a CPU), take the 16-bit type that this machine can compute in
+    # if "auto" is fp32 here (a CPU, a GPU before sm_70), count with the 16-bit type that the device can compute
     small = here if here != "fp32" else "fp16" if torch.cuda.is_available() else "bf16"
     parts = build_parts(config.replace(precision=small if half else "fp32"), task)
     model, size = parts.strategy.model, parts.plan.dataset_size
@@ -141,7 +144,7 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     try:
         with autocast, shapes_alone(model) as fake:
             counted = _counted(parts, size, fake)
-    except Exception:  # a loss that reads values; an error with another cause comes up again below
+    except Exception:  # a loss that reads values; any other error is raised again below
         counted = None
     if counted is None:
         with autocast:
@@ -186,7 +189,7 @@ def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
-    """Count a pass of up to four samples; return the pass, a smaller number of samples (2 or 0), and their bytes."""
+    """Count a pass of up to four samples; return the pass, a smaller number of samples (2 or 0), and its kept bytes."""
     whole, fewer = min(4, size), 2 if size > 2 else 0
     kept = 0
     if fewer:
@@ -197,7 +200,7 @@ def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tup
 
 
 def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int]:
-    """Count as `_counted` does, with real values; one sample alone where memory does not allow more."""
+    """Count as `_counted` does, with real tensors; with one sample if memory does not suffice for more."""
     try:
         return _counted(parts, size)
     except RuntimeError as error:
@@ -210,7 +213,7 @@ def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int
 
 
 def _batch(parts: Parts, samples: int, fake: FakeTensorMode | None) -> Any:
-    """Return the first samples on the device, or with `fake` their shapes."""
+    """Return a batch of the first samples on the device; with `fake`, made of fake tensors."""
     order = data.Order(parts.plan.dataset_size, parts.config.seed, 0)[:samples]
     batch = data.move(parts.fetch[order], parts.strategy.input_device)
     return batch if fake is None else tree_map_only(torch.Tensor, fake.from_tensor, batch)
@@ -221,7 +224,7 @@ def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
     model = parts.strategy.model
     weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     held: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # else a new storage may get the number of a freed one
+    alive: list[torch.Tensor] = []  # keeps storages alive, as a new storage may get a freed storage's number
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -236,11 +239,11 @@ def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
 
 
 def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
-    """Run forward and backward of the first samples twice, since two ways of counting disturb each other."""
+    """Run forward and backward twice, since the counters of operations and operators would disturb each other."""
     distributed.alive()
     strategy, model, batch = parts.strategy, parts.strategy.model, _batch(parts, samples, fake)
     without_values = fake or contextlib.nullcontext()
-    # torch counts plain attention, but not the fused kernels of a CPU
+    # FlopCounterMode counts plain (math) attention, but not the fused attention kernels of a CPU
     with without_values, FlopCounterMode(display=False) as operations, sdpa_kernel(SDPBackend.MATH):
         strategy.forward(batch).backward()
     model.zero_grad(set_to_none=True)

@@ -4,12 +4,11 @@
     seconds = step_seconds(facts, batch, gpus.published, "fp16", "ddp")
 
 A micro-step takes max(operations / peak, bytes / memory bandwidth) / REACHED seconds, with the published peak of the
-precision, and at least LAUNCH per operator. Operations and the bytes kept for backward are counted over a real pass of
-a few samples (counts.py); moved bytes are four times the kept bytes (written and read in forward, read in backward,
-gradients written) plus three times the weights. The optimizer reads and writes weights, gradients and its own state
-once. An all-reduce of B bytes over n GPUs takes 2 (n - 1) / n B / link seconds (a ring, as nccl-tests counts).
-Communication during the last backward pass, two thirds of a micro-step, is free; the last bucket always costs its time.
-Data loading is left out.
+precision, and at least LAUNCH seconds per operator. counts.py counts the operations, and the bytes kept for backward.
+The moved bytes are four times the kept bytes (written and read in forward, read in backward, gradients written) plus
+three times the weights. The optimizer reads and writes weights, gradients and its own state once. An all-reduce of B
+bytes over n GPUs takes 2 (n - 1) / n B / link seconds (a ring, as nccl-tests counts). Under ddp and fsdp, communication
+overlaps with the last backward pass (two thirds of a micro-step), except for the last bucket. Data loading is left out.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class Published:
     """The published figures of a GPU."""
 
     memory_bytes: float
-    """The memory that torch reports, less than the nominal size."""
+    """Bytes of memory as torch reports them: less than the nominal size."""
     capability: tuple[int, int]
     peak: dict[str, float]
-    """Operations per second by precision, dense; fp32 without TF32, which torch leaves off."""
+    """Operations per second by precision, for dense matrices; fp32 without TF32, which is off in torch by default."""
     bandwidth: float
     """Bytes per second of the memory."""
     link: float
@@ -49,8 +48,9 @@ _PCIE3 = "NCCL's own figure for PCIe 3.0 x16 (PCI_BW in src/graph/topo.h), an up
 _PCIE4 = "NCCL's own figure for PCIe 3.0 x16, doubled for 4.0; an upper bound"
 _NVLINK = "NVLink, as NCCL counts it"
 # Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 SXM (40 and 80 GB), H100 SXM and H200 SXM, and for the RTX
-# 4090 its paper on the architecture Ada (tensor cores, dense, sums in fp32).
-# NVLink: NCCL's figure a link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h) times 12 and 18 links.
+# 4090 NVIDIA's white paper on the Ada architecture (tensor cores, dense, sums in fp32).
+# NVLink: NCCL's figure per link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h), times 12 links for the A100 and
+# 18 for the H100 and H200.
 PUBLISHED = {
     "T4": Published(
         14.56 * 2**30, (7, 5), {"fp32": 8.1e12, "fp16": 65e12}, 320e9, 12e9,
@@ -80,7 +80,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Target:
-    """The GPUs of a plan."""
+    """The GPUs, or the CPU, of a planned run."""
 
     name: str
     count: int
@@ -88,6 +88,7 @@ class Target:
     memory_bytes: float | None
     """Memory of one GPU; None if unknown."""
     here: bool = False
+    """Whether these are this machine's, so that steps can be measured."""
     on_cpu: bool = False
 
     @classmethod
@@ -95,9 +96,9 @@ class Target:
         """Return the target for a text such as "T4x2" or "A100"; an unknown GPU has no published figures.
 
         Raises:
-            ValueError: the text is not a name with an optional number.
+            ValueError: the text is no GPU name with an optional count of at least 1.
         """
-        # the X of RTX is no sign of multiplication
+        # the X in RTX does not introduce a count
         pattern = r"(?:(?:Tesla|NVIDIA|GeForce)\s+)*([A-Za-z][A-Za-z0-9-]*?)(?:\s*(?<!RT)X\s*(\d+))?"
         found = re.fullmatch(pattern, re.sub(r"(?i)RTX\s+", "RTX", str(text).strip()), re.IGNORECASE)
         if found is None or found[2] == "0":
@@ -120,7 +121,7 @@ class Target:
         return cls(name, len(gpus), published, min(gpu.memory_bytes for gpu in gpus) or None, here=True)
 
     def gpus(self) -> list[devices.GPU]:
-        """Return GPU records for `devices.precision`."""
+        """Return the GPUs as `devices.GPU` objects, the input of `devices.precision`."""
         capability = self.published.capability if self.published else None
         return [devices.GPU(i, self.name, int(self.memory_bytes or 0), capability) for i in range(self.count)]
 
@@ -130,8 +131,11 @@ class Exchange:
     """The communication between the GPUs in a step."""
 
     what: str
+    """The communication in words."""
     nbytes: int
+    """Bytes of gradients; under dp, of weights and gradients for each GPU but the first."""
     seconds: float
+    """Seconds of the communication alone."""
     hidden: float
     """Seconds of the backward pass that can overlap with communication."""
     exposed: float
@@ -149,7 +153,10 @@ def step_seconds(
 
     Args:
         strategy: single, dp, ddp, fsdp or deepspeed.
-        reached: the share of the published figures; 1.0 gives a lower bound.
+        reached: the share of the published figures that training reaches; 1.0 gives a lower bound of the time.
+
+    Raises:
+        KeyError: the GPU has no published peak for this precision, such as bf16 on a T4.
     """
     micro, accumulation, replicas = batch.micro_batch_size, batch.gradient_accumulation_steps, batch.num_replicas
     computing = facts.operations * micro / gpu.peak[precision] / reached
@@ -187,7 +194,7 @@ def exchange(
         return Exchange(what, nbytes, seconds, 0.0, seconds, link, source)
     seconds = 2 * (replicas - 1) / replicas * gradients / link
     what = f"an all-reduce of {size(gradients)} of gradients"
-    if strategy == "fsdp":  # two gathers of the weights and a scatter of the gradients: three halves of an all-reduce
+    if strategy == "fsdp":  # gathers weights twice, scatters gradients: each is half an all-reduce
         seconds *= 1.5
         what = f"gathering {size(facts.weight_bytes)} of weights twice and scattering their gradients"
     last = min(1.0, BUCKET / gradients) if gradients else 0.0

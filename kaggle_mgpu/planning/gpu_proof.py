@@ -1,10 +1,10 @@
-"""Prove on real GPUs, in under eight minutes, that training there is right and quick.
+"""Prove on real GPUs, in under eight minutes, that training gives the right weights and is fast.
 
     make gpu-proof                                        # JSON lines in build/gpu_proof.jsonl, and a table
     from kaggle_mgpu.planning import gpu_proof; gpu_proof.run("gpu_proof.json")   # the same in a notebook cell
 
-Each section runs in workers of its own with a time limit; if it fails, the others still run. A section returns plain
-values with `right`, its verdict. The sections for two GPUs are left out where there is one.
+Each section trains in new workers and has a time limit. If a section fails, the others still run. A section returns a
+dict of JSON values with `right`: whether the section passed. `both_gpus` is left out on a machine with one GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .gpu_task import RELATIVE, Sum, config_in, difference, train_in, weights
 
 
 def facts(folder: str, quick: bool) -> dict[str, Any]:
-    """List the machine's GPUs and versions."""
+    """List the machine's GPUs and the versions of torch and CUDA."""
     report = str(devices.report())
     return {"right": bool(devices.gpus()), "torch": torch.__version__, "cuda": torch.version.cuda, "report": report}
 
@@ -49,12 +49,12 @@ def facts(folder: str, quick: bool) -> dict[str, Any]:
 def _in_worker() -> list[Any]:
     distributed.init()
     tensor = torch.ones(4, device=distributed.device())
-    dist.all_reduce(tensor)  # with one rank too
+    dist.all_reduce(tensor)  # NCCL must also work with a single rank
     return [torch.cuda._is_in_bad_fork(), tensor.tolist(), distributed.sum(3)]
 
 
 def worker(folder: str, quick: bool) -> dict[str, Any]:
-    """Use CUDA in this process, then reduce over NCCL in workers: in a single rank, and in a rank for each GPU."""
+    """Use CUDA in this process, then all-reduce over NCCL: in a single worker, and in a worker for each GPU."""
     before = torch.cuda.is_available()
     if before:
         torch.ones(1, device="cuda")
@@ -65,7 +65,7 @@ def worker(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def precisions(folder: str, quick: bool) -> dict[str, Any]:
-    """Train in each precision twice, and compare with the CPU."""
+    """Train twice in each precision: the weights must be close to the CPU's, and the same in both runs."""
     with env.variables({"CUDA_VISIBLE_DEVICES": ""}):
         on_cpu = train_in(f"{folder}/cpu", Sum())
     kinds = [kind for kind in RELATIVE if kind != "bf16" or devices.precision("auto", devices.gpus())[0] == "bf16"]
@@ -80,7 +80,7 @@ def precisions(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def resumed(folder: str, quick: bool) -> dict[str, Any]:
-    """Kill a run with SIGKILL, resume it, and compare byte for byte with a run that nobody disturbed."""
+    """Kill a run with SIGKILL and resume the run; the weights must equal an uninterrupted run's exactly."""
     undisturbed = train_in(f"{folder}/undisturbed", Sum(adamw=True))
     died = False
     try:
@@ -94,26 +94,26 @@ def resumed(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def batch_norm(folder: str, quick: bool) -> dict[str, Any]:
-    """Train with BatchNorm, averaged weights and an automatic micro-batch."""
+    """Train with BatchNorm, an EMA of the weights and an automatic micro-batch; the final loss must be below 10."""
     task = Sum(batch_norm=True, adamw=True)
     result = launch(train, config_in(folder, ema_decay=0.9, micro_batch_size="auto"), task, in_worker=True)
     return {"right": bool(result.finished and result.metrics["loss"] < 10), **result.metrics}
 
 
 def out_of_memory(folder: str, quick: bool) -> dict[str, Any]:
-    """Run out of the GPU's memory for real, and finish with smaller micro-batches and the same weights."""
+    """Run out of GPU memory: training must finish with smaller micro-batches and nearly the same weights."""
     short, enough = train_in(f"{folder}/short", Sum(most=8)), train_in(f"{folder}/enough", Sum())
     return {"right": difference(short, enough) < RELATIVE["fp32"], "off": difference(short, enough)}
 
 
 def compiled(folder: str, quick: bool) -> dict[str, Any]:
-    """Train a compiled model."""
+    """Train with torch.compile: the weights may differ by 0.1 % from an uncompiled run's."""
     off = difference(train_in(f"{folder}/c", Sum(), compile=True), train_in(f"{folder}/plain", Sum()))
     return {"right": off < 1e-3, "off": off}
 
 
 def _waits(folder: str) -> dict[str, int]:
-    """Count the host's waits for the GPU in five steps by torch's debug mode, for optimizers and precisions."""
+    """Count the host's waits for the GPU in five steps of each optimizer and precision (set_sync_debug_mode)."""
     found = {}
     for adamw in (True, False):
         for precision in ("fp32", "fp16"):
@@ -139,7 +139,7 @@ def host_waits(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
-    """Train with two ranks on one GPU over gloo, and compare each strategy with one process."""
+    """Train with two ranks on one GPU over gloo: under each strategy, the weights must match a single process's."""
     one = train_in(f"{folder}/one", Sum())
     found: dict[str, Any] = {}
     cases: list[dict[str, Any]] = [
@@ -173,7 +173,7 @@ def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def both_gpus(folder: str, quick: bool) -> dict[str, Any]:
-    """Train on all GPUs over NCCL under ddp, dp and fsdp, against one; then measure how much faster they are."""
+    """Train on all GPUs under ddp, dp and fsdp: compare the weights with one GPU's; then measure the speed-up."""
     one, count = train_in(f"{folder}/one", Sum()), len(devices.gpus())
     names = ("ddp",) if quick else ("ddp", "dp", "fsdp")
     off = {n: difference(train_in(f"{folder}/{n}", Sum(), strategy=n, nproc=count), one) for n in names}
@@ -204,14 +204,14 @@ SECTIONS: dict[Callable[[str, bool], dict[str, Any]], int] = {
     facts: 20, worker: 40, precisions: 80, resumed: 40, batch_norm: 40, host_waits: 40, out_of_memory: 40, overhead: 60,
     gpt: 60, save: 60, two_ranks: 120, both_gpus: 120, compiled: 90, adapters: 90, gpu_tests: 120,
 }  # fmt: skip
-"""The sections with their limits in seconds."""
+"""The sections, each with its time limit in seconds."""
 LIMIT = 480
-"""Seconds for all sections together; sections that have not begun by then are left out."""
+"""Time limit of all sections together, in seconds; sections that have not begun by then are left out."""
 
 
 @contextlib.contextmanager
 def _at_most(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so many seconds."""
+    """Raise TimeoutError in the `with` block after `seconds` seconds; for the main thread only."""
 
     def late(number: int, frame: Any) -> None:
         raise TimeoutError(f"not done after {seconds} s")
@@ -230,17 +230,17 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
 
     Args:
         only: names of the sections to run. Default: all.
-        quick: take a few steps of small models, to try this module itself; the speeds then say nothing.
+        quick: a test of this module: few steps of small models, ten times the time limits, and no judged speeds.
 
     Returns:
-        The lines: `section`, `right`, `seconds`, with the section's values or its `error`.
+        The lines as dicts: `section` (its name), `right`, `seconds`, and the section's values or its `error`.
 
     Raises:
         RuntimeError: there is no GPU.
     """
     if not devices.gpus():
         raise RuntimeError(f"gpu_proof needs a GPU: {devices.report().reason}. Choose one in Settings > Accelerator.")
-    began, lines, patience = time.monotonic(), [], 10 if quick else 1  # other programs may keep the CPU busy
+    began, lines, patience = time.monotonic(), [], 10 if quick else 1  # quick: a test's machine may be busy
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for section, limit in SECTIONS.items():

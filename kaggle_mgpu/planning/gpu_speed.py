@@ -1,4 +1,8 @@
-"""The sections of `gpu_proof` that measure speed: a step beside a hand-written loop, LoRA steps, and a save."""
+"""The sections of `gpu_proof` that measure speed: training beside hand-written loops, LoRA, and saving.
+
+Each section takes a folder to write to and `quick` (small models, few steps, speeds not judged), and returns its
+measurements as JSON values, with `right`: whether the section passed.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,11 @@ from ..training import Parts, build_parts, take_step
 from .gpu_task import Sum, config_in
 
 _BLOCKS = {1: (4, 256), 5: (12, 1024), 20: (24, 2048)}
-"""{milliseconds per step on a T4: (blocks, width) of the model}; estimates."""
+"""The models of `overhead`: {estimated milliseconds per step on a T4: (number of blocks, width)}."""
 
 
 def _kernels(step: Callable[[], None]) -> int | None:
-    """Count the kernels of a step; None without torch's profiler of CUDA."""
+    """Return the number of CUDA kernels in a step, or None if torch's profiler cannot record CUDA."""
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return None
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -41,10 +45,10 @@ def _kernels(step: Callable[[], None]) -> int | None:
 
 
 def _timed(loops: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[str, Any]]:
-    """Time several training loops alternately, in four rounds.
+    """Time training loops in turn, in four rounds of `steps` steps each.
 
-    Return for each loop the milliseconds per step of its fastest round by wall clock (`ms`) and by CUDA events
-    (`gpu_ms`), and the number of kernels in a step.
+    Return for each loop the milliseconds per step in the fastest round, by wall clock (`ms`) and by CUDA events
+    (`gpu_ms`), and the number of CUDA kernels in a step (`kernels`).
     """
     found: dict[str, dict[str, Any]] = {name: {"ms": math.inf, "gpu_ms": math.inf} for name in loops}
     for turn in range(4):
@@ -67,7 +71,7 @@ def _timed(loops: dict[str, Callable[[], None]], steps: int) -> dict[str, dict[s
 
 
 def _stepper(parts: Parts) -> Callable[[], None]:
-    """Return a function that takes the next step of kaggle_mgpu."""
+    """Return a function for training with kaggle_mgpu; each call takes the next step."""
     batches = parts.batches(0)
 
     def step() -> None:
@@ -94,9 +98,10 @@ def _speed(folder: str, milliseconds: int, steps: int) -> dict[str, Any]:
 
 
 def overhead(folder: str, quick: bool) -> dict[str, Any]:
-    """Compare a step of kaggle_mgpu with that of a hand-written loop, for models of about 1, 5 and 20 ms a step.
+    """Compare the time of a training step in kaggle_mgpu and in a hand-written loop.
 
-    At 5 ms, kaggle_mgpu may take at most 1.01 times as long.
+    A step of the three models takes about 1, 5 and 20 ms on a T4. For the model of 5 ms, kaggle_mgpu may take at most
+    1.01 times as long as the hand-written loop.
     """
     found: dict[str, Any] = {}
     for size in (1,) if quick else _BLOCKS:
@@ -106,7 +111,7 @@ def overhead(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def _plain_gpt(task: text_generation.TextGeneration, device: torch.device, precision: str) -> Callable[[], None]:
-    """Return a function that takes a training step of the recipe's model the way nanoGPT's train.py does."""
+    """Return a function that takes a step on the task's model at each call, like nanoGPT's train.py."""
     config, path = task.config, Path(task.corpus.folder) / "train.bin"
     model = task.model().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
@@ -163,9 +168,9 @@ def _gpt(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def gpt(folder: str, quick: bool) -> dict[str, Any]:
-    """Compare the training speed of the recipe text_generation with that of a loop like nanoGPT's train.py.
+    """Compare the speed of the recipe text_generation with a loop like nanoGPT's train.py.
 
-    Both train the same model; kaggle_mgpu may take at most 1.05 times as long.
+    Both train the same model; a step of kaggle_mgpu may take at most 1.05 times as long.
     """
     found = launch(_gpt, folder, quick, nproc=1, in_worker=True)[0]
     return {"right": quick or found["kit"]["ms"] <= 1.05 * found["plain"]["ms"], **found}
@@ -192,11 +197,14 @@ def _adapters(folder: str, tuning: Any, quick: bool) -> dict[str, Any]:
 
 
 def adapters(folder: str, quick: bool) -> dict[str, Any]:
-    """Take steps of fine-tuning with adapters on 16-bit and on 4-bit weights (qlora)."""
+    """Fine-tune with LoRA on 16-bit weights and on 4-bit weights (qlora); five steps on a batch must lower the loss.
+
+    Without transformers, peft or bitsandbytes the section is left out.
+    """
     missing = [name for name in ("transformers", "peft", "bitsandbytes") if importlib.util.find_spec(name) is None]
     if missing:
         return {"right": True, "left_out": f"not installed: {', '.join(missing)}"}
-    # qlora needs bitsandbytes' CUDA kernels, and `quick` may run without a GPU
+    # qlora needs a real GPU for bitsandbytes' kernels; `quick` also runs in tests that imitate GPUs
     names = ("lora",) if quick else ("lora", "qlora")
     found = {name: launch(_adapters, folder, name, quick, nproc=1, in_worker=True)[0] for name in names}
     return {"right": all(row["losses"][-1] < row["losses"][0] for row in found.values()), **found}
@@ -207,12 +215,13 @@ def _save(folder: str, quick: bool) -> dict[str, Any]:
     parts = build_parts(config_in(folder, global_batch_size=64), Sum(depth=depth, width=width, adamw=True))
     step, ms, stalls = _stepper(parts), [], []
     with Checkpoints(Path(folder, "checkpoints")) as checkpoints:
-        for number in range(3):  # the first save also allocates page-locked memory
+        for number in range(3):  # the first save takes longer: it allocates page-locked memory
             began = time.perf_counter()
             for _ in range(10):
                 step()
             torch.cuda.synchronize()
-            ms.append((time.perf_counter() - began) * 100)  # ms[0] without a save running, ms[1:] during one
+            # milliseconds per step: ms[0] before any save, ms[1:] while the previous save is being written
+            ms.append((time.perf_counter() - began) * 100)
             began = time.perf_counter()
             held = parts.strategy.held_state(parts.optimizer)
             checkpoints.begin(number, tensors={"model": held.pop("model")}, state=held, facts={})
@@ -224,6 +233,10 @@ def _save(folder: str, quick: bool) -> dict[str, Any]:
 
 
 def save(folder: str, quick: bool) -> dict[str, Any]:
-    """Save 600 MB three times: the seconds for which training stands still, and ms a step before and during saves."""
+    """Save a model with its AdamW state (600 MB) three times in the background, with ten training steps before each.
+
+    `stall_s`: seconds that each save delays training, a wait for the previous save included. `step_ms`: milliseconds
+    per step before each save. `bytes`: the size of a checkpoint.
+    """
     found: dict[str, Any] = launch(_save, folder, quick, nproc=1, in_worker=True)[0]
     return {**found, "right": found["right"] and (quick or found["bytes"] > 5.5e8)}

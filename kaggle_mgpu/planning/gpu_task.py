@@ -22,12 +22,12 @@ from ..training import Task, train
 
 STEPS = 40
 RELATIVE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 0.05}
-"""Allowed relative difference of the weights from the CPU's after STEPS steps of SGD, by precision (24, 8 and 11
-bits)."""
+"""Allowed relative difference between two runs' weights after STEPS steps of SGD, by precision. The significands have
+24, 8 and 11 bits."""
 
 
 class Blocks(nn.Module):
-    """Residual blocks on 16 numbers, with BatchNorm at first if wanted."""
+    """Residual blocks between two linear layers: float[samples, 16] to float[samples, 1]."""
 
     def __init__(self, depth: int, width: int, batch_norm: bool) -> None:
         super().__init__()
@@ -48,7 +48,11 @@ class Blocks(nn.Module):
 
 @dataclasses.dataclass
 class Sum(Task):
-    """Learn the sum of 16 numbers; `killed`: die after the first checkpoint; `most`: samples that fit into memory."""
+    """Learn a quarter of the sum of 16 numbers.
+
+    With `killed`, the process kills itself after the first checkpoint. With `most` > 0, a micro-batch of more than
+    `most` samples runs out of memory.
+    """
 
     depth: int = 3
     width: int = 64
@@ -72,8 +76,8 @@ class Sum(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         x, y = batch
-        if self.most and model.training and len(x) > self.most:  # more than any GPU has
-            torch.empty(1 << 50, dtype=torch.uint8, device=x.device)
+        if self.most and model.training and len(x) > self.most:
+            torch.empty(1 << 50, dtype=torch.uint8, device=x.device)  # 1 PiB, more than any GPU has
         return (model(x).float() - y).square().sum()
 
     def optimizer(self, model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -107,12 +111,12 @@ def weights(folder: str) -> Tensor:
 
 
 def difference(folder: str, other: str) -> float:
-    """Return the distance of two runs' weights, relative to the second's length."""
+    """Return the distance between two runs' weights, divided by the norm of the second run's weights."""
     one, two = weights(folder), weights(other)
     return float((one - two).norm() / two.norm())
 
 
-if __name__ == "__main__":  # a rank of two_ranks
+if __name__ == "__main__":  # one of the two ranks that gpu_proof.two_ranks starts
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:gloo")
     train(config_in(sys.argv[1], **{"nproc": "auto", **json.loads(sys.argv[2])}), Sum())

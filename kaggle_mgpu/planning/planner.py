@@ -27,9 +27,9 @@ from .counts import Facts, count_all
 from .estimate import Exchange, Target
 
 MEASURING_SECONDS = 5.0
-"""Longest measurement on a CPU in seconds; slower steps are estimated."""
+"""Longest expected measurement on a CPU, in seconds; a longer measurement is replaced by an estimate."""
 WEEKLY_HOURS = 30.0
-"""Kaggle's quota of GPU hours; an hour of two T4s counts as one."""
+"""Kaggle's weekly quota of GPU hours; an hour on two T4s counts as one hour."""
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Plan:
     """The result of :func:`plan`, to be printed. Unknown times are None."""
 
     sentence: str
+    """The batch and the steps in words."""
     target: Target
     strategy: str
     precision: str
@@ -53,14 +54,15 @@ class Plan:
     seconds: float | None
     """Duration of the whole run, evaluations included."""
     at_best: float | None
-    """Seconds of the run if the GPUs reached their published figures; None for a measurement."""
+    """Seconds of the run if the GPUs reached all of their published figures; None unless estimated from these."""
     source: str
+    """How `step_seconds` was found, or why not."""
     sessions: int | None
     quota: float | None
-    """Share of a week's GPU hours."""
+    """The run's time as a fraction of WEEKLY_HOURS."""
     speedup: float | None
+    """Speed of `speedup_of` GPUs divided by the speed of one GPU, with the same global batch."""
     speedup_of: int
-    """The number of GPUs that are compared with one GPU."""
     exchange: Exchange | None
     reasons: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
@@ -107,14 +109,14 @@ def plan(config: TrainConfig, task: Task, on: str | None = None, steps: int = 5)
         steps: the number of measured steps.
 
     Raises:
-        TypeError: not a TrainConfig and a Task.
-        ValueError: the settings contradict each other or the GPUs, as in `train`.
+        TypeError: `config` is no TrainConfig, or `task` is no Task.
+        ValueError: `on` is malformed, `steps` is below 1, or the settings do not fit each other or the GPUs.
     """
     return plan_all([(config, task)], on, steps)[0]
 
 
 def plan_all(runs: Sequence[tuple[TrainConfig, Task]], on: str | None = None, steps: int = 5) -> list[Plan]:
-    """Plan several runs, such as the stages of a recipe, as `plan` does each."""
+    """Plan several runs, such as the stages of a recipe; arguments and errors are as in `plan`."""
     for config, task in runs:
         expect(config, task, "plan")
     if steps < 1:
@@ -200,7 +202,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
         exchange=None,
     )
     if step_seconds is not None:
-        # an evaluated sample costs the forward third of a trained sample, and the replicas share the samples
+        # forward is taken as a third of a training step's time, and the replicas share the validation samples
         in_steps = batch.max_steps + evaluated / 3 / batch.global_batch_size
         out.seconds = in_steps * step_seconds
         out.at_best = None if at_best is None else in_steps * at_best
@@ -262,7 +264,7 @@ def _shards(config: TrainConfig, replicas: int) -> int:
 
 
 def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas: int) -> int | None:
-    """Estimate the largest micro-batch for nine tenths of a GPU's memory; None if the memory is unknown."""
+    """Estimate the largest micro-batch for nine tenths of a GPU's memory: below 1 if none fits, None if unknown."""
     if not target.memory_bytes or facts.sample_bytes <= 0:
         return None
     fixed = sum(facts.memory(0, config.ema_decay is not None, _shards(config, replicas)).values())
@@ -277,7 +279,7 @@ def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
 
 
 def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[float, str] | None:
-    """Return estimated seconds of a step on this CPU and the method, if measuring `steps` would take too long."""
+    """Return a step's estimated seconds on this CPU and the method; None if measuring `steps` steps is fast enough."""
     side = 512
     matrix = torch.ones(side, side)
     matrix @ matrix

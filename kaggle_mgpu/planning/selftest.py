@@ -25,7 +25,7 @@ from ..parallel import Distributed, Replicated, Strategy, distributed
 from ..training import StepParts, take_step
 
 ALL_REDUCE = {"cuda": 64 << 20, "cpu": 8 << 20}
-"""Bytes that are added up to measure the bandwidth, by kind of device."""
+"""Bytes of each rank's tensor in the all-reduce that measures the bandwidth, by kind of device."""
 
 
 def workers() -> dict[str, Any]:
@@ -41,14 +41,14 @@ def precision() -> dict[str, Any]:
     """Compare a matrix product in each precision of the device with float64.
 
     Returns:
-        `precision` and `reason`: what "auto" means here; `differences`: relative, by precision, on the worst rank.
+        `precision` and `reason`: auto's choice; `differences`: the worst rank's relative difference by precision.
     """
     device = distributed.device()
     gpus = devices.gpus() if device.type == "cuda" else []
     chosen, reason = devices.precision("auto", gpus)
     kinds = {"fp32": torch.float32} | ({"fp16": torch.float16, "bf16": torch.bfloat16} if gpus else {})
     if chosen == "fp16":
-        del kinds["bf16"]  # emulated: nobody uses it
+        del kinds["bf16"]  # these GPUs only emulate bf16, and training refuses bf16 on them
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator, dtype=torch.float64) for _ in range(2))
     differences = {}
@@ -65,8 +65,8 @@ def all_reduce_bandwidth() -> dict[str, Any]:
     ring this is the rate of each link, for any number of ranks n.
 
     Returns:
-        `gigabytes_per_s`, `backend`, `ranks`, `right` (whether the sum was) and `peers`: whether each GPU can read each
-        other GPU's memory; None with fewer than two GPUs.
+        `gigabytes_per_s` (0.0 with one rank), `backend`, `ranks`, `right` (whether the sums were correct) and `peers`:
+        whether each GPU can read each other GPU's memory; None with one rank or fewer than two GPUs.
     """
     world, device = distributed.world_size(), distributed.device()
     nbytes = ALL_REDUCE[device.type]
@@ -79,7 +79,7 @@ def all_reduce_bandwidth() -> dict[str, Any]:
         return {"backend": "none", "ranks": 1, "gigabytes_per_s": 0.0, "right": True, "peers": None}
     numbers = torch.empty(nbytes // 4, device=device)
     right, best = True, float("inf")
-    for _ in range(5):  # the first sets up the connections; the best counts
+    for _ in range(5):  # the first round also sets up the connections; the fastest round counts
         numbers.fill_(distributed.rank() + 1.0)
         distributed.barrier()
         if device.type == "cuda":
@@ -98,10 +98,10 @@ def all_reduce_bandwidth() -> dict[str, Any]:
 
 
 def gradients() -> dict[str, float]:
-    """Return the relative difference of each strategy's gradient from a single device's with the whole batch.
+    """Return the relative difference between each strategy's gradient and a single device's, on the same batch.
 
     Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
-    wrong scale shows; the step is SGD's, since Adam hides a gradient of the wrong scale.
+    wrong scale changes the gradient. The gradient is taken from a step of SGD; a step of Adam would hide the scale.
     """
     world, rank, device = distributed.world_size(), distributed.rank(), distributed.device()
     cpu = torch.device("cpu")
@@ -128,7 +128,7 @@ def gradients() -> dict[str, float]:
     def part(start: int, stop: int) -> dict[str, Tensor]:
         return {name: tensor[start:stop] for name, tensor in batch.items()}
 
-    # all ranks start alike, and nobody is in a collective while rank 0 computes alone
+    # every rank computes the reference; then rank 0 tests dp alone, while the other ranks wait in the barrier
     found = {}
     reference = gradient(Strategy, [batch], cpu)
     own = gradient(Strategy, [batch], device) if device.type == "cuda" else reference
@@ -154,13 +154,13 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _difference(found: Tensor, right: Tensor) -> float:
-    """Return the length of the difference, relative to the right vector; inf for nan."""
+    """Return the norm of the difference, divided by the norm of `right`; inf for nan."""
     difference = float((found - right).norm() / right.norm())
     return float("inf") if math.isnan(difference) else difference
 
 
 def save_and_load(folder: str) -> dict[str, str]:
-    """Save and load a megabyte in `folder`, as a run does; return a sentence as `found`, or an `error`."""
+    """Save and load 1 MiB in `folder`, as a run does; return `found`, a sentence, and `error`, "" if all went well."""
     began = time.monotonic()
     numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
     made = not Path(folder).exists()

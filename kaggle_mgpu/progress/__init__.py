@@ -2,10 +2,10 @@
 
     read(output_dir)                 # every record, as written
     attach(output_dir)               # the display again, from another notebook or after a reload
-    plot(output_dir)                 # a matplotlib figure; compare_plot([one, other]) of several runs
+    plot(output_dir)                 # a matplotlib figure of a run; compare_plot([one, other]) compares runs
 
-The package imports no torch and decides nothing about a run. Start reading at `Progress` in progress.py; records.py is
-the format of metrics.jsonl, display.py and panel.py show it, plots.py draws it.
+Importing the package does not import torch. Start reading at `Progress` in progress.py. records.py defines the format
+of metrics.jsonl; display.py and panel.py show a run's records while it trains, and plots.py draws figures.
 """
 
 from . import plots

@@ -3,8 +3,8 @@
     display = choose("auto")(View(max_steps=1000), print)
     attach(output_dir)           # show a run again, from another notebook or after a reload of the page
 
-A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel, because Kaggle
-either loses bars and live outputs there or saves every version.
+A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel: in its saved
+notebook, Kaggle either loses bars and live outputs or keeps every version that was drawn.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Lines:
 
     def close(self, outcome: str, status: str) -> None:
         self.say(outcome)
-        if session.can_draw():  # the panel stays in the saved notebook
+        if session.can_draw():  # also without a viewer: the saved notebook shows the panel
             with contextlib.suppress(Exception):
                 session.show(panel_html(self.view, outcome, status), outcome, self.id)
 
@@ -105,7 +105,7 @@ class Bar(Lines):
 
 
 class Panel(Lines):
-    """Redraw a notebook output at most twice a second; print lines after the first failure."""
+    """Redraw a notebook output at most twice a second; if drawing fails, print lines from then on."""
 
     works = True
 
@@ -190,7 +190,7 @@ class _RecordsFollower:
         return replaced
 
     def pass_to(self, display: Lines, records: list[Record], show: bool) -> None:
-        """Hand records to a display's view, and show each if asked."""
+        """Hand records to a display's view; with `show`, also show each record."""
         for record in records:
             if isinstance(record.get("time"), int | float):
                 self.last_time, self.last_time_at = float(record["time"]), time.monotonic()

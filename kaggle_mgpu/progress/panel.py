@@ -17,13 +17,13 @@ from typing import Any
 from .records import Record, numbers, texts
 
 POINTS = 200
-"""Most points of a curve in the panel; a full curve loses every second point."""
+"""Maximum number of points of a curve in the panel. When a curve is full, every second point is dropped."""
 
 # Text and background colours come from the same source, so they always contrast: VS Code's variables, JupyterLab's
 # (nbconvert's HTML has them too), or the browser's own pair, which follows the system's light or dark mode.
 _TEXT = "var(--vscode-foreground,var(--jp-content-font-color1,CanvasText))"
 _BACKGROUND = "var(--vscode-editor-background,var(--jp-layout-color0,Canvas))"
-# Contrast at least 3:1 against white and against #111 (WCAG 2.1, 1.4.11); shapes differ too.
+# Contrast at least 3:1 against white and against #111 (WCAG 2.1, 1.4.11). The two curves also differ in shape.
 _TRAIN, _VAL, _MEMORY, _BAD = "#3b82f6", "#d97706", "#8b5cf6", "#ef4444"
 _LINE = "rgba(128,128,128,.35)"
 
@@ -53,7 +53,7 @@ class View:
 
     Args:
         max_steps: optimizer steps of the run.
-        unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
+        unit: the unit of the throughput: the panel shows "<unit>_per_s" of a record, or else "samples_per_s".
         world_size: number of processes.
         device_line: the devices and the precision.
         clock: gives the time in seconds.
@@ -71,7 +71,7 @@ class View:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.max_steps, self.unit, self.world_size, self.device_line = max_steps, unit, world_size, device_line
-        self.replicas = world_size  # more of them than processes under dp
+        self.replicas = world_size  # under dp, one process has several replicas
         self.clock, self.started = clock, clock()
         self.step, self.epochs, self.time_left = 0, None, math.inf
         self.latest: dict[str, Record] = {}  # the last record of each kind
@@ -91,7 +91,7 @@ class View:
         """
         kind, now = str(record.get("kind")), self.clock()
         step = int(record.get("step", self.step))
-        self.step = step if kind == "start" else max(step, self.step)  # a save is reported later, with its older step
+        self.step = step if kind == "start" else max(step, self.step)  # a save's record comes some steps after its step
         if isinstance(record.get("time"), int | float):
             self.timed = record["time"], now
         if kind == "start":
@@ -128,7 +128,7 @@ class View:
         return (self.clock() - self.pace[0]) / (self.step - self.pace[1]) * (self.max_steps - self.step)
 
     def epoch(self) -> str:
-        """Return the epoch of the last training record and the epochs of the run as text, 0.52 / 3, or ""."""
+        """Return the last recorded epoch and the number of epochs as text, such as 0.52 / 3; "" if unknown."""
         epoch = self.latest.get("train", {}).get("epoch")
         return "" if epoch is None else f"{epoch:.2f}" + (f" / {round(self.epochs, 2):g}" if self.epochs else "")
 
@@ -137,7 +137,7 @@ class View:
         return f"{self.world_size} process{'' if self.world_size == 1 else 'es'}{replicas}"
 
     def throughput(self, record: Record) -> str:
-        """Return a record's throughput as text, 12.3k tokens/s, or ""."""
+        """Return a record's throughput as text, such as 12.3k tokens/s; "" if unknown."""
         name = self.unit.replace(" ", "_")
         unit, name = (self.unit, name) if f"{name}_per_s" in record else ("samples", "samples")
         rate = numbers(record).get(f"{name}_per_s")
@@ -279,7 +279,7 @@ def _gpu(gpu: Record) -> str:
 
 
 def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> str:
-    """Draw training loss as a line and validation loss dashed with dots, above the range of the values."""
+    """Draw training loss as a line, validation loss as a dashed line with dots, and a legend with the range below."""
     points = train + val
     if len(train) < 2 and len(val) < 2:
         return ""
@@ -297,7 +297,7 @@ def _sparkline(train: list[tuple[int, float]], val: list[tuple[int, float]]) -> 
     line = 'fill="none" stroke-linejoin="round" stroke-linecap="round" vector-effect="non-scaling-stroke"'
     drawn = f'<polyline points="{" ".join(place(train))}" {line} stroke="{_TRAIN}" stroke-width="1.5"/>'
     if val:
-        dots = " ".join(f"M{point}h0" for point in place(val))  # a stroke of length 0 is round at any scale
+        dots = " ".join(f"M{point}h0" for point in place(val))  # a round stroke of length 0 stays a circle at any scale
         drawn += (
             f'<polyline points="{" ".join(place(val))}" {line} stroke="{_VAL}" stroke-dasharray="4 4"/>'
             f'<path d="{dots}" {line} stroke="{_VAL}" stroke-width="6"/>'

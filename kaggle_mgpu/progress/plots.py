@@ -4,7 +4,7 @@
     compare_plot(["runs/one", "runs/two"])     # several, side by side
     style(axes, "loss")                        # a recipe's own axes, in the same style
 
-The functions return figures and leave pyplot alone: a notebook shows a figure as a cell's last value.
+The functions return figures and do not use pyplot. A notebook shows a figure that is the last value of a cell.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def plot(output_dir: str | os.PathLike[str], *, save: bool = True) -> Figure:
     are left out.
 
     Args:
-        save: also write run.png and run.svg into the folder, if possible.
+        save: also write run.png and run.svg into the folder, if the folder is writable.
 
     Raises:
         ValueError: nothing has been recorded yet.
@@ -242,7 +242,7 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
     known = [(r["step"], r["time"] / scale) for r in train if "time" in r] or [(0, 0.0)]
 
     def when(record: Record) -> float:
-        """Return a record's x by its step and not by its time, since a save is recorded some steps later."""
+        """Return a record's x, from its step: the time of a save's record is some steps too late."""
         import numpy as np
 
         steps, times = np.array(known).T
@@ -278,7 +278,7 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
 
 
 def _time_use(records: list[Record]) -> dict[str, float]:
-    """Return the seconds of the run by their use, for the recorded steps."""
+    """Return the run's seconds by their use, summed over the records, in the order of SPENT."""
     total: dict[str, float] = {}
     for record in records:
         for use, seconds in (record.get("spent") or {}).items():
@@ -328,7 +328,7 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
         if total is not None:
             bar = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
         label = f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")
-        axes.bar_label(bar, [label], fontsize="small", color=INK)  # after the frame, whose edge would cross the text
+        axes.bar_label(bar, [label], fontsize="small", color=INK)  # outside the frame of the total
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
     style(axes, "", "memory in use at most (GiB)")

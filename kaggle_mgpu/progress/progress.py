@@ -5,8 +5,8 @@
         progress.close({"finished": True, "step": 1000, "metrics": {"loss": 1.9}, "seconds": 171.0})
     stop(output_dir)                 # ask a run to save and leave
 
-Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. The work is done with each record, so
-other steps cost nothing. Between records a thread samples the GPUs and looks for stop requests every few seconds.
+Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. All work is done when a record comes;
+steps without a record cost nothing. A thread looks for stop requests every second and samples the GPUs every 5 s.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ class Progress:
         main: whether this process is rank 0. Elsewhere all methods do nothing.
         resumed_step: the step of the loaded weights. Records of later steps, which will be trained again, are dropped,
             so each step is recorded once; 0 empties the file.
-        evaluated: the step of the last evaluation that the loaded checkpoint counts; records of later ones are dropped.
-        unit: the throughput shown is a record's "<unit>_per_s", else "samples_per_s".
-        on_record: called with each record before it is written; may add to the record, and return an `end_reason`.
+        evaluated: the step of the last evaluation before the loaded checkpoint; records of later evaluations are
+            dropped, because these will be repeated. None: resumed_step.
+        unit: the unit of the throughput: the display shows "<unit>_per_s" of a record, or else "samples_per_s".
+        on_record: called with a copy of each record before writing; may add values to the copy. A returned text
+            becomes `end_reason`.
         tensorboard: also write numbers, texts, settings and the run's plot to output_dir/tensorboard.
         settings: the hyperparameters for TensorBoard.
         world_size: number of processes, for the display.
         device_line: the devices and the precision, for the display.
         log: prints a line.
         history: the folder of the run to continue, if not output_dir; its records are copied.
-        sample: gives the GPUs' state (devices.sample). None: no thread starts, and stop requests are noticed only
-            when a record is logged.
+        sample: returns the load of each GPU, as devices.sample does. None: no thread starts, and stop requests are
+            noticed only when a record comes.
         display: "panel", "bar", "lines" or "auto".
         clock: gives the time in seconds; for tests.
 
@@ -172,7 +174,7 @@ class Progress:
             self._try("TensorBoard", lambda: _to_tensorboard(writer, record, self._step))
 
     def _try(self, what: str, action: Callable[[], object]) -> bool:
-        """Call an action and return whether it succeeded. An error must not end the run: the first becomes a note."""
+        """Call an action; return False after an error. The first error of each name in `what` becomes a note."""
         try:
             action()
             return True
@@ -192,7 +194,7 @@ class Progress:
         if not self.stop_requested and (self._folder / STOP).exists():
             with contextlib.suppress(OSError):
                 (self._folder / STOP).unlink()
-            self.stop_requested = True  # set last: the run may end at once, and the file would stay behind
+            self.stop_requested = True  # after removing the file, since the run may now end at once
 
     def _watch(self, sample: Callable[[], list[dict[str, Any]]]) -> None:
         """Look for stop requests, sample the GPUs and update the display until the run ends."""
@@ -240,11 +242,11 @@ class Progress:
             self._file.close()
             self._try("the display", lambda: self._display.close(self._display.view.outcome(result), status_of(result)))
         if self._watcher is not None:
-            self._watcher.join(0.5)  # at most: the thread may be waiting for nvidia-smi
+            self._watcher.join(0.5)  # not longer, since the thread may be waiting for nvidia-smi
         if (writer := self._writer) is not None:
             settings, step = self._settings, self._step
             self._try("TensorBoard", lambda: _finish_tensorboard(writer, self._folder, settings, result, step))
-        for note in self._untold:  # too late for a record
+        for note in self._untold:  # the file is closed, so no record is possible
             print_line(note)
 
     def __enter__(self) -> Progress:

@@ -3,10 +3,10 @@
     read(output_dir)      # every record
     running(records)      # whether the run is still active on this machine
 
-Every record has a "kind" and a "step". Kinds: "start" (a session begins; describes the run), "train", "eval", "save",
-"gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the seconds of the run over all sessions;
-"spent" says how the seconds since the previous record were used. With several processes, "rank0_loss", "rank1_loss", …
-are each rank's mean loss over its own part of the batch. These records suffice to show and plot a run.
+Every record has a "kind" and a "step". Kinds: "start" (a session began: max_steps, unit, devices), "train", "eval",
+"save", "gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the run's seconds so far, over all
+sessions; "spent" says how the seconds since the previous record were used. With several processes, "rank0_loss",
+"rank1_loss", … are each rank's mean loss over its own part of the batch. These records suffice to show and plot a run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def parse(text: str, step: int = 0) -> list[Record]:
     """Return the valid records in a text; a record without a valid "step" gets the step of the record before.
 
     Args:
-        step: the step of the record before the first.
+        step: the step of a first record that has no valid step.
     """
     records: list[Record] = []
     for line in text.splitlines():
@@ -58,14 +58,14 @@ _TEXTS = ("unit", "device_line")
 
 
 def _int(text: str) -> int:
-    """Return a whole number in the range of a float, since plots and the panel compute in floats."""
+    """Return a JSON integer; raise ValueError above 300 digits, since plots and the panel compute in floats."""
     if len(text) > 300:
         raise ValueError(f"a whole number of {len(text)} digits")
     return int(text)
 
 
 def _is_valid(record: Record) -> bool:
-    """Return whether a record has numbers where numbers belong; a file among the inputs may hold anything."""
+    """Return whether the values that plots and panel use have the right types; a file from elsewhere may be invalid."""
     gpus = record.get("gpus", [])
     numbers = [record.get(name) for name in _NUMBERS]
     if not isinstance(gpus, list) or not all(isinstance(gpu, dict) for gpu in gpus):
@@ -79,7 +79,7 @@ def _is_valid(record: Record) -> bool:
 
 
 def comparable(records: Iterable[Record]) -> list[Record]:
-    """Return the training and evaluation records without times: equal for a resumed and an undisturbed run."""
+    """Return the training and evaluation records without times, to compare a resumed with an uninterrupted run."""
     of_time = ("time", "seconds", "spent")
     return [
         {key: value for key, value in record.items() if key not in of_time and not key.endswith("_per_s")}
@@ -89,10 +89,11 @@ def comparable(records: Iterable[Record]) -> list[Record]:
 
 
 def rewind(source: str | os.PathLike[str], target: Path, step: int, evaluated: int | None = None) -> list[Record]:
-    """Atomically write the records of `source` up to `step` to `target`; return these records.
+    """Atomically write the records of the folder `source` up to `step` to the file `target`; return these records.
 
     Args:
-        evaluated: the step of the last evaluation to keep, since later ones will be made again. None: keep all.
+        step: the last step to keep; 0 keeps no records.
+        evaluated: the step of the last evaluation to keep, since later evaluations will be repeated. None: `step`.
     """
 
     def counts(record: Record) -> bool:
