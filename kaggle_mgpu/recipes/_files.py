@@ -11,7 +11,10 @@ from kaggle_mgpu.machine import session
 
 
 def data_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return a file, or all files with these suffixes in a folder and below, sorted by path.
+    """Return [path] for a file; for a folder, all files with these suffixes in it and below, sorted by path.
+
+    Args:
+        suffixes: in lower case, with the dot; a file's suffix may be in either case.
 
     Raises:
         FileNotFoundError: the path does not exist, or the folder has no such file.

@@ -13,7 +13,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def configs_of(config: C, changes: Sequence[Mapping[str, Any]]) -> list[C]:
-    """Return one config per fold: `config` with the fold's `changes`, on one GPU, in output_dir/<folds>-fold."""
+    """Return one config per fold: `config` with the fold's `changes`, on one GPU, in output_dir/N-fold for N folds."""
     folder = f"{config.output_dir}/{len(changes)}-fold"
     return [config.replace(nproc=1, strategy="single", output_dir=folder, **change) for change in changes]
 

@@ -52,7 +52,7 @@ class StepTaken(NamedTuple):
 class Clock:
     """The total training time, the throughput since the last record, and the times of a step, an evaluation and a save.
 
-    The loop appends each step to `taken`, which costs no call; the methods count the appended steps when called.
+    The loop appends each step to the list `taken`, which is cheap; the methods count the appended steps when needed.
 
     Args:
         before: seconds that earlier sessions of the run took.
@@ -122,7 +122,7 @@ class Clock:
         self.save = max(self.save, seconds)
 
     def outlasts_a_save(self) -> bool:
-        """Return whether an evaluation may take longer than a save and than WORTH_A_SAVE: then save before."""
+        """Return whether an evaluation may take so long (over WORTH_A_SAVE and over a save) that a save comes first."""
         return (self.evaluation or self.evaluation_guess) > max(self.save, WORTH_A_SAVE)
 
     def throughput(self, unit: str) -> dict[str, float]:

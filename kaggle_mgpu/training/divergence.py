@@ -17,9 +17,10 @@ def is_hopeless(step: int, loss: float, skipped_in_a_row: int, precision: str) -
     """Return whether to end the run after `step`.
 
     Args:
-        skipped_in_a_row: the number of steps up to this one that were skipped because their gradient was not finite.
+        skipped_in_a_row: the number of consecutive steps, the last being `step`, that were skipped because their
+            gradient was not finite.
     """
-    # outside fp16, no overflow explains a first gradient that is not finite, and the next will not be finite either
+    # without fp16's loss scale, a first gradient that is not finite means that the next will not be finite either
     patience = 1 if step == 1 and precision != "fp16" else PATIENCE[precision]
     only_gradient_is_finite = not math.isfinite(loss) and skipped_in_a_row == 0 and precision != "fp16"
     return skipped_in_a_row >= patience or only_gradient_is_finite
@@ -47,8 +48,8 @@ def diverged_error(
     """Return the error to end a run after `step`.
 
     Args:
-        first: the first step whose gradient was not finite.
-        samples: the indices of that step's samples.
+        first: the first step whose gradient was not finite; `step` if only the loss was not.
+        samples: the indices of the samples of step `first`.
         skipped: the number of skipped steps from `first` on.
         good: the newest checkpoint from before `first`.
     """

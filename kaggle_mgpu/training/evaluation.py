@@ -164,11 +164,11 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
     """Return the action's value; if the action fails on a rank, raise one error on every rank.
 
     A task without its own metrics is evaluated by its loss. An error in this loss is raised unchanged, by the rank
-    where it occurs. If the default summary cannot take the loss, nothing is raised, because the first training step
-    gives a better error.
+    where it occurs. If the default summary cannot convert the loss to a number, nothing is raised, because the first
+    training step gives a better error.
 
     Raises:
-        RuntimeError: the action failed. The text gives the method and line of the task, and the next step.
+        RuntimeError: the action failed. The text names the method and the line of the task, and a remedy.
         Exception: the task's loss failed.
     """
     value, failure = None, None
@@ -196,7 +196,7 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
 
 
 def _explained(parts: Parts, method: str, error: Exception) -> str:
-    """Return the error text: the failed method, the line in the task's code, and the next step."""
+    """Return the error text: the failed method, the line in the task's code, and a remedy."""
     kind, package = type(parts.task), str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((package, str(Path(torch.__file__).parent)))]
@@ -241,7 +241,7 @@ def _apart(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
 
 
 def _tried_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tensor]]) -> dict[str, float] | None:
-    """Return the task's numbers in the trial; None, with a note, if gathered rows are too few for its summary."""
+    """Return the task's numbers in the trial; print a note and return None if its summary of gathered rows fails."""
     try:
         return _numbers(_merge(parts.task, sums, gathered))
     except Exception as error:

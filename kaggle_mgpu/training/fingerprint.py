@@ -1,8 +1,8 @@
-"""A run's fingerprint: the values and code of its task, and its data, each as a short text by name.
+"""A run's fingerprint: a dictionary of short texts about the task's values, the task's code, and the data.
 
-By comparing fingerprints, `train` does not return a finished run as the result of another task, and lists what was
-edited when a run is resumed. Settings are compared in checkpoints/resume.py. Only code of the user's own cells and
-files counts, not installed packages.
+`train` compares a checkpoint's fingerprint with the current one, so that a finished run is not returned as the result
+of another task, and lists the edits when it resumes a run. Settings are compared in checkpoints/resume.py. Only code
+of the user's own cells and files counts, not installed packages.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ REPORTS = ("on_record",)
 def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
     """Return {name: text} for everything that identifies a run besides its settings. Reads a few samples."""
     if type(task).__module__.startswith("kaggle_mgpu.recipes."):
-        return {}  # its settings and its data's digest identify the run; samples may take minutes
+        return {}  # a recipe's settings and its digest of the data identify the run; fetching samples may take minutes
     found = {"form": FORM, "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     assigned = _assigned(type(task))
     for name, value in sorted(vars(task).items()):
@@ -74,7 +74,7 @@ def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
     for value in vars(task).values():
         for part in (value, type(value), *_functions(value)):
             _reach(part, code)
-    for name, text in sorted(code.values()):  # a function and its wrapper have one name
+    for name, text in sorted(code.values()):  # a function and its wrapper share a name, so their texts are joined
         found[f"code of {name}"] = f"{found.get(f'code of {name}', '')} {text}".strip()
     for name, fetch in (("train_data", train), ("val_data", val)):
         if fetch is not None:
@@ -144,7 +144,7 @@ def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
             parts = (member.func,)
         elif isinstance(member, staticmethod | classmethod | types.MethodType):
             parts = (member.__func__,)
-        elif not isinstance(member, type):  # functools.wraps, lru_cache; not getattr: some objects claim any attribute
+        elif not isinstance(member, type):  # functools.wraps, lru_cache. Some objects answer getattr for any name
             parts = (getattr(member, "__dict__", {}).get("__wrapped__"),)
     if type(member) is types.FunctionType:
         yield member
@@ -184,7 +184,7 @@ def _reach(thing: Any, found: dict[int, tuple[str, str]], skip: tuple[str, ...] 
         if id(thing) in found or not issubclass(type(thing), type | types.FunctionType) or not _is_own(thing):
             return
         name = thing.__qualname__.replace("<locals>.", "")
-        found[id(thing)] = name, ""  # before the code it uses, which may use it in turn
+        found[id(thing)] = name, ""  # entered before the code that `thing` uses, because that code may use `thing`
         text = _of_function(thing, found) if isinstance(thing, types.FunctionType) else _of_class(thing, found, skip)
         found[id(thing)] = name, text
 
@@ -194,7 +194,8 @@ def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]
     checked = [_of_code(function.__code__), _text(function.__defaults__), _text(function.__kwdefaults__)]
     steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
     used = {str(step.argval) for step in steps if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))}
-    # not all names of the code: in a worker, a function from a cell has only the globals it loads
+    # co_names also has attributes; an attribute may share its name with a global of the notebook, but in a worker a
+    # function from a cell has only the globals that it loads
     loaded = {str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     values = {word: function.__globals__[word] for word in sorted(loaded) if word in function.__globals__}
     for word, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -330,7 +331,7 @@ class _Reading:
             read = [getattr(value, "columns", None), *(end.to_numpy() for end in ends)]
             return f"{kind} {len(value)} rows {self._of_items(read, depth)}"
         self.plain = self.plain and dataclasses.is_dataclass(value) and _is_own(type(value))
-        if isinstance(value, Mapping):  # its names only, since its items may be whole files
+        if isinstance(value, Mapping):  # the keys only, because the values may be whole files
             return f"{kind} {len(value)} items {self._of_items(itertools.islice(value, MOST_ITEMS), depth)}"
         if not _is_own(type(value)):
             return kind

@@ -240,7 +240,7 @@ class EMA:
 
         Raises:
             RuntimeError: called inside `swap`.
-            ValueError: the model has other names.
+            ValueError: the model lacks a parameter or buffer that is averaged or copied.
         """
         if self.swapped:
             raise RuntimeError("EMA.update inside EMA.swap: the model holds the average itself; leave swap first")
@@ -275,10 +275,13 @@ class EMA:
 
     @contextmanager
     def swap(self, model: nn.Module) -> Iterator[None]:
-        """Let the model hold the averaged weights inside a `with` block, and afterwards exactly its own again.
+        """Let the model hold the averaged weights inside a `with` block; then restore its own weights exactly.
 
-        Its own weights return after an error too. Values are copied and the tensors stay the same objects, so wrappers,
-        compiled code and the optimizer keep working. Changes made to these weights and buffers inside are lost.
+        They are restored after an error too. Values are copied and the tensors stay the same objects, so wrappers,
+        compiled code and the optimizer keep working. Changes made to weights and buffers inside the block are lost.
+
+        Raises:
+            ValueError: the model lacks a parameter or buffer that is averaged or copied.
         """
         averages, parameters = self._pairs(self._average, dict(model.named_parameters()))
         copies, buffers = self._pairs(self._buffers, dict(model.named_buffers()))

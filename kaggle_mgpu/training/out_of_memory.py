@@ -43,14 +43,19 @@ def release() -> None:
 
 
 def raise_restart(rank: int, halved: str, resume_from: str, error: BaseException) -> NoReturn:
-    """End this rank after `halve_micro_batch` returned the sentence `halved`, so that the run starts again."""
+    """Raise RestartError, after which `launch` starts the run again in fresh processes with half the micro-batch.
+
+    Args:
+        halved: the sentence that `halve_micro_batch` returned.
+        resume_from: a sentence about the newest checkpoint, without a full stop.
+    """
     raise RestartError(
         f"rank {rank} ran {halved}. {resume_from}: run the same again and it goes on from there."
     ) from error
 
 
 def raise_optimizer_oom(step: int, resume_from: str, error: BaseException) -> NoReturn:
-    """End a run whose optimizer ran out of memory, after changing an unknown part of the weights."""
+    """Raise OutOfMemoryError after the optimizer ran out of memory and may have changed a part of the weights."""
     raise torch.OutOfMemoryError(
         f"out of memory in the optimizer's part of step {step}, when some weights may have moved and others not: what "
         f"is in memory is not saved. {resume_from} Smaller micro-batches do not help here. Try strategy='fsdp' on "
@@ -60,7 +65,7 @@ def raise_optimizer_oom(step: int, resume_from: str, error: BaseException) -> No
 
 
 def raise_evaluation_oom(step: int, error: BaseException, resume_from: str) -> NoReturn:
-    """End a run without enough memory to evaluate a single sample."""
+    """Raise OutOfMemoryError when there is too little memory to evaluate a single sample."""
     raise torch.OutOfMemoryError(
         f"out of memory in the evaluation after step {step}, with one sample at a time: {error} {resume_from} Try "
         f"smaller samples in val_data, a Task.metrics that needs less, precision='fp16', or a smaller model."

@@ -1,6 +1,6 @@
-"""The parts of a training run: a frozen record made once from a config and a task, alike on every rank.
+"""The parts of a training run: a frozen dataclass, made from a config and a task in the same way on every rank.
 
-A step changes the tensors of model, optimizer and averages, never the record. A smaller micro-batch makes a new record.
+A step changes tensors of the model, the optimizer and the averaged weights. A smaller micro-batch makes a new object.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Parts(StepParts):
     deadline: session.Deadline | None
     """None without a time limit."""
     stamp: dict[str, Any]
-    """Identifies the run in its checkpoints, beside the settings."""
+    """Identifies the run in its checkpoints, together with the settings: task, backend, sizes of data and batch."""
     fingerprint: dict[str, str]
     """Identifies the task and its data, on rank 0; {} on other ranks."""
     header: tuple[str, str]
     """Two lines to print: about strategy and precision, then about learning rate and model."""
     micro_batch_reason: str = ""
-    """Explains the micro-batch size, unless the config gives the size."""
+    """Where the micro-batch size comes from; "" if from the config."""
 
     @property
     def is_main(self) -> bool:
@@ -240,7 +240,9 @@ def _stamp(task: Task, dataset_size: int) -> dict[str, Any]:
 
 
 def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas: int) -> data.BatchPlan:
-    """Split each global batch over the replicas; a resumed "per_gpu" run keeps the size of its first session.
+    """Split each global batch over the replicas.
+
+    If the config gives a size per GPU ("per_gpu:64"), a resumed run keeps the global batch of its first session.
 
     Raises:
         ValueError: settings do not fit each other or the data.

@@ -40,7 +40,7 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
     config = parts.config
     defaults = config.defaults()
     if parts.world_size > 1 and batch_norms(parts.strategy.model):
-        defaults["sync_batchnorm"] = "off"  # what older checkpoints, without this setting, were made with
+        defaults["sync_batchnorm"] = "off"  # older checkpoints lack this setting, and were made without it
     for abandoned in parts.output_dir.glob(".rescue-step-*"):  # left by a rank that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     start = resume.starting_point(
@@ -152,7 +152,7 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
 
 
 def _with_retries(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
-    """Return the result of `write`, tried up to MOST_FAILURES times; a full disk is raised at once."""
+    """Return the result of `write`, tried up to MOST_FAILURES times; a DiskFullError is not retried."""
     for left in reversed(range(checkpoint.MOST_FAILURES)):
         try:
             return write()
@@ -238,7 +238,7 @@ class Saving:
         self._schedule(state.step)
 
     def ended(self, saves: list[checkpoint.Saved]) -> list[checkpoint.Saved]:
-        """Return these saves; after a failed save, the next save is due in RETRY_SECONDS at the latest."""
+        """Return `saves`, which have ended; if one failed, the next save is due in RETRY_SECONDS at the latest."""
         if any(saved.error is not None for saved in saves):
             self.next_time = min(self.next_time, time.monotonic() + RETRY_SECONDS)
         return saves
@@ -254,7 +254,7 @@ class Saving:
         return {"tensors": tensors, "state": held, "facts": {**facts, "config": parts.config.to_dict()}}
 
     def rescue_checkpoint(self, parts: Parts, state: TrainState) -> Path:
-        """Save the state from this rank, without the other ranks, and return the path. The strategy must be `alone`."""
+        """Save the state from this rank, without the other ranks, and return the path. Needs `strategy.alone`."""
         return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
 
     def write_weights(self, parts: Parts, path: Path) -> str:
@@ -274,12 +274,12 @@ class Saving:
     def write_result(self, parts: Parts, result: Result) -> str:
         """Write the final weights, averaged if the run averages, and then result.json. Every rank must call this.
 
-        Return a note about failures or dropped checkpoints, or "". On a full disk the oldest checkpoints make room. An
-        unfinished run does not need the weights, because it resumes from its checkpoint.
+        Return a note about failures or deleted checkpoints, or "". On a full disk the oldest checkpoints are deleted.
+        An unfinished run does not need the final weights, because it resumes from its checkpoint.
 
         Raises:
             DiskFullError: the run is finished, and there is no room.
-            OSError: the run is finished, and its weights could not be written three times.
+            OSError: the run is finished, and three attempts to write its weights failed.
         """
         with parts.averaged_weights():
             weights = parts.strategy.weights()
@@ -308,7 +308,8 @@ class Saving:
 
     def rescue(self, parts: Parts, state: TrainState) -> str:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
-        # other ranks cannot rely on a save that rank 0 has begun: torchrun kills rank 0, launch waits a limited time
+        # only rank 0 relies on its own unfinished save of this step: after another rank's error torchrun kills rank 0,
+        # and launch waits for a limited time
         if not parts.strategy.alone or (parts.is_main and state.step == self.saved_step):
             return self.newest(parts)
         try:
@@ -319,7 +320,7 @@ class Saving:
         return f"The state after step {state.step} is in {path}: a run goes on from there."
 
     def rescue_before(self, error: BaseException, parts: Parts, state: TrainState) -> None:
-        """Save the state before an error ends the run, if the weights are whole, and add a note to the error."""
+        """Save the state before an error ends the run, unless weights may be half changed; add a note to the error."""
         strategy, averages = parts.strategy, parts.ema
         if (
             self.told

@@ -12,7 +12,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yield an event, set by the first SIGINT or SIGTERM; a second signal has its usual effect."""
+    """Yield an event, set by the first SIGINT or SIGTERM; the same signal again has its usual effect.
+
+    Outside the main thread no signal sets the event.
+    """
     request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request  # signals reach the main thread only

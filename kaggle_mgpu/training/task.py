@@ -36,11 +36,13 @@ class Task:
     unit: str = "samples"
     """The unit of `count`, and of the logged throughput."""
     backend: str = "torch"
-    """The library that makes the model trainable. A run does not resume from another backend's checkpoint."""
+    """The library that builds the model, if the task can use several (recipe sft: "hf", "bnb" or "unsloth"). A run does
+    not resume from another backend's checkpoint."""
 
     whole_batch_loss: bool = False
     """Whether the loss compares samples with each other (SimCLR, CLIP, triplets), so that a batch cannot be computed in
-    parts. Accumulation and dp are then refused; `distributed.gather_with_gradients` gives the rows of all ranks."""
+    parts. `train` then refuses accumulation and strategy dp. `distributed.gather_with_gradients` gathers the samples'
+    features from all ranks for such a loss."""
 
     def model(self) -> nn.Module:
         """Return the model on the CPU. torch's random generator is seeded before this call."""
@@ -79,8 +81,9 @@ class Task:
         {name: distributed.Gather(tensor)} instead gives `summary` the rows of all samples, for example for an AUC.
 
         This method is also called once before training, on the first samples of val_data, so that a mistake shows at
-        once. Sums may be tensors of any shape (a confusion matrix), from which `summary` makes numbers. Call the model
-        equally often for every batch, or within `shards.gathered(model)`: under fsdp all ranks make each call together.
+        once. Sums may be tensors of any shape (a confusion matrix), from which `summary` makes numbers. Under fsdp all
+        ranks make each call of the model together: call the model equally often for every batch, or call the model
+        within `shards.gathered(model)`.
         """
         found, count = self.loss(model, batch), self.count(batch)
         loss, parts = found if isinstance(found, tuple) else (found, {})
@@ -106,17 +109,17 @@ class Task:
         raise NotImplementedError
 
     def fsdp_units(self, model: nn.Module) -> list[nn.Module] | None:
-        """Return the modules for fsdp to gather, one at a time; None for the blocks repeated in the model.
+        """Return the modules whose weights fsdp gathers one module at a time; None: the blocks repeated in the model.
 
-        Each must be called as a module (`block(x)`, not `block.attention(x)`), on all ranks or on none.
+        Call each module itself (`block(x)`, not `block.attention(x)`), on all ranks or on none.
         """
         return None
 
     def on_record(self, record: dict[str, Any]) -> str | None:
-        """Receive a record on rank 0, for wandb or prints, before the log writes the record with any added entries.
+        """Receive a record on rank 0 before the record is written, for wandb or prints.
 
-        A returned text ends the run as finished, with this text as the reason. After a record of a training step or an
-        evaluation, the run ends after the next step at the latest.
+        Entries added to the record are written too. A returned text ends the run as finished, with this text as the
+        reason. After a record of a training step or an evaluation, the run ends after the next step at the latest.
         """
         return None
 
@@ -209,6 +212,7 @@ class Result:
     metrics: dict[str, float]
     """The metrics of the last evaluation."""
     best: float | None
+    """The best value of best_metric; None without an evaluation."""
     seconds: float
     """Training time over all sessions."""
     world_size: int

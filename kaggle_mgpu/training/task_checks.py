@@ -55,7 +55,8 @@ def _about_batch_norm(parts: Parts) -> str:
 def _about_loss(parts: Parts) -> str:
     """Return a warning if the loss of a few samples is not the sum of the losses of its halves, or "".
 
-    If the loss looks like a mean over the samples, the warning says that. Adam hides this mistake.
+    If the loss looks like a mean over the samples, the warning says that. The loss curve does not show this mistake
+    with Adam, whose steps do not depend on the gradient's scale.
     """
     strategy, plan, task = parts.strategy, parts.plan, parts.task
     samples = min(plan.dataset_size, plan.micro_batch_size, 8) // 2 * 2

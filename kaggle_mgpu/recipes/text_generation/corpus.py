@@ -3,7 +3,7 @@
     corpus = prepare(config)
     inputs, targets = corpus.blocks("train", 512).batch(torch.arange(8))
 
-One process prepares; any number reads.
+One process calls `prepare`; any number of processes may then read the files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ IGNORED = -100
 BATCH_CHARACTERS = 8_000_000
 """Characters that are tokenised at a time, on all cores."""
 SAMPLE_CHARACTERS = 100_000
-"""Characters in each of the pieces that a vocabulary is learnt from: `tokenizers` gives each core a piece at a time."""
+"""Characters in each piece of the text that a vocabulary is learnt from. `tokenizers` shares the pieces among cores."""
 FIRST_SECONDS, PROGRESS_SECONDS = 2.0, 10.0
 """Seconds until the first line of progress, and between further lines."""
 
@@ -55,7 +55,7 @@ class Corpus:
     folder: str
     source: str
     reason: str
-    """Why this source."""
+    """Why `prepare` chose this source."""
     digest: str
     """A digest of the tokens and the split; a run continues only on data with the same digest."""
     kind: str
@@ -67,6 +67,7 @@ class Corpus:
     val_bytes: int
     train_tokens: int
     val_tokens: int
+    """Ids in val.bin, separators included; likewise train_tokens."""
 
     def tokenizer(self) -> Tokenizer:
         return ByteTokenizer() if self.kind == "byte" else BPETokenizer(Path(self.folder) / "tokenizer.json")
@@ -96,7 +97,7 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def tokens(self) -> NDArray[Any]:
-        """The whole stream, memory-mapped at first use: a pickled memmap would carry all its bytes."""
+        """All tokens (n_tokens,), memory-mapped at first use. Pickles leave the map out, which would add all bytes."""
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
@@ -155,12 +156,13 @@ def _has_text(file: Path, text_field: str) -> bool:
 
 
 def prepare(config: Config) -> Corpus:
-    """Write the token files under output_dir/data unless they exist there or in an input. One process at a time.
+    """Return the corpus; write its files under output_dir/data unless complete there or in a Kaggle input.
 
-    The folder's name is a digest of the text and of all settings that matter, so a second run reuses the folder, and a
-    changed text gets another one. Each split is `separator document separator document ... separator`. bpe takes 13
-    CPU-seconds for 20 MB of Python source, 5 to learn the vocabulary and 8 to encode, both on all cores. Progress is
-    printed every ten seconds. A document is in memory once, and twice while it is read.
+    Only one process may call `prepare` at a time. The folder's name is a digest of the text and of all settings that
+    matter, so a second run reuses the folder, and a changed text gets another folder. Each token file is `separator
+    document separator document ... separator`. bpe takes 13 CPU-seconds for 20 MB of Python source, 5 to learn the
+    vocabulary and 8 to encode, both on all cores. Progress is printed every ten seconds. A document takes its size in
+    memory once, and twice while it is read.
 
     Raises:
         ValueError: too little text for one block.
@@ -223,8 +225,8 @@ def _write(
 
     Args:
         documents: returns an iterator over all documents.
-        listing: digest and size of each, in bytes.
-        cuts: how many leading bytes of each are for training.
+        listing: digest, and size in bytes, of each document.
+        cuts: the number of leading bytes of each document that are for training.
     """
 
     def split() -> Iterator[tuple[str, int]]:
@@ -291,10 +293,11 @@ def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
 
 
 def _batches(split: Iterator[tuple[str, int]], total: int) -> Iterator[list[tuple[int, str, bool]]]:
-    """Yield batches of pieces: the part (0: training, 1: held out), the text, and whether a document ends with it.
+    """Yield batches of pieces: the part (0: training, 1: held out), the text, and whether the piece ends a document.
 
-    A piece holds whole lines, a million characters at most, and a batch about eight pieces, because the ids of a whole
-    book would take many times its size in memory.
+    A piece has at most a million characters and ends at a line end, unless the line is longer. A batch has about
+    BATCH_CHARACTERS characters. Documents are cut because the ids of a whole book would take many times its size in
+    memory.
 
     Args:
         split: gives each document, and how many of its characters are for training.

@@ -50,7 +50,9 @@ def read_documents(path: Path, text_field: str = "text") -> Iterator[str]:
     """Yield the documents of a .txt, .jsonl or .parquet file, or of all such files in a folder, by sorted path.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: a file, line or row that is not text, with its place.
+        FileNotFoundError: the path does not exist, or the folder has no such file.
+        ValueError: a file, line or row is not text; the message gives its place.
+        ImportError: a .parquet file, and no package pyarrow.
     """
     if path == NLTK / "brown":
         yield from _brown(path)
@@ -105,14 +107,14 @@ def digest_of(text: str) -> tuple[str, int]:
 
 
 def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> list[int]:
-    """Return the number of leading bytes of each document for training; contents alone decide. The rest is held out.
+    """Return the number of leading bytes of each document for training. The rest of the document is held out.
 
-    Whole documents are held out, picked by their digest so that equal ones land on the same side, as many as
-    fit into `val_fraction` of the bytes. Where that is less than half of what was asked for (one book, a few
-    long files), the tail of the whole text is held out instead.
+    Whole documents are held out: in the order of their digests, each that still fits into `val_fraction` of the bytes.
+    Equal documents stay together. If this gives less than half of `val_fraction` (one book, a few long files), the tail
+    of the whole text is held out instead. The same documents in the same order give the same split.
 
     Args:
-        documents: (hex digest, size in bytes) of each.
+        documents: (hex digest, size in bytes) of each document.
     """
     cuts = [size for _, size in documents]
     wanted = int(val_fraction * sum(cuts))
@@ -136,11 +138,12 @@ def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> lis
 
 
 def cut_at(text: str, cut: int) -> int:
-    """Return the index of a text's byte `cut` or a little before: after a line end nearby, else at a whole character.
+    """Return the number of leading characters of a text that fit into `cut` UTF-8 bytes, reduced to whole lines.
 
-    The text is encoded a million characters at a time, so that there is no second copy in memory.
+    If no line ends in the last 1000 of these bytes, the last line is cut between characters. The text is encoded a
+    million characters at a time, so that there is no second copy in memory.
     """
-    index, before = 0, 0  # characters, and their bytes, that certainly come before the cut
+    index, before = 0, 0  # numbers of characters, and of their bytes, found to come before the cut
     while index < len(text):
         data = text[index : index + SLICE].encode("utf-8")
         if before + len(data) > cut:

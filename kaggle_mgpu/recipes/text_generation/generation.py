@@ -13,8 +13,8 @@ from .tokenizer import Tokenizer
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Return the probabilities of the next token: softmax(logits / temperature), with unlikely tokens left out.
 
-    Of the top_k likeliest tokens, the smallest set with a share top_p of the sum is kept (Holtzman et al. 2020, arXiv
-    1904.09751). Temperature 0: all on the likeliest token.
+    Only the top_k likeliest tokens are kept, and of these the fewest likeliest tokens whose share of the probability
+    reaches top_p (Holtzman et al. 2020, arXiv 1904.09751). With temperature 0 the likeliest token has probability 1.
 
     Args:
         logits: (n_vocab,).
@@ -55,15 +55,16 @@ def generate(
 ) -> str:
     """Return the prompt and the model's continuation, up to the end of the document or max_new_tokens.
 
-    Keys and values are cached. When block_size tokens are full, the older half is dropped and the rest is read again
-    from position 0, so the model sees the latest half to whole block of text, at positions it was trained on. Random
-    numbers come from a CPU generator, so a seed gives the same text on any device.
+    Keys and values are cached. When the cache holds block_size tokens, the older half is dropped and the newer half is
+    computed again from position 0. Of a long text the model then sees the latest block_size // 2 to block_size tokens,
+    at positions used in training. Random numbers come from a CPU generator, so they are the same on any device.
 
     Args:
         temperature, top_k, top_p: see `probabilities`.
 
     Raises:
         TypeError: the model is no GPT.
+        ValueError: temperature, top_k or top_p outside its range.
     """
     if not isinstance(model, GPT):
         raise TypeError(f"generate: expected a GPT (not a wrapper of one), got {type(model).__name__}")

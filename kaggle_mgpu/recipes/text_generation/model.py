@@ -57,7 +57,10 @@ class Block(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864) to x (..., T, D), halves paired; cos (T, D/2)."""
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864): turn the pairs x[..., i], x[..., i + D/2] of numbers.
+
+    x: (..., T, D); cos, sin: (T, D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -84,7 +87,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # as in GPT-2: layers that add to the residual stream begin smaller the more of them there are
+                # as in GPT-2: the more layers add to the residual stream, the smaller their initial weights
                 residual = name.endswith(("proj.weight", "down.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * n_layer) if residual else 0.02)
 
@@ -95,7 +98,7 @@ class GPT(nn.Module):
         """Return logits (B, T, n_vocab) for tokens (B, T); with a cache the tokens follow the cached tokens.
 
         Raises:
-            ValueError: more than block_size tokens.
+            ValueError: more than block_size tokens, cached tokens included.
         """
         start = cache.length if cache else 0
         stop = start + tokens.shape[1]

@@ -11,8 +11,10 @@ from .training import TextGeneration
 
 
 class Ngrams:
-    """Unigram and bigram counts of a token stream, smoothed: p(b) = (count(b) + k) / (N + k V) and
+    """Unigram and bigram counts of a token stream (N + 1,), smoothed: p(b) = (count(b) + k) / (N + k V) and
     p(b | a) = (count(a b) + m p(b)) / (count(a) + m) (MacKay and Peto 1995).
+
+    V is n_vocab, the number of ids. k and m are arguments of `losses`.
     """
 
     def __init__(self, stream: NDArray[Any], n_vocab: int) -> None:
@@ -23,7 +25,7 @@ class Ngrams:
         self.pairs, self.pair_counts = np.unique(stream[:-1] * n_vocab + stream[1:], return_counts=True)
 
     def losses(self, stream: NDArray[Any], k: float, m: float) -> tuple[float, float]:
-        """Return the mean -ln p of every token of `stream` but the first: (unigram, bigram)."""
+        """Return (unigram, bigram): the means of -ln p over all tokens of `stream` but the first."""
         stream = stream.astype(np.int64)
         a, b = stream[:-1], stream[1:]
         unigram = ((self.counts + k) / (self.counts.sum() + k * self.n_vocab))[b]
@@ -36,8 +38,8 @@ class Ngrams:
 def ngram_losses(train: NDArray[Any], val: NDArray[Any], n_vocab: int) -> tuple[float, float]:
     """Return the validation losses, nats per token, of a unigram and a bigram table of the training stream.
 
-    The smoothing weights k and m are those with which the rest of the training stream predicts its last tenth best (at
-    most 20 M tokens in all); the final tables are made from the whole stream.
+    Only the last 20 M tokens of the training stream are used. The smoothing weights k and m are chosen to minimise the
+    loss of the last tenth under tables of the rest; the final tables are made from all of these tokens.
     """
     train = np.asarray(train[-20_000_000:])
     cut = len(train) - max(2, len(train) // 10)

@@ -30,7 +30,8 @@ class Config(TrainConfig):
     Measured with 4 layers of width 128, in bits per byte of held-out text. King James Bible (4.3 MB), three seeds:
     2.172 with 1024 after 400 steps (89 s of one CPU core), 2.177 with 4096 after 272 steps (97 s), 2.123 with 4096
     after 400 (130 s). Python source (20 MB), one seed, 110 s each: 3.10 with 1024, 3.25 with 4096. In the default model
-    the head is a smaller part: by the count of operations, about 340 steps with 4096 take the time of 367 with 1024."""
+    the output layer is a smaller share of the work: by operation count, about 340 steps with 4096 take as long as 367
+    with 1024."""
     n_layer: int = 8
     """Transformer blocks."""
     n_head: int = 8
@@ -46,10 +47,10 @@ class Config(TrainConfig):
     text. The shifts depend on how the batch is split."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
-    vectors. Not with strategy deepspeed. Measured on the King James Bible at lr=3e-3, nats a token held out, three
-    seeds: 0.26 M parameters, 120 steps 5.19 with adamw, 4.79 with muon; 600 steps 4.26 and 4.21, and 4.23 with adamw
-    after as much time (684 steps); 1.2 M, 600 steps 3.79 and 3.77, and 3.71 with adamw after as much time (708). The
-    time of its steps on a GPU has not been measured."""
+    vectors. Not with strategy deepspeed. Measured on the King James Bible at lr=3e-3, in nats per held-out token, mean
+    of three seeds. 0.26 M parameters, 120 steps: adamw 5.19, muon 4.79; 600 steps: adamw 4.26, muon 4.21; adamw in the
+    time of muon's 600 steps (684 steps): 4.23. 1.2 M parameters, 600 steps: adamw 3.79, muon 3.77; adamw in the time
+    of muon's 600 steps (708 steps): 3.71. The time of muon's steps on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
@@ -57,11 +58,12 @@ class Config(TrainConfig):
     warmup_steps: int | float | str = 0.03
     """Steps of linear warm-up; below 1, a fraction of the run."""
     lr: float | Literal["auto"] = "auto"  # type: ignore[assignment]
-    """Peak learning rate. auto: 1e-3 x 256 / n_embd, at least min_lr, since Adam's rate for a matrix falls with its
-    width (muP: Yang et al. 2022, arXiv 2203.03466, table 3). A run begun by an earlier version continues with that
-    version's default, 1e-3 for every width. Measured on the King James Bible with adamw, 2 layers, 250 steps of 512
-    tokens, nats a token held out: width 64 5.20 with 1e-3, 4.87 with 4e-3 (another seed: 5.18, 4.77); 128 4.72 with
-    1e-3, 4.58 with 2e-3, 4.65 with 4e-3; 256 4.33 with 1e-3, 4.48 with 2e-3; 512 4.39 with 5e-4, 4.70 with 1e-3."""
+    """Peak learning rate. auto: 1e-3 x 256 / n_embd, at least min_lr, because Adam's best rate for a matrix is about
+    proportional to 1 / width (muP: Yang et al. 2022, arXiv 2203.03466, table 3). A run begun by an earlier version
+    continues with that version's default, 1e-3 for every width. Measured on the King James Bible with adamw, 2 layers,
+    250 steps of 512 tokens, in nats per held-out token. Width 64: 5.20 with 1e-3, 4.87 with 4e-3 (another seed: 5.18,
+    4.77). Width 128: 4.72 with 1e-3, 4.58 with 2e-3, 4.65 with 4e-3. Width 256: 4.33 with 1e-3, 4.48 with 2e-3. Width
+    512: 4.39 with 5e-4, 4.70 with 1e-3."""
     min_lr: float = 1e-4
     """Learning rate at the end of the schedule."""
     sample_tokens: int = 40

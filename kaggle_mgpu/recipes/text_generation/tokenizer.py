@@ -9,14 +9,17 @@ from typing import Any, Protocol
 from kaggle_mgpu import env
 
 ALL_CORES = {"TOKENIZERS_PARALLELISM": "true"}
-"""Lets `tokenizers` use threads; `env.fix` turns them off, since forked loader processes could wait for them
-forever."""
+"""Environment variables with which `tokenizers` uses threads. `env.fix` turns the threads off, because a forked loader
+process could deadlock."""
 MOST_CHARACTERS = 100_000_000
 """Characters that a vocabulary is learnt from, at most."""
 
 
 class Tokenizer(Protocol):
-    """A Tokenizer turns text into ids and back. `n_vocab` counts `separator`, the last id, which no text encodes to."""
+    """A Tokenizer turns text into ids and back.
+
+    `n_vocab` is the number of ids. The last id is `separator`, between documents; no text is encoded to this id.
+    """
 
     n_vocab: int
     separator: int

@@ -38,7 +38,7 @@ class TextGeneration(Task):
         """The prepared text. All ranks must make the first access together: rank 0 prepares, the others wait."""
         if self._corpus is None:
             self._corpus = distributed.from_main(lambda: prepare(self.config))
-            # stamps the checkpoints, since another text or tokenizer gives the same ids another meaning
+            # the name is kept in checkpoints, because with another text or tokenizer the ids have another meaning
             self.name = f"TextGeneration {self._corpus.digest}"
         return self._corpus
 
