@@ -22,7 +22,7 @@ from .training import ActivityRecognition
 
 @dataclass
 class CrossValidation:
-    """Predictions for all windows, each by the model of the fold, trained without the window's subject."""
+    """Predictions for all windows, each by a model trained without the window's subject."""
 
     classes: tuple[str, ...]
     subjects: list[tuple[str, ...]]
@@ -50,7 +50,7 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
     an interrupt or in the next session: finished folds return at once, the others continue.
 
     Args:
-        config: nproc is the number of folds to train at the same time.
+        config: nproc is the number of folds to train at the same time; "auto": one per GPU.
         folds: the number of parts that the subjects are divided into.
 
     Returns:

@@ -51,7 +51,7 @@ def embedded(window: int = 128, stride: int = 64) -> Windows:
 
 
 def _installed(package: str, below: str) -> list[Path]:
-    """Return a path below the folders of an installed package; [] where it is not installed."""
+    """Return the path `below` in each folder of an installed package; [] if the package is not installed."""
     # not imported: that would take seconds and need further packages
     spec = importlib.util.find_spec(package)
     return [Path(place, below) for place in (spec.submodule_search_locations or [])] if spec else []
@@ -112,12 +112,12 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
     Random for each person: pace, strength, style (strength and phase of each harmonic of the step), the orientation of
     the device (a rotation of about 20 degrees), and the sensor's bias and noise. Random for each window: phase, pace
     and strength. Walking, climbing and descending differ in their harmonics. Sitting, standing and lying differ in the
-    slope of the device, which its orientation blurs, and in the sway of the body.
+    slope of the device, to which its random orientation adds, and in the sway of the body.
     """
     chance = np.random.default_rng(seed)
     samples, rate, harmonics = 128, 50.0, np.arange(1, 5)
     time = np.arange(samples) / rate
-    # a part that the three gaits share, and a part of each gait's own: (gait, channel, harmonic)
+    # (gait, channel, harmonic): a random part common to the three gaits, and a smaller one for each gait
     fall = 1 / harmonics**0.8
     scale = np.array([0.12, 0.10, 0.22, 0.35, 0.30, 0.25])[:, None]
     strengths = scale * fall * np.exp(0.35 * chance.normal(size=(1, 6, 4)) + 0.22 * chance.normal(size=(3, 6, 4)))

@@ -149,7 +149,7 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
             f"The test set is for when it has finished: run the same again"
         )
     which = "best" if result.best is not None else "final"
-    # on the CPU, in seconds: a CUDA context of this process would occupy GPU memory until the notebook ends
+    # on the CPU, which takes seconds: a CUDA context would occupy GPU memory until this process (the notebook) ends
     model = result.load(task.model(), which)
     x, y = task.part("test")
     probabilities = predict(model, x)

@@ -1,4 +1,4 @@
-"""Confusion matrices, and the macro F1 score of one."""
+"""Compute confusion matrices, and the macro F1 score of a confusion matrix."""
 
 from __future__ import annotations
 

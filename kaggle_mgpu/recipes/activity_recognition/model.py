@@ -88,7 +88,7 @@ class Network(nn.Module):
         self.head = nn.Linear(deep, classes)
         for name, weight in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight")):
-                # as in GPT-2: layers that add to the residual stream begin smaller the more of them there are
+                # as in GPT-2: the more layers add to the residual path, the smaller their initial weights
                 weight.data /= math.sqrt(2 * (n_conv + n_attention))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,9 +121,9 @@ def augment(
 
     Args:
         x: (B, channels, T), not normalised: only a rotation of raw signals equals another orientation of the device.
-        chance: (B, CHANCES), standard normal.
+        chance: (B, CHANCES), standard normal: three for the rotation, then scale, time scale and shift.
         sensors: the channels of each sensor (`triads`); all get the same rotation, since one device carries them.
-        degrees: standard deviation of the rotation around each axis.
+        degrees: standard deviation of the rotation around each axis, in degrees.
         stretch: standard deviation of the logarithms of the time scale and of the signals' scale.
         shift: standard deviation of the shift in time, as a fraction of the window; beyond its ends a window is
             mirrored.

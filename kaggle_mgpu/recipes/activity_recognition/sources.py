@@ -12,9 +12,9 @@ line), `train/y_train.txt` (labels from 1), `train/subject_train.txt`, the same 
 `classes` (names; y then counts from 0) and `channels` (names, such as acc_x).
 
 .csv, a file or a folder of files, one row per time step: the columns `subject,label,time`, then one per channel. The
-rows of a recording are consecutive. A recording ends where subject or label changes, or where time goes back or jumps
-by more than 1.5 times the file's median step. Recordings are cut into windows; rows that do not fill a window are
-dropped.
+rows of a recording are consecutive. A recording ends where subject or label changes, or where time does not
+increase or jumps by more than 1.5 times the file's median step. Recordings are cut into windows; rows that do not fill
+a window are dropped.
 """
 
 from __future__ import annotations
@@ -284,7 +284,8 @@ def read_unlabelled(file: Path, channels: int) -> tuple[NDArray[np.float32], lis
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unreadable file, another number of channels than `channels`, or of ids than windows.
+        ValueError: an unreadable file; no array x of finite numbers with `channels` channels and SHORTEST time steps or
+            more; or not one id for each window.
     """
     if not file.is_file():
         raise FileNotFoundError(f"predict_path: no such file: {file}")
@@ -442,7 +443,7 @@ def split(
 
 
 def chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
-    """Return the share `fraction` of names with the smallest digests of (seed, name), at least one unless it is 0."""
+    """Return the share `fraction` of names with the smallest digests of (seed, name): at least one; for 0, none."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]
 

@@ -23,7 +23,7 @@ from .settings import Config
 @distributed.returns_rank0
 def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
     """Train, and return the result with the peak memory of torch on each GPU (bytes; [] without a GPU)."""
-    if torch.cuda.is_initialized():  # a single process trains here, where earlier work may have left a peak
+    if torch.cuda.is_initialized():  # without worker processes, earlier work in this process may have left a peak
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
     result = train(config, task)
@@ -32,7 +32,9 @@ def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
 
 
 def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, Any]]:
-    """Take the same `steps` training steps under each strategy possible on this machine; two replicas on a CPU.
+    """Take the same `steps` training steps under single and, with several replicas, under dp and ddp.
+
+    The number of replicas is nproc; "auto" means one for each GPU, or two on a CPU.
 
     Returns:
         One row per strategy: strategy, replicas, samples_per_s (the median over the log's records but the first),

@@ -69,7 +69,7 @@ class ActivityRecognition(Task):
             if c.predict_path is not None:  # read now, so that a malformed file is found before training
                 self.unlabelled = read_unlabelled(Path(c.predict_path).expanduser(), windows.x.shape[1])
             self._read = windows, reason, parts
-            # stamps the checkpoints: a run does not continue with other data, another split or order of classes
+            # checkpoints store the name: a run does not continue with other data, another split or order of classes
             self.name = f"ActivityRecognition {digest(windows, parts)}"
         return self._read
 
@@ -115,7 +115,7 @@ class ActivityRecognition(Task):
 
     def model(self) -> Network:
         c, (x, _) = self.config, self.part("train")
-        # of the training windows alone, so that nothing about the held-out windows enters the model
+        # from the training windows alone, so that nothing about the held-out windows enters the model
         mean, std = x.double().mean((0, 2)), x.double().std((0, 2))
         std = torch.where(std > 1e-8, std, 1.0)  # a channel that never changes
         return Network(mean, std, len(self.windows.classes), c.width, c.n_conv, c.n_attention, c.n_head)
@@ -137,7 +137,7 @@ class ActivityRecognition(Task):
         return F.cross_entropy(model(x).float(), y, reduction="sum", label_smoothing=smoothing)
 
     def metrics(self, model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, int]]:
-        """Return the loss and the confusion matrix (true class, predicted class) of a batch."""
+        """Return (sum, number of windows) for the loss in nats and the confusion matrix (true, predicted class)."""
         x, y = batch
         logits = model(x).float()
         found = confusion(y, logits.argmax(1), len(self.windows.classes))

@@ -9,9 +9,9 @@
 
 Or: `python -m kaggle_mgpu train sft --model FOLDER --data-path conversations.jsonl`, then `python -m kaggle_mgpu merge
 OUTPUT_DIR --dtype fp16 --to FOLDER` for one model without adapters. Without a model and data the recipe makes a tiny
-model and teaches it what the functions of Python's standard library do. Files: config.py; reading.py (rows of files),
-data.py (tokens, packs) and prepare.py; models.py (loading, adapters); memory.py (its estimate); finetune.py (loss,
-evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
+model and teaches it what the functions of Python's standard library do. Files: config.py and guide.py (settings);
+reading.py (rows of files), data.py (tokens, packs) and prepare.py; models.py (loading, adapters); overflow.py (fp16);
+memory.py (estimate); finetune.py (loss, evaluation); generation.py and rouge.py; output.py (adapter, card, merge).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Config", "Finetune", "data", "generation", "models", "output", "prep
 
 
 def task(config: Config) -> Task:
-    """Return the task for the command line."""
+    """Return the fine-tuning task of a config, for the command line."""
     return Finetune(config)
 
 
@@ -39,7 +39,7 @@ def run(config: Config) -> Result:
     """Train, then write the adapter and the model card, as the command line does."""
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))  # under torchrun
     made = Finetune(config)
-    assert made.prepared  # all ranks prepare together; rank 0 alone describes
+    assert made.prepared  # reading it prepares the data, on all ranks together; rank 0 alone describes
     distributed.from_main(lambda: print(made.describe(), flush=True))
     result = launch(train, config, made)
     distributed.from_main(lambda: print(output.farewell(made, result, made.export(result)), flush=True))

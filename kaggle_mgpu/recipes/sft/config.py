@@ -14,23 +14,24 @@ from . import guide
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Config describes a fine-tuning run. A sample is a pack of conversations, up to max_length tokens."""
+    """Config describes a fine-tuning run. A sample is a pack of conversations (without packing, one conversation)."""
 
     MAY_CHANGE = TrainConfig.MAY_CHANGE | set(
         "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens "
         "generation_num_beams".split()
     )
-    # `Finetune.name` and `Finetune.backend`, in the checkpoints' stamp, still refuse other data, another model or
-    # backend
+    # a resume with other data, another model or backend is refused all the same: checkpoints store `Finetune.name` and
+    # `Finetune.backend`
 
     model: str | None = None
-    """A model's folder, the end of one among the Kaggle inputs, or its name on the hub (with the internet on).
-    None: a tiny Llama with random weights, made on the spot."""
+    """A model's folder, the last parts of a folder's path among the Kaggle inputs, or the model's name on the hub (with
+    the internet on). None: a tiny Llama with random weights, made on the spot."""
     tuning: Literal["auto", "full", "lora", "qlora"] = "auto"
     """full: every weight, in fp32; lora: adapters in fp32 on frozen weights; qlora: adapters on 4-bit weights. auto:
     lora; full for the tiny model, since adapters cannot make up for random weights."""
     backend: Literal["auto", "hf", "bnb", "unsloth"] = "auto"
-    """hf: transformers and peft; bnb: with bitsandbytes, for qlora; unsloth, where installed. auto: hf or bnb."""
+    """hf: transformers and peft, for full and lora; bnb: bitsandbytes too, for qlora; unsloth: for all three, if
+    installed. auto: bnb for qlora, else hf."""
     base_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Type of frozen weights. auto: the run's precision. Trained weights are fp32 in any case."""
     lora_rank: int = 16
@@ -38,21 +39,21 @@ class Config(TrainConfig):
     lora_alpha: float = 32.0
     """The adapters' output is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
-    """Dropout before the adapters. Above 0 the weights depend on the number of GPUs."""
+    """Dropout before the adapters. Above 0, the trained weights depend on the number of GPUs."""
     lora_targets: str = "auto"
-    """Layers with adapters, such as "q_proj,v_proj". auto: every linear layer of the model but its head and routers."""
+    """Layers with adapters, such as "q_proj,v_proj". auto: all linear layers but the head and expert routers."""
     data_path: str | None = None
-    """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files: rows with messages or
-    conversations (ShareGPT), optionally with calls of `tools`; or with a question and its answer, optionally with
-    system: user and assistant, instruction and output (Alpaca) or response (Dolly), prompt and completion or response,
-    question and answer, input and target. None: the largest such file among the Kaggle inputs, else questions and
-    answers from the docstrings of Python's standard library."""
+    """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files. Each row has either a list of
+    messages (in messages, or ShareGPT's conversations) or a question and its answer: user and assistant, instruction
+    and output (Alpaca) or response (Dolly), prompt and completion or response, question and answer, input and target.
+    Optional: system, and tools (descriptions of the tools that messages call). None: the largest such file among the
+    Kaggle inputs, else questions and answers from the docstrings of Python's standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
-    """Share of the conversations held out; conversations with equal beginnings stay together. 0: none."""
+    """Share of the conversations held out. Conversations with equal messages before the first answer stay together."""
     max_length: int = 1024
-    """Tokens of a sample. A longer conversation is cut there, and counted."""
+    """Tokens of a sample at most. Longer conversations are cut, and the description counts them."""
     packing: bool = True
     """Fill samples with several conversations, which do not see each other. False: one conversation per sample, padded,
     in micro-batches of similar lengths."""
@@ -63,7 +64,7 @@ class Config(TrainConfig):
     max_new_tokens: int = 64
     """Tokens of an answer at most."""
     generation_num_beams: int = 1
-    """Beams of the search for an answer. 1: the likeliest token each time."""
+    """Beams of the beam search for an answer. 1: greedy, the likeliest token each time."""
     global_batch_size: int | str | None = 16
     """Packs per optimizer step over all GPUs."""
     epochs: int = 3
@@ -100,7 +101,7 @@ class Config(TrainConfig):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Make a config from names and values; translate nested names (guide.py) and print each translation.
+        """Make a config from names and values; translate names of the fine-tuning guide (guide.py) and print each.
 
         Raises:
             TypeError: a name that no field has; the message suggests the nearest.
@@ -113,7 +114,7 @@ class Config(TrainConfig):
 
     @classmethod
     def variables(cls, given: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
-        """Put the guide's make variables (TRAIN_BATCH_SIZE=1) over the settings in `base`.
+        """Return the settings in `base`, overridden by the guide's make variables in `given` (TRAIN_BATCH_SIZE=1).
 
         Raises:
             TypeError: a variable that the guide does not have; the message suggests the nearest.

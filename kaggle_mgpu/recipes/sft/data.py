@@ -1,4 +1,4 @@
-"""Turn conversations into packs of tokens that do not see each other; only answers are learnt.
+"""Turn conversations into packs of tokens. Only answers are learnt, and packed conversations do not see each other.
 
     examples, left_out = encode(tokenizer, conversations, max_length=1024)
     batch = Packs(store, pack(lengths, 1024)).batch(torch.tensor([0, 1]))
@@ -44,10 +44,10 @@ class Example:
     answer: str
     """The text of the last answer."""
     earlier: tuple[tuple[int, str], ...] = ()
-    """(prompt, answer) of each earlier answer."""
+    """(number of tokens before the answer, text of the answer) for each earlier answer."""
 
     def cut(self, length: int) -> Example:
-        """Return the first `length` tokens; the last answer is then the last one begun among these tokens."""
+        """Return an example of the first `length` tokens; its last answer is the last one to begin within them."""
         turns = [turn for turn in (*self.earlier, (self.prompt, self.answer)) if turn[0] < length]
         (prompt, answer), earlier = turns[-1], tuple(turns[:-1])
         return replace(
@@ -70,13 +70,13 @@ class LeftOut:
 def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: int) -> tuple[list[Example], LeftOut]:
     """Encode conversations by the tokenizer's chat template, mark answers, and cut at max_length tokens.
 
-    The learnt tokens are those that the template adds for a message of the assistant after its generation prompt: the
-    answer and its end mark. Some templates render a message differently once another follows (for example, without its
-    reasoning); then each answer becomes an example of its own.
+    For each answer the template renders the messages before it with the generation prompt, then the messages with the
+    answer. The added tokens are learnt: the answer and its end mark. Some templates render a message differently once
+    another follows (for example, without its reasoning); then each answer becomes the end of an example of its own.
 
     Raises:
-        ValueError: the template refuses a conversation, leaves out calls of tools, or does not render the beginning of
-            a conversation as the beginning of the text.
+        ValueError: the template refuses a conversation, leaves out a tool call, or renders the messages before an
+            answer differently once the answer follows.
     """
     examples, left_out = [], LeftOut()
     for number, conversation in enumerate(conversations):
@@ -109,10 +109,12 @@ def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
 
 
 def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Example | None:
-    """Return the conversation with these answers learnt; None if their places in the text are unknown.
+    """Return an example with the messages at the indices `learnt` as answers; None if their places are unknown.
+
+    A place is unknown if the text up to an answer is not the beginning of the whole text.
 
     Raises:
-        ValueError: a template without calls of tools, for an answer that calls one.
+        ValueError: the template leaves out the tool call of an answer.
     """
     whole, spans, texts = _render(tokenizer, conversation), [], []
     for i in learnt:
@@ -123,7 +125,7 @@ def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Ex
         answer = conversation[i]
         spans.append((len(before), _end(before, after, answer["content"])))
         texts.append(answer["content"])
-        if "tool_calls" in answer:  # the text as generation would give it
+        if "tool_calls" in answer:  # the text that a model would generate for these calls
             texts[-1] = tokenizer.decode(_ids(tokenizer, whole[slice(*spans[-1])]), skip_special_tokens=True).strip()
             missing = [n for call in answer["tool_calls"] if (n := call["function"]["name"]) not in texts[-1]]
             if missing:
@@ -135,7 +137,7 @@ def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Ex
 
 
 def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str:
-    from jinja2 import TemplateError  # which transformers needs for templates
+    from jinja2 import TemplateError  # installed, since transformers needs jinja2 for templates
 
     tools = messages[0].get("tools")
     try:
@@ -149,14 +151,20 @@ def _render(tokenizer: Any, messages: Conversation, prompt: bool = False) -> str
 
 
 def _end(before: str, after: str, content: str) -> int:
-    """Return where an answer ends in the text; white space after its end mark belongs to the template."""
+    """Return the index in `after` of the answer's end: after its end mark, without the white space that follows.
+
+    If the template adds no end mark, the answer ends with the text.
+    """
     added = after[len(before) :]
     marked = added.rstrip()
     return len(before) + (len(marked) if marked != content.rstrip() else len(added))
 
 
 def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: list[str]) -> Example:
-    """Return the tokens of the text, learnt within the spans; a token that crosses a span's border is cut there."""
+    """Return the example of a text with `answers` in the spans: tokens within the spans are learnt.
+
+    If a token would cross the border of a span, the pieces of text between the borders are tokenized separately.
+    """
     cuts = sorted({0, len(text), *(end for span in spans for end in span)})
     ids = _ids(tokenizer, text)
     counts = [len(_ids(tokenizer, text[:cut])) for cut in cuts[:-1]] + [len(ids)]
@@ -175,13 +183,13 @@ def _example(tokenizer: Any, text: str, spans: list[tuple[int, int]], answers: l
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # none added, since the template has written the special tokens
+    # the template has already written the special tokens
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 # On disk
 def write_examples(folder: Path, part: str, examples: Sequence[Example]) -> str:
-    """Write the examples as PART.*.npy and their last answers as PART.json, and return a digest of the files."""
+    """Write the examples as PART.*.npy and their last answers as PART.json, and return a digest of the arrays."""
     ids = [np.asarray(example.ids, np.int32) for example in examples]
     arrays = {
         "tokens": np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -264,12 +272,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Packs(Dataset[dict[str, Tensor]]):
-    """Packs gives packs as training samples, and batches of prompts for evaluation.
+    """Packs is a dataset of packs and, for evaluation, of batches of prompts to answer.
 
     Args:
-        packs: the numbers of the examples in each pack.
-        generate: batches of numbers of examples to answer. Each batch is a sample too, spread evenly among the packs,
-            so that ranks share them.
+        packs: the indices of the examples in each pack.
+        generate: batches of indices of examples to answer. Each batch is one sample of the dataset. These samples are
+            spread evenly among the packs, so that each rank gets a share of them.
     """
 
     def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
@@ -287,11 +295,11 @@ class Packs(Dataset[dict[str, Tensor]]):
         return self.batch(torch.tensor([index]))
 
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
-        """Return a batch of B packs, padded to the longest (T tokens, a multiple of 8 for tensor cores).
+        """Return a batch of the samples at `indices`: B packs, padded to T tokens (a multiple of 8 for tensor cores).
 
         ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], the
-        position before each learnt token, and the token; -100 where a pack has fewer than A. generate: int64[G],
-        numbers of batches of prompts, if answers are wanted.
+        position before each learnt token, and this token's id; in shorter packs the rest is 0 in at, -100 in targets.
+        generate: int64[G], only if the dataset has prompts: the indices in `self.generate` of the chosen batches.
         """
         chosen = indices.tolist()
         generate = [self.asked_at[i] for i in chosen if i in self.asked_at]

@@ -43,11 +43,11 @@ class Finetune(Task):
     # Data
     @property
     def prepared(self) -> Prepared:
-        """Return the prepared data and model. The first call is made by all ranks together, and rank 0 prepares."""
+        """Return the prepared data and model. All ranks must make the first call together; rank 0 prepares."""
         if self._prepared is None:
             models.check_installed(self.config.mode, self.config.library)
             self._prepared = distributed.from_main(lambda: prepare(self.config))
-            # stamps the checkpoints: a run does not continue with other data or another base model
+            # checkpoints store the name, so that a run does not continue with other data or another base model
             self.name = f"sft {self._prepared.digest}"
         return self._prepared
 
@@ -115,7 +115,7 @@ class Finetune(Task):
             model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
         models.checkpoint_activations(model)
         model.picks = picks
-        # unsloth has its own remedies, and deepspeed makes all weights fp16
+        # unsloth prevents overflows itself, and deepspeed makes all weights fp16
         if self.precision == "fp16" and self.config.library != "unsloth" and self.config.strategy != "deepspeed":
             self._mend_overflows(model)
         return model
@@ -123,8 +123,8 @@ class Finetune(Task):
     def _mend_overflows(self, model: nn.Module) -> None:
         """Let modules that overflow in fp16 compute in fp32, and print their names.
 
-        A trial on the first two packs, the same on all ranks and in all sessions, finds the modules. Under fsdp there
-        is no trial, since no process has the whole model.
+        A forward pass on the first two packs finds them; the packs are the same on all ranks and in all sessions. Under
+        fsdp no process has the whole model, so only the modules known to overflow (overflow.py) compute in fp32.
         """
         device, packs = distributed.device(), self._packs("train")
         first = packs.batch(torch.arange(min(2, len(packs))))
@@ -143,7 +143,7 @@ class Finetune(Task):
 
     # The loss
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return logits fp32[B, A, vocabulary] of the tokens at batch["at"]; without "at", of all T tokens."""
+        """Return logits fp32[B, A, vocabulary] at the positions batch["at"]; without "at", at all T positions."""
         segments, at = batch["segments"], batch.get("at")
         if self.config.packing:
             mask = data.block_mask(segments)
@@ -154,7 +154,7 @@ class Finetune(Task):
         else:
             inputs = {"attention_mask": (segments > 0).long()}
         if model.config.model_type == "gemma3":  # type: ignore[union-attr]
-            inputs["token_type_ids"] = torch.zeros_like(batch["ids"])  # all text; transformers 5.0 asks for them
+            inputs["token_type_ids"] = torch.zeros_like(batch["ids"])  # 0 is text; transformers 5.0 requires them
         head = models.head_of(model) if at is not None and model.picks else None
         if head is not None:
             head.positions = at  # type: ignore[assignment]
@@ -184,7 +184,7 @@ class Finetune(Task):
 
     @torch.no_grad()
     def check_packing(self, model: nn.Module, device: torch.device) -> None:
-        """Check that the model keeps packed examples apart: two in a pack have the logits of each by itself.
+        """Check that the model keeps packed examples apart: two examples in a pack have the same logits as each alone.
 
         Raises:
             ValueError: the logits differ (recurrent layers, sliding windows that ignore masks, no position_ids).
@@ -205,7 +205,7 @@ class Finetune(Task):
             said = f"logits differ by {difference:.2g} of their size from those of each by itself"
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:  # the model accepts no such mask
+        except (RuntimeError, TypeError, ValueError) as error:  # the model does not accept a block mask
             difference, said = math.inf, f"it takes no block mask ({type(error).__name__}: {error})"
         finally:
             model.train(training)
@@ -222,7 +222,7 @@ class Finetune(Task):
         found: dict[str, tuple[Any, int]] = {}
         # ranks generate with different numbers of forward passes, so under fsdp each needs the whole model
         with shards.gathered(model) if "generate" in batch else nullcontext():
-            # on all ranks now, whatever their batches hold: a rank that checked later, alone, would wait for the others
+            # all ranks check now, even without a pack in the batch: a rank that checked later would wait for the others
             self._check_packing_once(model, batch)
             if len(batch["ids"]):
                 found["loss"] = (self.loss(model, batch), self.count(batch))
@@ -266,7 +266,7 @@ class Finetune(Task):
             return []
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Return loss (nats a token), perplexity = exp(loss), and rouge_l if the whole sample was answered."""
+        """Return loss (nats per token), perplexity = exp(loss), and rouge_l if each prompt of `sample` is answered."""
         loss = float(metrics["loss"])
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if "rouge_l" in metrics and float(metrics["answered"]) == 1:
@@ -293,7 +293,7 @@ class Finetune(Task):
         return self.summary({name: torch.tensor(total / count) for name, (total, count) in totals.items()})
 
     def answers(self, model: nn.Module) -> list[tuple[str, str, str]]:
-        """Return (question, answer in the data, the model's answer) for the sample of evaluation."""
+        """Return (question, answer in the data, the model's answer) for each held-out example in `sample`."""
         val = self.examples("val")
         reference = val.answers()
         found = []
@@ -311,7 +311,7 @@ class Finetune(Task):
         return torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
 
     def unigram_loss(self) -> float:
-        """Return the held-out loss (nats) of token frequencies in training answers, with add-one smoothing."""
+        """Return the held-out loss (nats per token) of token frequencies in training answers, add-one smoothed."""
         counts, held = (self._counts(part) for part in ("train", "val"))
         p = (counts + 1) / (counts.sum() + len(counts))
         return float(-(held * p.log()).sum() / held.sum())
@@ -348,7 +348,7 @@ class Finetune(Task):
         return found
 
     def describe(self) -> str:
-        """Describe model, tuning, data, losses by truncation, packs and estimated memory in four lines."""
+        """Describe model, tuning, data, truncated examples, packs and estimated memory in four lines."""
         p, config = self.prepared, self.config
         packs = self._packs("train").packs
         planned, names = self.plan()

@@ -20,7 +20,7 @@ from . import models
 
 
 def stops(tokenizer: Any, model: nn.Module, examples: Sequence[Sequence[int]]) -> list[int]:
-    """Return the end tokens of an answer: the tokenizer's, the model's, and the special token after learnt answers."""
+    """Return the ids of end tokens: the tokenizer's, the model's, and special tokens at the end of `examples`."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     special = set(tokenizer.all_special_ids)
@@ -33,19 +33,19 @@ def answer(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop: Sequence[int],
     num_beams: int = 1,
 ) -> list[str]:  # fmt: skip
-    """Continue each prompt (token ids), greedily or by beam search with `num_beams`.
+    """Continue each prompt (token ids), greedily or by beam search with `num_beams`, and return the answers as text.
 
     An answer ends at a token of `stop`, after max_new_tokens, or at the model's last position.
 
     Raises:
-        ValueError: a prompt takes all positions.
+        ValueError: the longest prompt leaves no position for an answer.
     """
     transformers = models.require("transformers")
     width = max(map(len, prompts))
     device = next(model.parameters()).device
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the left, so that all prompts end at the same place
+    for row, prompt in enumerate(prompts):  # pad on the left, so that all prompts end at the same place
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     limit = models.most_positions(model.config)

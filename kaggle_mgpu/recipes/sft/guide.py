@@ -1,10 +1,10 @@
-"""Translate the fine-tuning guide's names of settings into the kit's names, and report each translation.
+"""Translate the settings of the fine-tuning guide into fields of `Config`, and report each translation.
 
     settings, said = flattened({"tuning": {"mode": "qlora"}, "train": {"batch_size": 1, "grad_accum": 32}})
     settings, said = flattened(nested({"TRAIN_BATCH_SIZE": "1", "NUM_GPUS": "1"}))
 
-The guide's YAML has the sections model, tuning (with lora below it) and train; its make variables are the same names in
-capitals, the section first.
+"The guide" is a scheme of names from outside this package. Its YAML file has the sections model, tuning (with lora
+below it) and train. Variables of its Makefile are named SECTION_NAME: TRAIN_BATCH_SIZE is batch_size in train.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NAMES = {
     "train.eval_steps": "eval_every",
     "num_gpus": "nproc",
 }
-"""The guide's names, section first, and their fields."""
+"""The guide's names, section first -> fields of `Config`."""
 SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
     "train.bf16": {True: {"precision": "auto"}, False: {}},
     "train.fp16": {True: {"precision": "fp16"}, False: {}},
@@ -55,10 +55,10 @@ SWITCHES: dict[str, dict[Any, dict[str, Any]]] = {
         "steps": {},
         "epoch": {"eval_every": "epoch"},
         "no": {"eval_every": "end"},
-        False: {"eval_every": "end"},  # as YAML reads no
+        False: {"eval_every": "end"},  # YAML reads an unquoted no as False
     },
 }
-"""Names whose values stand for settings. bf16 becomes `auto`, which is bf16 only where the GPU has it: a T4 has not."""
+"""Guide's name -> value -> settings. bf16 becomes precision="auto", which is bf16 only where the GPU supports bf16."""
 WITHOUT_EFFECT = {
     "train.ddp_broadcast_buffers": "buffers are the same on every GPU",
     "train.dataloader_pin_memory": "batches for a GPU are pinned",
@@ -69,7 +69,7 @@ SECTIONS = ("model", "tuning", "train")
 
 
 def nested(variables: Mapping[str, str]) -> dict[str, Any]:
-    """Make the guide's nested settings from its make variables, whose texts are parsed as YAML.
+    """Make the guide's nested settings from its make variables; values are parsed as numbers, else as YAML.
 
     Raises:
         TypeError: a variable that the guide does not have; the message suggests the nearest.
@@ -94,13 +94,13 @@ def nested(variables: Mapping[str, str]) -> dict[str, Any]:
 
 
 def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Give the guide's settings the kit's names; return the settings, and a sentence for each change.
+    """Translate the guide's settings; return settings by fields of `Config`, and a sentence for each translation.
 
-    Settings that have the kit's names already are left as they are.
+    Other settings are returned as they are.
 
     Raises:
         TypeError: a name in one of the guide's sections that the guide does not have.
-        ValueError: a value that the kit does not support.
+        ValueError: a value, or a combination of values, without a counterpart here.
     """
     flat: dict[str, Any] = {}
     of_guide: dict[str, Any] = {}
@@ -123,7 +123,7 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 raise ValueError(f"{name}: expected {allowed}, got {value!r}")
             means = SWITCHES[name][value]
         elif value == "auto" and name == "train.grad_accum":
-            means = {}  # follows from global_batch_size
+            means = {}  # computed from global_batch_size
         elif name == "train.eval_steps" and of_guide.get("train.eval_strategy", "steps") != "steps":
             means = {}
         else:

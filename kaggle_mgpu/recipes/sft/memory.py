@@ -45,21 +45,22 @@ def estimate(
 ) -> tuple[Estimate, list[str]]:
     """Estimate the memory of training, and name the layers for adapters, from a model on the meta device.
 
-    Bytes of the weights, per parameter: full 4, and 2 for autocast's copy of a linear layer; lora the size of
-    base_dtype; qlora 0.5 in a linear layer, plus 0.016 for its scales (one byte for 64 weights, four for 16384:
-    Dettmers et al. 2023, arXiv 2305.14314), and the size of base_dtype elsewhere; adapters 4. Per trainable parameter:
-    gradients 4, AdamW 8.
+    Bytes per trained parameter: weights 4, gradients 4, AdamW 8. Under full in half precision, linear layers take 2
+    more for autocast's copy. Bytes per frozen parameter: the size of base_dtype; under qlora 0.5 in linear layers but
+    the head, plus 0.016 for scales (one byte for 64 weights, four for 16384: Dettmers et al. 2023, arXiv 2305.14314).
 
-    Activations: a layer keeps c h + 2 kv + 5 i numbers per token for backward, counted for Llamas with torch's
-    saved_tensors_hooks, and 2 r for each adapter (h hidden size, kv width of the keys, i intermediate size, r rank; in
-    fp32 c is 9 for full and 5 for adapters; in half precision, where norms keep fp32, 17 and 9). With gradient
-    checkpointing each layer keeps h, and one layer all. The logits of learnt tokens are kept once in the run's
-    precision and twice in fp32. Llamas of two sizes kept 0.8 to 1.1 of the estimate.
+    Activations: for each token a layer keeps c h + 2 kv + 5 i numbers for backward, and 2 r for each adapter. h is the
+    hidden size, kv the width of the keys, i the intermediate size, r the rank. c is 9 for full and 5 for adapters in
+    fp32; in half precision, where norms keep fp32, c is 17 and 9. These numbers were counted for Llamas with torch's
+    saved_tensors_hooks. With gradient checkpointing a layer keeps h numbers for each token, and one layer at a time
+    keeps all. The logits of learnt tokens are kept once in the run's precision and twice in fp32. Measured on Llamas of
+    two sizes, activations took 0.8 to 1.1 of the estimate.
 
     Args:
         path: the model's folder or its name on the hub.
         config: the run's `Config`.
-        tokens: of a micro-batch. learnt: how many of these belong to answers.
+        tokens: number of tokens in a micro-batch.
+        learnt: number of these tokens that belong to answers.
 
     Raises:
         ValueError: the model is no causal language model.

@@ -60,7 +60,7 @@ def require(package: str) -> Any:
         ImportError: the package is missing; the message says how to install it.
     """
     os.environ.setdefault("USE_TF", "0")
-    # when imported, also by peft, it logs that an optional kernel is missing
+    # at its import, also by peft, bitsandbytes logs that an optional kernel is missing
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         module = importlib.import_module(package)
@@ -100,10 +100,12 @@ def quiet() -> Iterator[None]:
 
 # Finding
 def find(name: str) -> str:
-    """Return the folder of a model: a path, or the end of a path among Kaggle's inputs; else the name for the hub.
+    """Return the folder of a model: the path `name`, or a folder .../name or .../name/* among the Kaggle inputs.
+
+    Without such a folder `name` is returned unchanged, as a name on the hub.
 
     Raises:
-        FileNotFoundError: a folder without config.json, or with several below it.
+        FileNotFoundError: no such folder, no config.json in or below the folder, or several below it.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -123,7 +125,7 @@ def find(name: str) -> str:
 def digest(path: str) -> str:
     """Return a digest of a model's files: configuration, tokenizer, size and first megabyte of each file of weights.
 
-    The digest is in the checkpoints' stamp, since adapters fit exactly one model.
+    Checkpoints store a digest of this digest and of the data, since adapters fit exactly one model.
     """
     folder, found = Path(path), hashlib.sha256()
     if not folder.is_dir():
@@ -213,7 +215,7 @@ def most_positions(configuration: Any) -> int | None:
 
 
 def make_tiny(folder: Path, texts: Sequence[str], seed: int, **sizes: int) -> None:
-    """Make a Llama of 1.7 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
+    """Make a Llama of 0.9 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
 
     For trying things out where no model is at hand. The same texts and seed make the same files.
 
@@ -288,8 +290,8 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
 
     With "auto", Llama, Mistral and Qwen get adapters on q, k, v, o, gate, up and down, GPT-2 on its Conv1D layers. In a
     model that also takes images or sound (Gemma 3 and any other ...ForConditionalGeneration) only the language model's
-    layers get adapters, since no gradient reaches the others in training on text. Names that other layers have too are
-    then given in full.
+    layers get adapters, since no gradient reaches the others in training on text. The result then has full names of
+    layers wherever a short name also occurs outside the language model.
 
     Raises:
         ValueError: a name that no layer has, or a model without linear layers.
@@ -343,7 +345,7 @@ def language_model(model: nn.Module) -> str:
 def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, path: str) -> nn.Module:
     """Add LoRA adapters in fp32 and freeze everything else (Hu et al. 2021, arXiv 2106.09685).
 
-    The attribute `saved_names` of the result has the adapters' names: the kit's checkpoints hold nothing else.
+    The attribute `saved_names` of the result has the names of the adapters' weights; checkpoints hold these alone.
     """
     if backend == "unsloth":
         adapted = require("unsloth").FastLanguageModel.get_peft_model(
@@ -380,7 +382,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
 
 
 def only_where_asked(model: nn.Module) -> bool:
-    """Let the head compute logits at chosen positions only: before learnt tokens, about half of all.
+    """Let the head compute logits only at chosen positions: before the learnt tokens, about half of all tokens.
 
     Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
     three such tensors are alive at a time. Set `head.positions = at`, int64[B, A], before a forward pass, and None
@@ -422,7 +424,7 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     """Write an adapter as peft does: adapter_config.json, adapter_model.safetensors. The model itself is not loaded.
 
     Args:
-        weights: the kit's file, adapters by their names in the model.
+        weights: the run's .safetensors file, with the adapters' weights by their names in the model.
         config: peft's LoraConfig.
     """
     named = {name.replace(".default.", "."): tensor for name, tensor in files.read_tensors(weights).items()}
@@ -432,13 +434,16 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights by name; not by state_dict, with which fsdp would release gathered weights."""
+    """Return the trained weights by name, without state_dict: under fsdp a call would release gathered weights."""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
 
 
 def fingerprint(named: Mapping[str, Tensor]) -> str:
-    """Return a digest of tensors from integer sums of their bits, plain and weighted by position, on their devices."""
+    """Return a digest of tensors: a hash of integer sums of their bits, plain and weighted by position.
+
+    The sums are computed on the tensors' devices, and only the sums are copied to the CPU.
+    """
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     found = hashlib.sha256()
     for name, tensor in sorted(named.items()):

@@ -121,7 +121,7 @@ learnt; {prepared.val:,} examples held out; {prepared.truncated:,} cut at {confi
 
 
 def farewell(task: Finetune, result: Result, folder: Path) -> str:
-    """List the files, and the measured figures beside the estimates."""
+    """Return lines with the measured and estimated peak memory, the written files, and the command to merge."""
     planned, _ = task.plan()
     found = measured(result)
     lines = [
@@ -137,10 +137,10 @@ def farewell(task: Finetune, result: Result, folder: Path) -> str:
 
 # Merging
 def merge(output_dir: str | Path, dtype: str, to: str | Path) -> float:
-    """Write base and adapter as one model for plain transformers, in a new folder.
+    """Write base and adapter (for full, the trained weights) as one model for plain transformers, in a new folder.
 
-    For qlora the base is the 4-bit weights of the training, written out in full. Returns the largest measured
-    difference between a logit of the merged model and of the model with adapters, as a share of the largest logit.
+    For qlora the base weights are quantised to 4 bits as in training, then converted to `dtype`. Returns the largest
+    difference between the logits of one prompt before and after the merge, as a share of the largest logit.
 
     Raises:
         FileNotFoundError: the folder holds no exported run.
@@ -174,7 +174,7 @@ def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _with_adapters(
     out: Path, facts: dict[str, Any], dtype: torch.dtype, ids: torch.Tensor
 ) -> tuple[nn.Module, torch.Tensor]:
-    """Return the merged model, and logits from before the merge."""
+    """Return the merged model, and the logits of `ids` from before the merge (for full, in fp32)."""
     transformers = models.require("transformers")
     if facts["tuning"] == "full":
         with models.quiet():

@@ -19,8 +19,8 @@ BY_MODEL_TYPE = dict.fromkeys(
     ("gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
     ("embed_tokens", "act_fn", "down_proj", "post_attention_layernorm", "post_feedforward_layernorm"),
 )
-"""By model type, the last part of the names of modules that overflow. With these in fp32, all sums between layers are
-too.
+"""Model type -> the last part of the names of modules that overflow. With these modules in fp32, the residual sums
+between layers are fp32 too.
 
 The sources are vllm PR 17364 (the sums, Gemma 3) and unsloth-zoo PR 600 (down_proj and its input, Gemma 3 and 4).
 """
@@ -45,10 +45,10 @@ def mend(model: nn.Module, forward: Callable[[], Any] | None) -> list[str]:
 
 @torch.no_grad()
 def _overflowing(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
-    """Run `forward`; a module with finite inputs and an infinite output computes in fp32 from then on."""
+    """Run `forward`; a module with finite inputs and a non-finite output computes in fp32 from then on."""
     names = {module: name for name, module in model.named_modules()}
     found: list[str] = []
-    running: list[tuple[bool, int]] = []  # of each open call: whether its inputs are finite, len(found) before
+    running: list[tuple[bool, int]] = []  # for each call in progress: are its inputs finite, len(found) at its start
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         running.append((_is_finite((args, kwargs)), len(found)))
@@ -98,7 +98,7 @@ def compute_in_fp32(module: nn.Module) -> None:
 def _in_fp32(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass that computes in fp32.
 
-    A `forward` set on the module itself would compute with the original's weights in all dp replicas.
+    A `forward` set as an attribute of the module would, in every dp replica, compute with the original's weights.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

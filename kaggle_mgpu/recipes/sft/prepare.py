@@ -18,18 +18,22 @@ from .config import Config
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared holds a folder of conversations as tokens, and their model."""
+    """Prepared describes the model, and the folder of conversations as tokens.
+
+    train, val: numbers of examples. train_tokens: tokens of the training examples. *_learnt: tokens of answers.
+    truncated, truncated_tokens, dropped: as in `data.LeftOut`, over both parts.
+    """
 
     folder: str
     model: str
-    """Its folder, or its name on the hub."""
+    """The model's folder, or its name on the hub."""
     source: str
+    """The file or folder of the data, and the reason for this choice."""
     digest: str
     """A digest of tokens and model; a run continues only on data and model with the same digest."""
     kind: str
     template: str
     train: int
-    """Number of training examples."""
     val: int
     train_tokens: int
     train_learnt: int
@@ -84,7 +88,7 @@ def prepare(config: Config) -> Prepared:
         )
     limit = models.positions(model)
     longest = max(max(data.Examples(folder, part).lengths, default=0) for part in ("train", "val"))
-    if limit is not None and longest > limit:  # on a GPU an index beyond a table of positions ends the whole process
+    if limit is not None and longest > limit:  # on a GPU an index beyond the position embeddings aborts the process
         raise ValueError(
             f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} knows "
             f"{limit} positions: give max_length={limit}"

@@ -1,4 +1,4 @@
-"""Read conversations from files (.jsonl, .json, .csv, .parquet) whose rows are of one of several kinds, and split them.
+"""Read conversations from files (.jsonl, .json, .csv, .parquet) with one of several kinds of rows, and split them.
 
     kind, conversations = read_conversations(Path("train.jsonl"))
     training, held = split(conversations, 0.1)
@@ -25,7 +25,7 @@ from .._files import data_files, jsonl_rows, parquet_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 Conversation = list[dict[str, Any]]
-"""Messages with role and content, perhaps tool_calls. The first holds the row's `tools`, if there are any."""
+"""Messages with role and content, perhaps tool_calls. The first message holds the row's `tools`, if there are any."""
 LISTS = ("messages", "conversations")
 """Kinds of rows with a list of messages: role and content, or ShareGPT's from and value."""
 PAIRS = {
@@ -37,8 +37,8 @@ PAIRS = {
     "prompt/response": ("prompt", "response"),
     "question/answer": ("question", "answer"),
 }
-"""Kinds of rows with a question and its answer, by these two fields; the first that fits is taken. The first kind is
-Alpaca's, the second Dolly's. The two fields may also hold lists of messages, as TRL's prompt and completion do."""
+"""Kinds of rows with a question and its answer -> the fields of question and answer. The first kind is Alpaca's, the
+second Dolly's. The two fields may also hold lists of messages, as TRL's prompt and completion do."""
 ADDITIONS = ("input", "context")
 """Optional fields with text that belongs to the question."""
 SYSTEM = ("system", "system_prompt")
@@ -124,7 +124,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def kind_of(row: Any) -> str | None:
-    """Return the kind of a row, one of KINDS; None for another."""
+    """Return the first of KINDS to fit the fields of a row; None if no kind fits."""
     if not isinstance(row, dict):
         return None
     lists = [kind for kind in LISTS if kind in row]
@@ -137,9 +137,10 @@ def answers(message: dict[str, Any]) -> bool:
 
 
 def _message(message: Any) -> dict[str, Any] | None:
-    """Return a message with role and content as text; None if one is missing. Parts of text are joined.
+    """Return a message with role and content as text, or None if role, content or a tool call is malformed.
 
-    Calls of tools are kept with their arguments as an object, since templates write objects as JSON themselves.
+    A content of several text parts is joined. Arguments of tool calls are decoded from JSON, since chat templates
+    encode them again.
     """
     if not isinstance(message, dict):
         return None
@@ -167,7 +168,7 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
     """Return the row as messages with a role and a content.
 
     Raises:
-        ValueError: the row has fields of another type, or no answer.
+        ValueError: fields of another type, no answer, an answer before any question, or half of a surrogate pair.
     """
     conversation: Conversation = []
     system = _text(row, SYSTEM, place)
@@ -211,7 +212,7 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
 
 
 def _text(row: dict[str, Any], names: Sequence[str], place: str) -> str:
-    """Return the text in optional fields of a row, "" without any.
+    """Return the texts in the optional fields `names` of a row, joined by blank lines; "" if there are none.
 
     Raises:
         ValueError: a field holds something else.
@@ -223,6 +224,7 @@ def _text(row: dict[str, Any], names: Sequence[str], place: str) -> str:
 
 
 def short(value: Any) -> str:
+    """Return a value as JSON, at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -254,7 +256,7 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
 
 
 def choose_source(data_path: str | None) -> tuple[Path | None, str]:
-    """Return the file or folder of conversations (None: the embedded pairs), and the reason."""
+    """Return the file or folder of conversations (None: those of `embedded`), and the reason for the choice."""
     if data_path is not None:
         return Path(data_path).expanduser().resolve(), "data_path"
     found = []
@@ -264,7 +266,7 @@ def choose_source(data_path: str | None) -> tuple[Path | None, str]:
                 _, row = next(rows(file))
                 if kind_of(row):
                     found.append((file.stat().st_size, file))
-            except Exception:  # of whatever library reads the file
+            except Exception:  # the libraries that read files raise many kinds of errors
                 continue
     if found:
         which = f"the largest of {len(found)} files" if len(found) > 1 else "the only file"

@@ -18,7 +18,7 @@ _WITHOUT_SPACES = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", 
 
 @lru_cache(maxsize=1 << 16)
 def _kind(character: str) -> str:
-    """ " " between words, "m" for a mark, "c" for a character that is a word by itself, "w" within a word."""
+    """Return " " between words, "m" for a mark, "c" for a character that is a word by itself, "w" within a word."""
     category = unicodedata.category(character)[0]
     if category not in "LNM":
         return " "
@@ -52,9 +52,9 @@ def words(text: str) -> list[str]:
 
 
 def common_subsequence(a: list[str], b: list[str]) -> int:
-    """Return the length of the longest common subsequence, by one addition of len(a) bits for each word of b.
+    """Return the length of the longest common subsequence of two lists of words.
 
-    Hyyrö, "Bit-Parallel LCS-length Computation Revisited", 2004.
+    Each word of b takes one addition of len(a) bits: Hyyrö, "Bit-Parallel LCS-length Computation Revisited", 2004.
     """
     where: dict[str, int] = {}
     for position, word in enumerate(a):
@@ -68,7 +68,7 @@ def common_subsequence(a: list[str], b: list[str]) -> int:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """Return the F-measure in [0, 1]; 0 if either text has no word."""
+    """Return the F-measure of ROUGE-L, in [0, 1]; 0 if the texts have no word in common."""
     a, b = words(answer), words(reference)
     common = common_subsequence(a, b)
     if not common:
