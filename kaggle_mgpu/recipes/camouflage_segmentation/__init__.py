@@ -34,5 +34,5 @@ __all__ = [
 
 
 def task(config: Config) -> Task:
-    """Return the task of one run of the whole model; `run` trains in stages."""
+    """Return the task of a single run that trains the whole model; `run` trains in stages instead."""
     return CamouflageSegmentation(config)

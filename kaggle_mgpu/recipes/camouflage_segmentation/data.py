@@ -4,7 +4,7 @@
     train = Samples(found.train, size=256, augment=True)
 
 A sample is {"image": (3, size, size), "mask": (height, width)}, both uint8. For training the mask has the image's size;
-otherwise it keeps its own, on which the measures are defined.
+for evaluation the mask keeps its original size, since the measures are defined at this size.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""Formats that Pillow may read. Pillow goes by a file's content, and would start Ghostscript for PostScript."""
+"""Formats that Pillow may read: it ignores the suffix, and would run Ghostscript on a file that is PostScript."""
 FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
-"""Names of the folders of images and masks: COD10K's own, those of SINet's and later archives, two common ones."""
+"""Names of the folders of images and masks: COD10K's own, those of SINet's and later archives, two common pairs."""
 SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
 NOT_CAMOUFLAGED = "COD10K-NonCAM-"
 """Prefix of COD10K's images without a hidden object; papers train and test without these images."""
@@ -110,7 +110,7 @@ def distinct_names(source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class Found:
-    """The data of a run."""
+    """The data of a run: `where` names the folder, and `reason` says why it was chosen."""
 
     train: Source
     val: Source | None
@@ -138,7 +138,7 @@ def pillow() -> Any:
 
 
 def grey(mask: Image) -> Image:
-    """Return a mask in 8 bits; transparent pixels are background."""
+    """Return a mask as an 8-bit grey image; transparent pixels become background, 0."""
     if mask.mode not in ("LA", "PA", "RGBA") and "transparency" not in mask.info:
         return mask.convert("L")
     from PIL import ImageChops
@@ -162,13 +162,13 @@ def prepare(
     """Find the data and check each pair of files.
 
     Args:
-        val_fraction: share of the images held out where there is no test folder.
+        val_fraction: share of the images to hold out if there is no test folder.
         test_set: the folder in TestDataset to hold out. None: COD10K, else all folders.
         scenes, val_scenes: numbers of scenes to draw where there are no files.
 
     Raises:
-        FileNotFoundError: no such folder, or none of the layouts in it; or an image without a mask.
-        ValueError: pairs that cannot be used, each with its path.
+        FileNotFoundError: no such folder or test set, none of the layouts in the folder, or an image without a mask.
+        ValueError: no images to train on or hold out, or unusable files; the message names up to five.
     """
     root, reason = _root(data_path)
     if root is None:
@@ -192,10 +192,10 @@ def prepare(
 
 
 def _root(data_path: str | None) -> tuple[Path | None, str]:
-    """Return the folder with one of the layouts, and the reason for the choice."""
+    """Return the folder with one of the layouts (None: no such input), and the reason for the choice."""
     patterns = [f"{train}/{masks}" for train, _ in SPLITS for masks in dict.fromkeys(masks for _, masks in FOLDERS)]
     if data_path is None:
-        # only with a split: folders called images and masks may belong to any data set
+        # an input must have a training folder: folders called images and masks alone may belong to any data set
         for pattern in patterns:
             if found := session.find(pattern):
                 return found[0].parents[1], f"found among the inputs by {pattern}"
@@ -236,16 +236,16 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
 
 
 def _sets(folder: Path) -> dict[str, list[Pair]]:
-    """Return the pairs of each test set in a folder of several."""
+    """Return the pairs of each test set in a folder of several test sets, by the set's name."""
     sets = {child.name: _folder_pairs(child) for child in sorted(folder.glob("*/"))}
     return {name: pairs for name, pairs in sets.items() if pairs is not None}
 
 
 def test_sets(found: Found) -> dict[str, Files]:
-    """Return every test set beside the training data by its name, those not held out too; {} for drawn scenes.
+    """Return all test sets beside the training data by name, even sets not used as held-out data; {} for drawn scenes.
 
     Raises:
-        ValueError: pairs that cannot be used, each with its path.
+        ValueError: unusable files; the message names up to five.
     """
     for train, test in () if found.drawn else SPLITS:
         if _folder_pairs(Path(found.where, train)) is not None:
@@ -257,7 +257,7 @@ def test_sets(found: Found) -> dict[str, Files]:
 
 
 def _folder_pairs(folder: Path) -> list[Pair] | None:
-    """Return the pairs of files in a folder; None without a folder of masks."""
+    """Return the (image, mask) paths in a folder; None if the folder has no folder of masks."""
     for image_name, mask_name in FOLDERS:
         images, masks = folder / image_name, folder / mask_name
         if not masks.is_dir():
@@ -282,7 +282,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
-    """Choose pairs by a digest of their names, at least one; adding images does not move the others."""
+    """Choose pairs whose name has a digest, scaled to 0 ... 1, below `fraction`; of several pairs at least the lowest.
+
+    Unless only the lowest is chosen, added images do not change the choice among the others.
+    """
     place = {pair: int(hashlib.sha256(Path(pair[0]).name.encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs}
     first = [min(pairs, key=lambda pair: place[pair])] if len(pairs) > 1 else []
     return {pair for pair in pairs if place[pair] < fraction} | set(first)
@@ -290,10 +293,10 @@ def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
 
 # Checking
 def check(pairs: Sequence[Pair]) -> None:
-    """Check before training that each image and mask can be read, and that the masks' values are valid.
+    """Check before training that each image and mask can be read, and that the masks' sizes and values are valid.
 
     Raises:
-        ValueError: with the path of each file that cannot be used, up to five.
+        ValueError: unusable files; the message names up to five.
     """
     with ThreadPoolExecutor(8) as pool:  # threads help: Pillow decodes without the interpreter's lock
         problems = [problem for problem in pool.map(_problem, pairs) if problem]
@@ -317,7 +320,7 @@ def _problem(pair: Pair) -> str | None:
             bands = np.reshape(mask.getextrema(), (-1, 2))[
                 : 3 if mask.mode == "RGBA" else 1 if mask.mode == "LA" else None
             ]
-            differ = bool((bands[:, 0] < bands[:, 1]).any())  # faint colours, or indices of dark palette colours
+            differ = bool((bands[:, 0] < bands[:, 1]).any())  # also faint or dark palette colours of grey 0
     except Exception as error:  # Pillow's decoders raise nearly anything
         return f"{path}: cannot be read as an image: {error}"
     values = [value for value, count in enumerate(counts) if count]
@@ -339,10 +342,11 @@ def _by(size: tuple[int, int]) -> str:
 
 # Samples
 class Samples(Dataset[dict[str, Tensor]]):
-    """Samples resizes a source's images, and augments them with random numbers seeded for each sample.
+    """Samples resizes a source's images, and augments them with torch's generator, which the loader seeds per sample.
 
     Args:
-        rotation: augmented images are rotated by an angle of at most so many degrees.
+        size: side of the images in pixels.
+        rotation: the largest angle, in degrees, by which augmented images are rotated.
     """
 
     def __init__(self, source: Source, size: int, augment: bool, rotation: float = 0.0) -> None:
@@ -359,14 +363,14 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def pixels(image: Image, size: int) -> Tensor:
-    """Return a Pillow image as uint8[3, size, size]."""
+    """Return an RGB Pillow image, resized, as uint8 (3, size, size)."""
     if image.size != (size, size):
         image = image.resize((size, size), pillow().Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def augmented(image: Image, mask: Image, side: int, rotation: float = 0.0) -> tuple[Image, Image]:
-    """Crop at random to at least three quarters of each side, mirror half of the crops, rotate, change colours."""
+    """Crop at random to at least three quarters of each side, resize to `side`, mirror, rotate, change colours."""
     from PIL import ImageEnhance, ImageStat
 
     pil = pillow()
@@ -393,7 +397,7 @@ def augmented(image: Image, mask: Image, side: int, rotation: float = 0.0) -> tu
 
 
 def collate(samples: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a batch: image (B, 3, S, S); mask (B, H, W), padded by 0 to the largest; size (B, 2) of each mask."""
+    """Return a batch: image (B, 3, S, S); mask (B, H, W), padded by 0 to the largest; size (B, 2), each mask's own."""
     samples = list(samples)
     sizes = torch.tensor([sample["mask"].shape for sample in samples])
     height, width = sizes.amax(0).tolist()
@@ -432,7 +436,7 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
 
 
 def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
-    """Draw waves of about `grain` cycles per pixel along `direction` (radians; None: all); mean 0, deviation 1."""
+    """Draw waves of about `grain` cycles per pixel along `direction` (radians; None: all); mean 0, variance 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     if direction is None:
         keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)

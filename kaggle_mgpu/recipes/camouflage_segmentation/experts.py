@@ -1,16 +1,16 @@
 """A decoder with experts of seven kinds, each after a published method: Config.decoder="experts".
 
     decoder = ExpertsDecoder([32, 64, 128, 256], width=64, num_experts=7, top_k=2)
-    output = decoder(features)    # a model.Output, as from the small decoder
+    output = decoder(features)    # a model.Output, as from model.Decoder
 
-An expert maps (B, C, H, W) to the same shape, each image by itself. A router weights the experts at each position. With
-one weight per image, the experts' use could be balanced only over the batch, and the gradient would depend on how the
-batch is split.
+An expert maps (B, C, H, W) to the same shape, each image by itself. A router weights the experts at each position, so
+that their use can be balanced within each image. With one weight per image, use could be balanced only over the batch,
+and the gradient would depend on how the batch is split.
 
 All experts are computed everywhere, with weight 0 where top-k leaves them out. So every parameter has a gradient in
 every step, as DistributedDataParallel needs, and no shape depends on data, as torch.compile needs. This takes
-num_experts / top_k times the operations of a sparse computation; the experts' inner width, half of the level's, makes
-up for part of the cost.
+num_experts / top_k times the operations of a sparse computation. Experts have half the channels of their decoder level,
+to save part of this cost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KEYS = 8
 BINS = (1, 2, 3, 6)
 """Sides of the context expert's pooled maps (Zhao et al. 2017)."""
 SURROUNDS = (3, 7, 15)
-"""Sides of the squares that the contrast expert compares a position with."""
+"""Sides of the squares around a position whose means the contrast expert subtracts."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def mixed(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def pooled(x: Tensor, bins: int) -> Tensor:
-    """Return means over at most bins x bins squares."""
+    """Return the means of x (B, C, H, W) over at most bins x bins rectangles."""
     return F.avg_pool2d(x, [math.ceil(side / bins) for side in x.shape[2:]], ceil_mode=True)
 
 
@@ -198,8 +198,8 @@ KINDS: dict[str, type[nn.Module]] = {
 class Mixture(nn.Module):
     """Mixture adds to its input the experts' outputs, weighted at each position.
 
-    One convolution makes the inputs of all experts, and one adds up their weighted outputs. The result is that of a
-    pair of convolutions for each expert, with fewer and larger matrix products.
+    One convolution makes the inputs of all experts, and one sums their weighted outputs. Two convolutions per expert
+    would give the same result, but with more and smaller matrix products.
 
     Args:
         top_k: how many experts a position uses; None: all of them, weighted softly.
@@ -208,7 +208,7 @@ class Mixture(nn.Module):
     def __init__(self, width: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
         self.top_k = top_k
-        inner = 4 * math.ceil(width / 8)  # half, as a multiple of 4 for the branches of Texture and Context
+        inner = 4 * math.ceil(width / 8)  # half of width, a multiple of 4 for the branches of Texture and Context
         kinds = list(KINDS.values())
         self.norm = group_norm(width)
         self.router = nn.Conv2d(width, num_experts, 1)
@@ -217,7 +217,7 @@ class Mixture(nn.Module):
         self.expand = nn.Conv2d(num_experts * inner, width, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features, and the balance of each image, (B,)."""
+        """Return the features (B, width, H, W), and the `balance` of each image, (B,)."""
         y = self.norm(x)
         weights, uneven = gates(self.router(y), self.top_k)
         parts = self.reduce(y).chunk(len(self.experts), 1)
@@ -229,9 +229,10 @@ class Mixture(nn.Module):
 class ExpertsDecoder(nn.Module):
     """ExpertsDecoder predicts from the coarsest feature to the finest; each prediction guides the next.
 
-    Like the small decoder it is a feature pyramid with a head at each scale and one for the boundary. Unlike there, the
-    levels have width, 2, 4 and 4 times width channels, and each processes the object and the background of the coarser
-    prediction separately (background: reverse attention, Fan et al. 2020, PraNet; both: Mei et al. 2021, PFNet).
+    Like `model.Decoder`, this is a feature pyramid with a head at each scale and one for the boundary. But the levels
+    have width, 2, 4 and 4 times width channels, and each level processes its features separately for the object and the
+    background of the coarser prediction (background: reverse attention, Fan et al. 2020, PraNet; both: Mei et al. 2021,
+    PFNet).
     """
 
     def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:
@@ -257,7 +258,7 @@ class ExpertsDecoder(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> Output:
-        """Args: features: (B, channels[i], S/s, S/s) for the strides s of 4, 8, 16, 32."""
+        """Args: features: (B, channels[i], S/s, S/s) for the strides s = 4, 8, 16, 32, of images of side S."""
         x: Tensor | None = None
         logits: list[Tensor] = []
         balances = []

@@ -61,7 +61,7 @@ def measure(prediction: NDArray[np.uint8], mask: NDArray[Any]) -> dict[str, Any]
 
 
 def report(means: Mapping[str, Any]) -> dict[str, float]:
-    """Return the reported numbers of the means over images: e_curve becomes e_mean and e_max."""
+    """Return the means over images of `measure`'s values as plain numbers: e_curve becomes e_mean and e_max."""
     numbers: dict[str, float] = {}
     for name, value in means.items():
         if name == "e_curve":
@@ -72,9 +72,9 @@ def report(means: Mapping[str, Any]) -> dict[str, float]:
 
 
 def s_measure(values: Floats, truth: NDArray[np.bool_]) -> float:
-    """Return the structure measure, alpha 0.5 (Fan et al. 2017).
+    """Return the structure measure, alpha 0.5 (Fan et al. 2017), of values from 0 to 1.
 
-    The mean of two similarities: of object and background, and of the four image parts around the object's centre.
+    It is the mean of two similarities: of object and background, and of the four quarters around the object's centre.
     """
     share = truth.mean()
     if share in (0, 1):
@@ -107,7 +107,7 @@ def _ssim(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def e_measure(values: Floats, truth: NDArray[np.bool_]) -> tuple[float, Floats]:
-    """Return the enhanced alignment measure (Fan et al. 2018) at twice the mean, and at 255 to 0."""
+    """Return the enhanced alignment measure (Fan et al. 2018) at the threshold 2 x mean, and at 255, 254 ... 0."""
     threshold = min(2 * values.mean(), 1)
     at = values >= threshold
     levels = (values * 255).astype(np.uint8)
@@ -142,7 +142,7 @@ def weighted_f(values: Floats, truth: NDArray[np.bool_]) -> float:
         return 0.0
     error = np.abs(values - truth)
     squared, rows, columns = nearest(truth)
-    # outside the object, the error of the nearest object pixel counts; only pixels near the object are needed
+    # outside the object, smooth the error of the nearest object pixel; only pixels near the object are needed
     spread = _gaussian(np.where(truth, error, error[rows, columns]), truth)
     weighted = np.where(truth & (spread < error), spread, error)
     outside = weighted[~truth] * (2 - np.exp(np.log(0.5) / 5 * np.sqrt(squared[~truth])))
@@ -153,7 +153,7 @@ def weighted_f(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def _gaussian(values: Floats, truth: NDArray[np.bool_]) -> Floats:
-    """Filter as MATLAB's imfilter(values, fspecial('gaussian', 7, 5)), zeros beyond the edge, near the object only."""
+    """Filter as MATLAB's imfilter(values, fspecial('gaussian', 7, 5)) in the object's bounding box; 0 elsewhere."""
     kernel = np.exp(-(np.arange(-3, 4) ** 2) / 50.0)
     kernel /= kernel.sum()
     (top, bottom), (left, right) = ((i.min(), i.max() + 1) for i in np.nonzero(truth))
@@ -167,7 +167,7 @@ def _gaussian(values: Floats, truth: NDArray[np.bool_]) -> Floats:
 def nearest(truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return each pixel's exact squared distance to the nearest True pixel, and the row and column of the nearest.
 
-    Of equally near pixels the one with the smallest column, then the smallest row, as in
+    All three are (height, width). Of equally near pixels, the smallest column wins, then the smallest row, as in
     scipy.ndimage.distance_transform_edt. The method is that of Maurer, Qi and Raghavan 2003, for all rows at once.
 
     Raises:

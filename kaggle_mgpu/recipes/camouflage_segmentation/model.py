@@ -5,8 +5,8 @@
     output.logits[-1]          # (B, 1, S/4, S/4): the mask; the other logits are coarser, for deep supervision
     loss = loss_terms(output, masks, balance_weight=0.01).sum()
 
-No image depends on the rest of the batch: normalisation is over channels, routing and its balance are per image, and a
-timm backbone's BatchNorm keeps its pretrained statistics. So the gradient does not depend on how the batch is split.
+No image depends on the rest of the batch: group normalisation, routing and its balance are per image, and a timm
+backbone's BatchNorm keeps its pretrained statistics. So the gradient does not depend on how the batch is split.
 Every expert is computed for every pixel, with weight 0 where top-k leaves it out: a few small convolutions are cheaper
 than gathering pixels, and every parameter has a gradient, as DistributedDataParallel needs.
 """
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class Compact(nn.Module):
-    """Compact is a backbone of four levels of residual blocks, trained from scratch, without package or download.
+    """Compact is a backbone of four levels of residual blocks, trained from scratch: it needs no package or download.
 
     At width 32, with the decoder of preset balanced: 2.5 M parameters. The features have width, 2, 4 and 8 times width
     channels. (ConvNeXt's blocks over a stem of two 3 x 3 kernels learn textures more slowly: IoU 0.24 against 0.51
@@ -93,10 +93,10 @@ class Compact(nn.Module):
 
 
 def state_dict(path: str) -> dict[str, Tensor]:
-    """Return the weights in a file of torch.save, by timm's names; the averaged weights if the file has any.
+    """Return the tensors in a file of torch.save by name; averaged (EMA) weights if the file has any.
 
     Raises:
-        ValueError: the file cannot be read, or only by running code in it.
+        ValueError: the file cannot be read, or reading would run code from the file.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -124,7 +124,7 @@ class Timm(nn.Module):
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: timm cannot make the backbone, or the weights do not fit it; the message counts what is missing.
+        ValueError: timm cannot make the backbone, its features lack one of the STRIDES, or the weights do not fit.
     """
 
     def __init__(self, name: str, weights: str | None = None, image_size: int | None = None) -> None:
@@ -166,8 +166,8 @@ class Timm(nn.Module):
     def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, chance: Tensor) -> None:
         """Raise a WeightsError if a tensor still has the random values that the same seed gives without weights.
 
-        timm loads weights by name and silently skips what does not fit. Tensors with constant initial values (biases,
-        norms) prove nothing and are left out.
+        timm loads weights by name and silently skips tensors that do not fit. Tensors with constant initial values
+        (biases, norms) prove nothing and are left out.
 
         Args:
             chance: the state of torch's generator before the model was made.
@@ -221,11 +221,11 @@ def _timm(name: str) -> Any:
 
 
 def backbone(name: str, *, width: int, weights: str | None = None, image_size: int | None = None) -> nn.Module:
-    """Make `compact`, or a backbone of timm by its name; `channels` lists the channels of its four features.
+    """Make `compact`, or a backbone of timm by its name; attribute `channels` has the channels of the four features.
 
     Args:
         width: channels of the compact backbone's first level.
-        weights: for timm's: None (random), "download", or a file.
+        weights: for timm backbones: None (random), "download", or a file.
         image_size: pixels per side, for timm backbones that are made for one size.
     """
     return Compact(width) if name == "compact" else Timm(name, weights, image_size)
@@ -260,7 +260,7 @@ class Experts(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features, and the balance of each image, (B,)."""
+        """Return the features (B, width, H, W), and the `balance` of each image, (B,)."""
         y = self.norm(x)
         weights, uneven = gates(self.router(y), self.top_k)
         out = x
@@ -274,7 +274,7 @@ def gates(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
 
     Args:
         scores: a router's (B, num_experts, H, W).
-        top_k: how many experts a position uses, the others get 0; None: all.
+        top_k: how many experts a position uses (the others have weight 0); None: all.
     """
     shares = scores.float().softmax(1)
     weights = shares
@@ -289,9 +289,9 @@ def gates(scores: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
 def balance(shares: Tensor, top_k: int | None) -> Tensor:
     """Return the load-balancing term of Fedus et al. 2021 (Switch Transformer, eq. 4), of each image by itself.
 
-    num_experts x sum over experts of (share of the choices that fall on the expert) x (its mean share): 1 if all are
-    used equally. It is per image, since over a batch it would depend on how the batch is split. With soft routing both
-    factors are the mean share.
+    The term is num_experts x sum over experts of (share of top-k choices that fall on the expert) x (mean router share
+    of the expert): 1 if all experts are used equally. With soft routing both factors are the mean router share. A term
+    over the batch would depend on how the batch is split.
 
     Args:
         shares: (B, num_experts, H, W), sum 1 over the experts.
@@ -311,7 +311,7 @@ class Segmenter(nn.Module):
     """Segmenter joins a backbone and a decoder; stages train these two with different rates.
 
     Args:
-        decoder: made from the backbone's channels, width, num_experts and top_k; maps features to an Output.
+        decoder: a class called with (channels, width, num_experts, top_k); maps features to an Output. None: Decoder.
     """
 
     mean: Tensor
@@ -348,7 +348,7 @@ class Segmenter(nn.Module):
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
-    """Return x at the height and width of another map, bilinear."""
+    """Return x, resized bilinearly to the height and width of `like`."""
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
 
@@ -358,14 +358,14 @@ def boundary_head(width: int) -> nn.Sequential:
 
 
 def final_head(width: int) -> nn.Sequential:
-    """Make the layers from the finest features and the boundary to the mask's logits, for (B, width + 1, H, W)."""
+    """Make the layers from finest features and boundary, (B, width + 1, H, W), to the mask's logits, (B, 1, H, W)."""
     return nn.Sequential(
         nn.Conv2d(width + 1, width, 3, padding=1), group_norm(width), nn.GELU(), nn.Conv2d(width, 1, 1)
     )
 
 
 class Decoder(nn.Module):
-    """Decoder adds, mixes by experts and predicts, from the coarsest feature to the finest (Lin et al. 2017)."""
+    """Decoder is a feature pyramid (Lin et al. 2017) with `Experts` and a prediction at each level."""
 
     def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:
         super().__init__()
@@ -402,8 +402,8 @@ def maybe_checkpoint(owner: Any, part: nn.Module, x: Tensor) -> Any:
 def pixel_weights(target: Tensor) -> Tensor:
     """Return 1 + 5 |mean of the neighbourhood - pixel| of a mask (B, 1, H, W): 1 to 6, largest near the edge.
 
-    The neighbourhood is a square: F3Net's 31 pixels at its image size of 352, and the same proportion of other sizes,
-    since on small images every pixel is within 31 pixels of the edge.
+    The neighbourhood is a square with F3Net's side of 31 pixels for images of 352, in proportion for other sizes: on
+    small images a square of 31 pixels would reach the edge from nearly everywhere.
     """
     side = max(3, round(31 * min(target.shape[2:]) / 352) | 1)
     # columns, then rows: the same mean in a fifteenth of the time
@@ -413,10 +413,10 @@ def pixel_weights(target: Tensor) -> Tensor:
 
 
 def structure_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return weighted binary cross entropy plus weighted IoU (Wei, Wang and Huang 2020, F3Net) of each image.
+    """Return weighted binary cross entropy + 1 - weighted IoU (Wei, Wang and Huang 2020, F3Net) of each image.
 
-    This is the formula of the paper. (F3Net's published code and most copies average the cross entropy before it is
-    weighted, because of an outdated argument of torch's.) Computed in fp32, since sums over an image overflow fp16.
+    This is the formula of the paper. (F3Net's published code and most copies average the cross entropy before the
+    weighting, because they use a deprecated argument of torch.) In fp32, since sums over an image overflow fp16.
 
     Args:
         logits: (B, 1, H, W). target: the same, 0 to 1. weight: `pixel_weights(target)`, if already computed.
@@ -441,7 +441,7 @@ def boundary_of(target: Tensor) -> Tensor:
 
 
 def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Return cross entropy plus Dice of the edge, (B,), in fp32."""
+    """Return cross entropy + 1 - soft Dice of the edge, (B,), in fp32; logits and target are (B, 1, H, W)."""
     logits, edge = logits.float(), boundary_of(target.float())
     over = (1, 2, 3)
     entropy = F.binary_cross_entropy_with_logits(logits, edge, reduction="none").mean(over)
@@ -452,8 +452,8 @@ def boundary_loss(logits: Tensor, target: Tensor) -> Tensor:
 def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tensor:
     """Return the whole loss of each image, (B,).
 
-    The sum of the prediction's structure loss; 1/2, 1/4 and 1/8 of the coarser predictions'; half of the boundary loss;
-    and balance_weight times the balance of the experts.
+    The loss is the sum of the structure loss of the final prediction; 1/2, 1/4 and 1/8 of those of the coarser ones;
+    half of the boundary loss; and balance_weight times the balance of the experts.
 
     Args:
         target: (B, 1, S, S), 0 to 1.
@@ -466,7 +466,7 @@ def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tens
 
 
 def enlarged(logits: Tensor, size: Any) -> Tensor:
-    """Resize logits, bilinear, in fp32."""
+    """Resize logits or images bilinearly to `size` (height, width), in fp32."""
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 

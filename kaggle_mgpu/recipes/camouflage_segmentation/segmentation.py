@@ -68,7 +68,7 @@ class CamouflageSegmentation(Task):
 
     Args:
         found: the data; None: searched and checked when first needed.
-        stage: the stage's name, which is in its checkpoints' stamp.
+        stage: the stage's name; checkpoints record this name.
         share: share of the backbone's blocks to train, from the last on; 0: the backbone is frozen.
         start: the weights to start from; None: random or pretrained ones.
     """
@@ -99,14 +99,14 @@ class CamouflageSegmentation(Task):
 
     def _use(self, found: data.Found) -> None:
         self._found = found
-        # stamps the checkpoints: a stage does not continue with other images or from other initial weights
+        # checkpoints record this name: a stage does not continue with other images or from other initial weights
         self.name = f"CamouflageSegmentation {found.digest}, {self.stage}"
         if self.start is not None:
             self.name += f" from {files.crc32(self.start):08x}"
 
     @property
     def config(self) -> Config:
-        """The config, with no field left to the preset."""
+        """The config, with the preset's values in the fields left None."""
         return self._given.settled(drawn=self.found.drawn)
 
     def describe(self) -> str:
@@ -129,10 +129,10 @@ class CamouflageSegmentation(Task):
         yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
         for name in PRESETS:
             mine = name == config.preset
-            # soft routing costs the same, and is valid for a preset with fewer experts than top_k
+            # soft routing costs as much as top-k, and is valid even if the preset has fewer experts than top_k
             its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
             parameters, flops, kept = _cost(_sizes(its))
-            # weights, gradients, two moments and the average, four bytes each
+            # weights, gradients, AdamW's two moments and the averaged weights, four bytes each
             memory = batch * kept + 20 * parameters
             yield (
                 f"{name + (' *' if mine else ''):16} {its.image_size:6}  {its.global_batch_size or '':>5}  "
@@ -141,7 +141,7 @@ class CamouflageSegmentation(Task):
         yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
 
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
-        """Make the segmenter of a config with no field left to the preset; default: the task's own."""
+        """Make the segmenter of a `settled` config, by default the task's own."""
         config = config or self.config
         top_k = config.top_k if config.routing == "topk" else None
         return _segmenter(_sizes(config), weights=weights, top_k=top_k)
@@ -166,7 +166,7 @@ class CamouflageSegmentation(Task):
         return data.collate(samples)
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Sum the loss of each image (model.py); of several train_scales, the mean of their losses."""
+        """Return the sum of `model.loss_terms` over the images; with several train_scales, the mean of these sums."""
         image, target = batch["image"], batch["mask"][:, None].float() / 255
         losses = []
         for scale in self._given.train_scales:
@@ -178,9 +178,9 @@ class CamouflageSegmentation(Task):
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
         """Return the measures of metrics.py, and the prediction's structure loss, at each mask's own size.
 
-        One image at a time: the last bit of a convolution's result depends on the batch, and a threshold can turn this
-        bit into another pixel. So no figure depends on how the images were batched. The measures, on the CPU, take
-        longer than the forward passes.
+        Images are computed one at a time, so that no measure depends on how images are batched: the last bit of a
+        convolution's result depends on the batch, and can decide on which side of a threshold a pixel falls. The
+        measures, on the CPU, take longer than the forward passes.
         """
         rows = []
         with shards.gathered(model):  # ranks may have different numbers of images
@@ -199,7 +199,7 @@ class CamouflageSegmentation(Task):
     def probability(self, model: nn.Module, image: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the object's probability and logits in an image (1, 3, S, S), both (1, 1, *size).
 
-        With `tta` the probability is the mean with that of the mirrored image.
+        With `tta` the probability is the mean of the image's and the mirrored image's; the logits are the image's.
         """
         logits = enlarged(model(image).logits[-1], size)
         probability = logits.sigmoid()
@@ -216,7 +216,7 @@ class CamouflageSegmentation(Task):
         decay = config.layer_decay if config.layer_decay is not None else 1.0 if own else 0.8
         parts = list(reversed(blocks(model.backbone)))
         rates = {id(p): scale * decay**depth for depth, part in enumerate(parts) for p in part.parameters()}
-        # parameters outside the blocks count as below all blocks
+        # parameters outside the blocks get the rate of a block below the first
         for parameter in model.backbone.parameters():
             rates.setdefault(id(parameter), scale * decay ** len(parts))
         groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -231,7 +231,7 @@ class CamouflageSegmentation(Task):
 
     # Predictions
     def predict(self, model: nn.Module, index: int) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return a held-out image (Pillow's), its mask and its prediction, both uint8[height, width].
+        """Return a held-out Pillow image, its mask and its prediction, both uint8 (height, width).
 
         Raises:
             ValueError: nothing is held out.
@@ -251,8 +251,8 @@ class CamouflageSegmentation(Task):
     def write_predictions(self, model: nn.Module, path: str | Path) -> Path:
         """Write a zip with each held-out image's prediction as NAME.png: 8 bits, its mask's size.
 
-        Evaluation tools read such images. It is one file, because Kaggle limits the number of output files, and is
-        written atomically. If test sets have images of the same name, each set has a folder.
+        Evaluation tools read such images. The output is a single file, since Kaggle limits the number of output files,
+        and is written atomically. If names repeat among test sets, each set has a folder.
         """
         path = Path(path)
         with files.whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
@@ -294,9 +294,9 @@ def find(config: Config) -> data.Found:
 
 
 def runs(config: Config) -> list[tuple[str, Config, CamouflageSegmentation]]:
-    """Return the name, config and task of each stage for a plan; no stage starts from another's weights."""
+    """Return the name, config and task of each stage for the command `plan`; no task loads another stage's weights."""
     found = find(config)
-    _cost(_sizes(config.settled(drawn=found.drawn)))  # a backbone that cannot compute this size is said here
+    _cost(_sizes(config.settled(drawn=found.drawn)))  # raises if the backbone cannot compute images of this size
     return [
         (s.name, s.config, CamouflageSegmentation(s.config, found=found, stage=s.name, share=s.share))
         for s in stages(config, found)
@@ -334,7 +334,7 @@ def pretrained(config: Config) -> str | None:
 
 
 def weights_from(config: Config) -> str:
-    """Say in words where the backbone's weights come from; raises as `pretrained` does."""
+    """Return in words where the backbone's weights come from; raises as `pretrained` does."""
     source = pretrained(config)
     if source is None:
         return "random"
@@ -404,7 +404,10 @@ def baselines(task: CamouflageSegmentation) -> dict[str, dict[str, float]]:
 
 
 def local_contrast(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return fine detail in squares of an eighth of the image, uint8 (height, width): 0 up to the mean, 255 most."""
+    """Return the local amount of fine detail, uint8 (height, width): 0 up to the image's mean, 255 at the maximum.
+
+    Detail is |pixel - mean of 3 x 3 pixels|, averaged over squares of an eighth of the image's shorter side.
+    """
     pixels = torch.from_numpy(grey).float()[None, None]
 
     def around(values: Tensor, side: int) -> Tensor:

@@ -20,13 +20,13 @@ PRESETS: dict[str, dict[str, int]] = {
     "fast": {"image_size": 320, "global_batch_size": 48, "width": 24, "decoder_width": 32, "num_experts": 2},
     "high_resolution": {"image_size": 352, "global_batch_size": 24, "width": 40, "decoder_width": 64, "num_experts": 4},
 }
-"""Values of each preset for fields left None. Papers use 352 pixels (SINet, PFNet, ZoomNet's base)."""
+"""Values of each preset for fields left None. SINet, PFNet and the base scale of ZoomNet use 352 pixels."""
 EXPERTS: dict[str, dict[str, int]] = {
     "balanced": {"decoder_width": 64, "num_experts": 7},
     "fast": {"decoder_width": 32, "num_experts": 7},
     "high_resolution": {"decoder_width": 128, "num_experts": 7},
 }
-"""Values that replace those above where decoder is experts."""
+"""Values that replace those in PRESETS where decoder is experts."""
 SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
 """global_batch_size of each preset on the 200 synthetic scenes: larger batches would leave few steps."""
 
@@ -35,12 +35,11 @@ SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
 class Config(TrainConfig):
     """How to train a segmenter of camouflaged objects.
 
-    Fields left None are set by `preset`, or as their text says. `epochs` is that of stage 2's last part, which trains
-    everything, and `partial_epochs` that of each part before; `lr`, `schedule` and so on are those of stage 2, and
-    `frozen_…` those of stage 1.
+    Fields left None are set by `preset`, or as their text says. Stage 1 has the `frozen_…` settings. Stage 2 has `lr`,
+    `schedule` and so on: its last part trains everything for `epochs`, each part before for `partial_epochs`.
     """
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # the stamp has the data's digest
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # checkpoints have the data's digest
     ELSEWHERE: ClassVar[dict[str, str]] = {
         "dataset_path": "data_path", "img_size": "image_size", "stage1_epochs": "frozen_epochs",
         "stage1_lr": "frozen_lr", "stage1_batch_size": "frozen_batch_size", "stage2_lr": "lr",
@@ -118,8 +117,8 @@ class Config(TrainConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0.05
-    """Steps of linear warm-up in each stage and part, at most its length; below 1, a fraction of it; or epochs, as
-    "2 epochs"."""
+    """Steps of linear warm-up in each stage and part, or epochs, as "2 epochs"; below 1, a fraction of the stage's or
+    part's steps. At most all of these steps."""
     ema_decay: float | None = 0.999
     """Average the weights with this decay; evaluation and the next stage then use the average."""
     eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
@@ -135,11 +134,11 @@ class Config(TrainConfig):
     train_scales: tuple[float, ...] = (1.0,)
     """Multi-scale training: the loss is the mean over these multiples of image_size, each rounded to a multiple of 32.
     PraNet (Fan et al. 2020) takes a step at each of 0.75, 1 and 1.25. The mean does not depend on how a batch is split,
-    and costs 3.1 times the work. Not for backbones that are made for one size. On synthetic scenes, whose objects have
-    one scale, it gives no gain: S-measure 0.833 against 0.856 after 150 steps (three seeds). Not measured on
-    photographs."""
+    and for these three scales costs 3.1 times the work. Not for backbones that are made for one size. On synthetic
+    scenes, whose objects have one scale, there is no gain: S-measure 0.833 against 0.856 after 150 steps (three
+    seeds). Not measured on photographs."""
     tta: bool = False
-    """Evaluate and predict with the mean of each image's and its mirror image's prediction."""
+    """Evaluate and predict with the mean of the predictions for an image and for its mirror image."""
     resume: str = "auto"
     """auto: go on from the newest checkpoint of each stage, here or among the inputs; never: begin anew; or the folder
     of an earlier run with the same settings, whose stages are continued."""
@@ -189,7 +188,7 @@ class Config(TrainConfig):
         return PRESETS[self.preset] | (EXPERTS[self.preset] if self.decoder == "experts" else {})
 
     def settled(self, *, drawn: bool) -> Config:
-        """Return a copy with no field left to the preset.
+        """Return a copy with the preset's values in the fields left None.
 
         Args:
             drawn: whether the data are synthetic scenes.
@@ -213,7 +212,7 @@ def _zero_stage(file: str | None) -> Any:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of several runs that follow each other."""
+    """One of the runs that follow each other: stage 1, or a part of stage 2."""
 
     name: str
     config: Config

@@ -26,8 +26,11 @@ from .settings import Config, Stage, stages
 def run(config: Config, found: data.Found | None = None) -> Result:
     """Train stage after stage, and write one result for all stages into output_dir.
 
-    If a stage stops early (time limit, or a request), the run ends; the same call continues there. `time_limit` covers
-    all stages together.
+    If a stage stops early (time limit, or a request), the run ends; the same call continues this stage. `time_limit`
+    covers all stages together.
+
+    Args:
+        found: the data, already described to the user. None: searched, checked and described.
     """
     # under torchrun every rank is here
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
@@ -44,7 +47,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
     _under_way(config, planned, results)
     if found is None:
         found = distributed.from_main(lambda: find(config))
-        if distributed.is_main():  # else the notebook has printed it
+        if distributed.is_main():  # a caller that gives `found` has printed this
             print(CamouflageSegmentation(config, found=found).describe(), flush=True)
     source = distributed.from_main(lambda: weights_from(config))
     planned = stages(config, found)
@@ -93,8 +96,8 @@ def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> N
 def combine(config: Config, planned: list[Stage], results: list[Result], weights_source: str = "") -> Result:
     """Write the stages' results into output_dir as the result of one run, and return the result.
 
-    metrics.jsonl gets all stages' records, with steps counted through; model.safetensors comes from the last stage that
-    ran, and best/ from the best stage.
+    metrics.jsonl gets all stages' records, with step numbers that continue from stage to stage; model.safetensors comes
+    from the last stage that ran, and best/ from the stage with the best `best_metric`.
 
     Args:
         weights_source: the source of the backbone's initial weights, for `backbone_weights` in result.json.

@@ -1,7 +1,7 @@
-"""Train one model per fold of the volumes, measure each on its held-out volumes, and predict the test images by all.
+"""Train one model per fold of the volumes, measure each on its held-out volumes, and predict test images with all.
 
 found = cross_validate(Config(...), folds=5)     # one fold per GPU at a time; print(found) is a table
-run(found.ensemble(config))                      # submission.zip by the mean of the folds' probabilities
+run(found.ensemble(config))                      # submission.zip from the mean of the folds' probabilities
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .training import Config, SurfaceSegmentation
 
 @dataclass
 class CrossValidation:
-    """The models of a cross-validation, by fold."""
+    """The models of a cross-validation; each list has one entry per fold."""
 
     volumes: list[tuple[str, ...]]
     """The ids of the held-out volumes."""
     figures: list[dict[str, float]]
-    """Means over the held-out volumes, by the names of `measures`."""
+    """Means of the scores of `metrics.measures` over the held-out volumes."""
     weights: tuple[str, ...]
-    """The files of weights."""
+    """The paths of the weights files."""
     choices: list[Choice]
-    """The threshold and the smallest part, chosen on the held-out volumes."""
+    """The threshold and the smallest connected component kept, chosen on the held-out volumes."""
 
     def ensemble(self, config: Config) -> Config:
-        """Return settings by which `run` predicts the test images, by the mean probability of the folds' models.
+        """Return settings with which `run` predicts the test images from the mean probability of the folds' models.
 
-        Nothing is held out, since at least one of the models was trained on each volume. The threshold is the mean of
-        the folds' thresholds, and min_component the median of theirs, unless config gives numbers.
+        Nothing is held out, since each volume was training data of all models but one. Unless config gives numbers, the
+        threshold is the mean of the folds' thresholds, and min_component the median of the folds' values.
         """
         cut, least = config.threshold, config.min_component
         if cut == "auto":
@@ -58,19 +58,19 @@ class CrossValidation:
 def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
     """Train one model per fold without the fold's volumes, one fold per GPU at a time; measure the fold's volumes.
 
-    Writes folds.json into the run's folder. Call this again after an interrupt or in the next session: finished folds
-    return at once, the others continue.
+    The returned fields are also written to output_dir/folds.json. Call this again after an interrupt or in the next
+    session: finished folds return at once, the others continue.
 
     Args:
         config: nproc is the number of folds to train at the same time.
-        folds: the number of parts; see `Config.folds`.
+        folds: the number of folds; see `Config.folds`.
 
     Returns:
-        None while folds have not finished.
+        None if some folds have not finished.
 
     Raises:
-        ValueError: fewer than two folds, or more than there are scrolls (volumes, where they are of one scroll);
-            weights are given.
+        ValueError: fewer than two folds; more folds than scrolls (than volumes, if all are of one scroll); or
+            `Config.weights` names files.
     """
     if config.given:
         raise ValueError(

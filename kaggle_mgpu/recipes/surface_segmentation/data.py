@@ -1,11 +1,11 @@
 """Find, check and split scroll volumes, and read them from TIFF stacks.
 
-    catalogue = find_volumes(None)                    # train_images/, train_labels/, test_images/, *.csv
-    facts = survey(catalogue.train[0], cache)         # decodes image and label once: checks, statistics, a cache
+    catalogue = find_volumes(None, Path("synthetic"))            # train_images/, train_labels/, test_images/, *.csv
+    facts = survey(catalogue.train[0], Cache.at(None, max_gb=40))  # decodes image and label once: checks, statistics
 
-The format is the Vesuvius Challenge's surface detection on Kaggle: uint8 (or uint16) stacks of LZW pages, labels 0
-background, 1 sheet, 2 unlabelled (or another number: `Config.ignore_label`). Without such data among the inputs, small
-volumes are synthesised in the same format.
+The format is that of Kaggle's Vesuvius Challenge Surface Detection: uint8 (or uint16) stacks of LZW pages. Labels are 0
+background, 1 sheet and 2 unlabelled; `Config.ignore_label` sets another value for unlabelled voxels. Without such data
+among the inputs, small volumes are synthesised in the same format.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Volume:
     scroll: str = ""
     """The scroll_id of train.csv; volumes of one scroll look alike."""
     ignore_label: int = IGNORED
-    """The number of voxels without annotation in the label's file; `read_label` makes it IGNORED."""
+    """The value of unannotated voxels in the label's file; `read_label` replaces this value by IGNORED."""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The volumes of a data folder, from file names and sizes alone."""
+    """The volumes of a data folder `source`, listed without decoding; `reason` says why this folder was chosen."""
 
     source: str
     reason: str
@@ -60,13 +60,13 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Facts:
-    """The statistics of one volume, from one reading."""
+    """The shape, grey values and label counts of one volume."""
 
     shape: tuple[int, int, int]
     mean: float
     std: float
     counts: tuple[int, int, int]
-    """Voxels labelled 0, 1 and 2."""
+    """Numbers of voxels labelled background, sheet and unlabelled."""
 
 
 # Finding
@@ -74,10 +74,11 @@ def find_volumes(data_path: str | None, synthetic: Path, ignore_label: int = IGN
     """Return the volumes under `data_path`, else among the Kaggle inputs, else synthesised ones under `synthetic`.
 
     Args:
-        ignore_label: the number of voxels without annotation in found labels.
+        ignore_label: the value of unannotated voxels in found labels.
 
     Raises:
-        FileNotFoundError: a folder or file is missing. ValueError: names that do not fit each other.
+        FileNotFoundError: a folder is missing, or the label of an image, or the image of an id in a CSV file.
+        ValueError: two stacks with one id, or a CSV file that is unreadable or has no column id.
     """
     if data_path is not None:
         root, reason = Path(data_path).expanduser().resolve(), "data_path"
@@ -128,7 +129,7 @@ def _catalogue(root: Path, reason: str, ignore_label: int) -> Catalogue:
 
 
 def stacks_in(folder: Path) -> dict[str, Path]:
-    """Return the volumes' files in a folder by id. Raises ValueError for two files with one id."""
+    """Return the TIFF files in a folder by id, the name without suffix. Raises ValueError for two files with one id."""
     found: dict[str, Path] = {}
     for path in session.find("*", [folder], max_depth=1, limit=session.MOST_ENTRIES):
         if path.suffix.lower() not in SUFFIXES:
@@ -153,13 +154,13 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def folds_of(volumes: Sequence[Volume], folds: int) -> list[list[Volume]]:
-    """Divide volumes into parts of similar size, by names alone; volumes of one scroll stay together.
+    """Divide volumes into folds of similar size; volumes of one scroll stay together.
 
-    From the largest scroll on, each goes into the smallest part so far. If all volumes are of one scroll, or no scroll
-    is named, single volumes are divided.
+    Scrolls are assigned from the largest to the smallest, each to the fold with the fewest volumes so far. If all
+    volumes are of one scroll, or no scroll is named, single volumes are assigned. Only ids and scrolls matter.
 
     Raises:
-        ValueError: fewer than two folds, or more than there are scrolls (or single volumes).
+        ValueError: fewer than two folds, or more folds than scrolls (or single volumes).
     """
     scrolls: dict[str, list[Volume]] = {}
     for volume in volumes:
@@ -176,11 +177,11 @@ def folds_of(volumes: Sequence[Volume], folds: int) -> list[list[Volume]]:
 
 
 def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
-    """Return the volumes to train on, the held-out volumes, and a sentence about the split. Depends on names alone.
+    """Return the volumes to train on, the held-out volumes, and whether these are "whole scrolls" or "single volumes".
 
-    Whole scrolls are held out, smallest first, up to `val_fraction` of the volumes (at least one), since volumes of one
-    scroll are neighbours and look alike. If no scroll is small enough, single volumes are held out, chosen by a digest
-    of their ids.
+    Volumes of one scroll are neighbours and look alike. So whole scrolls are held out, smallest first, up to the share
+    `val_fraction` of the volumes, or one volume if the share is less. If no scroll is small enough, single volumes are
+    held out, chosen by a digest of their ids. With val_fraction 0, or only one volume, nothing is held out.
     """
     wanted = max(1, round(val_fraction * len(volumes))) if val_fraction and len(volumes) > 1 else 0
     scrolls: dict[str, list[Volume]] = {}
@@ -201,44 +202,44 @@ def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume],
 
 # The cache of decoded volumes
 PREPARED = "volumes.json"
-"""The list of prepared volumes, written last."""
+"""The file that lists the volumes decoded by `training.prepare`; written after all their files."""
 
 
 def _identity(volume: Volume) -> str:
-    """Return the volume's name and file sizes, which are the same in every session, as in `Catalogue.digest`."""
+    """Return the volume's id and file sizes as text: unlike paths and times, these are the same in every session."""
     sizes = (os.path.getsize(file) for file in (volume.image, volume.label) if file)
     return json.dumps([volume.id, *sizes, *_ignoring(volume)])
 
 
 def _ignoring(volume: Volume) -> list[int]:
-    """Return an unusual ignore_label for a digest; [] for the usual one, so that older digests stay valid."""
+    """Return [ignore_label] for a digest, but [] for the default, so that digests of earlier versions stay valid."""
     return [] if volume.ignore_label == IGNORED else [volume.ignore_label]
 
 
 @dataclass
 class Cache:
-    """Decoded volumes as .npy files, memory-mapped by every process: they take disk, and only otherwise free memory.
+    """Decoded volumes as .npy files, memory-mapped by every process: they take disk space, and RAM as page cache only.
 
-    Measured on one core: a standardised patch of 128^3 takes 5 ms from mapped files. From TIFF stacks it takes 0.5 s,
-    since 128 pages of 320 x 320 decode in 0.26 s, for image and label each. `survey` takes 1.3 s for a pair of 320^3.
+    Measured on one core: a standardised patch of 128^3 takes 5 ms from mapped files. From TIFF stacks it takes 0.5 s:
+    0.26 s each for 128 pages of 320 x 320 of image and label. `survey` takes 1.3 s for image and label of 320^3.
     """
 
     folder: str
     max_bytes: int
-    """Limit for all .npy files together. Of further volumes the needed pages are decoded for each patch."""
+    """Limit for all .npy files together. For volumes beyond it, each patch decodes the TIFF pages that it needs."""
     held: set[str] = field(default_factory=set)
-    """The ids of the volumes with room in the cache."""
+    """The ids of the volumes that the cache keeps decoded, from `plan`."""
     prepared: dict[Volume, str] = field(default_factory=dict)
-    """Prefixes of the paths of files that `prepare` has written; these files are only read."""
+    """The path prefix of the files that an earlier `training.prepare` has written; these files are never changed."""
     share: float = 0.5
-    """Share of the free disk to take at most."""
+    """The largest share of the free disk space that the cache may take."""
 
     @classmethod
     def at(cls, folder: str | None, max_gb: float) -> Cache:
-        """Make a cache under `folder`, else under the temporary folder, in a folder of this user's alone.
+        """Make a cache of at most max_gb (10^9 bytes) in a folder of this user, under `folder` or the temporary folder.
 
         Raises:
-            PermissionError: the folder belongs to somebody else.
+            PermissionError: the cache's folder is a symbolic link, or belongs to another user.
         """
         home = Path(folder or tempfile.gettempdir()) / f"kaggle_mgpu-volumes-{os.getuid()}"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -256,14 +257,14 @@ class Cache:
                 torn.unlink(missing_ok=True)
 
     def path(self, volume: Volume, what: str) -> Path:
-        """Return the path of a prepared file if there is one, else the path in the folder."""
+        """Return the path of a volume's file with ending `what`: the prepared file if it exists, else the cache's."""
         if volume in self.prepared and (found := Path(f"{self.prepared[volume]}.{what}")).exists():
             return found
         return Path(self.folder) / f"{self.key(volume)}.{what}"
 
     @staticmethod
     def key(volume: Volume) -> str:
-        """Return a digest of the volume's paths, sizes and times of change."""
+        """Return a digest of the volume's paths, file sizes and modification times."""
         parts: list[Any] = _ignoring(volume)
         for file in (volume.image, volume.label):
             if file is not None:
@@ -272,15 +273,15 @@ class Cache:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 
     def note_prepared(self, volumes: Sequence[Volume]) -> None:
-        """Write, last of all, the list of the volumes whose files are in the folder, for `use_prepared`."""
+        """List the volumes with files in the folder, for `use_prepared`. Call this after all files are written."""
         listed = {_identity(volume): self.key(volume) for volume in volumes if self.path(volume, "json").exists()}
         self.save(Path(self.folder, PREPARED), json.dumps(listed))
 
     def use_prepared(self, folder: Path, volumes: Sequence[Volume], moved: bool) -> None:
-        """Use the decoded files in a folder that has a list by `note_prepared`.
+        """Use the decoded files in a folder with a list by `note_prepared`; without a valid list do nothing.
 
         Args:
-            moved: the folder comes from another session, where paths and times of the same files may have been others.
+            moved: whether the folder comes from another session. Then paths and modification times are not compared.
         """
         try:
             listed = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
@@ -292,7 +293,7 @@ class Cache:
                 self.prepared[volume] = str(folder / key)
 
     def plan(self, volumes: Sequence[Volume]) -> set[str]:
-        """Return the ids of the volumes to keep: prepared ones, and the first others for which there is room."""
+        """Return the ids of the volumes to keep decoded: prepared ones, then others in order while there is room."""
         disk = os.statvfs(self.folder)
         free, budget = int(disk.f_bavail * disk.f_frsize * self.share), self.max_bytes
         held = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
@@ -320,7 +321,7 @@ class Cache:
         os.replace(temporary, path)
 
     def read(self, volume: Volume, what: str, start: int, stop: int) -> Array:
-        """Return pages start ... stop - 1 of "image" or "label", from the cache or decoded."""
+        """Return pages start ... stop - 1 of the "image" or "label", from the cache or else from the TIFF stack."""
         path = self.path(volume, f"{what}.npy")
         if path.exists():
             pages: Array = np.load(path, mmap_mode="r")[start:stop]
@@ -328,7 +329,7 @@ class Cache:
         return read_stack(volume.image, start, stop) if what == "image" else read_label(volume, start, stop)
 
     def points(self, volume: Volume) -> NDArray[np.uint16]:
-        """Return up to MAX_POINTS voxels of the sheet, (points, 3), drawn once from all sheet voxels."""
+        """Return (page, row, column) of up to MAX_POINTS sheet voxels, (points, 3), drawn at random once."""
         path = self.path(volume, "points.npy")
         if not path.exists():
             survey(volume, self)
@@ -337,17 +338,17 @@ class Cache:
 
 
 def read_label(volume: Volume, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-    """Return pages start ... stop - 1 of a label, uint8 (pages, height, width): 0, 1, and IGNORED for ignore_label."""
+    """Return pages start ... stop - 1 of a label, uint8 (pages, height, width): 0, 1, and IGNORED where unlabelled."""
     label = read_stack(str(volume.label), start, stop)
     return np.where(label == volume.ignore_label, IGNORED, label).astype(np.uint8)
 
 
 def survey(volume: Volume, cache: Cache) -> Facts:
-    """Decode and check a volume once, and keep its `Facts`, sheet points and decoded arrays for training.
+    """Decode and check a volume once; cache its `Facts` and sheet points, and for volumes in `cache.held` the arrays.
 
     Raises:
         ValueError: image or label unreadable or of different shapes, a label that is not 0, 1 or the ignore_label, or
-            all voxels unlabelled; each named with its path.
+            all voxels unlabelled; the message names the path.
     """
     note = cache.path(volume, "json")
     parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
@@ -386,7 +387,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
 
 
 def look_through(volume: Volume, cache: Cache) -> None:
-    """Decode an image for prediction once, as `survey` does with training volumes.
+    """Decode an image for prediction once, to check it; later calls find a note in the cache and return at once.
 
     Raises:
         ValueError: the image is unreadable; the message names its path.

@@ -26,9 +26,9 @@ def averaged(models: Sequence[Predictor], axes: Sequence[int] = ()) -> Predictor
     """Return a function that gives the log-odds of the mean probability over models and mirrored windows.
 
     Args:
-        models: each takes windows (B, 1, D, H, W) to logits of the same shape. A single model without axes is returned
+        models: each maps windows (B, 1, D, H, W) to logits of the same shape. A single model without axes is returned
             as it is.
-        axes: the axes to mirror, of 0 (D), 1 (H) and 2 (W); each window is seen under all 2^len(axes) flips.
+        axes: the axes to mirror, from 0 (D), 1 (H) and 2 (W); each window passes under all 2^len(axes) flips.
     """
     if len(models) == 1 and not axes:
         return models[0]
@@ -44,7 +44,7 @@ def averaged(models: Sequence[Predictor], axes: Sequence[int] = ()) -> Predictor
 
 
 def load(make: Callable[[], nn.Module], files: Sequence[Path], axes: Sequence[int], precision: str) -> Predictor:
-    """Return the average of models with the weights in `files`, on this rank's device; CPU tensors in and out.
+    """Load a model from each of `files` to this rank's device; return their `averaged`, from and to CPU tensors.
 
     Args:
         make: returns the untrained model.
@@ -52,7 +52,7 @@ def load(make: Callable[[], nn.Module], files: Sequence[Path], axes: Sequence[in
         precision: as in TrainConfig.
 
     Raises:
-        CheckpointError: weights are of another model.
+        CheckpointError: the weights in a file do not fit the model.
     """
     device = distributed.device()
     chosen = devices.precision(precision, devices.gpus() if device.type == "cuda" else [])[0]

@@ -1,6 +1,6 @@
-"""Predict whole volumes by a Gaussian-blended sliding window, across killed sessions, and write submission.zip.
+"""Predict whole volumes by a Gaussian-blended sliding window, even if sessions are killed; write submission.zip.
 
-for start, logits in sliding_window(forward, volume, size=128): ...   # planes that are final, first to last
+for start, logits in sliding_window(forward, volume, size=128): ...   # finished planes, in order
 left = predict(forward, jobs, size=128, ...)                          # on every rank, each its share
 write_submission(zip_path, predictions, test); validate_submission(zip_path, test_images)
 """
@@ -34,13 +34,13 @@ from .stacks import read_stack, shape_of, write_stack
 
 Forward = Callable[[Tensor], Tensor]
 """Standardised windows (B, 1, size, size, size), on the CPU -> logits of the same shape, on the CPU, float32."""
-LZW = 5  # the TIFF tag's value
+LZW = 5  # LZW's value of the TIFF tag Compression
 
 
 def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
     """Return the weights of a window's voxels, (size, size, size): a Gaussian around its middle, at least 1e-3.
 
-    The deviation is sigma_scale * size: MONAI's formula (monai.data.utils.compute_importance_map).
+    The standard deviation is sigma_scale * size voxels: MONAI's formula (monai.data.utils.compute_importance_map).
     """
     x = torch.arange(-(size - 1) / 2, (size - 1) / 2 + 1)
     line = torch.exp(-(x**2) / (2 * (sigma_scale * size) ** 2))
@@ -51,7 +51,7 @@ def importance(size: int, sigma_scale: float = 0.125) -> Tensor:
 def starts(length: int, size: int, overlap: float) -> list[int]:
     """Return the windows' starts along an axis of length >= size: every size * (1 - overlap), and the last possible.
 
-    monai.data.utils.dense_patch_slices chooses the same.
+    monai.data.utils.dense_patch_slices chooses the same starts.
     """
     return [*range(0, length - size, max(1, int(size * (1 - overlap)))), length - size]
 
@@ -65,16 +65,16 @@ def sliding_window(
     overlap: float = 0.5,
     together: bool = False,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield blended logits of a volume as (first plane, planes), each plane once, after its last window.
+    """Yield the blended logits of a volume in blocks of finished planes: (first plane's index, logits (planes, H, W)).
 
-    Beyond the volume this takes seven slabs of size x height x width float32 (`together`: nine), for any depth: 356 MB
-    measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
+    Besides the volume, this takes the memory of seven slabs of size x H x W float32 (`together`: nine), for any D: 356
+    MB measured for 128 x 320 x 320. A volume smaller than the window is padded with its mean, evenly on both sides.
 
     Args:
         volume: (D, H, W) uint8 or uint16; standardised by its own mean and deviation.
         size: side of the window in voxels.
-        overlap: share of its side that a window has in common with the next.
-        together: all ranks call this, share the windows out, and get all planes.
+        overlap: overlap of neighbouring windows, as a share of their side.
+        together: all ranks call this; each computes a share of the windows, and gets all planes.
     """
     rank, world = (distributed.rank(), distributed.world_size()) if together else (0, 1)
     mean, std = np.float32(volume.mean(dtype=np.float64)), np.float32(max(volume.std(dtype=np.float64), 1.0))
@@ -84,7 +84,7 @@ def sliding_window(
     weight = importance(size)
     corners = list(itertools.product(starts(shape[1], size, overlap), starts(shape[2], size, overlap)))
     slab = (size, shape[1], shape[2])
-    weights = torch.zeros(slab)  # the sum over the windows that begin at one plane
+    weights = torch.zeros(slab)  # summed over the windows that begin at one plane
     for y, x in corners:
         weights[:, y : y + size, x : x + size] += weight
     total, norm = torch.zeros(slab), torch.zeros(slab)
@@ -123,14 +123,14 @@ class Job:
     path: Path
     """The mask's file."""
     probability: Path | None = None
-    """The file for the probabilities of the sheet in 1/255; None: they are not kept."""
+    """The file for the probabilities of the sheet, uint8 in steps of 1/255; None: no file."""
 
     def begun(self) -> bool:
-        """Return whether the model's work on the volume is done: its mask, or its probabilities, are there."""
+        """Return whether the model has predicted the volume: the file of the mask or of the probabilities exists."""
         return self.path.is_file() or (self.probability is not None and self.probability.is_file())
 
     def missing(self, masks: bool) -> bool:
-        """Return whether a wanted file is missing."""
+        """Return whether a wanted file is missing: the probabilities (unless None) or, with `masks`, the mask."""
         wanted = [self.path] * masks + ([self.probability] if self.probability else [])
         return not all(path.is_file() for path in wanted)
 
@@ -145,16 +145,18 @@ def predict(
     seconds_left: float = math.inf,
     count: Path | None = None,
 ) -> int:
-    """Predict the volumes without a prediction on every rank; return the number left when the time is up.
+    """Predict the volumes whose predictions are missing, on all ranks; return the number left when the time is up.
 
-    Each rank predicts whole volumes, so the result is that of a single rank; only if there are fewer volumes than
-    ranks, all ranks share the windows of each. Predictions are written atomically: after a kill, the next call predicts
-    the missing volumes, and makes masks of probabilities that are there already. Memory: 2 bytes for each voxel of the
-    volume (4 where probabilities are kept), and that of `sliding_window`.
+    Each rank predicts whole volumes, so the result does not depend on the number of ranks; only if there are fewer
+    volumes than ranks, all ranks share the windows of each. Predictions are written atomically: after a kill, the next
+    call predicts the missing volumes, and makes missing masks from existing probabilities. Memory: 2 bytes per voxel of
+    a uint8 volume (4 with probabilities), and that of `sliding_window`; after it, min_component above 1 takes 12 more.
 
     Args:
-        choice: how masks are made; None: only probabilities are written.
-        count: a file for {"predicted": N}, the progress.
+        forward, size, overlap: as for `sliding_window`.
+        choice: the threshold and the smallest component of masks; None: only probabilities are written.
+        seconds_left: time for this call; a volume is begun only if 1.5 times the slowest one so far still fits.
+        count: a file for the progress, {"predicted": N}.
     """
 
     def note() -> None:
@@ -199,7 +201,7 @@ def predict(
 
 # submission.zip
 def write_submission(path: Path, predictions: dict[str, Path]) -> None:
-    """Pack one `<id>.tif` per volume atomically; the same predictions give the same bytes."""
+    """Write a zip with each mask file, by id, as `<id>.tif`, atomically; the same files give the same bytes."""
     with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in sorted(predictions):
             entry = zipfile.ZipInfo(f"{name}.tif", date_time=(1980, 1, 1, 0, 0, 0))
@@ -208,11 +210,13 @@ def write_submission(path: Path, predictions: dict[str, Path]) -> None:
 
 
 def validate_submission(path: str | Path, test_images: str | Path) -> int:
-    """Read every byte of a submission.zip, and return its number of volumes.
+    """Check every page of a submission.zip, and return its number of volumes.
+
+    The zip must hold `<id>.tif` for each stack in the folder test_images, and nothing else. Each must be an
+    LZW-compressed uint8 stack of 0 and 1, of the image's shape.
 
     Raises:
-        ValueError: it is not one LZW-packed uint8 stack `<id>.tif` of 0 and 1 for each stack in the folder test_images,
-            of the same shape, and nothing else. The message lists what is wrong.
+        ValueError: the zip is otherwise; the message lists up to five faults.
     """
     wanted = stacks_in(Path(test_images))
     wrong: list[str] = []

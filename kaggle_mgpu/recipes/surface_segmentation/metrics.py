@@ -3,10 +3,10 @@
     measures(prediction, label)  # {"dice": ..., "surface_dice": ..., "voi_score": ..., "betti0_f1": ...}, one volume
 
 Surface Dice and VOI are two of the three terms of the competition's score (0.30 topology + 0.35 surface Dice + 0.35
-VOI), as its metric defines them. The third matches parts, tunnels and cavities of prediction and label one to one by
+VOI), as its metric defines them. The topology term matches components, tunnels and cavities of prediction and label by
 their places (Betti matching, Stucki et al. 2024); it is not computed here, for lack of a library. betti0_f1, betti1_f1
-and betti2_f1 compare only the numbers: the F1 score if all of the smaller number were matched, which no matching can
-exceed. In all scores, voxels labelled 2 are background in prediction and label.
+and betti2_f1 only count the three: with a in the prediction and b in the label, they are 2 min(a, b) / (a + b), an
+upper bound of the F1 score of any matching. In all scores, voxels labelled 2 are background in prediction and label.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from .stacks import IGNORED, Array
 
 
 def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[str, float]:
-    """Return the figures of one volume, all 0 (bad) to 1 (good); voi_score is 1 / (1 + 0.3 VOI).
+    """Return the scores of one volume, all 0 (bad) to 1 (good); voi_score is 1 / (1 + 0.3 VOI).
 
     Args:
         prediction: (D, H, W), nonzero is sheet.
         label: (D, H, W): 0, 1, or 2 for voxels that are ignored.
         tolerance: of surface Dice, in voxels.
+
+    Raises:
+        ValueError: the shapes differ.
     """
     if prediction.shape != label.shape:
         raise ValueError(f"measures: expected one shape, got {prediction.shape} and {label.shape}")
@@ -43,14 +46,14 @@ def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[st
 
 
 def dice(p: Array, q: Array) -> float:
-    """Return 2 |p and q| / (|p| + |q|); 1 if both are empty."""
+    """Return 2 |p and q| / (|p| + |q|) of two bool masks; 1 if both are empty."""
     total = int(p.sum()) + int(q.sum())
     return 2 * int((p & q).sum()) / total if total else 1.0
 
 
-# Surface Dice (Nikolov et al. 2018, arXiv 1809.04430), as DeepMind's surface-distance computes it: a surface element
-# lies between 2x2x2 voxels; its area is that of the triangles marching cubes would put there. Up to symmetry 22 of the
-# 256 neighbourhoods differ; the table has the area of each kind, by the bits of one example.
+# Surface Dice (Nikolov et al. 2018, arXiv 1809.04430), as DeepMind's surface-distance computes it: each neighbourhood
+# of 2x2x2 voxels has a surface element, with the area of marching cubes' triangles. Up to rotation and reflection there
+# are 22 kinds among the 256 neighbourhoods; the table gives each kind's area, under the bits of one example.
 _R2, _R3 = math.sqrt(2), math.sqrt(3)
 _AREAS = {
     0: 0.0, 1: _R3 / 8, 3: _R2 / 2, 6: _R3 / 4, 7: 0.5 + 3 * _R3 / 8, 15: 1.0, 22: 3 * _R3 / 8, 23: 3 * _R3 / 4,
@@ -62,7 +65,7 @@ _AREAS = {
 
 @functools.cache
 def _area_table() -> Array:
-    """Return the area of each of the 256 neighbourhoods; bit 7 stands for its voxel (0, 0, 0), bit 0 for (1, 1, 1)."""
+    """Return the areas of the 256 neighbourhoods; bit 7 of the index is voxel (0, 0, 0), bit 0 voxel (1, 1, 1)."""
     table = np.full(256, np.nan)
     bits = 1 << np.arange(7, -1, -1).reshape(2, 2, 2)
     for code, area in _AREAS.items():
@@ -85,7 +88,7 @@ def _surface(mask: Array) -> Array:
 
 
 def _near(surface: Array, tolerance: float) -> Array:
-    """Return the corners within `tolerance` of a marked corner."""
+    """Return the bool map of corners within `tolerance` voxels of a True corner of `surface`."""
     reach = int(tolerance)
     n = surface.shape
     out = np.zeros(n, bool)
@@ -97,9 +100,9 @@ def _near(surface: Array, tolerance: float) -> Array:
 
 
 def surface_dice(p: Array, q: Array, tolerance: float = 2.0) -> float:
-    """Return the share of both surfaces' area within `tolerance` voxels of the other surface.
+    """Return the share of the area of both masks' surfaces that lies within `tolerance` voxels of the other surface.
 
-    1 if both are empty, 0 if one is.
+    1 if both masks are empty, 0 if only one is.
     """
     codes = [_surface(p), _surface(q)]
     borders = [(code != 0) & (code != 255) for code in codes]
@@ -114,9 +117,10 @@ def surface_dice(p: Array, q: Array, tolerance: float = 2.0) -> float:
 
 
 def variation_of_information(p: Array, q: Array) -> tuple[float, float]:
-    """Return (split, merge) = (H(p | q), H(q | p)) in bits, of 26-connected parts, over the voxels of p or q.
+    """Return the conditional entropies (split, merge) = (H(p | q), H(q | p)) of 26-connected components, in bits.
 
-    Several parts of p on one sheet of q raise split, one part of p on several sheets raises merge (Meila 2007).
+    Only voxels in p or q count. Several components of p on one of q raise split; one component of p on several of q
+    raises merge (Meila 2007).
     """
     union = p | q
     if not union.any():
@@ -127,11 +131,11 @@ def variation_of_information(p: Array, q: Array) -> tuple[float, float]:
 
 
 def betti_numbers(mask: Array) -> tuple[int, int, int]:
-    """Return the numbers of parts, tunnels and cavities of a mask, exactly.
+    """Return the exact numbers of connected components, tunnels and cavities of a bool mask (D, H, W).
 
-    A voxel is a closed cube, so parts are 26-connected and the background is 6-connected. Tunnels follow from the
-    formula of Euler and Poincare, parts - tunnels + cavities = corners - edges + faces - cubes, whose right side is
-    counted by 2x2x2 neighbourhoods (as scikit-image's `euler_number` does with connectivity 3).
+    A voxel is a closed cube, so components are 26-connected and the background is 6-connected. Tunnels follow from the
+    formula of Euler and Poincare, components - tunnels + cavities = corners - edges + faces - cubes. The right side is
+    summed over 2x2x2 neighbourhoods (as scikit-image's `euler_number` does with connectivity 3).
     """
     from scipy import ndimage
 
@@ -143,9 +147,9 @@ def betti_numbers(mask: Array) -> tuple[int, int, int]:
 
 @functools.cache
 def _euler_table() -> NDArray[np.int64]:
-    """Eight times the share of each of the 256 neighbourhoods in corners - edges + faces - cubes.
+    """Return eight times the contribution of each of the 256 neighbourhoods to corners - edges + faces - cubes.
 
-    A neighbourhood has the corner in its middle, half of six edges, a quarter of twelve faces, an eighth of its cubes.
+    A neighbourhood counts the corner in its middle, half of six edges, a quarter of twelve faces, an eighth of 8 cubes.
     """
     table = np.zeros(256, np.int64)
     for code in range(256):
@@ -162,7 +166,7 @@ def _entropy(labels: Array) -> float:
 
 
 def components(mask: Array) -> tuple[Array, int]:
-    """Number the 26-connected parts of a mask from 1 on; return (numbers, count).
+    """Return an array of the mask's shape with its 26-connected components numbered from 1 on, and their count.
 
     Raises:
         ImportError: scipy is not installed.
@@ -178,7 +182,7 @@ def components(mask: Array) -> tuple[Array, int]:
 
 
 def without_specks(mask: Array, least: int) -> NDArray[np.uint8]:
-    """Return the mask without connected parts of fewer than `least` voxels."""
+    """Return a mask, as 0 and 1, without its 26-connected components of fewer than `least` voxels."""
     if least <= 1:
         return (mask != 0).astype(np.uint8)
     numbers, _ = components(mask)

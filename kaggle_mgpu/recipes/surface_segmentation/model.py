@@ -18,13 +18,13 @@ from .stacks import IGNORED
 
 
 class Residual(nn.Module):
-    """Two 3x3x3 convolutions with instance normalisation, and a short cut; the first may halve the resolution."""
+    """Two 3x3x3 convolutions with instance normalisation, and a shortcut; the first may halve the resolution."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        # per sample, so the micro-batch size does not matter; unlike group_norm, autocast leaves it in fp16
+        # per sample, so the micro-batch size does not matter; autocast runs group norm in fp32, but not instance norm
         self.norm1, self.norm2 = nn.InstanceNorm3d(outputs, affine=True), nn.InstanceNorm3d(outputs, affine=True)
         same = inputs == outputs and stride == 1
         self.short = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False)
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Doubled(nn.Module):
-    """Logits at twice the resolution of the features: a transposed convolution, and a correction of its steps."""
+    """Make logits at twice the features' resolution: a transposed convolution, then one to smooth its 2x2x2 blocks."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Doubled(nn.Module):
 class UNet(nn.Module):
     """Encoder and decoder of `levels` resolutions with `width`, 2 width, 4 width ... (at most 320) channels.
 
-    The finest is the image's, or with `half` its half; then the heads double their resolution.
+    The finest resolution is the image's. With `half` it is half of the image's, and the heads double their resolution.
 
     Returns logits (B, 1, D, H, W), the log-odds of the sheet; in training with `deep_supervision` a list of the logits
     of every resolution but the lowest, finest first.
@@ -69,13 +69,13 @@ class UNet(nn.Module):
         heads = max(1, levels - 1) if deep_supervision else 1
         self.heads = nn.ModuleList(Doubled(c) if half else nn.Conv3d(c, 1, 1) for c in channels[:heads])
         self.divisor = 2 ** (levels if half else levels - 1)
-        """The sides of an image must be multiples of this."""
+        """The sides of an image must be multiples of this number."""
 
     def gradient_checkpointing_enable(self) -> None:
         self.checkpointing = True
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Raises ValueError where a side is no multiple of `divisor`."""
+        """Map images (B, 1, D, H, W) to logits. Raises ValueError if a side is not a multiple of `divisor`."""
         if any(side % self.divisor for side in x.shape[2:]):
             raise ValueError(f"UNet: expected sides that are multiples of {self.divisor}, got {tuple(x.shape[2:])}")
         skips: list[Tensor] = []
@@ -129,9 +129,9 @@ def segmentation_loss(logits: Tensor | Sequence[Tensor], label: Tensor) -> Tenso
 def skeleton_recall_loss(logits: Tensor | Sequence[Tensor], medial: Tensor) -> Tensor:
     """Return the sum over patches of 1 - soft recall of the sheet's medial surface, in fp32; 0 without a sheet.
 
-    The loss of Kirchhoff et al. 2024 (arXiv 2404.03010) for each patch alone, with the medial surface of
-    `patches.medial_surface` in place of their tubed skeleton. Of a list only the finest logits count, since at half the
-    resolution the surface would have holes.
+    The loss is that of Kirchhoff et al. 2024 (arXiv 2404.03010) for each patch alone, but with the medial surface of
+    `patches.medial_surface` instead of a skeleton widened to a tube. For a list only the finest logits count, since at
+    half the resolution the surface would have holes.
 
     Args:
         logits: (B, 1, D, H, W), or a list of them, finest first.

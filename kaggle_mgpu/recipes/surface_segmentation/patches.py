@@ -22,7 +22,7 @@ MAX_TRIES = 20
 
 
 def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) -> Array:
-    """Return a box of a volume; voxels outside the volume are `fill`, and `start` may be negative."""
+    """Return the box of a volume of `size` voxels from `start`, possibly negative; `fill` outside the volume."""
     out = np.full(tuple(size), fill, volume.dtype)
     low = [max(0, s) for s in start]
     high = [min(n, s + p) for n, s, p in zip(volume.shape, start, size, strict=True)]
@@ -35,12 +35,11 @@ def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) ->
 class Patches(Dataset[tuple[Tensor, ...]]):
     """`per_volume` random cubes of each volume per epoch, drawn from torch's generator.
 
-    With `medial` an item also has the `medial_surface` of its sheets, (size, size, size) bool.
+    An item is (image, label) as from `cut`, and with `medial` also the `medial_surface` of the sheets, (size, size,
+    size) bool. A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
 
-    A cube without any labelled voxel is drawn again, up to MAX_TRIES times.
-
-    A share `sheet_fraction` of the cubes is centred on a voxel of the sheet (moved by up to a quarter of the cube), so
-    that rare sheets are seen too; the others lie anywhere.
+    A share `sheet_fraction` of the cubes is centred on a voxel of the sheet (shifted by up to a quarter of the cube's
+    side), so that rare sheets are seen too; the others lie anywhere.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class Patches(Dataset[tuple[Tensor, ...]]):
         return augmented(image, *masks) if self.augment else (image, *masks)
 
     def place(self, volume: Volume, facts: Facts) -> list[int]:
-        """Draw the start of a cube, in voxels; a volume smaller than the cube lies in the cube's middle."""
+        """Draw the start (page, row, column) of a cube; a volume smaller than the cube lies in the cube's middle."""
         room = [n - self.size for n in facts.shape]
         if float(torch.rand(())) < self.sheet_fraction and facts.counts[1]:
             points = self.cache.points(volume)
@@ -87,7 +86,7 @@ class Patches(Dataset[tuple[Tensor, ...]]):
 
 
 class Tiles(Dataset[tuple[Tensor, Tensor]]):
-    """Cubes covering each volume exactly once; voxels beyond the volume are unlabelled."""
+    """Cubes, as from `cut`, covering each volume exactly once; voxels beyond the volume are unlabelled."""
 
     def __init__(self, volumes: Sequence[Volume], facts: dict[str, Facts], cache: Cache, *, size: int) -> None:
         self.volumes, self.facts, self.cache, self.size = list(volumes), facts, cache, size
@@ -113,7 +112,7 @@ def _within(reach: int) -> int:
 def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: int) -> tuple[Tensor, Tensor]:
     """Return a cube of a volume: image (1, size, size, size) float32 and label (size, size, size) uint8.
 
-    The image is standardised by the volume's mean and deviation. Outside of the volume it is 0, and the label 2.
+    The image is standardised by the volume's mean and standard deviation. Outside the volume, image is 0 and label 2.
     """
     low = [max(0, s) for s in start]
     high = [min(n, s + size) for n, s in zip(facts.shape, start, strict=True)]
@@ -126,11 +125,11 @@ def cut(cache: Cache, volume: Volume, facts: Facts, start: Sequence[int], size: 
 
 
 def medial_surface(sheet: Array) -> NDArray[np.bool_]:
-    """Return the voxels in the middle of sheets, (D, H, W) bool of a mask of that shape; 50 ms for 128^3.
+    """Return the voxels in the middle of the sheets of a bool mask (D, H, W), as a mask; 50 ms for 128^3.
 
-    There the city-block distance to the background is not smaller than at any neighbour. A skeleton by thinning (Lee et
-    al. 1994, scikit-image) would be lines: 1.5 % of the voxels of sheets 3 voxels thick, or 29 % with a tube of 2
-    voxels around the lines. The middle has 43 % of the voxels, in all parts of the sheets.
+    In the middle no neighbour has a larger city-block distance to the background. A skeleton by thinning (Lee et al.
+    1994, scikit-image) would consist of lines: they have 1.5 % of the voxels of sheets 3 voxels thick, or 29 % if
+    widened to tubes by 2 voxels. The middle has 43 % of the voxels, and reaches everywhere in the sheets.
     """
     from scipy import ndimage
 
@@ -144,7 +143,7 @@ def augmented(image: Tensor, *masks: Tensor) -> tuple[Tensor, ...]:
 
     Args:
         image: (1, D, H, W) float32; only its values change.
-        masks: (D, H, W) each, of the voxels of the image.
+        masks: (D, H, W) each; flipped and rotated as the image.
     """
     axes = torch.randperm(3).tolist()
     flips = [axis for axis in range(3) if float(torch.rand(())) < 0.5]

@@ -1,10 +1,10 @@
-"""Choose the threshold and the smallest connected part of predicted masks on held-out volumes, by their mean Dice.
+"""Choose the threshold and the smallest connected component of masks by the mean Dice of held-out volumes.
 
 chosen = choose(volumes, folder, threshold="auto", min_component="auto")   # folder: probabilities as <id>.tif
 mask = chosen.mask(probability)                                            # uint8 0 ... 255 -> uint8 0 and 1
-write_text(path, chosen.to_json()); Choice.read(path)
+write_text(path, chosen.to_json()); Choice.read(path, made_for={})
 
-Probabilities are stored in steps of 1/255, so thresholds lie between two steps, at (k - 0.5) / 255.
+Probabilities are stored in steps of 1/255, so chosen thresholds lie between two steps, at (k - 0.5) / 255.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from .stacks import IGNORED, read_stack
 
 FILE = "postprocessing.json"
 SIZES = (0, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
-"""The candidates for the smallest part, in voxels."""
+"""The candidates for min_component, in voxels."""
 Auto = Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The threshold and the smallest part for masks, and how they were chosen."""
+    """The threshold and the smallest component (in voxels) of masks, and how both were chosen."""
 
     threshold: float = 0.5
     min_component: int = 0
     volumes: int = 0
     """Number of held-out volumes that the values were chosen on; 0: the values were given."""
     dice_before: float | None = None
-    """Mean Dice of these volumes with the threshold 0.5 and all parts kept."""
+    """Mean Dice of these volumes with the threshold 0.5 and all components kept."""
     dice_after: float | None = None
-    """Mean Dice with the chosen values; slightly too good, since these were chosen on the same volumes."""
+    """Mean Dice with the chosen values; slightly optimistic, since the values were chosen on the same volumes."""
     made_for: dict[str, Any] | None = None
-    """The checksums of the weights, and the settings of the prediction."""
+    """The checksums of the weights and the settings of the predictions that the values were chosen for."""
 
     def mask(self, probability: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return the sheet (1) of a volume's probabilities in 1/255, without its small parts."""
+        """Return the mask, 1 for sheet, of a volume's probabilities in steps of 1/255, without small components."""
         return without_specks(probability >= step(self.threshold), self.min_component)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Choice:
 
     @classmethod
     def read(cls, path: Path, made_for: dict[str, Any]) -> Choice | None:
-        """Return the choice in a file; None for a missing or damaged file, or a choice for other predictions."""
+        """Return the choice in a file; None if the file is missing or damaged, or its `made_for` differs."""
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
             fits = (
@@ -79,10 +79,10 @@ class Choice:
 def known(
     threshold: float | Auto, min_component: int | Auto, made_for: dict[str, Any], files: Sequence[Path], held_out: bool
 ) -> Choice | None:
-    """Return the choice from the settings or from a file; None if held-out volumes have yet to decide.
+    """Return the choice in the settings or the first fitting file; None if the held-out volumes must decide first.
 
-    Without held-out volumes, a file's choice for the same weights is taken even if other settings differ; else the
-    defaults.
+    A file fits if its choice was made for the weights and settings in `made_for`; if nothing is held out, the same
+    weights suffice. If nothing is held out and no file fits, "auto" means threshold 0.5 and all components.
     """
     if threshold != "auto" and min_component != "auto":
         return Choice(threshold, min_component)
@@ -97,12 +97,12 @@ def known(
 
 
 def step(threshold: float) -> int:
-    """Return the lowest k of 1 ... 255 whose lower rounding limit, (k - 0.5) / 255, reaches the threshold."""
+    """Return the smallest k of 1 ... 255 with (k - 0.5) / 255 >= threshold: stored values from k on are sheet."""
     return min(255, max(1, math.ceil(255 * threshold + 0.5 - 1e-9)))
 
 
 def quantised(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Return sigmoid(logits) in steps of 1/255."""
+    """Return sigmoid(logits) as uint8, rounded to steps of 1/255."""
     return np.rint(255 / (1 + np.exp(-logits.clip(-30, 30)))).astype(np.uint8)
 
 
@@ -113,13 +113,14 @@ def choose(
     min_component: int | Auto,
     made_for: dict[str, Any] | None = None,
 ) -> Choice:
-    """Choose what is "auto" by the mean Dice of the volumes; all ranks call this, each reads its share.
+    """Choose the values that are "auto" by the mean Dice of the volumes; all ranks call this, each reads a share.
 
-    First the threshold is chosen, with all parts kept; then the smallest part, with this threshold. Of equally good
-    values the threshold nearest to 0.5, and the lowest size, are taken.
+    First the threshold is chosen, with all components kept; then min_component, with this threshold. Among equally good
+    values the function takes the threshold nearest to 0.5, and the smallest min_component.
 
     Args:
         folder: has the volumes' probabilities, <id>.tif.
+        made_for: stored in the choice; see `Choice.made_for`.
     """
     mine = volumes[distributed.rank() :: distributed.world_size()]
     curve = _mean([dice_by_step(_probability(v, folder), read_label(v)) for v in mine])
@@ -146,7 +147,7 @@ def _mean(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 
 def dice_by_step(probability: NDArray[np.uint8], label: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Return the Dice of probability >= k against the sheet for k = 1 ... 255, as `metrics.dice` has it."""
+    """Return the Dice, as of `metrics.dice`, of the masks probability >= k for k = 1 ... 255, shape (255,)."""
     sheet = np.bincount(probability[label == 1], minlength=256)
     other = np.bincount(probability[label == 0], minlength=256)
     hits, found = (counts[::-1].cumsum()[::-1][1:] for counts in (sheet, sheet + other))
@@ -154,7 +155,7 @@ def dice_by_step(probability: NDArray[np.uint8], label: NDArray[np.uint8]) -> ND
 
 
 def dice_by_size(mask: NDArray[Any], label: NDArray[np.uint8], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Return the Dice of a mask without its parts below each size; unlabelled voxels count for a part's size only."""
+    """Return the Dice of a mask without components below each size; unlabelled voxels count only in the sizes."""
     numbers, count = components(mask)
     flat, known = numbers.reshape(-1), (label != IGNORED).reshape(-1)
     size = np.bincount(flat, minlength=count + 1)

@@ -1,6 +1,6 @@
 """Read volumes from TIFF stacks of 8-bit or 16-bit grey pages, and write 8-bit LZW pages, through pillow.
 
-(tifffile would need imagecodecs for LZW.) The recipe works in voxels; a spacing noted in the file is not read.
+(tifffile would need imagecodecs for LZW.) The recipe works in voxels; a voxel spacing in the file is ignored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ IGNORED = 2
 """The value of voxels without annotation in labels."""
 SUFFIXES = (".tif", ".tiff")
 DTYPES = {"L": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16}
-"""By pillow's mode: 8-bit grey, and 16-bit grey in either order of bytes."""
+"""The dtype for each of pillow's modes: 8-bit grey, and 16-bit grey in either byte order."""
 
 
 def read_stack(path: str, start: int = 0, stop: int | None = None) -> Array:
-    """Return pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width), and decode no other.
+    """Return pages start ... stop - 1 of a TIFF stack, uint8 or uint16 (pages, height, width); decode only these.
 
     Raises:
-        ValueError: not a readable stack of grey pages of one size and depth; the message names the path.
+        FileNotFoundError: there is no such file.
+        ValueError: not a readable stack of grey pages of one size and bit depth; the message names the path.
     """
     with _opened(path) as stack:
         stop = stack.n_frames if stop is None else stop
@@ -87,6 +88,6 @@ def write_stack(path: Path, volume: NDArray[np.uint8]) -> None:
     from PIL import Image
 
     pages = [Image.fromarray(page) for page in volume]
-    # readable too, since pillow reads the file to append pages
+    # w+b: pillow also reads the file, to append pages
     with whole(path) as temporary, temporary.open("w+b") as file:
         pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")

@@ -1,7 +1,7 @@
 """Train, predict whole volumes on all GPUs, measure the held-out volumes, and pack the submission.
 
 result = run(config)            # trains and predicts; a second call continues
-rows = baselines(task)          # scores of trivial answers
+rows = baselines(task)          # scores of trivial predictions
 figure(task).savefig("x.png")   # image, label, prediction
 """
 
@@ -45,21 +45,24 @@ if TYPE_CHECKING:
 def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
     """Train, then predict the held-out volumes and the test images on all GPUs. A second call continues the first.
 
-    Until the predictions are whole, result.json says `finished: false`.
+    Until all predictions are there, result.json says `finished: false`.
+
+    Args:
+        surface: the task, already described to the user. None: made from config, and described.
     """
-    if surface is None:  # else the notebook has printed it
+    if surface is None:
         surface = SurfaceSegmentation(config)
-        if "RANK" not in os.environ:  # under torchrun all ranks must look at the data together
+        if "RANK" not in os.environ:  # under torchrun each rank would search the data: no process group exists yet
             print(surface.describe(), flush=True)
     began = time.monotonic()
     result: Result = _untrained(config) if _given(config) else launch(train, config, surface)
     if not result.finished:
         return result
-    # from now on unfinished, since the session may be killed before the first prediction
+    # from now on result.json says unfinished, since the session may be killed before the first prediction
     if distributed.is_main():
         _write(Path(config.output_dir), _unpredicted(result))
     limit = parse_duration(config.time_limit) - (time.monotonic() - began) if config.time_limit else math.inf
-    # dp trains in one process; prediction takes a process per GPU
+    # dp trains in one process, but prediction needs a process per GPU
     nproc = config.nproc if config.strategy == "dp" else None
     result = launch(infer, config, surface, limit, nproc=nproc)
     return result
@@ -67,10 +70,10 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
 
 @distributed.returns_rank0
 def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math.inf) -> Result:
-    """Make the missing predictions on every rank, measure the held-out volumes, and pack submission.zip.
+    """Make the missing predictions on all ranks, measure the held-out volumes, and write submission.zip.
 
-    The predictions have a stamp of weights, settings and volumes; with another stamp they start anew. Predictions of an
-    earlier session among the inputs are used if their stamp is the same.
+    predictions/stamp.json identifies the weights, settings and volumes; if these differ, all predictions are made anew.
+    Predictions of an earlier session among the inputs are copied if their stamp is the same.
 
     Args:
         time_limit: in seconds.
@@ -110,7 +113,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     forward = load(surface.model, paths, config.tta_axes, config.precision)
 
     def predicted(some: list[Job], choice: Choice | None) -> int:
-        # the steps after prediction take about a minute and three seconds per volume
+        # the steps after prediction take about 60 s plus 3 s per volume
         rest = min(time_limit, session.time_left() - 60 - 3 * len(jobs)) - (time.monotonic() - began)
         count = folder / "count.json"
         return predict(forward, some, size=size, overlap=config.overlap, choice=choice, seconds_left=rest, count=count)
@@ -166,7 +169,7 @@ def _job(volume: Volume, folder: Path, part: str) -> Job:
 
 
 def _with_probabilities(jobs: list[Job], keep: bool) -> list[Job]:
-    """Return the jobs, without a file for probabilities if these are neither wanted nor there already."""
+    """Return the jobs; a job keeps its file of probabilities only if `keep` is set or the file exists already."""
     there = [keep or (job.probability is not None and job.probability.is_file()) for job in jobs]
     return [job if yes else dataclasses.replace(job, probability=None) for job, yes in zip(jobs, there, strict=True)]
 
@@ -189,7 +192,7 @@ def _given(config: Config) -> list[Path]:
 
 
 def weights_of(config: Config, result: Result) -> list[Path]:
-    """Return the files of weights that predict: the given ones, else the run's best, else its final weights."""
+    """Return the weights files for prediction: those in the config, else the run's best, else its final weights."""
     out = Path(result.output_dir)
     weights = out / "best" / "model.safetensors"
     if config.weights == "final" or result.best is None or not weights.is_file():
@@ -198,7 +201,7 @@ def weights_of(config: Config, result: Result) -> list[Path]:
 
 
 def _untrained(config: Config) -> Result:
-    """Return the result of a run without training, for given weights."""
+    """Return the result of a run that trains nothing, since the config names files of weights."""
     _given(config)
     if distributed.is_main():
         print(f"nothing is trained: the weights are {', '.join(config.given)}", flush=True)
@@ -231,7 +234,7 @@ def _copied(source: Path, target: Path) -> Path:
 
 
 def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
-    """Copy the predictions of an earlier session among the inputs, made with the same weights and settings."""
+    """Copy the predictions that an earlier session, among the inputs, made under the same stamp."""
     own = sum(job.begun() for job in jobs)
     wanted = [folder / FILE, *(path for job in jobs for path in (job.path, job.probability) if path is not None)]
     for path in session.find("predictions/stamp.json"):
@@ -247,7 +250,7 @@ def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
-    """Draw slices; an error only prints a warning, since a picture must not fail a run after hours."""
+    """Draw `figure` into a file; an error only prints a warning, since a picture must not fail a run after hours."""
     try:
         figure(surface).savefig(path, dpi=110)
     except Exception as error:
@@ -260,7 +263,7 @@ def _digest(volumes: list[Volume]) -> str:
 
 
 def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
-    """Return the mean `measures` of the held-out volumes, and write each volume's into folder/figures.json."""
+    """Return the means of `measures` over the held-out volumes; write those of each volume to folder/figures.json."""
     mine: dict[str, dict[str, float]] = {}
     for volume in held[distributed.rank() :: distributed.world_size()]:
         mine[volume.id] = measures(stacks.read_stack(str(folder / f"{volume.id}.tif")), read_label(volume))
@@ -273,10 +276,11 @@ def _measure(held: list[Volume], folder: Path) -> dict[str, float]:
 
 
 def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[str, float]]:
-    """Return `measures` of two trivial answers and of the model's predictions on the first few held-out volumes.
+    """Return mean `measures` of two trivial predictions and, if there are any, of the model's: {name: {measure: mean}}.
 
-    The trivial answers: every voxel is sheet; every voxel brighter than a threshold is sheet, with the threshold of
-    best Dice on the first few training volumes. About 12 s per held-out volume of 320^3, hence at most `volumes`.
+    The trivial predictions: every voxel is sheet; every voxel brighter than a threshold is sheet, with the threshold of
+    best Dice on the training volumes. The first `volumes` held-out volumes and training volumes are used, since a
+    held-out volume of 320^3 takes about 12 s.
     """
     train_volumes, held, _ = surface.split
     counts = np.zeros((2, 65536))
@@ -303,7 +307,7 @@ def baselines(surface: SurfaceSegmentation, volumes: int = 8) -> dict[str, dict[
 
 
 def figure(surface: SurfaceSegmentation, most: int = 3) -> Figure:
-    """Draw middle slices of held-out volumes: image, label, prediction."""
+    """Draw the middle slice of the first `most` held-out volumes: image, label, prediction."""
     held = surface.split[1][:most]
     drawn = plots.figure_of(9, 3.2 * len(held))
     axes = drawn.subplots(len(held), 3, squeeze=False)

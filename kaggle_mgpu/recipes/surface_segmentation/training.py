@@ -29,7 +29,7 @@ from .stacks import IGNORED
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """How to train on patches and predict volumes. A sample is a patch; one without a label has no loss."""
+    """How to train on patches and predict volumes. A sample is a patch; patches without labelled voxels have loss 0."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | frozenset(
         "data_path cache_dir cache_gb weights overlap threshold min_component tta_axes save_probabilities".split()
@@ -41,18 +41,18 @@ class Config(TrainConfig):
     cache_dir: str | None = None
     """Folder for decoded volumes. None: the temporary folder (60 GB on Kaggle, lost with the session)."""
     cache_gb: float = 40.0
-    """Disk for decoded volumes, at most half of the free space: 2 bytes a voxel (3 for 16-bit images), so 40 GB hold
-    600 pairs of 320^3. All loader processes share the volumes by memory mapping, and hold only a patch each in memory.
+    """Disk space for decoded volumes, at most half of the free space: 2 bytes a voxel (3 for 16-bit images), so 40 GB
+    hold 600 volumes of 320^3. Loader processes share the volumes by memory mapping; each holds one patch in memory.
     Volumes that do not fit are decoded again for each patch: 0.5 s instead of 5 ms."""
     ignore_label: int = 2
-    """The number of voxels without annotation in the labels, left out of loss and figures; 255 in many data sets."""
+    """The value of unannotated voxels in the labels; loss and scores leave them out. 255 in many data sets."""
     val_fraction: float = 0.05
     """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
     folds: int | None = None
-    """Divide the volumes into this many parts, of whole scrolls where there are several, and hold out part `fold` in
-    place of val_fraction. `cross_validate` trains a model for each part."""
+    """Divide the volumes into so many folds, of whole scrolls if there are several, and hold out the fold number `fold`
+    instead of val_fraction. `cross_validate` trains a model for each fold."""
     fold: int = 0
-    """The held-out part, from 0 on, where `folds` is given."""
+    """The number of the held-out fold, from 0 on; only with `folds`."""
     patch_size: int | Literal["auto"] = "auto"
     """Side of the training cubes and of the sliding window. auto: 128; on synthetic volumes 32."""
     patches_per_volume: int = 4
@@ -62,32 +62,33 @@ class Config(TrainConfig):
     augment: bool = True
     """Flip, rotate and change the intensities of training patches."""
     width: int | Literal["auto"] = "auto"
-    """Channels at full resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
+    """Channels at the finest resolution, doubled with each halving up to 320. auto: 32; on synthetic volumes 8."""
     stem: Literal["full", "half"] = "full"
     """half: the finest features have half the resolution, as in MONAI's UNet; a step takes a quarter of the time, so
-    give the run more epochs. In equal CPU time (240 and 960 steps, three seeds) Dice 0.926 with full, 0.949 with half
-    on synthetic sheets; 0.819 and 0.956 on the brain in a head's scan. Not measured on a GPU or on scrolls."""
+    give the run more epochs. In equal CPU time (full 240 steps, half 960; three seeds) Dice is 0.926 (full) and 0.949
+    (half) on synthetic sheets, 0.819 and 0.956 on the brain in a head's scan. Not measured on a GPU or on scrolls."""
     deep_supervision: bool = False
-    """Also compare the coarser resolutions of the decoder with the label."""
+    """Add the loss of predictions at the decoder's coarser resolutions."""
     skeleton_recall: float = 0.0
-    """Weight of a further term of the loss, the missed share of the sheets' middle (Kirchhoff et al. 2024). 0: none.
-    With 1 on synthetic sheets, 4 seeds of 100 steps: Dice 0.888 -> 0.893, each seed better; surface Dice, VOI score
-    and Betti numbers a tie. It finds more sheet, so keep threshold="auto": at 0.5 the Dice falls, 0.871 -> 0.851."""
+    """Weight of a loss for the missed share of the sheets' medial surface (Kirchhoff et al. 2024). 0: no such loss.
+    With 1 on synthetic sheets, 4 seeds of 100 steps, Dice rises from 0.888 to 0.893 (on each seed); surface Dice, VOI
+    score and Betti numbers tie. The model finds more sheet, so keep threshold="auto": at 0.5 Dice falls from 0.871 to
+    0.851."""
     weights: str | tuple[str, ...] = "best"
-    """The weights for prediction: best by best_metric, final, or a .safetensors file (then nothing is trained). Several
-    files, as a list or separated by commas, of runs with the same model: the mean of their probabilities."""
+    """The weights for prediction: best (by best_metric), final, or a .safetensors file (then nothing is trained).
+    Several files of the same model, as a list or separated by commas, predict the mean of their probabilities."""
     overlap: float = 0.5
     """Overlap of neighbouring windows when a volume is predicted, as a share of their side."""
     tta_axes: tuple[int, ...] = ()
-    """Axes to mirror when a volume is predicted, of 0 (depth), 1 and 2; the probabilities of all flips are averaged.
+    """Axes to mirror in prediction, from 0 (D), 1 (H) and 2 (W); the probabilities of all flips are averaged.
     (0, 1, 2): eight flips, for eight times the work."""
     tta_in_training: bool = False
     """Mirror the axes of tta_axes in the evaluations during training too."""
     threshold: float | Literal["auto"] = "auto"
-    """Lowest probability of a sheet voxel. auto: the best by the Dice of the held-out volumes, kept beside the weights
-    in postprocessing.json for later predictions with these weights and settings."""
+    """Lowest probability of a sheet voxel. auto: the value of best Dice on the held-out volumes, kept in
+    postprocessing.json beside the weights, for later predictions with these weights and settings."""
     min_component: int | Literal["auto"] = "auto"
-    """Remove predicted parts of fewer voxels. 0: keep all. auto: chosen on the held-out volumes, as threshold."""
+    """Remove predicted connected components of fewer voxels. 0: keep all. auto: chosen as threshold is."""
     save_probabilities: bool = False
     """Also keep the probabilities of all predicted volumes, as uint8 stacks in steps of 1/255."""
 
@@ -148,7 +149,7 @@ class Config(TrainConfig):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Return the files of given weights; () if the run's own weights predict."""
+        """Return the weights files named by `weights`; () for best and final, the run's own weights."""
         if self.weights in ("best", "final"):
             return ()
         return tuple(self.weights.split(",")) if isinstance(self.weights, str) else self.weights
@@ -160,7 +161,7 @@ def _levels(size: int) -> int:
 
 
 class SurfaceSegmentation(Task):
-    """Sheet or not, for every voxel. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored.
+    """Classify voxels as sheet or not. A batch: images (B, 1, p, p, p) float32, labels (B, p, p, p) uint8, 2 ignored.
 
     With `skeleton_recall` a training batch has the labels' medial surfaces too, (B, p, p, p) bool.
     """
@@ -179,7 +180,7 @@ class SurfaceSegmentation(Task):
         if self._catalogue is None:
             components(np.zeros((1, 1, 1)))  # raises if scipy is missing, before hours of training
             self._catalogue, self.cache.prepared = distributed.from_main(self._find)
-            # stamps the checkpoints: a run does not continue with other volumes or another fold
+            # checkpoints record this name: a run does not continue with other volumes or another fold
             fold = "" if self.config.folds is None else f" fold {self.config.fold} of {self.config.folds}"
             self.name = f"SurfaceSegmentation {self._catalogue.digest}{fold}"
         return self._catalogue
@@ -204,7 +205,7 @@ class SurfaceSegmentation(Task):
 
     @property
     def split(self) -> tuple[list[Volume], list[Volume], str]:
-        """Return the volumes to train on, the held-out volumes, and a sentence about the split."""
+        """Return the volumes to train on, the held-out volumes, and a phrase about the split."""
         c, volumes = self.config, self.catalogue.train
         if c.folds is None:
             return data.split(volumes, c.val_fraction)
@@ -212,7 +213,7 @@ class SurfaceSegmentation(Task):
         return [volume for volume in volumes if volume not in held], held, f"fold {c.fold} of {c.folds}"
 
     def leave_out_tests(self) -> None:
-        """Predict no test images, for a model of a cross-validation, whose ensemble predicts them."""
+        """Drop the test images from the catalogue: in a cross-validation only the ensemble predicts test images."""
         self._catalogue = replace(self.catalogue, test=())
 
     def describe(self) -> str:
@@ -229,13 +230,13 @@ class SurfaceSegmentation(Task):
     def prepare(self) -> None:
         """Read and check every volume once, each rank its share; keep statistics and copies of labelled volumes.
 
-        A pair of 320^3 takes 1.3 s, an image to predict half of this, and a volume checked by an earlier call no time.
-        Nothing is read for a run whose training has finished, here or in an earlier output among the inputs.
+        Image and label of 320^3 take 1.3 s, an image to predict half of this, an already checked volume no time.
+        Nothing is read if this run's training has finished, in output_dir or in an earlier output among the inputs.
 
         Raises:
-            ValueError: a malformed volume, a label of another shape, a label out of range; named with its path.
+            ValueError: a malformed volume, a label of another shape, a label out of range; the message names the path.
         """
-        c, cache = self.catalogue, self.cache  # on all ranks, since rank 0 uses both alone in _trained
+        c, cache = self.catalogue, self.cache  # first access on all ranks together; in _trained rank 0 uses both alone
         trained = distributed.from_main(self._trained)
         if self._facts or trained:
             return
@@ -322,7 +323,7 @@ class SurfaceSegmentation(Task):
         return {"loss": (segmentation_loss(logits, label), self.count(batch)), "voxels": (voxels, len(label))}
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Return loss (per patch), and dice, precision and recall over all held-out voxels, without blending."""
+        """Return loss (per patch), and dice, precision and recall of sheet voxels in the tiles of held-out volumes."""
         hit, false, missed = metrics["voxels"].tolist()
         return {
             "loss": float(metrics["loss"]),
@@ -333,16 +334,16 @@ class SurfaceSegmentation(Task):
 
 
 def prepare(config: Config) -> str:
-    """Check and decode all volumes into output_dir/data, for sessions that find this output among their inputs.
+    """Check all volumes, and decode them into output_dir/data, for later sessions that have this output as an input.
 
-    As many are decoded as cache_gb and nine tenths of the free disk allow; on Kaggle, which keeps 20 GB of output, at
-    most 18 GB: 270 pairs of 320^3.
+    cache_gb and nine tenths of the free disk space limit the decoded volumes; on Kaggle, which keeps 20 GB of output,
+    18 GB: 270 volumes of 320^3.
 
     Returns:
         A sentence about the result.
 
     Raises:
-        ValueError: a malformed volume; named with its path.
+        ValueError: a malformed volume; the message names the path.
     """
     surface = SurfaceSegmentation(config)
     c = surface.catalogue
@@ -362,7 +363,7 @@ def prepare(config: Config) -> str:
 
 
 def prepared_folder(config: Config, catalogue: Catalogue) -> Path:
-    """Return the folder of `prepare`, named by a digest of the data."""
+    """Return the folder that `prepare` writes, named by a digest of the data."""
     return Path(config.output_dir).resolve() / "data" / catalogue.digest
 
 
@@ -372,7 +373,7 @@ def task(config: Config) -> SurfaceSegmentation:
 
 
 def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file; None if the file is missing or incomplete."""
+    """Return the contents of a JSON file; None if the file is missing or is not valid JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
