@@ -154,6 +154,15 @@ class TestGradients:
             strategy.load_full_state(optimizer, state)
 
 
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.bfloat16] * 2, [torch.float32, torch.float16], []])
+def test_the_norm_has_the_bits_of_torchs_function(dtypes: list[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(257, 3).to(dtype) for dtype in dtypes]
+    norm = make(Strategy, Net()).total_norm(gradients)
+    expected = nn.utils.get_total_norm(gradients)
+    assert norm.dtype == expected.dtype and torch.equal(norm, expected)
+
+
 class TestNotFinite:
     @pytest.mark.parametrize(("kind", "replicas"), ALL)
     @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -6,8 +6,9 @@
 All train the same model on the same data with clipping and a cosine schedule, a block of steps at a time, in turn, in
 one process group. A step is timed from one computation of the loss to the next, for all alike. Each round gives a
 ratio to the loop by hand; printed are their median and the interval that holds it in 95 % of 2000 bootstrap samples.
-The noise of a step is nearly independent of the step before, so precision grows with rounds times steps, and longer
-blocks spend less time on starts: `--rounds 81 --steps 1000,200` tells 1 %, in 15 minutes.
+The kit and the loop by hand take 5 steps each in turn within a block: a machine is faster and slower for hundreds of
+steps at a time (blocks of 500 steps of two processes vary by 6 %, of independent steps by 2.5 %), and both share that.
+A round's ratio varies by 2.5 % then, and by 7 % for blocks one after the other: `--rounds 61 --peers hand` tells 1 %.
 `hand` is a loop with the kit's optimizer (fused AdamW, the learning rate written into the groups); `people` is the
 usual loop (AdamW, LambdaLR, loss.item() each step).
 """
@@ -23,13 +24,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, installed or not
@@ -39,6 +41,7 @@ from kaggle_mgpu import Task, TrainConfig, distributed, launch, optim, train
 SAMPLES, LR, LOG_EVERY = 4096, 1e-3, 50
 # untimed steps at the start of each block: some contenders start a new run for a block, whose first steps allocate
 WARM_UP = 10
+IN_TURN = 5
 MOMENTS: list[float] = []
 """When each loss of the block was computed."""
 
@@ -155,30 +158,70 @@ def kit(task: Any, batch: int) -> Callable[[int], None]:
     return run
 
 
-def hand(task: Any, batch: int) -> Callable[[int], None]:
+def steps_by_hand(task: Any, batch: int, steps: int) -> Iterator[None]:
+    """Take a step by hand at each `next`, with a new model: where tensors lie in memory changes a step by some %."""
     data, rank, world = task.train_data(), distributed.rank(), distributed.world_size()
+    model = task.model()
+    call = model
+    if distributed.active():
+        call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
+    order = torch.randperm(SAMPLES)
+    for step in range(steps):
+        start = step * batch * world % (SAMPLES - batch * world) + rank * batch
+        rows = order[start : start + batch]
+        loss = mean_loss(call, data.tensors[0][rows], data.tensors[1][rows])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % LOG_EVERY == 0:
+            loss.item()
+        yield
 
+
+def hand(task: Any, batch: int) -> Callable[[int], None]:
     def run(steps: int) -> None:
-        model = task.model()  # anew in each block, as the kit's: where tensors lie in memory changes a step by some %
-        call = model
-        if distributed.active():
-            call = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        optimizer = optim.adamw(model, LR, weight_decay=0.1)  # the kit's: fused, in two groups
-        order = torch.randperm(SAMPLES)
-        for step in range(steps):
-            start = step * batch * world % (SAMPLES - batch * world) + rank * batch
-            rows = order[start : start + batch]
-            loss = mean_loss(call, data.tensors[0][rows], data.tensors[1][rows])
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step, steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % LOG_EVERY == 0:
-                loss.item()
+        for _ in steps_by_hand(task, batch, steps):
+            pass
 
     return run
+
+
+def kit_beside_hand(task: Any, steps: int) -> tuple[float, float]:
+    """Return the seconds per step of the kit, and the ratio to the loop by hand; both take IN_TURN steps in turn.
+
+    The kit's optimizer calls a hook before each update, and every IN_TURN times the hook takes the steps by hand.
+    """
+    total = steps + 2 * IN_TURN  # the first two turns are a warm-up
+    by_hand = steps_by_hand(task, task.batch, total)
+    seconds = {"kit": 0.0, "hand": 0.0}
+    taken, continued, within = 0, 0.0, False
+
+    def take_turns(*arguments: Any) -> None:
+        nonlocal taken, continued, within
+        if within:  # the update of the loop by hand
+            return
+        stopped, taken, timed = time.perf_counter(), taken + 1, taken >= 2 * IN_TURN
+        if timed:
+            seconds["kit"] += stopped - continued
+        if taken % IN_TURN == 0:
+            within = True
+            for _ in range(IN_TURN):
+                next(by_hand)
+            within = False
+            if timed:
+                seconds["hand"] += time.perf_counter() - stopped
+        continued = time.perf_counter()
+
+    hook = register_optimizer_step_pre_hook(take_turns)
+    try:
+        kit(task, task.batch)(total)
+    finally:
+        hook.remove()
+    return seconds["kit"] / steps, seconds["kit"] / seconds["hand"]
 
 
 def people(task: Any, batch: int) -> Callable[[int], None]:
@@ -292,14 +335,17 @@ def transformers(task: Any, batch: int) -> Callable[[int], None]:
     return run
 
 
-CONTENDERS: dict[str, Any] = {f.__name__: f for f in (kit, hand, people, accelerate, transformers, lightning)}
+CONTENDERS: dict[str, Any] = {f.__name__: f for f in (hand, people, accelerate, transformers, lightning)}
 
 
-def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds per step of each model, contender and round; every rank must call this."""
+def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return for each model, contender and round the seconds per step and the ratio to the loop by hand.
+
+    Every rank must call this.
+    """
     distributed.init()
     torch.set_num_threads(1)
-    results: dict[str, dict[str, list[float]]] = {}
+    results: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for task in (MLPTask(), GPTTask()):
         label = "MLP" if isinstance(task, MLPTask) else "GPT"
         measures = {}
@@ -308,15 +354,15 @@ def bench(names: list[str], rounds: int, steps: dict[str, int]) -> dict[str, dic
                 continue  # starts its own processes
             with contextlib.suppress(ImportError):
                 measures[name] = CONTENDERS[name](task, task.batch)
-        times: dict[str, list[float]] = {name: [] for name in measures}
+        results[label] = {name: [] for name in ("kit", *measures)}
         names_in_turn = list(measures)
         for turn in range(rounds + 1):  # the first round warms up
-            names_in_turn.append(names_in_turn.pop(0))  # the first in a round pays for leftovers in memory
-            for name in names_in_turn:
-                took = seconds_per_step(measures[name], steps[label])
-                if turn:
-                    times[name].append(took)
-        results[label] = times
+            names_in_turn = names_in_turn[1:] + names_in_turn[:1]  # the first in a round pays for leftovers in memory
+            took = {name: seconds_per_step(measures[name], steps[label]) for name in names_in_turn}
+            found = {name: (seconds, seconds / took["hand"]) for name, seconds in took.items()}
+            found["kit"] = kit_beside_hand(task, steps[label])
+            for name, measured in found.items() if turn else ():
+                results[label][name].append(measured)
     return results
 
 
@@ -327,24 +373,24 @@ def interval(ratios: list[float]) -> tuple[float, float]:
     return medians[50], medians[-51]
 
 
-def report(results: dict[str, dict[str, list[float]]], processes: int) -> None:
-    for label, times in results.items():
+def report(results: dict[str, dict[str, list[tuple[float, float]]]], processes: int) -> None:
+    for label, contenders in results.items():
         print(f"\n{label}, {processes} process{'es' if processes > 1 else ''}: ms per step, ratio to the loop by hand")
-        for name, values in times.items():
-            ratios = [value / by_hand for value, by_hand in zip(values, times["hand"], strict=True)]
+        for name, measured in contenders.items():
+            seconds, ratios = map(list, zip(*measured, strict=True))
             low, high = interval(ratios)
             middle = statistics.median(ratios)
-            print(f"  {name:<13} {1e3 * statistics.median(values):8.3f}  {middle:6.3f}  ({low:.3f} to {high:.3f})")
+            print(f"  {name:<13} {1e3 * statistics.median(seconds):8.3f}  {middle:6.3f}  ({low:.3f} to {high:.3f})")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", default="200,50", help="steps per block of the MLP and of the GPT")
+    parser.add_argument("--steps", default="1000,200", help="steps per block of the MLP and of the GPT")
     parser.add_argument("--nproc", default="1,2", help="numbers of processes, as 1,2,3")
-    parser.add_argument("--peers", default=",".join(name for name in CONTENDERS if name != "kit"))
+    parser.add_argument("--peers", default=",".join(CONTENDERS), help="hand: the kit beside the loop by hand alone")
     given = parser.parse_args()
-    names = ["kit", *given.peers.split(",")]
+    names = [] if given.peers == "hand" else list(dict.fromkeys(["hand", *given.peers.split(",")]))
     steps = dict(zip(("MLP", "GPT"), map(int, given.steps.split(",")), strict=True))
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("logs").mkdir()
