@@ -163,7 +163,7 @@ def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
             failed = next((text for rank, text in zip(ranks, told, strict=True) if rank.returncode), "")
             found[name] = failed[-300:] or difference(f"{folder}/two{number}", one)
         except subprocess.TimeoutExpired:
-            found[name] = "no end in time"
+            found[name] = "did not end in time"
         finally:
             for rank in ranks:
                 rank.kill()
@@ -251,7 +251,7 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
             line: dict[str, Any] = {"section": name, "right": False}
             left = LIMIT * patience - int(started - began)
             if left < 1:
-                line["error"] = "left out: no time"
+                line["error"] = "left out: the time limit of all sections has passed"
             else:
                 with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-proof-") as folder:
                     try:

@@ -296,7 +296,7 @@ def test_other_bad_files_of_an_input_do_not_end_a_run_either(
     result = launch(train, config(tmp_path / "run", eval_every=1), Regression())
     said = capsys.readouterr().out
     assert "going on from" in said
-    assert "the best is found anew" in said
+    assert "the best evaluation is searched for again" in said
     assert result.finished
     assert result.best is not None
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
