@@ -212,7 +212,7 @@ def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
             f"Choose precision='{instead}', or 'auto'"
         )
     if choice != "auto":
-        on_cpu = "; no GPU: slow on a CPU, good for tests" if not gpus and choice != "fp32" else ""
+        on_cpu = "; no GPU: slow on a CPU, useful only for tests" if not gpus and choice != "fp32" else ""
         return cast(Precision, choice), f"chosen{on_cpu}"
     if not gpus:
         return "fp32", "no GPU"

@@ -124,7 +124,7 @@ def require(device: torch.device) -> Any:
     if device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         raise RuntimeError(
             "strategy 'deepspeed' on CPUs needs a C++ compiler, since DeepSpeed compiles an extension at its first "
-            "start, and there is none: install g++ (apt-get install g++), or use strategy='fsdp'"
+            "start, and none was found: install g++ (apt-get install g++), or use strategy='fsdp'"
         )
     try:
         import deepspeed

@@ -152,7 +152,7 @@ def _memory(gpus: list[devices.GPU]) -> list[Line]:
         return [Line("GPU memory", "skipped", "nvidia-smi does not report the memory")]
     found = ", ".join(f"GPU {i}: {left / 2**30:.1f} of {size / 2**30:.1f} GiB free" for i, (left, size) in free.items())
     if any(left < MEMORY_FREE * total for left, total in free.values()):
-        advice = "another process or notebook holds it: shut it down, or restart this session"
+        advice = "another process or notebook uses this memory: shut it down, or restart this session"
         return [Line("GPU memory", "failed", found, advice)]
     return [Line("GPU memory", "passed", found)]
 

@@ -46,7 +46,7 @@ class Published:
 
 _PCIE3 = "NCCL's own figure for PCIe 3.0 x16 (PCI_BW in src/graph/topo.h), an upper bound"
 _PCIE4 = "NCCL's own figure for PCIe 3.0 x16, doubled for 4.0; an upper bound"
-_NVLINK = "NVLink, as NCCL counts it"
+_NVLINK = "NCCL's own figure for NVLink"
 # Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 SXM (40 and 80 GB), H100 SXM and H200 SXM, and for the RTX
 # 4090 NVIDIA's white paper on the Ada architecture (tensor cores, dense, sums in fp32).
 # NVLink: NCCL's figure per link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h), times 12 links for the A100 and

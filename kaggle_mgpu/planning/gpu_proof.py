@@ -189,7 +189,7 @@ def gpu_tests(folder: str, quick: bool) -> dict[str, Any]:
     """Run the tests marked `gpu`, where a checkout and pytest are at hand."""
     root = Path(__file__).parents[2]
     if not (root / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
-        return {"right": True, "left_out": "no checkout with tests, or no pytest"}
+        return {"right": True, "left_out": "needs a checkout of the repository, and pytest"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     command += ["tests/training/test_on_gpus.py"] if quick else []
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

@@ -133,7 +133,7 @@ class Panel(Lines):
             session.show(panel_html(self.view, outcome, status), text, self.id)
         except Exception as error:  # an error of the notebook's front end must not end the training
             self.works = False
-            self.say(f"the progress panel failed ({type(error).__name__}: {error}); lines follow instead")
+            self.say(f"the progress panel failed ({type(error).__name__}: {error}); text lines follow instead")
 
 
 def choose(display: str) -> type[Lines]:

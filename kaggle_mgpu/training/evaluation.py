@@ -205,7 +205,7 @@ def _explained(parts: Parts, method: str, error: Exception) -> str:
     if method == "metrics" and kind.metrics is Task.metrics:
         advice = f"{kind.__name__} has no own metrics, so the evaluation calls its loss and count: define Task.metrics."
     if NO_GRADIENT in str(error):
-        advice += " An evaluation keeps no gradients: compute what needs one within torch.enable_grad()."
+        advice += " An evaluation keeps no gradients: use torch.enable_grad() around code that needs a gradient."
     return (
         f"{kind.__name__}.{method} failed in the trial evaluation, on the first samples of val_data: "
         f"{type(error).__name__}: {error}{where}. {advice} No step has been taken yet in this session."

@@ -125,7 +125,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     if task.whole_batch_loss and (plan.gradient_accumulation_steps > 1 or (kind.name == "dp" and replicas > 1)):
         raise ValueError(
             f"{type(task).__name__}.whole_batch_loss is True, but strategy {kind.name!r} computes a global batch of "
-            f"{plan.global_batch_size} in parts of {plan.micro_batch_size}, which do not see each other. Use "
+            f"{plan.global_batch_size} in parts of {plan.micro_batch_size}, which are computed separately. Use "
             f"strategy='ddp' and no gradient_accumulation_steps; a smaller global_batch_size where memory is short."
         )
     val_samples = 0 if val_set is None else data.size_of(val_set, "val_data()")
@@ -299,7 +299,7 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
         if enable is None:
             raise ValueError(
                 f"gradient_checkpointing=True, but {type(model).__name__} has no method gradient_checkpointing_enable. "
-                f"Give it one, or leave the setting off."
+                f"Give the model this method, or leave the setting off."
             )
         enable()
     keep_4bit_layout(model)

@@ -147,7 +147,7 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
     except Exception as error:
         problem = str(error)
     if problem:
-        print(f"{path} is damaged: {problem}. It is made again from the newest checkpoint.", flush=True)
+        print(f"{path} is damaged: {problem}. The file is written again from the newest checkpoint.", flush=True)
     return None if problem else result
 
 

@@ -302,7 +302,7 @@ def test_damaged_weights_of_a_finished_run_are_named_and_made_again(
     again = train(settings, Regression())
     said = capsys.readouterr().out
     assert f"{tmp_path / MODEL} is damaged: " in said
-    assert "It is made again from the newest checkpoint." in said
+    assert "The file is written again from the newest checkpoint." in said
     assert "already finished" not in said
     assert (tmp_path / MODEL).read_bytes() == before
     assert (again.finished, again.step, again.metrics) == (True, 10, result.metrics)

@@ -208,7 +208,7 @@ def test_explicit_precision(install: Install) -> None:
     assert devices.precision("fp16", [p100]) == ("fp16", "chosen")
     assert devices.precision("fp32", [t4]) == devices.precision("fp32", []) == ("fp32", "chosen")
     for choice in ("fp16", "bf16"):
-        assert devices.precision(choice, []) == (choice, "chosen; no GPU: slow on a CPU, good for tests")
+        assert devices.precision(choice, []) == (choice, "chosen; no GPU: slow on a CPU, useful only for tests")
     with pytest.raises(ValueError, match="precision='half': expected 'auto', 'fp32', 'fp16' or 'bf16'"):
         devices.precision("half", [t4])
 

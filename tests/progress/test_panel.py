@@ -151,7 +151,7 @@ class TestPanel:
         progress.record(train(1))
         progress.close({"finished": True, "step": 100, "seconds": 1})
         assert progress.said == [
-            "the progress panel failed (ConnectionError: front end gone); lines follow instead",
+            "the progress panel failed (ConnectionError: front end gone); text lines follow instead",
             "step 1/100 (1%)  loss 1  lr 3.0e-04  1 process",
             "finished: step 100/100  in 0:01  1 process",
         ]

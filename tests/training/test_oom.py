@@ -279,7 +279,7 @@ def test_an_evaluation_of_ranks_that_compute_together_starts_again_with_smaller_
     )  # where ranks compute together, auto begins with the largest
     assert launch(train, settings, TightEvaluation(6, rank=1)).finished
     said = capsys.readouterr().out
-    assert "micro_batch_size 12: all of a GPU's share; halved, with a restart, if memory runs out" in said
+    assert "micro_batch_size 12: a GPU's whole share; if memory runs out, a restart halves it" in said
     assert "rank 1 ran out of memory with micro_batch_size 12 in the evaluation after step 7: 6 from here on" in said
     assert "The newest checkpoint is from before that evaluation: run the same again and it goes on from there" in said
     assert [(r["step"], r["micro_batch_size"]) for r in trained(tmp_path / "tight", "start")] == [(0, 12), (4, 6)]
