@@ -110,7 +110,7 @@ def test_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             r"\(18\): Failed to initialize NVML",
         ),
         ("exit 9", r"nvidia-smi failed \(9\): no output"),
-        ("echo 'No devices were found'", "no table: No devices were found"),
+        ("echo 'No devices were found'", "not a table: No devices were found"),
         ("exit 0", "nvidia-smi lists no GPU"),
     ],
 )

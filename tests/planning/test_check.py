@@ -223,7 +223,7 @@ def test_a_tiny_shared_memory() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("mounting takes root")
-    assert "status='failed', found='/dev/shm has 64 MiB in all and no 256 MiB free'" in done.stdout, done.stderr
+    assert "status='failed', found='/dev/shm has 64 MiB in all, but not 256 MiB free'" in done.stdout, done.stderr
     assert "set data_workers=0" in done.stdout
 
 

@@ -381,5 +381,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*command, "--on", "0"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")
+    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known GPUs: ")
     assert len(said.err.splitlines()) == 1

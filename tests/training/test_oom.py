@@ -480,7 +480,7 @@ def _sizes(settings: TrainConfig, task: Tight) -> list[int]:
 
 def test_auto_with_accumulation_given(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the one follows"
+        ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the first determines"
     ):
         train(config(tmp_path, micro_batch_size="auto", gradient_accumulation_steps=2), Regression())
 
