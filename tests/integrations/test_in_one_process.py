@@ -244,7 +244,7 @@ def test_a_loop_that_never_calls_step_is_an_error(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.ones(40, 1)), 4)
     with (
         watch(tmp_path / "run", max_steps=6, model=model) as run,
-        pytest.raises(ValueError, match=r"260 batches .* without a call of step\(\)\. .* Call step\(loss\) after each"),
+        pytest.raises(ValueError, match=r"260 batches without a call of step\(\)\. .* Call step\(loss\) after each"),
     ):
         for _ in run.batches(data):
             pass

@@ -161,7 +161,7 @@ def test_select(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         devices.select("0,2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(ValueError, match=r"no GPU 0; there is 1 \(Tesla T4\) \(CUDA_VISIBLE_DEVICES=1\)"):
+    with pytest.raises(ValueError, match=r"no GPU 0; available: 1 \(Tesla T4\) \(CUDA_VISIBLE_DEVICES=1\)"):
         devices.select("0")
 
 
