@@ -10,8 +10,9 @@
 
 Every field of the recipe's config is a flag. --config FILE reads a YAML or JSON file, which may `include:` others;
 KAGGLE_MGPU_<FIELD> in the environment overrides the file, and flags override both. The exit code is 0 for a run that
-finished or stopped as asked, 1 for an error or a failed check, 2 for invalid settings, 130 if interrupted outside
-training or twice in training. Errors raised by this package are printed as one line, other errors with a traceback.
+finished, or stopped at its time limit or on request, 1 for an error or a failed check, 2 for invalid settings, 130 if
+interrupted outside training or twice in training. Errors raised by this package are printed as one line, other errors
+with a traceback.
 """
 
 from __future__ import annotations
@@ -55,20 +56,24 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = f"kaggle_mgpu {__version__} from {Path(__file__).parent}"
-    top.add_argument("--version", action="version", version=version, help="the version, and the folder it is run from")
+    top.add_argument("--version", action="version", version=version, help="the version and the folder of the package")
     commands = top.add_subparsers(dest="command", required=True)
     # no abbreviations: a misspelt --epoch must not be taken for --epochs
-    commands.add_parser("gpus", allow_abbrev=False, help="the GPUs, how busy and full each is, and the mode")
+    commands.add_parser(
+        "gpus", allow_abbrev=False, help="the GPUs, how busy and full each is, and how training uses them"
+    )
     of_check = commands.add_parser(
-        "check", allow_abbrev=False, help="ten seconds that say whether this machine trains right"
+        "check", allow_abbrev=False, help="test in ten seconds whether this machine trains correctly"
     )
     of_check.add_argument("--output-dir", metavar="DIR", help="where runs will be kept (default: the working folder)")
     modules: dict[str, ModuleType] = {}
     if not with_recipes:
         return top, modules
-    of_plan = commands.add_parser("plan", help="what a recipe will take: batch, memory, time, sessions, speed-up")
+    of_plan = commands.add_parser("plan", help="estimate a recipe's batch, memory, time, sessions and speed-up")
     of_train = commands.add_parser("train", help="train a recipe")
-    of_prepare = commands.add_parser("prepare", help="what a recipe does before training and needs no GPU for")
+    of_prepare = commands.add_parser(
+        "prepare", help="run the part of a recipe that comes before training and needs no GPU"
+    )
     parsers = (of_plan, of_train, of_prepare)
     groups = [each.add_subparsers(dest="recipe", required=True, metavar="RECIPE") for each in parsers]
     for name in recipes():
@@ -85,7 +90,7 @@ def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str
                 help="a make variable of the fine-tuning guide, such as TRAIN_BATCH_SIZE=1",
             )  # fmt: skip
             if group is groups[0]:
-                on = "GPUs to estimate for, such as T4x2, L4x4, A100-80GB, H200 (default: measured on what is here)"
+                on = "GPUs to estimate for, such as T4x2, L4x4, A100-80GB, H200 (default: measure on this machine)"
                 of_recipe.add_argument("--on", dest="plan_on", metavar="GPUS", help=on)
         # a recipe may add commands, such as an export of its weights
         for command, (add_arguments, function) in getattr(modules[name], "COMMANDS", {}).items():
@@ -137,7 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not hasattr(recipe, "prepare"):
                 able = ", ".join(name for name, module in modules.items() if hasattr(module, "prepare"))
                 print(
-                    f"prepare: {given.recipe} has no work before training: train it. Expected {able}", file=sys.stderr
+                    f"prepare: {given.recipe} needs no preparation; run `train`. Recipes with `prepare`: {able}",
+                    file=sys.stderr,
                 )
                 return 2
             print(recipe.prepare(config))
@@ -181,14 +187,14 @@ def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
         translate = getattr(kind, "variables", None)
         if translate is None:
             raise TypeError(
-                f"{', '.join(variables)}: make variables of the fine-tuning guide, which RECIPE={given.recipe} does "
-                f"not have. Expected RECIPE=sft, or ARGS='--flag value'."
+                f"{', '.join(variables)}: RECIPE={given.recipe} does not have these make variables of the fine-tuning "
+                f"guide. Expected RECIPE=sft, or ARGS='--flag value'."
             )
         base = translate(variables, base)
     if from_environment := kind.environment():
         shown = ", ".join(f"{name}={value}" for name, value in from_environment.items())
         if os.environ.get("RANK", "0") == "0":
-            print(f"from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
+            print(f"settings from KAGGLE_MGPU_… in the environment: {shown}", flush=True)
     if getattr(given, "plan_on", None) is not None:
         from .planning import Target
 
@@ -225,7 +231,7 @@ def _draw(result: Result) -> None:
     try:
         result.plot()
     except Exception as error:
-        print(f"no picture of the run: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"the pictures of the run could not be drawn: {type(error).__name__}: {error}", file=sys.stderr)
     else:
         print(f"pictures: {Path(result.output_dir) / 'run.png'}, run.svg", flush=True)
 

@@ -27,7 +27,9 @@ def notebook_parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
         if names is not None and cell.startswith("# Parameters"):
             names += _assigned(ast.parse(cell))
     if names is None:
-        raise RuntimeError("no cell that begins with '# Parameters of this notebook' was run: run it, then this one")
+        raise RuntimeError(
+            "no cell that begins with '# Parameters of this notebook' was run: run that cell, then this cell"
+        )
     return {name: namespace[name] for name in names if name in namespace}
 
 

@@ -83,10 +83,10 @@ CASES: dict[str, Case] = {
     "nan in the first step": (
         lambda config: (config.replace(log_every=100), NotANumber()),
         DivergedError,
-        "the loss is nan at step 1 (learning rate 0.01, gradient norm nan); step 1 was left out, for want of a "
-        "finite gradient. Step 1 had the samples 319, 310, 422, 406, 375, 246, 174, 64, 303, 5, 299, 61, 208, 469, "
-        "193, 385, … (32 in all: see metrics.jsonl). There is no checkpoint from before. Look for nan in the data or a "
-        "division by zero in Task.loss; else lower lr or raise warmup_steps.",
+        "the loss is nan at step 1 (learning rate 0.01, gradient norm nan); step 1 was skipped, because the "
+        "gradient was not finite. Step 1 had the samples 319, 310, 422, 406, 375, 246, 174, 64, 303, 5, 299, 61, 208, "
+        "469, 193, 385, … (32 in all: see metrics.jsonl). There is no checkpoint from before. Look for nan in the data "
+        "or a division by zero in Task.loss; else lower lr or raise warmup_steps.",
     ),
     "an error in one rank": (lambda config: (config, OneRankRaises()), LabelError, "row 17 has no label"),
 }

@@ -96,7 +96,7 @@ def test_flags_override_the_environment_which_overrides_the_file(
     settings = seen[0]
     assert (settings.lr, settings.max_steps, settings.seed, settings.log_every) == (0.1, 3, 4, 2)
     assert settings.resume == "never"
-    assert "from KAGGLE_MGPU_… in the environment: max_steps=3" in capsys.readouterr().out
+    assert "settings from KAGGLE_MGPU_… in the environment: max_steps=3" in capsys.readouterr().out
     monkeypatch.setenv("KAGGLE_MGPU_WINGSPAN", "3")
     assert command_line.main(["train", "sft"]) == 2
     assert (

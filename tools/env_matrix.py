@@ -244,7 +244,7 @@ def check_pair(tensorflow: str, protobuf: str, stack: str) -> Row:
     if kind == "cannot import":
         told = run_notebook(here, FIX, PLAIN)
         row.check(told.rc != 0 and "ImportError" in told.error, f"the real error is not shown: {told.rc} {told.error}")
-        named = r"tensorflow +needs protobuf [\d.]+, there is [\d.]+: (pip install .+?), then restart"
+        named = r"tensorflow +needs protobuf [\d.]+, but [\d.]+ is installed: (pip install .+?), then restart"
         found = re.search(named, told.text)
         row.check(found is not None, f"no command is named: {told.text[-1500:]}")
         shell = _call([here / "bin/python", "-m", "kaggle_mgpu.env"], env=clean(here))

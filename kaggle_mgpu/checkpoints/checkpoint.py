@@ -140,7 +140,7 @@ class Checkpoints:
             try:
                 return *self._open(step, needed), None
             except DiskFullError as error:
-                return None, f"no checkpoint of step {step}: {error.strerror}", None
+                return None, f"the checkpoint of step {step} was not saved: {error.strerror}", None
             except OSError as error:
                 return None, "", error
 
@@ -245,9 +245,9 @@ class Checkpoints:
                 continue
             if not (right := self._path(step)).exists():
                 os.replace(path, right)
-                done.append(f"checkpoint {path} is of step {step}: it is {right} now")
+                done.append(f"checkpoint {path} is of step {step}: renamed to {right}")
             elif aside := self._move([path]):
-                done.append(f"checkpoint {path} is of step {step}, as {right} is: it is in {aside} now")
+                done.append(f"checkpoint {path} is of step {step}, like {right}: moved to {aside}")
         return done
 
     def put_aside(self, after: int = -1) -> Path | None:
@@ -288,7 +288,7 @@ class Checkpoints:
             free = 0 if (said := files.free_bytes(path.parent)) >= needed else said
             if not (dropped := self._make_room(needed, free)):
                 raise
-        note = f"the disk is full. Dropped to make room for {path}: {', '.join(folder.name for folder in dropped)}"
+        note = f"the disk is full. Deleted to make room for {path}: {', '.join(folder.name for folder in dropped)}"
         return files.replace(path, pieces(), nbytes), note
 
     # The writer's thread
@@ -331,7 +331,7 @@ class Checkpoints:
         try:
             path, note = write()
         except DiskFullError as error:
-            note = f"no checkpoint of step {step}: {error.strerror or error}"
+            note = f"the checkpoint of step {step} was not saved: {error.strerror or error}"
             self._saved.append(Saved(step, None, time.monotonic() - began, note))
         except OSError as error:
             self._failure(step, began, error)
@@ -357,7 +357,7 @@ class Checkpoints:
             )
             self._error = OSError(error.errno, text, *([error.filename] if error.filename else []))
             return
-        note = f"no checkpoint of step {step}: {error}; it is tried again"
+        note = f"the checkpoint of step {step} was not saved: {error}; the save will be repeated"
         self._saved.append(Saved(step, None, time.monotonic() - began, note, error))
 
     def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
@@ -375,7 +375,7 @@ class Checkpoints:
         try:
             self._write_and_rename(final, contents, facts, needed)
         except DiskFullError as error:
-            raise DiskFullError(error.errno, f"{note}; it was not enough") from None
+            raise DiskFullError(error.errno, f"{note}; this did not free enough space") from None
         return final, note
 
     def _clear(self) -> None:
@@ -392,8 +392,8 @@ class Checkpoints:
         """
         full = f"the disk is full: {needed:,} bytes needed, {free:,} free"
         if not (dropped := self._make_room(needed, free)):
-            raise DiskFullError(28, f"{full}, and dropping older checkpoints would not make room. Free some space.")
-        return f"{full}. Dropped to make room: {', '.join(path.name for path in dropped)}"
+            raise DiskFullError(28, f"{full}, and deleting older checkpoints would not make room. Free some space.")
+        return f"{full}. Deleted to make room: {', '.join(path.name for path in dropped)}"
 
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"

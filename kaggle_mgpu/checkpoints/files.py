@@ -256,7 +256,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError(f"{path.name} is no safetensors file: its header would be {length} bytes long")
+            raise ValueError(f"{path.name} is not a safetensors file: its header would be {length} bytes long")
         entries = json.loads(file.read(length))
     notes = entries.pop("__metadata__", {})
     aliases = json.loads(notes.get("aliases", "{}"))
@@ -358,8 +358,8 @@ def pack(tree: Any) -> tuple[dict[str, Tensor], str]:
             kind = "list" if isinstance(value, list) else "tuple"
             return {kind: [plain(item, f"{path}/{i}" if path else str(i)) for i, item in enumerate(value)]}
         raise TypeError(
-            f"{path} is a {type(value).__name__}: a checkpoint holds tensors, numbers, text, lists and dictionaries; "
-            f"nothing is pickled"
+            f"{path} is a {type(value).__name__}: a checkpoint holds only tensors, numbers, text, lists and "
+            f"dictionaries"
         )
 
     def key_of(key: Any, path: str) -> Any:

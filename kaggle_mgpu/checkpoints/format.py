@@ -99,7 +99,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"state.json cannot be read: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
-        raise CheckpointError("state.json is not a checkpoint's")
+        raise CheckpointError("state.json does not list a checkpoint's files")
     step, listed = facts.get("step"), facts["files"]
     plain = all(
         isinstance(about, dict)
@@ -111,9 +111,11 @@ def read_facts(path: Path) -> dict[str, Any]:
     )
     blocks = all(isinstance(facts.get(key, {}), dict) for key in ("config", "stamp", "state"))
     if not (isinstance(step, int) and not isinstance(step, bool) and step >= 0 and plain and blocks):
-        raise CheckpointError("state.json does not say what a checkpoint's does")
+        raise CheckpointError("state.json has missing or impossible values")
     if facts.get("format") != FORMAT:
-        raise CheckpointError(f"it has format {facts.get('format')!r}; this version reads format {FORMAT}")
+        raise CheckpointError(
+            f"it has format {facts.get('format')!r}; this version of kaggle_mgpu reads format {FORMAT}"
+        )
     if facts.pop("crc32", None) != _crc32_of(facts):
         raise CheckpointError("state.json does not have the checksum it was written with")
     return facts

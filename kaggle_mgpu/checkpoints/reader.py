@@ -108,7 +108,7 @@ def _position(facts: Mapping[str, Any], expected: Expected) -> None:
     _whole("without_improvement in its state", state.get("without_improvement", 0), step)
     metrics = state.get("metrics", {})
     if not isinstance(metrics, dict):
-        raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers by name")
+        raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers with their names")
     for name, value in metrics.items():
         _number(f"metrics[{name!r}] in its state", value)
 
@@ -153,7 +153,7 @@ def _parts(what: str, value: Any) -> list[Tensor]:
     else:
         if position == value.shape[0]:
             return [rows for _, rows in parts]
-    raise CheckpointError(f"{what} is not whole: some of its {value.shape[0]} rows are missing or twice there")
+    raise CheckpointError(f"{what} is incomplete: some of its {value.shape[0]} rows are missing or stored twice")
 
 
 def _finite(what: str, value: Any) -> None:
@@ -174,7 +174,7 @@ def _bounds(part: Tensor) -> list[float]:
 def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     if not isinstance(state, dict) or not {"optimizer", "scaler", "skipped"} <= state.keys():
         raise CheckpointError(
-            "optimizer.safetensors was not written by kaggle_mgpu: it has no optimizer, scaler and skipped"
+            "optimizer.safetensors was not written by kaggle_mgpu: expected the entries optimizer, scaler and skipped"
         )
     skipped, scaler, saved = _whole("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
     if not isinstance(scaler, dict) or (scaler and not scaler.keys() >= _SCALER):
@@ -193,10 +193,10 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
     if theirs != mine:
         differ = sorted({n for group in theirs for n in group} ^ {n for group in mine for n in group})
         raise OtherRunError(
-            f"{path}: the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}"
+            f"{path}: the checkpoint's optimizer holds other parameters than this run's: {', '.join(differ[:5])}"
             if differ
             else f"{path}: the checkpoint's optimizer has the parameters in other groups, or another order, than this "
-            f"one: groups of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now",
+            f"run's: groups of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now",
             "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
         )
     for then, now in zip(groups, expected.optimizer.param_groups, strict=True):
@@ -207,7 +207,9 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
                     f"{now[key]!r}"
                 )
     if unknown := set(moments) - {name for group in mine for name in group}:
-        raise CheckpointError(f"the optimizer's state holds parameters it does not train: {sorted(unknown)[:5]}")
+        raise CheckpointError(
+            f"the optimizer's state holds parameters that this run does not train: {sorted(unknown)[:5]}"
+        )
     for name, values in moments.items():
         if not isinstance(values, dict):
             raise CheckpointError(f"the optimizer's state of {name} is {values!r:.80}, expected moments by name")
@@ -261,14 +263,14 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
     there = {key for values in saved["state"].values() for key in values}
     if steps > 0 and (missing := {key for values in needed.values() for key in values} - there):
         raise OtherRunError(
-            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's {kind} goes on "
-            f"from",
+            f"{path}: the checkpoint's optimizer has no {', '.join(sorted(missing))}, which this run's {kind} needs "
+            f"to continue",
             "Give this run another output_dir, or restore the optimizer the checkpoint was made with.",
         )
     for name, values in saved["state"].items():
         for key, value in needed[like[name]].items():
             if key not in values:
-                raise CheckpointError(f"the optimizer's state of {name} has no {key}, which {kind} goes on from")
+                raise CheckpointError(f"the optimizer's state of {name} has no {key}, which {kind} needs to continue")
             if not isinstance(value, Tensor):
                 continue
             shape, found = tuple(value.shape), tuple(getattr(values[key], "shape", ()))
@@ -279,7 +281,7 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
         trial = _Trial(expected, chosen, saved)
         trial.optimizer.step()
     except Exception as error:
-        text = f"{kind} cannot go on from its state of the optimizer: {type(error).__name__}: {error}"
+        text = f"{kind} cannot continue from the checkpoint's optimizer state: {type(error).__name__}: {error}"
         raise CheckpointError(text[:500]) from error
 
 

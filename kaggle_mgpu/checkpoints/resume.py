@@ -54,8 +54,7 @@ def starting_point(
         if differ := _differences(read_facts(path), config, may_change, stamp, defaults):
             raise OtherRunError(
                 f"{path} is from a run with other settings: {_listed(differ)}",
-                "Set them back to go on with that run; choose another output_dir, or resume='never', to start a new "
-                "one.",
+                "Set them back to continue that run; to start a new run, choose another output_dir, or resume='never'.",
             )
         if expected is not None:
             examine(path, expected)
@@ -72,7 +71,7 @@ def starting_point(
         except OtherRunError as error:
             raise CheckpointError(str(error)) from None
         except CheckpointError as error:
-            raise CheckpointError(f"resume: {named.resolve()} is not a whole checkpoint: {error}") from None
+            raise CheckpointError(f"resume: {named.resolve()} is not a usable checkpoint: {error}") from None
     for line in checkpoints.put_right():
         print(line, flush=True)
     path, others = _first(checkpoints.all(), examined)
@@ -93,7 +92,7 @@ def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Pat
             print(f"checkpoint {path} cannot be used: {error}. Trying the one before it.", flush=True)
         else:
             for other in others:
-                print(f"passed over: {other.problem}", flush=True)
+                print(f"not used: {other.problem}", flush=True)
             return path, others
     return None, others
 

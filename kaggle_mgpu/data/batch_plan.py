@@ -68,7 +68,7 @@ class BatchPlan:
                 raise ValueError(
                     f"the batch sizes do not multiply: micro_batch_size {micro} x {replicas} x "
                     f"gradient_accumulation_steps {accumulation} = {micro * num_replicas * accumulation}, but "
-                    f"global_batch_size is {batch}. Leave one of the three out and it follows from the others."
+                    f"global_batch_size is {batch}. Leave one of the three out: the other two determine it."
                 )
         elif micro is not None:
             if micro > batch:
@@ -131,7 +131,11 @@ class BatchPlan:
         size = f"global batch {self.global_batch_size}"
         if self.per_gpu is not None:
             here = self.per_gpu * self.num_replicas
-            kept = "" if here == self.global_batch_size else f" was {self.global_batch_size} at the start, {here} here"
+            kept = (
+                ""
+                if here == self.global_batch_size
+                else f" gave {self.global_batch_size} at the start, and would give {here} here"
+            )
             size += f" (per_gpu:{self.per_gpu}{kept}: the weights depend on the number of GPUs)"
         return (
             f"{size} = {self.micro_batch_size} per {unit} x "

@@ -270,8 +270,8 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, pr
         # a loader process would only log this error, and training would wait for ever
         raise ValueError(
             f"the path of the temporary folder, {tempfile.gettempdir()}, has {len(tempfile.gettempdir())} characters: "
-            f"loader processes make sockets in it, whose paths may have 107, so expected at most {LONGEST_TMPDIR}. Set "
-            f"TMPDIR to a shorter path, or data_workers=0."
+            f"expected at most {LONGEST_TMPDIR}, since loader processes make sockets in this folder, and the path of a "
+            f"socket may have 107. Set TMPDIR to a shorter path, or data_workers=0."
         )
     loader: DataLoader[Any] = DataLoader(
         fetch,

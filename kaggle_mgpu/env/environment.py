@@ -135,7 +135,7 @@ def fix(
     import_hooks.install(shim=not off, quiet=quiet, stub=os.environ["USE_TF"].upper() not in ("1", "ON", "YES", "TRUE"))
     items += pinned
     if off:
-        items.append(Item("protobuf", "", "kept", "left alone, as fix(protobuf='off') asked"))
+        items.append(Item("protobuf", "", "kept", "not changed, because fix(protobuf='off') was called"))
     else:
         items += [*_fix_implementation(), _fix_get_prototype(before), *_impossible()]
     items += _fix_lines(before, quiet)
@@ -218,7 +218,7 @@ def _fix_path() -> list[Item]:
     if "ipykernel" not in sys.modules or installed or folder in paths.split(os.pathsep):
         return []
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, paths]))
-    return [Item("PYTHONPATH", folder, "set", "commands in cells find kaggle_mgpu too")]
+    return [Item("PYTHONPATH", folder, "set", "shell commands in cells find kaggle_mgpu too")]
 
 
 def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:
@@ -228,7 +228,7 @@ def _default(name: str, value: str, why: str, reader: str | None = None) -> Item
         return Item(name, present, "kept", "set already")
     os.environ[name] = _set_here[name] = value
     if reader in sys.modules:
-        return Item(name, value, "too late", f"{reader} is already imported: holds in new processes only")
+        return Item(name, value, "too late", f"{reader} is already imported: takes effect in new processes only")
     return Item(name, value, "set", why)
 
 
@@ -265,7 +265,7 @@ def _found() -> list[Item]:
     if tensorflow := _tensorflow_version():
         items.append(Item("tensorflow", tensorflow, "found", "installed"))
     for pid, path in import_hooks.left_behind():
-        why = f"process {pid} died as it imported tensorflow: what that wrote is in the file; delete it when read"
+        why = f"process {pid} died while importing tensorflow; this file has its output; delete the file after reading"
         items.append(Item(path, "", "left", why))
     return items
 
@@ -288,7 +288,7 @@ def _pin() -> Item:
     try:
         done = protobuf_fix.pin()
     except protobuf_fix.RefusedError as error:
-        return Item(name, "", "refused", f"{error}; the shim (protobuf='auto') does without it")
+        return Item(name, "", "refused", f"{error}; protobuf='auto' works without this version")
     return Item(name, "", "kept" if done == "installed already" else "installed", done)
 
 
@@ -300,7 +300,9 @@ def _fix_implementation() -> list[Item]:
         del os.environ[IMPLEMENTATION]
         return [Item(IMPLEMENTATION, "", "removed", "protobuf fails to import with an empty value")]
     if value == "python":
-        return [Item(IMPLEMENTATION, value, "kept", "set already; it mends nothing and parses 15-20 times slower")]
+        return [
+            Item(IMPLEMENTATION, value, "kept", "set already; it repairs nothing and makes parsing 15-20 times slower")
+        ]
     if version is None or (value == "upb" and version[0] > 3):
         return [Item(IMPLEMENTATION, value, "kept", "set already")]
     why = f"protobuf {protobuf_fix.text(version)} cannot be imported with this value: unset it, then restart"
@@ -312,7 +314,7 @@ def _fix_get_prototype(before: Any) -> Item:
     loaded = [module for module in map(sys.modules.get, import_hooks.PROTOBUF_CLASSES) if module is not None]
     if any([import_hooks.add_get_prototype(module) for module in loaded]):
         if "tensorflow" in sys.modules:
-            why = "tensorflow is already imported: what it printed about the method stays printed; restart"
+            why = "added too late to prevent tensorflow's messages about the missing method at its import; restart"
             return Item(name, "", "too late", why)
         return Item(name, "", "shimmed", "this protobuf lacks the method")
     if loaded or (version and version < (6, 30, 0)):
@@ -320,7 +322,9 @@ def _fix_get_prototype(before: Any) -> Item:
     if before is not None and before.shim:
         return Item(name, "", "kept", "added when protobuf loads, by an earlier fix()")
     if version is None and protobuf_fix.locate("google/protobuf") is None:
-        return Item(name, "", "kept", "no protobuf; should one be installed, it is looked at as it loads")
+        return Item(
+            name, "", "kept", "protobuf is not installed; if it is installed later, it is checked when imported"
+        )
     return Item(name, "", "shimmed", "added when protobuf loads, if it lacks the method")
 
 
@@ -333,12 +337,14 @@ def _impossible() -> list[Item]:
         return items
     here = protobuf_fix.text(version)
     if isinstance(loaded, str) and loaded != here:
-        items.append(Item("protobuf", here, "too late", f"{loaded} is imported in this process: restart it"))
+        items.append(
+            Item("protobuf", here, "too late", f"{loaded} is already imported in this process: restart the process")
+        )
     floors = protobuf_fix.floors(version)
     mend = protobuf_fix.command(max(floors.values(), default=version))
     for name, floor in floors.items():
         if floor > version:
-            why = f"needs protobuf {protobuf_fix.text(floor)}, there is {here}: {mend}, then restart"
+            why = f"needs protobuf {protobuf_fix.text(floor)}, but {here} is installed: {mend}, then restart"
             items.append(Item(name, "", "broken", why))
     return items
 
@@ -348,12 +354,15 @@ def _fix_lines(before: Any, quiet: bool) -> list[Item]:
     if protobuf_fix.locate("tensorflow/__init__.py") is None and "tensorflow" not in sys.modules:
         return []
     if not quiet:
-        return [Item(name, "", "kept", "all are shown, as fix(quiet=False) asked")]
+        return [Item(name, "", "kept", "all are shown, because fix(quiet=False) was called")]
     if before is not None and before.quiet:
-        return [Item(name, "", "kept", "the known ones are dropped, by an earlier fix()")]
+        return [Item(name, "", "kept", "an earlier fix() made the import drop known lines")]
     if "tensorflow" in sys.modules:
-        return [Item(name, "", "too late", "tensorflow is already imported: what it wrote stays")]
-    why = f"known ones dropped, others shown after it; all stay in {import_hooks.folder()} should the process die"
+        return [Item(name, "", "too late", "tensorflow is already imported, and has written its lines")]
+    why = (
+        "known lines are dropped, others are shown after the import; if the process dies, all are in "
+        f"{import_hooks.folder()}"
+    )
     return [Item(name, "", "filtered", why)]
 
 

@@ -115,7 +115,7 @@ def pin() -> str:
     if before == PINNED:
         return "installed already"
     if "google.protobuf" in sys.modules:
-        raise RefusedError("protobuf is imported in this process: restart it and call this first")
+        raise RefusedError("protobuf is already imported in this process: restart the process and call env.fix first")
     needs, modules = _generated_code()
     if needs:
         raise RefusedError(
@@ -205,7 +205,7 @@ def _pip_install(*options: str) -> None:
         [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *options, requirement]
     )
     if done.returncode != 0:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no output"]
         error = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise RefusedError(f"pip could not install it: {error}; nothing was changed")
 

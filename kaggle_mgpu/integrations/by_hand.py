@@ -118,7 +118,7 @@ class Run:
         if self.steps_taken == self.max_steps + 1:
             self.session.progress.note(
                 f"NOTE: the loop goes on after max_steps={self.max_steps}: iterate over run.batches(loader), which "
-                f"ends there and in time, or leave the loop when run.step(…) returns True"
+                f"ends after max_steps and before the session's end, or leave the loop when run.step(…) returns True"
             )
         return self.session.over
 
@@ -151,9 +151,9 @@ def _check_whole(name: str, given: Any) -> None:
     wrapped = any(type(module).__name__ == "FullyShardedDataParallel" for module in modules)
     if split or wrapped or hasattr(given, "consolidate_state_dict"):
         raise ValueError(
-            f"watch: {name} is split over the ranks, but rank 0 saves what it has: expected the same state on every "
-            f"rank. Use DistributedDataParallel and a plain optimizer, or launch(train, config, task), which shards "
-            f"with strategy='fsdp'"
+            f"watch: {name} is split over the ranks, but rank 0 saves only its own part: expected the same state on "
+            f"every rank. Use DistributedDataParallel and a plain optimizer, or launch(train, config, task), which "
+            f"shards with strategy='fsdp'"
         )
 
 

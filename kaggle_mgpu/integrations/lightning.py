@@ -61,8 +61,8 @@ class SessionCallback(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if trainer.world_size != distributed.world_size():
             raise ValueError(
-                f"Lightning's Trainer has {trainer.world_size} process, but {distributed.world_size()} were launched: "
-                f'expected Trainer(devices={distributed.local_world_size()}, strategy="ddp")'
+                f"Lightning's Trainer has world_size {trainer.world_size}, but {distributed.world_size()} processes "
+                f'run: expected Trainer(devices={distributed.local_world_size()}, strategy="ddp")'
             )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -114,8 +114,8 @@ class Session:
                 raise ValueError("batches: the loader has no batch, since its data is empty, or smaller than a batch")
             if self._since_step >= MOST_WITHOUT_A_STEP:
                 raise ValueError(
-                    f"batches: {self._since_step} batches and the end of the data without a call of step(), by which "
-                    f"steps are counted, so the loop would not end. Call step(loss) after each optimizer.step()."
+                    f"batches: the data has ended, after {self._since_step} batches without a call of step(). step() "
+                    f"counts the steps, so the loop would never end. Call step(loss) after each optimizer.step()."
                 )
             epoch, skip = epoch + 1, 0
             self.position = epoch, 0
@@ -222,7 +222,7 @@ class Session:
             self.progress.close(result)
             if self.leaving and not finished and self._rank == 0:
                 at = f"step {self.step} of {self.max_steps}"
-                print(f"not finished: {at}. The same launch goes on with it.", flush=True)
+                print(f"not finished: {at}. Run the same launch again to continue.", flush=True)
         self._stack.__exit__(*(None, None, None) if error is None else (type(error), error, error.__traceback__))
         return finished
 

@@ -43,7 +43,7 @@ def _find(folder: Path) -> str | None:
                     _histories[folder.resolve()] = path.parent
                 print(f"going on from {path}", flush=True)
                 return str(path)
-            print(f"checkpoint {path} is not whole: trying the one before it", flush=True)
+            print(f"checkpoint {path} is incomplete: trying the one before it", flush=True)
     return None
 
 

@@ -25,7 +25,8 @@ _ADVICE = {
         "kaggle_mgpu.distributed.init()."
     ),
     "initialize the default process group twice": (
-        "A collective of kaggle_mgpu.distributed has made the group already: call init_process_group before, or not."
+        "A collective of kaggle_mgpu.distributed has made the group already: call init_process_group before the first "
+        "such collective, or leave the call out."
     ),
 }
 

@@ -155,13 +155,13 @@ def launch_each(
         raise group
     if lost := [job.name for job in jobs if job.state == "finished" and not job.kept_value]:
         print(
-            f"not kept, so the same call computes them again: the values of {', '.join(lost)}. JSON holds numbers, "
-            f"texts, and lists and dicts of them: return these, or the path of a file.",
+            f"the values of {', '.join(lost)} could not be saved as JSON, so the same call computes them again. JSON "
+            f"holds numbers, texts, and lists and dicts of them: return these, or the path of a file.",
             flush=True,
         )
     if interrupts:
         count = sum(job.state == "finished" for job in jobs)
-        print(f"interrupted: {count} of {len(jobs)} jobs have ended. Run the same again to go on.", flush=True)
+        print(f"interrupted: {count} of {len(jobs)} jobs have finished. Run the same again to continue.", flush=True)
     return results
 
 

@@ -122,8 +122,8 @@ def launch(
             except ValueError as error:
                 if "env:// rendezvous" in str(error):
                     error.add_note(
-                        "With one process, launch calls the function in this process, where no group can be made. "
-                        "launch(…, in_worker=True) starts a worker that can make one."
+                        "With one process, launch calls the function in this process, which cannot make a process "
+                        "group. launch(…, in_worker=True) starts a worker that can."
                     )
                 raise
         return value if one_value else [value]

@@ -85,10 +85,10 @@ def _take(folder: Path) -> BinaryIO | None:
             waited = time.monotonic() - began
             if waited > PATIENCE_SECONDS:
                 raise LockedError(
-                    f"another run trains in {folder.resolve()} ({whose or 'it does not say which'}), and two would "
+                    f"another run trains in {folder.resolve()} ({whose or 'unknown process'}), and two would "
                     f"write over each other's checkpoints and records. Give this run another output_dir, or wait for "
-                    f"the end of the other one: progress.attach({str(folder)!r}) shows how far it is, "
-                    f"progress.stop({str(folder)!r}) has it save and end."
+                    f"the end of that run: progress.attach({str(folder)!r}) shows its progress, "
+                    f"progress.stop({str(folder)!r}) makes that run save and end."
                 ) from None
             if waited > SAID_AFTER_SECONDS and not said:
                 said = True

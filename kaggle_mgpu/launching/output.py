@@ -54,6 +54,7 @@ class Output:
         sys.stdout.write(text)
         if self.shown >= CELL_CHARACTERS:
             print(
-                f"\n… more than {CELL_CHARACTERS} characters: {self.path} has it all, the last lines follow at the end"
+                f"\n… more than {CELL_CHARACTERS} characters: {self.path} has all of them; the last lines follow at "
+                f"the end"
             )
         sys.stdout.flush()

@@ -30,7 +30,8 @@ def dumps(value: Any, what: str) -> bytes:
         name, part = _culprit(value, "value", 8)
         raise TypeError(
             f"{what} cannot be sent to another process: {name} is a {type(part).__module__}.{type(part).__qualname__} "
-            f"({type(error).__name__}: {error}). Pass what it is made from, a path for example, and make it there."
+            f"({type(error).__name__}: {error}). Pass what the object is made from, for example a path, and make the "
+            f"object in the other process."
         ) from error
 
 

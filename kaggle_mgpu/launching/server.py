@@ -340,7 +340,9 @@ def _work(
         from ..parallel import distributed
 
         if dist.is_available() and sys.modules["torch"].cuda._is_in_bad_fork():
-            raise RuntimeError("an import in the worker server has started CUDA, which does not survive a fork")
+            raise RuntimeError(
+                "an import in the worker server has started CUDA, so its forks cannot use CUDA: restart the session"
+            )
         # the two maps are never closed, since their buffers are in use until the process ends
         pulses, call = mmap.mmap(pulse_fd, 0), mmap.mmap(call_fd, 0, access=mmap.ACCESS_READ)
         distributed.set_pulse(memoryview(pulses).cast("q")[4 * rank : 4 * rank + 4])

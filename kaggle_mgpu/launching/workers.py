@@ -283,13 +283,13 @@ class Workers:
 
     def _death(self, rank: int, status: int | None) -> str:
         if status is None:
-            how = "with the server of its launch, which was killed"
+            how = "because the supervisor of its launch was killed"
         elif os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
             likely = {
-                "SIGKILL": "killed, most often for want of memory: lower micro_batch_size or data_workers",
+                "SIGKILL": "killed, most often for lack of memory: lower micro_batch_size or data_workers",
                 "SIGSEGV": "a crash in native code",
-                "SIGABRT": "given up by native code",
+                "SIGABRT": "native code called abort()",
                 "SIGBUS": "most often /dev/shm is full: lower data_workers",
             }.get(name, "ended by a signal")
             how = f"by {name} ({likely})"
@@ -321,8 +321,8 @@ class Workers:
         ]
         stacks = [f"Stack of rank {rank}:\n{self._stack(rank)}" for rank in range(self.count)]
         raise HangError(
-            f"no rank has got on for {silent:.0f} s (timeout {limit:g} s); "
-            + ("all are equally far" if level else f"rank {behind} is behind")
+            f"no rank made progress for {silent:.0f} s (timeout {limit:g} s); "
+            + ("all ranks are at the same point" if level else f"rank {behind} is behind")
             + f" ({'; '.join(where)}).\n"
             + "\n".join(stacks)
         )
@@ -340,7 +340,7 @@ class Workers:
                 time.sleep(0.1)
                 log.seek(before)
                 text = log.read(20_000).decode(errors="replace")
-        return text.strip() or "(it does not answer: stopped, or in the kernel)"
+        return text.strip() or "(no answer: the process is stopped or waits in the kernel)"
 
     def _signal(self, number: signal.Signals, rank: int = -1) -> None:
         with contextlib.suppress(OSError):

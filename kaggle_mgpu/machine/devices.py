@@ -79,10 +79,10 @@ def select(gpu_ids: str | None) -> list[GPU]:
     by_index = {gpu.index: gpu for gpu in here}
     if missing := [index for index in wanted if index not in by_index]:
         names = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in here)
-        there = f"there is {names}" if here else f"there is none ({_visible().reason})"
+        there = f"available: {names}" if here else f"no GPU was found ({_visible().reason})"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = f" (CUDA_VISIBLE_DEVICES={visible})" if here and visible is not None else ""
-        raise ValueError(f"gpu_ids={gpu_ids!r}: no GPU {missing[0]}; {there}{hint}; gpu_ids=None takes them all")
+        raise ValueError(f"gpu_ids={gpu_ids!r}: no GPU {missing[0]}; {there}{hint}; gpu_ids=None takes all GPUs")
     return [by_index[index] for index in wanted]
 
 
@@ -103,7 +103,9 @@ def _visible() -> _Answer:
         if len(matches) != 1 or matches[0] in chosen:
             break
         chosen += matches
-    return _Answer(tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={listed!r} hides all {len(answer.gpus)}")
+    return _Answer(
+        tuple(chosen), "" if chosen else f"CUDA_VISIBLE_DEVICES={listed!r} hides all {len(answer.gpus)} GPUs"
+    )
 
 
 def _installed() -> _Answer:
@@ -171,7 +173,7 @@ def _nvidia_smi(program: str, fields: str, timeout: float) -> list[list[str]]:
         raise _SmiError(f"nvidia-smi failed ({process.returncode}): {' '.join(lines)[:300] or 'no output'}")
     rows = [[value.strip() for value in line.split(",")] for line in lines]
     if bad := [row for row in rows if len(row) != fields.count(",") + 1 or not row[0].isdecimal()]:
-        raise _SmiError(f"nvidia-smi gave an answer that is no table: {', '.join(bad[0])[:300]}")
+        raise _SmiError(f"nvidia-smi gave an answer that is not a table: {', '.join(bad[0])[:300]}")
     return rows
 
 
@@ -210,13 +212,15 @@ def precision(choice: str, gpus: Sequence[GPU]) -> tuple[Precision, str]:
             f"Choose precision='{instead}', or 'auto'"
         )
     if choice != "auto":
-        on_cpu = "; no GPU: slow on a CPU, good for tests" if not gpus and choice != "fp32" else ""
+        on_cpu = "; no GPU: slow on a CPU, useful only for tests" if not gpus and choice != "fp32" else ""
         return cast(Precision, choice), f"chosen{on_cpu}"
     if not gpus:
         return "fp32", "no GPU"
     if len(known) < len(capabilities):
         name = next(gpu.name for gpu in gpus if gpu.capability is None)
-        return "fp32", f"{name} does not tell its capability: choose precision='fp16' or 'bf16' if it can"
+        return "fp32", (
+            f"nvidia-smi does not report {name}'s capability: choose precision='fp16' or 'bf16' if this GPU supports it"
+        )
     if least >= (8, 0):
         return "bf16", f"{label}: native bf16 from 8.0 on"
     if least >= (7, 0):
@@ -275,7 +279,7 @@ def report(load: bool = False) -> Report:
         advice = ": choose 'GPU T4 x2' in the notebook's Settings > Accelerator to use two"
         mode = "1 GPU" + advice * session.on_kaggle()
     else:
-        mode = "no GPU: CPU"
+        mode = "no GPU: training uses the CPU"
     chosen, why = precision("auto", answer.gpus)
     now = tuple(sample()) if load else ()
     return Report(answer.gpus, chosen, why, cpu_count(), ram_bytes(), mode, answer.reason, now)

@@ -137,8 +137,8 @@ def find(
         for source, count in looked.items():
             if count >= MOST_ENTRIES:
                 warnings.warn(
-                    f"{source} holds more than {MOST_ENTRIES:,} files and folders: looked for {pattern!r} among the "
-                    f"{count:,} nearest its top. What lies deeper must be given by its path.",
+                    f"{source} holds more than {MOST_ENTRIES:,} files and folders: looked for {pattern!r} only "
+                    f"among the {count:,} nearest to its top. Give the path of a file or folder that lies deeper.",
                     stacklevel=2,
                 )
     return found

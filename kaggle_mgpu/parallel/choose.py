@@ -38,7 +38,7 @@ def choose(
     if wanted == "dp" and num_gpus and num_replicas > num_gpus:
         raise ValueError(f"strategy 'dp' with nproc={num_replicas}: this machine has {num_gpus} GPUs")
     if wanted not in ("single", "dp") and world_size == 1:
-        return Strategy, f"{wanted} in one process is single"
+        return Strategy, f"with one process, {wanted} is the same as single"
     if wanted == "fsdp":
         from .fsdp import Sharded  # here, since torch.distributed.fsdp takes two seconds to import
 

@@ -52,10 +52,10 @@ def load_named_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimize
     mine = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
     theirs = [group["params"] for group in state["param_groups"]]
     if differ := sorted({name for group in mine for name in group} ^ {name for group in theirs for name in group}):
-        raise ValueError(f"the checkpoint's optimizer holds other parameters than this one: {', '.join(differ[:5])}")
+        raise ValueError(f"the checkpoint's optimizer holds other parameters than this run's: {', '.join(differ[:5])}")
     if mine != theirs:
         raise ValueError(
-            f"the checkpoint's optimizer has the parameters in other groups, or another order, than this one: groups "
+            f"the checkpoint's optimizer has the parameters in other groups, or another order, than this run's: groups "
             f"of {[len(group) for group in theirs]} then, of {[len(group) for group in mine]} now"
         )
     number = {name: index for index, name in enumerate(name for group in mine for name in group)}

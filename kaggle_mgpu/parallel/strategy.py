@@ -80,7 +80,7 @@ class Call(nn.Module):
         loss, parts = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
         if not isinstance(loss, Tensor) or loss.ndim != 0 or not isinstance(parts, dict):
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            got = got if isinstance(parts, dict) else f"with it a {type(parts).__name__}"
+            got = got if isinstance(parts, dict) else f"(loss, {type(parts).__name__})"
             raise ValueError(
                 f"Task.loss must return a scalar tensor, the sum over the batch's terms, or (loss, {{name: sum}}); "
                 f"got {got}"
@@ -204,7 +204,7 @@ class Strategy:
             if not (number := terms()):
                 raise ValueError(
                     "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without "
-                    "any term (all of it masked, say) out of the training data."
+                    "any term (for example, all masked) out of the training data."
                 )
             self.backward_from(loss[0] if loss.ndim else loss, weight * self.loss_multiplier / number)
         return loss.detach() if weight == 1 else loss.detach() * weight

@@ -124,7 +124,7 @@ def require(device: torch.device) -> Any:
     if device.type == "cpu" and not (shutil.which("c++") or shutil.which("g++")):
         raise RuntimeError(
             "strategy 'deepspeed' on CPUs needs a C++ compiler, since DeepSpeed compiles an extension at its first "
-            "start, and there is none: install g++ (apt-get install g++), or use strategy='fsdp'"
+            "start, and none was found: install g++ (apt-get install g++), or use strategy='fsdp'"
         )
     try:
         import deepspeed
@@ -133,7 +133,7 @@ def require(device: torch.device) -> Any:
             raise
         raise ImportError(
             "strategy 'deepspeed' needs the package `deepspeed`, which is not installed: pip install deepspeed (or "
-            "kaggle_mgpu[deepspeed]). strategy='fsdp' shares a model out among GPUs without it."
+            "kaggle_mgpu[deepspeed]). strategy='fsdp' distributes a model over GPUs without it."
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
@@ -165,7 +165,7 @@ class ZeRO(Strategy):
         self.max_norm = max_norm
         if averaged and self.stage == 3:
             raise ValueError(
-                "ema_decay with ZeRO stage 3: weights are averaged where they are, and here no rank has them whole. "
+                "ema_decay with ZeRO stage 3: averaging needs whole weights on a rank, and stage 3 shards them. "
                 "Use strategy='fsdp', stage 2, or ema_decay=None."
             )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)  # DeepSpeed scales the loss itself
@@ -297,7 +297,7 @@ class ZeRO(Strategy):
         theirs = [group["params"] for group in state["optimizer"]["param_groups"]]
         if theirs != self.groups:
             raise ValueError(
-                f"the checkpoint's optimizer has other parameters, or in other groups, than this one: groups of "
+                f"the checkpoint's optimizer has other parameters, or in other groups, than this run's: groups of "
                 f"{[len(names) for names in theirs]} then, of {[len(names) for names in self.groups]} now"
             )
         parameters = dict(self.model.named_parameters())

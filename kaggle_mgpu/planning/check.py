@@ -44,8 +44,8 @@ STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
 """The tests in the workers, in this order."""
 
 _ADVICE = {
-    "workers": "the message says which worker ended and how. Restart the session; lower what else runs in it if memory "
-    "was short",
+    "workers": "the message says which worker ended and how. Restart the session; if memory was short, stop what else "
+    "runs there",
     "precision": "the GPU or its driver computes wrongly: ask for another session; precision='fp32' avoids what failed",
     "all-reduce": "NCCL_DEBUG=INFO in the environment shows where NCCL stops. Set nccl_p2p='off' in the config (or "
     "NCCL_P2P_DISABLE=1); on T4s it is off already",
@@ -88,7 +88,7 @@ class Report:
             text.append(f"{line.status:8} {line.name:{width}}  {line.found}")
             if line.advice:
                 text.append(f"{'':8} {'':{width}}  -> {line.advice}")
-        verdict = "this machine trains right" if self.ok else f"{len(self.failed)} failed"
+        verdict = "this machine trains correctly" if self.ok else f"{len(self.failed)} failed"
         skipped = sum(line.status == "skipped" for line in self.lines)
         also = f"; {skipped} skipped" if skipped else ""
         return "\n".join([*text, f"{verdict}{also} ({self.seconds:.1f} s)"])
@@ -137,7 +137,7 @@ def _gpus(gpus: list[devices.GPU]) -> Line:
     found = devices.report()
     if not gpus:
         where = "Settings > Accelerator > GPU T4 x2" if session.on_kaggle() else "an NVIDIA GPU and its driver"
-        return Line("GPUs", "skipped", f"none ({found.reason}): the rest is tried on the CPU", f"to use one: {where}")
+        return Line("GPUs", "skipped", f"none ({found.reason}): the other tests run on the CPU", f"to use one: {where}")
     names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus)
     one = "choose 'GPU T4 x2' in Settings > Accelerator to use two" if len(gpus) == 1 and session.on_kaggle() else ""
     return Line("GPUs", "passed", f"{names}; {found.mode.partition(': choose')[0]}", one)
@@ -149,10 +149,10 @@ def _memory(gpus: list[devices.GPU]) -> list[Line]:
     told = {sample["index"]: (sample["memory_used"], sample["memory_total"]) for sample in devices.sample()}
     free = {i: (total - used, total) for i, (used, total) in told.items() if used is not None and total is not None}
     if not free:
-        return [Line("GPU memory", "skipped", "nvidia-smi does not tell")]
+        return [Line("GPU memory", "skipped", "nvidia-smi does not report the memory")]
     found = ", ".join(f"GPU {i}: {left / 2**30:.1f} of {size / 2**30:.1f} GiB free" for i, (left, size) in free.items())
     if any(left < MEMORY_FREE * total for left, total in free.values()):
-        advice = "another process or notebook holds it: shut it down, or restart this session"
+        advice = "another process or notebook uses this memory: shut it down, or restart this session"
         return [Line("GPU memory", "failed", found, advice)]
     return [Line("GPU memory", "passed", found)]
 
@@ -164,10 +164,10 @@ def _protobuf(report: env.Report) -> Line:
     versions = ", ".join(f"{item.name} {item.value}" for item in report.items if item.action == "found")
     if trouble:
         found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in trouble)
-        advice = "run what the line names; import nothing before env.fix() has run, and restart the session"
+        advice = "run the command in this line; import nothing before env.fix() has run, and restart the session"
         return Line("protobuf", "failed", found, advice)
     shimmed = [item.name for item in report.items if item.action == "shimmed"]
-    done = f"; mended by env.fix(): {', '.join(shimmed)}" if shimmed else ""
+    done = f"; repaired by env.fix(): {', '.join(shimmed)}" if shimmed else ""
     return Line("protobuf", "passed", (versions or "not installed, not needed") + done)
 
 
@@ -175,7 +175,7 @@ def _shared_memory(path: str) -> Line:
     """Allocate shared memory, since a container may allow less than the file system shows."""
     name = "shared memory"
     advice = (
-        "set data_workers=0: loader processes hand their batches over through it and die with SIGBUS where it is full. "
+        "set data_workers=0: loader processes pass batches through shared memory, and die with SIGBUS when it is full. "
         "In a container of your own: docker run --shm-size=1g"
     )
     try:
@@ -189,9 +189,9 @@ def _shared_memory(path: str) -> Line:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 return Line(name, "skipped", f"{path}: {error.strerror}")
-            found = f"{path} has {total >> 20:,} MiB in all and no {SHARED_MEMORY >> 20} MiB free"
+            found = f"{path} has {total >> 20:,} MiB in all, but not {SHARED_MEMORY >> 20} MiB free"
             return Line(name, "failed", found, advice)
-    return Line(name, "passed", f"{path}: {total >> 20:,} MiB, {SHARED_MEMORY >> 20} MiB of it asked for and given")
+    return Line(name, "passed", f"{path}: {total >> 20:,} MiB, {SHARED_MEMORY >> 20} MiB of it could be allocated")
 
 
 def _disk(folder: Path) -> Line:
@@ -242,7 +242,7 @@ def _lines(
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))
         else:
-            lines.append(Line(stage, "skipped", f"the workers did not come so far: see {broken}"))
+            lines.append(Line(stage, "skipped", f"not run, because the stage {broken} failed"))
     return lines
 
 
@@ -265,7 +265,9 @@ def _launch(folder: Path, count: int) -> tuple[dict[str, Any], Exception | None]
 def _judge_workers(found: dict[str, Any], gpus: list[devices.GPU]) -> Line:
     where = ", ".join(dict.fromkeys(found["devices"]))
     if gpus and not any(found["on_gpu"]):
-        advice = "install a torch built for this driver's CUDA; on Kaggle restart the session, whose image has one"
+        advice = (
+            "install a torch built for this driver's CUDA; on Kaggle restart the session: its image has such a torch"
+        )
         return Line("workers", "failed", f"torch {found['torch']} sees none of the {len(gpus)} GPUs", advice)
     return Line("workers", "passed", f"{found['count']} launched, on {where}; torch {found['torch']}")
 
@@ -288,7 +290,7 @@ def _judge_all_reduce(found: dict[str, Any]) -> list[Line]:
     peers = found["peers"]
     if peers is None:
         return [*lines, Line("peer access", "skipped", "fewer than two GPUs")]
-    text = "yes, from each GPU to each other" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
+    text = "yes, between all GPUs" if peers else "no: NCCL copies through shared memory, as on Kaggle's T4s"
     return [*lines, Line("peer access", "passed", text)]
 
 
@@ -296,10 +298,10 @@ def _judge_gradients(found: dict[str, float]) -> list[Line]:
     wrong = {name: difference for name, difference in found.items() if not difference < TOLERANCE}
     if wrong:
         text = ", ".join(f"{name} differs by {difference:.2g}" for name, difference in wrong.items())
-        text = f"against one device with the whole batch: {text}; expected less than {TOLERANCE:g} of its length"
+        text = f"against one device with the whole batch: {text}; expected a relative difference below {TOLERANCE:g}"
         return [Line("gradients", "failed", text, _ADVICE["gradients"])]
     text = ", ".join(f"{name} {difference:.1g}" for name, difference in found.items())
-    return [Line("gradients", "passed", f"relative difference to one device's: {text}")]
+    return [Line("gradients", "passed", f"relative difference from one device's gradient: {text}")]
 
 
 def _judge_checkpoint(found: dict[str, str]) -> list[Line]:

@@ -88,7 +88,7 @@ def compare_strategies(
     gpus = devices.select(config.gpu_ids)
     replicas = nproc or len(gpus) or 2
     if gpus and replicas > len(gpus):
-        raise ValueError(f"nproc={replicas}: expected at most {len(gpus)}, the GPUs there are")
+        raise ValueError(f"nproc={replicas}: expected at most {len(gpus)}, the number of GPUs")
     shared = same_micro_batch(config, replicas)
     rows: list[Row] = []
     for name in strategies:
@@ -120,8 +120,8 @@ def advice(rows: Sequence[Row]) -> str:
     if apart < 1.1 * together:
         return ""
     said = (
-        f"several runs (folds, seeds, settings): launch_each, one job per GPU, gives up to {apart:.1f} samples/s on "
-        f"{ddp.replicas} GPUs, {apart / together:.1f} x ddp's"
+        f"for several runs (folds, seeds, settings), launch_each with one job per GPU gives up to {apart:.1f} "
+        f"samples/s on {ddp.replicas} GPUs, {apart / together:.1f} times as many as ddp"
     )
     if together < rates["single"]:  # T4s lack peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
         said += ". A single run is faster on one GPU: the exchange of gradients takes longer than the second GPU saves"
@@ -201,7 +201,7 @@ def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cp
         memory_bytes=tuple(got.memory_bytes),
         micro_batch_size=got.micro_batch_size,
         terms_per_s=None if unit == "samples" else got.terms / len(got.seconds) / got.step_seconds,
-        note="a stand-in: replicas in one process, one after the other" if on_cpu and name == "dp" else "",
+        note="no speed-up on a CPU: dp computes its replicas one after the other" if on_cpu and name == "dp" else "",
     )
 
 

@@ -46,7 +46,7 @@ class Published:
 
 _PCIE3 = "NCCL's own figure for PCIe 3.0 x16 (PCI_BW in src/graph/topo.h), an upper bound"
 _PCIE4 = "NCCL's own figure for PCIe 3.0 x16, doubled for 4.0; an upper bound"
-_NVLINK = "NVLink, as NCCL counts it"
+_NVLINK = "NCCL's own figure for NVLink"
 # Peaks and bandwidths: NVIDIA's data sheets of T4, L4, A100 SXM (40 and 80 GB), H100 SXM and H200 SXM, and for the RTX
 # 4090 NVIDIA's white paper on the Ada architecture (tensor cores, dense, sums in fp32).
 # NVLink: NCCL's figure per link (SM80_NVLINK_BW, SM90_NVLINK_BW in src/graph/topo.h), times 12 links for the A100 and
@@ -102,7 +102,9 @@ class Target:
         pattern = r"(?:(?:Tesla|NVIDIA|GeForce)\s+)*([A-Za-z][A-Za-z0-9-]*?)(?:\s*(?<!RT)X\s*(\d+))?"
         found = re.fullmatch(pattern, re.sub(r"(?i)RTX\s+", "RTX", str(text).strip()), re.IGNORECASE)
         if found is None or found[2] == "0":
-            raise ValueError(f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known: {', '.join(PUBLISHED)}")
+            raise ValueError(
+                f"on={text!r}: expected a GPU and how many, such as 'T4x2'; known GPUs: {', '.join(PUBLISHED)}"
+            )
         name = found[1].upper()
         stem = re.sub(r"X(-\d+)?$", "", name)
         if stem != name and stem in PUBLISHED:
@@ -190,7 +192,7 @@ def exchange(
     if strategy == "dp":
         nbytes = accumulation * (facts.weight_bytes + gradients)
         seconds = (replicas - 1) * nbytes / link
-        what = f"weights out and gradients back through the first GPU, {size(nbytes)} to each other one,"
+        what = f"sending weights from the first GPU and gradients back to it, {size(nbytes)} for each other GPU,"
         return Exchange(what, nbytes, seconds, 0.0, seconds, link, source)
     seconds = 2 * (replicas - 1) / replicas * gradients / link
     what = f"an all-reduce of {size(gradients)} of gradients"

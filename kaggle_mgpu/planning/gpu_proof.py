@@ -163,7 +163,7 @@ def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
             failed = next((text for rank, text in zip(ranks, told, strict=True) if rank.returncode), "")
             found[name] = failed[-300:] or difference(f"{folder}/two{number}", one)
         except subprocess.TimeoutExpired:
-            found[name] = "no end in time"
+            found[name] = "did not end in time"
         finally:
             for rank in ranks:
                 rank.kill()
@@ -189,7 +189,7 @@ def gpu_tests(folder: str, quick: bool) -> dict[str, Any]:
     """Run the tests marked `gpu`, where a checkout and pytest are at hand."""
     root = Path(__file__).parents[2]
     if not (root / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
-        return {"right": True, "left_out": "no checkout with tests, or no pytest"}
+        return {"right": True, "left_out": "needs a checkout of the repository, and pytest"}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     command += ["tests/training/test_on_gpus.py"] if quick else []
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -251,7 +251,7 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
             line: dict[str, Any] = {"section": name, "right": False}
             left = LIMIT * patience - int(started - began)
             if left < 1:
-                line["error"] = "left out: no time"
+                line["error"] = "left out: the time limit of all sections has passed"
             else:
                 with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-proof-") as folder:
                     try:

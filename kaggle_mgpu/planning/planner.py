@@ -75,7 +75,7 @@ class Plan:
         parts = " + ".join(f"{name} {estimate.size(nbytes)}" for name, nbytes in self.memory.items())
         available = f" of {estimate.size(self.target.memory_bytes)}" if self.target.memory_bytes else ""
         peak = f"; measured peak {estimate.size(self.measured_memory)}" if self.measured_memory else ""
-        rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{available}{peak}, without CUDA's own")]
+        rows = [("memory per GPU", f"{parts} = {estimate.size(total)}{available}{peak}, without CUDA's own memory")]
         used = [f"GPU {gpu['index']} {estimate.size(gpu['memory_used'] or 0)}" for gpu in self.in_use]
         rows += [("in use now", ", ".join(used))] if used else []
         if self.seconds is None or self.step_seconds is None:
@@ -83,7 +83,7 @@ class Plan:
         else:
             best = f"; at best {_duration(self.at_best)}" if self.at_best is not None else ""
             rows.append(("time", f"{_duration(self.seconds)}, {_milliseconds(self.step_seconds)} a step{best}"))
-            rows.append(("", f"{self.source}; data loading beyond that is not in it"))
+            rows.append(("", f"{self.source}; slower data loading is not included"))
         if self.sessions is not None and self.quota is not None:
             hours = session.SESSION_HOURS["batch"]
             number = f"{self.sessions} session{'s' * (self.sessions > 1)} of {hours:g} h"
@@ -142,7 +142,7 @@ class _Settled(NamedTuple):
         target = Target.at_hand(gpus) if on is None else Target.named(on)
         precision, why = devices.precision(config.precision, [] if target.on_cpu else gpus or target.gpus())
         if target.published is None and not target.here and config.precision == "auto":
-            why = f"{target.name} is unknown here"
+            why = f"kaggle_mgpu does not know the capability of {target.name}"
         return cls(gpus, target, precision, why, _replicas(config, target))
 
 
@@ -171,11 +171,13 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
         if len(gpus) > 1 and replicas > 1:
             link = _measured_link(config, replicas)
     elif target.published is None:
-        source = f"no figures of {target.name} are kept here; known: {', '.join(estimate.PUBLISHED)}"
+        source = f"kaggle_mgpu has no figures of {target.name}; known: {', '.join(estimate.PUBLISHED)}"
     else:
         step_seconds = estimate.step_seconds(facts, batch, target.published, precision, strategy)
         at_best = estimate.step_seconds(facts, batch, target.published, precision, strategy, reached=1.0)
-        source = f"ESTIMATE from {target.name}'s published figures, {estimate.REACHED:.0%} of them reached"
+        source = (
+            f"ESTIMATE from {target.name}'s published figures, assuming that {estimate.REACHED:.0%} of them are reached"
+        )
     if link is None and target.published is not None:
         link = (target.published.link, target.published.link_source)
 
@@ -232,7 +234,9 @@ def _replicas(config: TrainConfig, target: Target) -> int:
         return 1
     wanted = target.count if config.nproc == "auto" else int(config.nproc)
     if wanted > target.count and not target.on_cpu:
-        raise ValueError(f"nproc={wanted}, but the plan is for {target.count} x {target.name}: expected at most that")
+        raise ValueError(
+            f"nproc={wanted}, but the plan is for {target.count} x {target.name}: expected at most {target.count}"
+        )
     return wanted
 
 
@@ -291,8 +295,8 @@ def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[fl
     if seconds * (compare.WARM_UP + steps) <= MEASURING_SECONDS:
         return None
     return seconds, (
-        f"ESTIMATE: too long to be measured; {facts.operations * batch.global_batch_size:.2g} operations, at "
-        f"{estimate.REACHED:.0%} of the {speed:.2g} a second that this CPU reaches in matrix products"
+        f"ESTIMATE, since measuring would take too long: {facts.operations * batch.global_batch_size:.2g} operations "
+        f"at {estimate.REACHED:.0%} of the {speed:.2g} per second that this CPU reaches in matrix products"
     )
 
 
@@ -320,10 +324,10 @@ def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, s
     e = out.exchange
     out.reasons.append(
         f"{e.what} takes {_milliseconds(e.seconds)} at {e.link / 1e9:.1f} GB/s; "
-        f"{_milliseconds(e.seconds - e.exposed)} of it pass behind the backward pass ({_milliseconds(e.hidden)}), "
+        f"{_milliseconds(e.seconds - e.exposed)} of it overlap with the backward pass ({_milliseconds(e.hidden)}), "
         f"{_milliseconds(e.exposed)} lengthen a step of {_milliseconds(alone / count)}"
     )
-    out.reasons.append(f"the link: {e.source}")
+    out.reasons.append(f"the link between the GPUs: {e.source}")
 
 
 def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) -> None:
@@ -331,7 +335,9 @@ def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) 
     total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
     held = max(total, out.measured_memory or 0)
     if out.target.here and out.step_seconds is None:
-        out.advice.append("micro_batch_size='auto' finds the largest that fits, and accumulates the rest of the batch")
+        out.advice.append(
+            "micro_batch_size='auto' finds the largest size that fits, and accumulates the rest of the batch"
+        )
     if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
         if most < 1:
             out.advice.append(
@@ -341,30 +347,32 @@ def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) 
             smaller = batch.with_micro_batch_size(most)
             out.advice.append(
                 f"the micro-batch of {batch.micro_batch_size} hardly fits: micro_batch_size={smaller.micro_batch_size} "
-                f"with {smaller.gradient_accumulation_steps} accumulation steps is the same batch"
+                f"with {smaller.gradient_accumulation_steps} accumulation steps gives the same batch"
             )
     e = out.exchange
     if e is None or out.step_seconds is None or e.exposed < 0.05 * out.step_seconds:
         if e is not None:
-            out.advice.append("the exchange of gradients is no bottleneck: accumulation or compression would not pay")
+            out.advice.append(
+                "the exchange of gradients is no bottleneck: accumulation or compression would save little"
+            )
         return
     share = e.exposed / (out.step_seconds + (e.exposed if batch.num_replicas == 1 else 0.0))
     out.advice.append(
-        f"the exchange of gradients is {share:.0%} of a step. It happens once a step: a larger global_batch_size with "
-        f"gradient_accumulation_steps={2 * batch.gradient_accumulation_steps} halves its share (and changes the run: "
-        f"see lr_scaling)"
+        f"the exchange of gradients is {share:.0%} of a step. The exchange happens once a step: a larger "
+        f"global_batch_size with gradient_accumulation_steps={2 * batch.gradient_accumulation_steps} halves its "
+        f"share (and changes the run: see lr_scaling)"
     )
     if out.strategy not in ("ddp", "single"):
         return
     half = max(e.seconds / 2 - e.hidden, e.seconds / 2 * min(1.0, estimate.BUCKET / e.nbytes))
     out.advice.append(
-        f"gradients sent as fp16 (gradient_compression='fp16') would leave {_milliseconds(half)} of "
-        f"{_milliseconds(e.exposed)}; small differences in the last digits come with it"
+        f"gradients sent as fp16 (gradient_compression='fp16') would lengthen a step by {_milliseconds(half)} instead "
+        f"of {_milliseconds(e.exposed)}, with small differences in the last digits"
     )
     if e.nbytes < 4 * estimate.BUCKET and e.seconds - e.hidden < e.exposed:
         better = max(1, e.nbytes // 8 >> 20)
         out.advice.append(
-            f"the last bucket of gradients hides behind nothing: bucket_mb={better} instead of "
+            f"the last bucket of gradients does not overlap with computation: bucket_mb={better} instead of "
             f"{estimate.BUCKET >> 20} starts earlier and leaves less for the end"
         )
 

@@ -171,7 +171,7 @@ def save_and_load(folder: str) -> dict[str, str]:
             if (damage := checkpoint.damage(saved)) is not None:
                 return {"error": f"{saved} is damaged: {damage}", "found": ""}
             if not torch.equal(checkpoint.load(saved).tensors["model"]["w"], numbers):
-                return {"error": f"what was loaded from {saved} is not what was saved", "found": ""}
+                return {"error": f"the values loaded from {saved} differ from the saved values", "found": ""}
         if made:
             Path(folder).rmdir()
     except Exception as error:

@@ -133,7 +133,7 @@ class Panel(Lines):
             session.show(panel_html(self.view, outcome, status), text, self.id)
         except Exception as error:  # an error of the notebook's front end must not end the training
             self.works = False
-            self.say(f"the progress panel failed ({type(error).__name__}: {error}); lines follow instead")
+            self.say(f"the progress panel failed ({type(error).__name__}: {error}); text lines follow instead")
 
 
 def choose(display: str) -> type[Lines]:
@@ -234,7 +234,7 @@ def attach(
         while True:
             if file.read_more() or shown is None:
                 shown = kind(View(clock=file.clock))
-                shown.view.hint = "Watching only: an interrupt here leaves the run alone, progress.stop(…) stops it."
+                shown.view.hint = "Watching only: an interrupt here does not stop the run; progress.stop(…) does."
                 shown.id = identity = identity or shown.id
                 file.pass_to(shown, file.records, show=False)
                 age = max(0.0, time.time() - file.path.stat().st_mtime)
@@ -260,7 +260,7 @@ def attach(
                 continue  # the process may have written its last records after the read above
             if gone and (not follow or waited):
                 seconds = shown.view.seconds() - (time.monotonic() - last_change)
-                reason = "ended without a word: it was killed, or is on another machine"
+                reason = "no process and no final record: killed, or on another machine"
                 shown.close(shown.view.outcome({"reason": reason, "seconds": seconds}), "broke off")
                 return
             if not follow:

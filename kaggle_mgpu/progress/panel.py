@@ -59,7 +59,7 @@ class View:
         clock: gives the time in seconds.
     """
 
-    hint = "The stop button (interrupt the kernel) saves and leaves."
+    hint = "The stop button (interrupt the kernel) saves and ends the run."
     """Advice shown during the run."""
 
     def __init__(

@@ -294,7 +294,7 @@ def _time_use_bar(axes: Axes, spent: dict[str, float]) -> None:
         if use == "steps" and not known:
             label = "forward, backward, optimizer, communication"
         if use == "communication":
-            label = "communication not hidden by backward"
+            label = "communication not overlapped by backward"
         share = 100 * seconds / total
         name = f"{label} {share:.{0 if share >= 1 else 1}f} %"
         bar = axes.barh([0], [share], left=[left], color=colour, hatch=hatch, edgecolor=INK, label=name)
@@ -331,7 +331,7 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
         axes.bar_label(bar, [label], fontsize="small", color=INK)  # outside the frame of the total
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
-    style(axes, "", "memory in use at most (GiB)")
+    style(axes, "", "peak memory in use (GiB)")
     axes.margins(x=0.2)
 
 

@@ -105,7 +105,9 @@ class Progress:
         self._writer = _summary_writer(folder / "tensorboard", resumed_step) if tensorboard else None
         view = View(max_steps, unit, world_size, device_line, clock)
         attach_again = f"from kaggle_mgpu import progress; progress.attach({os.fspath(output_dir)!r})"
-        view.hint += f" After a reload of the page this panel stands still; the run is shown by: {attach_again}"
+        view.hint += (
+            f" After a reload of the page this panel is no longer updated; to see the run again: {attach_again}"
+        )
         self._display = choose(display)(view, log)
         for record in earlier:
             view.take(record, past=True)
@@ -287,8 +289,8 @@ def stop(output_dir: str | os.PathLike[str]) -> None:
     """
     if not running(read(output_dir)):
         raise ValueError(
-            f"{Path(output_dir)}: no run goes on in this folder on this machine, so there is nothing to stop; expected "
-            f"the output_dir of a run that trains now"
+            f"{Path(output_dir)}: no run is active in this folder on this machine, so there is nothing to stop; "
+            f"expected the output_dir of a run that is training now"
         )
     (Path(output_dir) / STOP).touch()
 

@@ -59,10 +59,10 @@ def diverged_error(
     steps = f"step {step} was" if first == step else f"steps {first} to {step} were"
     return DivergedError(
         f"the loss is {loss} at step {step} (learning rate {lr:g}, gradient norm {norm:g})"
-        + (f"; {steps} left out, for want of a finite gradient. " if skipped else ". ")
+        + (f"; {steps} skipped, because the gradient was not finite. " if skipped else ". ")
         + f"Step {first} had the samples {shown}. "
         + (f"The last checkpoint from before is {good}. " if good else "There is no checkpoint from before. ")
         + "Look for nan in the data or a division by zero in Task.loss; else lower lr or raise warmup_steps."
-        + " In fp16 values above 65504 are infinite: precision='fp32' shows whether that is why."
+        + " In fp16 values above 65504 are infinite: precision='fp32' shows whether this is the cause."
         * (precision == "fp16")
     )

@@ -203,9 +203,9 @@ def _explained(parts: Parts, method: str, error: Exception) -> str:
     where = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
     advice = f"Correct {kind.__name__}.{method}, or the model that it calls, and run the same again."
     if method == "metrics" and kind.metrics is Task.metrics:
-        advice = f"{kind.__name__} has no metrics of its own, so this calls its loss and count: define Task.metrics."
+        advice = f"{kind.__name__} has no own metrics, so the evaluation calls its loss and count: define Task.metrics."
     if NO_GRADIENT in str(error):
-        advice += " An evaluation keeps no gradients: compute what needs one within torch.enable_grad()."
+        advice += " An evaluation keeps no gradients: use torch.enable_grad() around code that needs a gradient."
     return (
         f"{kind.__name__}.{method} failed in the trial evaluation, on the first samples of val_data: "
         f"{type(error).__name__}: {error}{where}. {advice} No step has been taken yet in this session."
@@ -249,7 +249,7 @@ def _tried_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tenso
             raise
         if parts.is_main:
             text = f"{type(parts.task).__name__}.summary failed on the first samples of val_data alone"
-            print(f"NOTE: {text}, and may not with all: {type(error).__name__}: {error}", flush=True)
+            print(f"NOTE: {text}; it may succeed with all of val_data: {type(error).__name__}: {error}", flush=True)
         return None
 
 

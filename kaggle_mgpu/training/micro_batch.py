@@ -51,7 +51,7 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
     if not auto:
         return parts
     if not parts.strategy.alone:  # a failed rank would leave the others waiting in a collective
-        return replace(parts, micro_batch_reason="all of a GPU's share; halved, with a restart, if memory runs out")
+        return replace(parts, micro_batch_reason="a GPU's whole share; if memory runs out, a restart halves it")
     with unchanged(parts.strategy.model, parts.optimizer):
         size = largest_that_fits(plan.micro_batch_sizes, lambda size: _fits(parts, size))
     if size is None:

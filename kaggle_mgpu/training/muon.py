@@ -71,7 +71,9 @@ class Muon(torch.optim.Optimizer):
             group["fused"] &= all(p.device.type in ("cpu", "cuda") for p in group["params"])
             wrong = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
             if group["muon"] and wrong:
-                raise ValueError(f"Muon: expected matrices, got a parameter of shape {wrong[0]}; give it to AdamW")
+                raise ValueError(
+                    f"Muon: expected matrices, got a parameter of shape {wrong[0]}; give such parameters to AdamW"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

@@ -49,7 +49,7 @@ def resolve_warmup(warmup_steps: int | float, max_steps: int) -> int:
     steps = round(warmup_steps * max_steps) if warmup_steps < 1 else int(warmup_steps)
     if steps > max_steps:
         raise ValueError(
-            f"{asked}: the run would end before the learning rate is reached; give fewer steps or a "
+            f"{asked}: the run would end before the warm-up does; give fewer steps or a "
             f"fraction, e.g. warmup_steps=0.05"
         )
     return steps

@@ -57,10 +57,10 @@ def raise_restart(rank: int, halved: str, resume_from: str, error: BaseException
 def raise_optimizer_oom(step: int, resume_from: str, error: BaseException) -> NoReturn:
     """Raise OutOfMemoryError after the optimizer ran out of memory and may have changed a part of the weights."""
     raise torch.OutOfMemoryError(
-        f"out of memory in the optimizer's part of step {step}, when some weights may have moved and others not: what "
-        f"is in memory is not saved. {resume_from} Smaller micro-batches do not help here. Try strategy='fsdp' on "
-        f"several GPUs, which shares weights and optimizer state out (with cpu_offload=True they are in host memory), "
-        f"an optimizer that keeps less per weight (Task.optimizer), ema_decay=None, or a smaller model."
+        f"out of memory in the optimizer's part of step {step}. Some weights may have been updated and others not, so "
+        f"the state in memory is not saved. {resume_from} Smaller micro-batches do not help here. Try strategy='fsdp', "
+        f"which distributes weights and optimizer state over several GPUs (with cpu_offload=True they are in host "
+        f"memory), an optimizer that keeps less per weight (Task.optimizer), ema_decay=None, or a smaller model."
     ) from error
 
 

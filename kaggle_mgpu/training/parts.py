@@ -116,7 +116,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     if config.compile and kind.name == "dp":
         raise ValueError(
             "compile=True with strategy='dp': a compiled model stays on its first GPU, so the replicas would compute "
-            "with another's weights. Use strategy='ddp', which is faster too, or compile=False."
+            "with the first GPU's weights. Use strategy='ddp', which is faster too, or compile=False."
         )
 
     randomness.seed_everything(config.seed)  # so that a random split is the same in every process and session
@@ -125,12 +125,14 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     if task.whole_batch_loss and (plan.gradient_accumulation_steps > 1 or (kind.name == "dp" and replicas > 1)):
         raise ValueError(
             f"{type(task).__name__}.whole_batch_loss is True, but strategy {kind.name!r} computes a global batch of "
-            f"{plan.global_batch_size} in parts of {plan.micro_batch_size}, which do not see each other. Use "
+            f"{plan.global_batch_size} in parts of {plan.micro_batch_size}, which are computed separately. Use "
             f"strategy='ddp' and no gradient_accumulation_steps; a smaller global_batch_size where memory is short."
         )
     val_samples = 0 if val_set is None else data.size_of(val_set, "val_data()")
     if val_set is not None and val_samples == 0:
-        raise ValueError("the validation data is empty: val_data() has length 0. Return None to train without.")
+        raise ValueError(
+            "the validation data is empty: val_data() has length 0. Return None to train without validation."
+        )
     collate = default_collate if type(task).collate is Task.collate else task.collate
     fetch = data.Fetch(train_set, collate, seed=config.seed)
     workers = data.workers_for(fetch, config.data_workers, devices.cpu_count(), distributed.local_world_size())
@@ -250,7 +252,7 @@ def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas
     if config.micro_batch_size == "auto" and config.gradient_accumulation_steps:
         raise ValueError(
             f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
-            f"one follows from the other. Give global_batch_size instead."
+            f"first determines the second. Give global_batch_size instead."
         )
     kept = None
     if isinstance(config.global_batch_size, str):
@@ -297,7 +299,7 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
         if enable is None:
             raise ValueError(
                 f"gradient_checkpointing=True, but {type(model).__name__} has no method gradient_checkpointing_enable. "
-                f"Give it one, or leave the setting off."
+                f"Give the model this method, or leave the setting off."
             )
         enable()
     keep_4bit_layout(model)

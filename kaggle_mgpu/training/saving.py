@@ -51,7 +51,7 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
         start = None
     aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
     if aside is not None:
-        print(f"checkpoints that this run does not go on from are now in {aside}", flush=True)
+        print(f"checkpoints that this run does not continue from are now in {aside}", flush=True)
     return start
 
 
@@ -72,8 +72,8 @@ def _same_task(parts: Parts, start: Path, own: Path) -> bool:
         text = f"{start.parent.parent} holds the finished run of another task: {listed}"
         if start.parent == own:
             raise CheckpointError(
-                f"{text}. To train what you have now, choose another output_dir, or resume='never' (the old "
-                f"checkpoints are put aside). To go on from its weights all the same, set resume={str(start)!r}."
+                f"{text}. To train the current task, choose another output_dir, or resume='never' (the old "
+                f"checkpoints are put aside). To continue from its weights anyway, set resume={str(start)!r}."
             )
         print(f"not resumed from the inputs: {text}", flush=True)
         return False
@@ -147,7 +147,7 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
     except Exception as error:
         problem = str(error)
     if problem:
-        print(f"{path} is damaged: {problem}. It is made again from the newest checkpoint.", flush=True)
+        print(f"{path} is damaged: {problem}. The file is written again from the newest checkpoint.", flush=True)
     return None if problem else result
 
 
@@ -187,7 +187,7 @@ def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> t
             if parts.is_main:
                 checkpoint.replace_tensors(parts.output_dir / "best" / "model.safetensors", weights)
         except Exception as error:  # another person's file may hold anything
-            lines.append(f"{best} cannot be used, the best is found anew: {error}")
+            lines.append(f"{best} cannot be used, so the best evaluation is searched for again: {error}")
             state.best = None
     lines.append(f"going on from {start}: step {state.step} of {parts.plan.max_steps}")
     if state.step > parts.plan.max_steps:
@@ -197,7 +197,7 @@ def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> t
         )
     if changes := resume.changes(saved.facts, parts.config.to_dict(), parts.config.MAY_CHANGE):
         listed = ", ".join(f"{name} {then} -> {now}" for name, (then, now) in changes.items())
-        lines.append(f"changed since, which is allowed: {listed}")
+        lines.append(f"settings changed since the checkpoint, which is allowed: {listed}")
     return state, lines
 
 
@@ -317,7 +317,7 @@ class Saving:
         except OSError as error:
             return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
         self.told = True
-        return f"The state after step {state.step} is in {path}: a run goes on from there."
+        return f"The state after step {state.step} is in {path}: the next run continues from there."
 
     def rescue_before(self, error: BaseException, parts: Parts, state: TrainState) -> None:
         """Save the state before an error ends the run, unless weights may be half changed; add a note to the error."""
@@ -330,7 +330,10 @@ class Saving:
         ):
             return
         if strategy.within == "update" or (averages is not None and averages.swapped):
-            text = f"Some weights may have moved and others not: what is in memory is not saved. {self.newest(parts)}"
+            text = (
+                "Some weights may have been updated and others not, so the state in memory is not saved. "
+                f"{self.newest(parts)}"
+            )
         else:
             try:
                 strategy.undo_step()

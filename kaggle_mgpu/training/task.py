@@ -189,7 +189,7 @@ def _expect_no_misspelt_method(task: Task) -> None:
 FILES = {
     "model.safetensors": "the final weights",
     "best/model.safetensors": "the weights of the best evaluation",
-    "checkpoints": "where a run that was stopped goes on from",
+    "checkpoints": "the states from which a stopped run continues",
     "metrics.jsonl": "every number that was logged",
     "tensorboard": "for TensorBoard",
     "config.json": "all parameters",
@@ -237,8 +237,8 @@ class Result:
         """Print a line if the run is not finished, because Run All continues with the next cells after a stop."""
         if not self.finished:
             print(
-                f"not finished: step {self.step} of {self.max_steps} ({self.reason}). This is the run so far; the same "
-                f"launch goes on with it.",
+                f"not finished: step {self.step} of {self.max_steps} ({self.reason}). This is the run so far; "
+                f"run the same launch again to continue.",
                 flush=True,
             )
 

@@ -24,8 +24,8 @@ A_MEAN = (
 )
 
 NOT_A_SUM = (
-    "NOTE: the loss of {samples} samples is {whole:.4g}, but that of their two halves together is {total:.4g}, so it "
-    "depends on how the batch is split, and on the number of GPUs. Return the SUM over terms, and check that "
+    "NOTE: the loss of {samples} samples is {whole:.4g}, but the losses of their two halves add up to {total:.4g}, so "
+    "it depends on how the batch is split, and on the number of GPUs. Return the SUM over terms, and check that "
     "predictions and targets have the same shape: (8, 1) - (8,) broadcasts to (8, 8). If samples are compared with "
     "each other on purpose, set whole_batch_loss = True in the task and use distributed.gather_with_gradients."
 )

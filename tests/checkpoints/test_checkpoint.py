@@ -158,8 +158,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing weights": (lambda p: (p / FILES[0]).unlink(), "model.safetensors is missing"),
     "missing optimizer": (lambda p: (p / FILES[1]).unlink(), "optimizer.safetensors is missing"),
     "missing state": (lambda p: (p / FILES[2]).unlink(), "state.json is missing"),
-    "another format": (lambda p: edit(p, '"format": 2', '"format": 3'), "it has format 3; this version reads format 2"),
-    "a list": (lambda p: (p / FILES[2]).write_text("[]"), "state.json is not a checkpoint's"),
+    "another format": (lambda p: edit(p, '"format": 2', '"format": 3'), "it has format 3; this version of"),
+    "a list": (lambda p: (p / FILES[2]).write_text("[]"), "state.json does not list a checkpoint's files"),
     "an empty folder": (empty, "state.json is missing"),
 }
 
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(kind: str, tmp_path: Path
     assert said[0].endswith("Trying the one before it.")
     with pytest.raises(CheckpointError, match="cannot be used"):
         checkpoint.load(broken)
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a usable checkpoint"):
         start(Checkpoints(tmp_path), resume=str(broken))
 
 
@@ -282,7 +282,7 @@ def test_where_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     newest = save(checkpoints.folder, 20)
     assert start(checkpoints, config={**CONFIG, "output_dir": "elsewhere"}) == newest
     assert start(checkpoints, resume=str(checkpoints.folder / "step-00000010")).name == "step-00000010"  # type: ignore[union-attr]
-    with pytest.raises(CheckpointError, match=r"step-00000011 is not a whole checkpoint: state\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"step-00000011 is not a usable checkpoint: state\.json is missing"):
         start(checkpoints, resume=str(checkpoints.folder / "step-00000011"))
     with pytest.raises(CheckpointError) as caught:
         start(checkpoints, config={**CONFIG, "lr": 0.2, "new": 1}, stamp={**STAMP, "task": "Yours"})

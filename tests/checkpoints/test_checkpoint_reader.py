@@ -307,7 +307,7 @@ CRAFTED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list for a tree": (tensors(OPTIMIZER, lambda found: None, lambda tree: '{"list": [1]}'), NOT_OURS),
     "a number in a list": (tensors(OPTIMIZER, lambda found: None, lambda tree: "[1]"), NOT_OURS),
     "a moment missing": (
-        tensors(OPTIMIZER, lambda found: None, drop_moment), "has no exp_avg_sq, which AdamW goes on from"
+        tensors(OPTIMIZER, lambda found: None, drop_moment), "has no exp_avg_sq, which AdamW needs to continue"
     ),
     "a tuple for a list": (tensors(OPTIMIZER, lambda found: None, tuple_for_a_list), NOT_OURS),
     "no average": (without_ema, "it holds no ema.safetensors"),
@@ -370,7 +370,9 @@ def test_a_run_whose_optimizer_was_changed_is_not_begun_anew_unasked(trained: Pa
             return torch.optim.SGD(optim.parameter_groups(model, config.weight_decay), lr=config.lr, momentum=0.9)
 
     shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"optimizer has no momentum_buffer, which this run's SGD goes on from"):
+    with pytest.raises(
+        CheckpointError, match=r"optimizer has no momentum_buffer, which this run's SGD needs to continue"
+    ):
         train(config(tmp_path / "run", max_steps=6), Other())
     assert len(checkpoint.all_in(tmp_path / "run" / "checkpoints")) == 4
 
@@ -399,7 +401,7 @@ def test_rows_that_are_missing_or_twice_there_are_refused(tmp_path: Path) -> Non
     assert torch.equal(load_checked(path, facts, whole=True).tensors["model"]["0.weight"], weights["0.weight"])
     for ranges in ((slice(0, 1), slice(2, 4)), (slice(0, 3), slice(2, 4)), (slice(0, 2), slice(2, 3))):
         cut(ranges)
-        with pytest.raises(CheckpointError, match=r"0\.weight in model\.safetensors is not whole"):
+        with pytest.raises(CheckpointError, match=r"0\.weight in model\.safetensors is incomplete"):
             examine(path, bench.expected)
 
 

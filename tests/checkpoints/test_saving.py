@@ -142,7 +142,9 @@ def test_an_error_is_told_at_the_next_question_and_what_was_there_stays(
     (failed,) = checkpoints.collect()
     assert failed.path is None
     assert isinstance(failed.error, OSError)
-    assert failed.note == "no checkpoint of step 2: [Errno 5] Input/output error; it is tried again"
+    assert (
+        failed.note == "the checkpoint of step 2 was not saved: [Errno 5] Input/output error; the save will be repeated"
+    )
     assert checkpoints.collect() == []
     assert os.listdir(tmp_path) == ["step-00000001"]
     assert checkpoint.damage(first) is None
@@ -178,7 +180,7 @@ def test_the_third_error_in_a_row_ends_the_run_at_the_next_step(
 
 def test_a_state_that_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(
-        TypeError, match=r"optimizer/hook is a function: a checkpoint holds tensors, .* nothing is pickled"
+        TypeError, match=r"optimizer/hook is a function: a checkpoint holds only tensors, .* dictionaries"
     ):
         Checkpoints(tmp_path).begin(1, tensors={}, state={"optimizer": {"hook": print and (lambda: 0)}}, facts={})
     with pytest.raises(TypeError, match=r"has the key \(1, 2\): expected text or a whole number"):
@@ -248,9 +250,11 @@ def test_a_full_disk_loses_nothing_and_says_what_is_missing(disk: Path) -> None:
     (saved,) = checkpoints.wait()
     assert saved.path is None
     free = shutil.disk_usage(disk).free
-    assert saved.note.startswith("no checkpoint of step 2: the disk is full: 5,04"), saved.note  # 4 MB, 1 MiB to spare
+    assert "checkpoint of step 2 was not saved: the disk is full: 5,04" in saved.note, (
+        saved.note
+    )  # 4 MB, 1 MiB to spare
     assert saved.note.endswith(
-        f" bytes needed, {free:,} free, and dropping older checkpoints would not make room. Free some space."
+        f" bytes needed, {free:,} free, and deleting older checkpoints would not make room. Free some space."
     )
     assert os.listdir(disk / "checkpoints") == ["step-00000001"]
     assert checkpoint.damage(first) is None
@@ -268,7 +272,7 @@ def test_the_oldest_are_dropped_where_that_makes_room(disk: Path) -> None:
     begin(checkpoints, 5, MB + MB // 2)
     (saved,) = checkpoints.wait()
     assert saved.path is not None
-    assert saved.note.endswith("Dropped to make room: step-00000001")
+    assert saved.note.endswith("Deleted to make room: step-00000001")
     assert "bytes needed" in saved.note
     assert steps(disk / "checkpoints") == [2, 3, 4, 5]
     begin(checkpoints, 6, 7 * MB)  # more than all but the newest would make
@@ -350,7 +354,7 @@ def test_a_run_on_a_full_disk_goes_on_and_saves_once_there_is_room(disk: Path, t
     records = progress.read(disk / "run")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 31))
     notes = [r["text"] for r in records if r["kind"] == "note"]
-    assert any(text.startswith("no checkpoint of step 10: the disk is full: ") for text in notes)
+    assert any(text.startswith("the checkpoint of step 10 was not saved: the disk is full: ") for text in notes)
     assert any("best/model.safetensors could not be written: the disk is full" in text for text in notes)
     twin = train(settings.replace(output_dir=str(tmp_path / "twin")), Large())
     assert (disk / "run" / "model.safetensors").read_bytes() == (
@@ -397,8 +401,8 @@ def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path) -> None:
     (foreign / "pytorch_model.bin").write_bytes(b"\x80\x02")
     said: list[str] = []
     assert checkpoints.newest(said.append) == mine
-    assert "state.json is not a checkpoint's" in said[0]
-    with pytest.raises(CheckpointError, match="is not a checkpoint's"):
+    assert "state.json does not list a checkpoint's files" in said[0]
+    with pytest.raises(CheckpointError, match="does not list a checkpoint's files"):
         checkpoint.load(foreign)
 
 

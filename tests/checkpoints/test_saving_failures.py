@@ -72,8 +72,8 @@ def test_one_rename_that_fails_is_noted_and_the_next_save_is_written(
     failing(monkeypatch, wrong)
     result = train(config(tmp_path / "run"), Regression())
     assert result.finished
-    assert [text for text in notes(tmp_path / "run") if "no checkpoint" in text] == [
-        f"no checkpoint of step {which}: [Errno 5] Input/output error; it is tried again"
+    assert [text for text in notes(tmp_path / "run") if "was not saved" in text] == [
+        f"the checkpoint of step {which} was not saved: [Errno 5] Input/output error; the save will be repeated"
     ]
     assert steps(tmp_path / "run")[0] == 10  # where the last save failed, it was made again
     assert not list((tmp_path / "run").rglob(".writing-*"))
@@ -216,7 +216,7 @@ def test_the_first_save_of_two_processes_fails(tmp_path: Path) -> None:
     results = launch(first_save_fails, settings, nproc=2)
     assert all(result.finished for result in results)
     assert steps(tmp_path) == [10]
-    assert any(text.startswith("no checkpoint of step 10: [Errno 5]") for text in notes(tmp_path))
+    assert any(text.startswith("the checkpoint of step 10 was not saved: [Errno 5]") for text in notes(tmp_path))
 
 
 # A full disk at the end
@@ -302,7 +302,7 @@ def test_damaged_weights_of_a_finished_run_are_named_and_made_again(
     again = train(settings, Regression())
     said = capsys.readouterr().out
     assert f"{tmp_path / MODEL} is damaged: " in said
-    assert "It is made again from the newest checkpoint." in said
+    assert "The file is written again from the newest checkpoint." in said
     assert "already finished" not in said
     assert (tmp_path / MODEL).read_bytes() == before
     assert (again.finished, again.step, again.metrics) == (True, 10, result.metrics)

@@ -96,7 +96,7 @@ class TestBatchPlan:
         )
         assert plan.global_batch_size == 128
         assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == split
-        here = "" if replicas == 2 else f" was 128 at the start, {64 * replicas} here"
+        here = "" if replicas == 2 else f" gave 128 at the start, and would give {64 * replicas} here"
         assert plan.sentence().startswith(f"global batch 128 (per_gpu:64{here}: the weights depend")
 
     def test_max_steps_wins_over_epochs(self) -> None:
@@ -110,7 +110,7 @@ class TestBatchPlan:
             (
                 {"global_batch_size": 64, "micro_batch_size": 8, "gradient_accumulation_steps": 3},
                 "the batch sizes do not multiply: micro_batch_size 8 x 2 replicas x gradient_accumulation_steps 3 = "
-                "48, but global_batch_size is 64. Leave one of the three out and it follows from the others.",
+                "48, but global_batch_size is 64. Leave one of the three out: the other two determine it.",
             ),
             (
                 {"global_batch_size": 8, "micro_batch_size": 9, "num_replicas": 1},

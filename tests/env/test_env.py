@@ -192,7 +192,7 @@ def test_too_late_says_so_and_still_helps_new_processes(tmp_path: Path) -> None:
     assert names == {"TF_CPP_MIN_LOG_LEVEL", "USE_TF", "USE_FLAX", "PYTORCH_ALLOC_CONF", lines}
     assert value == "0"
     why = python("import tensorflow; " + NO_GPU + "print(env.fix(verbose=False))", late)
-    assert "tensorflow is already imported: holds in new processes only" in why
+    assert "tensorflow is already imported: takes effect in new processes only" in why
 
 
 def test_missing_method_is_added_as_protobuf_loads(tmp_path: Path) -> None:
@@ -349,8 +349,8 @@ def test_a_pair_that_cannot_work_is_named_with_the_command_that_mends_it(tmp_pat
     assert out.splitlines() == [
         "environment ready except for tensorflow, onnx (protobuf 4.25.8, tensorflow 2.20.0): "
         "4 set, 2 broken, 1 filtered",
-        f"  broken    tensorflow  needs protobuf 5.28.3, there is 4.25.8: {command}",
-        f"  broken    onnx        needs protobuf 6.31.1, there is 4.25.8: {command}",
+        f"  broken    tensorflow  needs protobuf 5.28.3, but 4.25.8 is installed: {command}",
+        f"  broken    onnx        needs protobuf 6.31.1, but 4.25.8 is installed: {command}",
         "False",
     ]
     module = "import sys; from kaggle_mgpu import env; sys.exit(env.main([]) + 40)"
@@ -366,7 +366,7 @@ def test_another_protobuf_in_memory_than_on_disk(tmp_path: Path) -> None:
     version.write_text("__version__ = '5.29.6'\n")
     code = f"import google.protobuf; open({str(version)!r}, 'w').write(\"__version__ = '6.33.6'\"); "
     out = python(f"{code}{NO_GPU}env.fix()", here)
-    assert "  too late  protobuf=6.33.6  5.29.6 is imported in this process: restart it\n" in out
+    assert "  too late  protobuf=6.33.6  5.29.6 is already imported in this process: restart the process\n" in out
 
 
 def test_cpu_count_obeys_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

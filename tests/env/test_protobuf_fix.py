@@ -145,14 +145,14 @@ def test_pin_is_refused_with_the_list_of_what_it_would_break(place: Place) -> No
     (place.site / "some_other_pb2.py").write_text(generated("6.31.1"))
     rc, line = place.pin()
     assert (rc, line.split()[0]) == (1, "refused")
-    assert "it would break some_other_pb2 (needs 6.31.1), some_pb2 (needs 5.28.3); the shim" in line
+    assert "it would break some_other_pb2 (needs 6.31.1), some_pb2 (needs 5.28.3); protobuf='auto' works" in line
     assert place.files() == before
 
 
 def test_pin_is_refused_once_protobuf_is_imported(place: Place) -> None:
     before = place.files()
     done = place.run("-c", "import google.protobuf; from kaggle_mgpu import env; env.fix('pin')")
-    assert "refused   protobuf==3.20.3  protobuf is imported in this process: restart it" in done.stdout
+    assert "refused   protobuf==3.20.3  protobuf is already imported in this process: restart" in done.stdout
     assert place.files() == before
 
 
@@ -182,5 +182,5 @@ def test_pin_says_what_pip_said(place: Place) -> None:
     rc, line = place.pin()
     assert (rc, line.split()[0]) == (1, "refused")
     assert "pip could not install it: ERROR: No matching distribution found for protobuf==3.20.3" in line
-    assert "; nothing was changed; the shim" in line
+    assert "; nothing was changed; protobuf='auto'" in line
     assert place.files() == before

@@ -181,7 +181,7 @@ def test_a_loop_that_passes_by_its_last_step_is_told(tmp_path: Path, capsys: pyt
 
 
 def test_a_loop_that_was_stopped_or_is_finished_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unfinished = "not finished: step 1 of 3. The same launch goes on with it."
+    unfinished = "not finished: step 1 of 3. Run the same launch again to continue."
     for limit, said in ((1e-3, unfinished), (None, "finished: step 3/3")):
         with watch(tmp_path, max_steps=3, time_limit=limit, model=loops.network()) as run:
             for _ in run.batches(torch.utils.data.DataLoader([1, 2, 3])):
@@ -244,7 +244,7 @@ def test_a_loop_that_never_calls_step_is_an_error(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.ones(40, 1)), 4)
     with (
         watch(tmp_path / "run", max_steps=6, model=model) as run,
-        pytest.raises(ValueError, match=r"260 batches .* without a call of step\(\), .* Call step\(loss\) after each"),
+        pytest.raises(ValueError, match=r"260 batches without a call of step\(\)\. .* Call step\(loss\) after each"),
     ):
         for _ in run.batches(data):
             pass

@@ -128,7 +128,10 @@ def pair(number: int) -> tuple[int, int]:
 
 def test_a_value_that_json_does_not_hold_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_each(pair, range(2)) == [(0, 0), (1, 1)]
-    assert "not kept, so the same call computes them again: the values of fold0, fold1." in capsys.readouterr().out
+    assert (
+        "the values of fold0, fold1 could not be saved as JSON, so the same call computes them again."
+        in capsys.readouterr().out
+    )
 
 
 def test_a_value_is_kept_for_the_same_call_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(tmp_path: Path)
         assert re.match(
             rf"another run trains in {re.escape(str(run))} \(process {process.pid} on {host}, since \d{{4}}-\d\d-\d\d "
             rf"\d\d:\d\d:\d\d UTC\), and two would write over each other's checkpoints and records\. Give this run "
-            rf"another output_dir, or wait .* progress\.stop\('{re.escape(str(run))}'\) has it save and end\.$",
+            rf"another output_dir, or wait .* progress\.stop\('{re.escape(str(run))}'\) makes that run save and end\.$",
             str(caught.value),
         )
         progress.attach(run, follow=False)  # who only looks, may

@@ -89,7 +89,7 @@ def test_cuda_visible_devices(
     install("T4x2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [gpu.index for gpu in devices.gpus()] == indices
-    assert devices.report().reason == ("" if indices else f"CUDA_VISIBLE_DEVICES={visible!r} hides all 2")
+    assert devices.report().reason == ("" if indices else f"CUDA_VISIBLE_DEVICES={visible!r} hides all 2 GPUs")
 
 
 def test_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_without_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             r"\(18\): Failed to initialize NVML",
         ),
         ("exit 9", r"nvidia-smi failed \(9\): no output"),
-        ("echo 'No devices were found'", "no table: No devices were found"),
+        ("echo 'No devices were found'", "not a table: No devices were found"),
         ("exit 0", "nvidia-smi lists no GPU"),
     ],
 )
@@ -118,7 +118,7 @@ def test_broken_nvidia_smi(install: Install, body: str, reason: str) -> None:
     install(body=body)
     assert devices.gpus() == []
     assert re.search(reason, devices.report().reason)
-    assert str(devices.report()).startswith("no GPU: CPU (nvidia-smi")
+    assert str(devices.report()).startswith("no GPU: training uses the CPU (nvidia-smi")
 
 
 def test_hanging_nvidia_smi_is_given_up_once(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,18 +157,18 @@ def test_select(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="gpu_ids='0,0' names a GPU twice"):
         devices.select("0,0")
     with pytest.raises(
-        ValueError, match=r"gpu_ids='0,2': no GPU 2; there is 0 \(Tesla T4\), 1 \(Tesla T4\); gpu_ids=None"
+        ValueError, match=r"gpu_ids='0,2': no GPU 2; available: 0 \(Tesla T4\), 1 \(Tesla T4\); gpu_ids=None"
     ):
         devices.select("0,2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with pytest.raises(ValueError, match=r"no GPU 0; there is 1 \(Tesla T4\) \(CUDA_VISIBLE_DEVICES=1\)"):
+    with pytest.raises(ValueError, match=r"no GPU 0; available: 1 \(Tesla T4\) \(CUDA_VISIBLE_DEVICES=1\)"):
         devices.select("0")
 
 
 def test_select_without_gpus(install: Install) -> None:
     install()
     assert devices.select(None) == []
-    with pytest.raises(ValueError, match=r"no GPU 0; there is none \(nvidia-smi lists no GPU\)"):
+    with pytest.raises(ValueError, match=r"no GPU 0; no GPU was found \(nvidia-smi lists no GPU\)"):
         devices.select("0")
 
 
@@ -183,7 +183,8 @@ def test_select_without_gpus(install: Install) -> None:
         (
             "secretive",
             "fp32",
-            "NVIDIA GB10 does not tell its capability: choose precision='fp16' or 'bf16' if it can",
+            "nvidia-smi does not report NVIDIA GB10's capability: choose precision='fp16' or 'bf16' if this GPU "
+            "supports it",
         ),
         ("none", "fp32", "no GPU"),
     ],
@@ -207,7 +208,7 @@ def test_explicit_precision(install: Install) -> None:
     assert devices.precision("fp16", [p100]) == ("fp16", "chosen")
     assert devices.precision("fp32", [t4]) == devices.precision("fp32", []) == ("fp32", "chosen")
     for choice in ("fp16", "bf16"):
-        assert devices.precision(choice, []) == (choice, "chosen; no GPU: slow on a CPU, good for tests")
+        assert devices.precision(choice, []) == (choice, "chosen; no GPU: slow on a CPU, useful only for tests")
     with pytest.raises(ValueError, match="precision='half': expected 'auto', 'fp32', 'fp16' or 'bf16'"):
         devices.precision("half", [t4])
 

@@ -133,7 +133,7 @@ def test_a_huge_input_neither_takes_forever_nor_hides_another(kaggle: Path, monk
         folder.mkdir(parents=True)
         (folder / "train.csv").touch()
     monkeypatch.setattr(session, "MOST_ENTRIES", 24)
-    expected = r"cod10k holds more than 24 files and folders: looked for 'train\.csv' among the 24 nearest its top"
+    expected = r"cod10k holds more than 24 files and folders: looked for 'train\.csv' only among the 24 nearest"
     with pytest.warns(UserWarning, match=expected):
         found = names(session.find("train.csv"), kaggle)
     assert found == [

@@ -63,7 +63,10 @@ def test_blocks_are_what_the_outermost_lists_repeat() -> None:
 
 
 def test_one_process_is_single() -> None:
-    assert choose("fsdp", num_gpus=0, num_replicas=1, world_size=1) == (Strategy, "fsdp in one process is single")
+    assert choose("fsdp", num_gpus=0, num_replicas=1, world_size=1) == (
+        Strategy,
+        "with one process, fsdp is the same as single",
+    )
 
 
 # Steps
@@ -512,10 +515,10 @@ def test_rank_0_names_it_when_all_parts_are_there_and_not_before(tmp_path: Path)
     assert told["no room for rank 0"][2] == (
         3,
         False,
-        "no checkpoint of step 3: the disk is full: 3 bytes needed, 2 free",
+        "the checkpoint of step 3 was not saved: the disk is full: 3 bytes needed, 2 free",
     )
     assert told["no room"][2][:2] == (3, False)
-    assert "dropping older checkpoints would not make room" in told["no room"][2][2]
+    assert "deleting older checkpoints would not make room" in told["no room"][2][2]
     assert told["rank 1 is gone"][2][:2] == (3, False)
     assert "rank 1 has not written its part of" in told["rank 1 is gone"][2][2]
 

@@ -377,7 +377,7 @@ class TestChoose:
             ("dp", 2, 2, 1, Replicated, "asked for"),
             ("dp", 0, 5, 1, Replicated, "asked for"),
             ("ddp", 2, 2, 2, Distributed, "asked for"),
-            ("ddp", 1, 1, 1, Strategy, "ddp in one process is single"),
+            ("ddp", 1, 1, 1, Strategy, "with one process, ddp is the same as single"),
         ],
     )
     def test_and_why(self, wanted: Any, gpus: int, replicas: int, world: int, kind: type[Strategy], why: str) -> None:
@@ -499,12 +499,12 @@ class TestState:
         wider = nn.Sequential(Net(), nn.Linear(4, 1))
         with pytest.raises(
             ValueError,
-            match=r"^the checkpoint's optimizer holds other parameters than this one: 0.body.1.0.bias, 0.body.1.0.wei",
+            match=r"^the checkpoint's optimizer holds other parameters than this run's: 0.body.1.0.bias, 0.body.1.0.w",
         ):
             load_named_optimizer_state(wider, adamw(wider), state)
         fewer = torch.optim.AdamW([model.head.bias])
         with pytest.raises(
-            ValueError, match=r"than this one: body.1.0.bias, body.1.0.weight, first.bias, first.weight$"
+            ValueError, match=r"than this run's: body.1.0.bias, body.1.0.weight, first.bias, first.weight$"
         ):
             load_named_optimizer_state(model, fewer, state)
 
@@ -513,7 +513,7 @@ class TestState:
         state = named_optimizer_state(model, adamw(model))
         with pytest.raises(
             ValueError,
-            match=r"^the checkpoint's optimizer has the parameters in other groups, or another order, than this one: "
+            match=r"^the checkpoint's optimizer has the parameters in other groups, or another order, than this run's: "
             r"groups of \[2, 3\] then, of \[5\] now$",
         ):
             load_named_optimizer_state(model, torch.optim.AdamW(model.parameters()), state)

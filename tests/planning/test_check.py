@@ -79,7 +79,7 @@ def test_every_line_passes_and_this_process_stays_clean(tmp_path: Path) -> None:
         *(name for name in found if name in check.STAGES),
         *(name for name in found if name not in {*check.STAGES, "GPU memory"}),
     ]
-    assert text[-1].startswith("this machine trains right")
+    assert text[-1].startswith("this machine trains correctly")
     assert any("dp " in row and "ddp " in row for row in text)
     assert modules == "[]"
     assert not (tmp_path / "new").exists()
@@ -197,10 +197,10 @@ def test_a_dead_worker(
     found = status(report)
     assert [name for name in passed if found[name] == "passed"] == passed
     assert [each.name for each in report.failed] == [failed]
-    assert "rank 1 of 2 ended by SIGKILL (killed, most often for want of memory" in report.failed[0].found
+    assert "rank 1 of 2 ended by SIGKILL (killed, most often for lack of memory" in report.failed[0].found
     after = check.STAGES[check.STAGES.index(failed) + 1 :]
     assert {found[name] for name in after} == {"skipped"}
-    assert line(report, "checkpoint").found == f"the workers did not come so far: see {failed}"
+    assert line(report, "checkpoint").found == f"not run, because the stage {failed} failed"
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_tiny_shared_memory() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("mounting takes root")
-    assert "status='failed', found='/dev/shm has 64 MiB in all and no 256 MiB free'" in done.stdout, done.stderr
+    assert "status='failed', found='/dev/shm has 64 MiB in all, but not 256 MiB free'" in done.stdout, done.stderr
     assert "set data_workers=0" in done.stdout
 
 
@@ -249,12 +249,12 @@ def test_a_bad_protobuf_pair_and_the_exit_code(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     rows = [row for row in done.stdout.splitlines() if row.startswith("failed")]
     assert len(rows) == 1
-    assert "tensorflow: needs protobuf 5.28.3, there is 4.25.8: pip install" in rows[0]
+    assert "tensorflow: needs protobuf 5.28.3, but 4.25.8 is installed: pip install" in rows[0]
     assert done.stdout.splitlines()[-1].startswith("1 failed")
 
 
 def test_what_came_too_late_for_others_is_no_fault_of_protobufs() -> None:
-    late = env.Item("USE_TF", "0", "too late", "transformers is already imported: holds in new processes only")
+    late = env.Item("USE_TF", "0", "too late", "transformers is already imported: takes effect in new processes only")
     assert check._protobuf(env.Report((late,))).status == "passed"
     late = env.Item("protobuf GetPrototype", "", "too late", "tensorflow is already imported")
     assert check._protobuf(env.Report((late,))).status == "failed"
@@ -279,7 +279,7 @@ def test_a_protobuf_that_env_mends_passes() -> None:
         env.Item("protobuf GetPrototype", "", "shimmed", "this protobuf lacks the method"),
     )
     found = check._protobuf(env.Report(items))
-    assert found == Line("protobuf", "passed", "protobuf 6.33.6; mended by env.fix(): protobuf GetPrototype")
+    assert found == Line("protobuf", "passed", "protobuf 6.33.6; repaired by env.fix(): protobuf GetPrototype")
 
 
 def test_a_torch_that_does_not_see_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

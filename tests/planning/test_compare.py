@@ -127,10 +127,11 @@ def test_one_job_per_gpu_is_advised_where_it_gives_more() -> None:
         )
 
     slow = (
-        "several runs (folds, seeds, settings): launch_each, one job per GPU, gives up to 200.0 samples/s on 2 GPUs, "
+        "for several runs (folds, seeds, settings), launch_each with one job per GPU gives up to 200.0 samples/s on 2 "
+        "GPUs, "
     )
-    assert said(150.0) == f"{slow}1.3 x ddp's"
-    assert said(80.0).startswith(f"{slow}2.5 x ddp's. A single run is faster on one GPU: ")
+    assert said(150.0) == f"{slow}1.3 times as many as ddp"
+    assert said(80.0).startswith(f"{slow}2.5 times as many as ddp. A single run is faster on one GPU: ")
     assert said(190.0) == said(None) == advice([Row("ddp", 2, 150.0)]) == ""
 
 

@@ -121,7 +121,7 @@ def test_steps_that_take_too_long_on_a_cpu_are_estimated_and_said_to_be(monkeypa
     monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("steps were taken"))
     found = plan(TrainConfig(global_batch_size=100, nproc=1), Wide())
     assert found.step_seconds is not None and found.seconds is not None
-    assert "ESTIMATE: too long to be measured; 4.1e+06 operations" in str(found)
+    assert "ESTIMATE, since measuring would take too long: 4.1e+06 operations" in str(found)
 
 
 @pytest.mark.parametrize("recipe", ["activity_recognition", "sft"])
@@ -165,7 +165,7 @@ def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:
     alone = 2 * (found.step_seconds - exchange)
     assert found.speedup == pytest.approx(alone / (alone / 2 + exchange))
     text = str(found)
-    assert "ESTIMATE from T4's published figures, 33% of them reached" in text
+    assert "ESTIMATE from T4's published figures, assuming that 33% of them are reached" in text
     assert "through shared memory, since two T4s have no peer access; NCCL's own figure for PCIe 3.0 x16" in text
     assert "2 GPUs over 1   up to " in text
 
@@ -185,7 +185,7 @@ def test_a_gpu_that_is_not_known_is_unknown_and_no_guess() -> None:
     assert (found.step_seconds, found.seconds, found.sessions, found.quota, found.speedup) == (None,) * 5
     text = str(found)
     assert "global batch 8 = 4 per GPU x 2 GPUs" in text
-    assert "time            unknown: no figures of B300 are kept here; known: T4, L4, A100, H100, A100-80GB, " in text
+    assert "time            unknown: kaggle_mgpu has no figures of B300; known: T4, L4, A100, H100, A100-80GB, " in text
     assert f"2 GPUs over 1   unknown\n{'':15} the time of a step is not known" in text
     assert " of " not in text.split("memory per GPU")[1].splitlines()[0], "its memory is not known either"
 
@@ -217,7 +217,7 @@ def test_the_gpus_of_the_example_settings_have_figures() -> None:
 
 @pytest.mark.parametrize("text", ["", "2", "T4x0", "T4 and L4", 2])
 def test_no_name(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known: T4, L4"):
+    with pytest.raises(ValueError, match="expected a GPU and how many, such as 'T4x2'; known GPUs: T4, L4"):
         Target.named(text)
 
 
@@ -241,7 +241,7 @@ def test_settings_that_cannot_be_are_the_errors_of_a_run() -> None:
         plan(TrainConfig(global_batch_size=9), Wide(), on="T4x2")
     with pytest.raises(ValueError, match=r"precision='bf16': T4 has capability 7\.5"):
         plan(TrainConfig(precision="bf16"), Wide(), on="T4")
-    with pytest.raises(ValueError, match="nproc=4, but the plan is for 2 x T4: expected at most that"):
+    with pytest.raises(ValueError, match="nproc=4, but the plan is for 2 x T4: expected at most 2"):
         plan(TrainConfig(nproc=4), Wide(), on="T4x2")
 
 
@@ -257,7 +257,7 @@ def test_the_micro_batch_that_is_to_be_found_is_reckoned() -> None:
     assert found.micro_batch_size == 512
     assert facts.activations(512) < 0.9 * PUBLISHED["T4"].memory_bytes < facts.activations(2048)
     tight = plan(TrainConfig(micro_batch_size=4096, global_batch_size=4096, precision="fp32"), Long(), on="T4")
-    assert any("micro_batch_size=512 with 8 accumulation steps is the same batch" in text for text in tight.advice)
+    assert any("micro_batch_size=512 with 8 accumulation steps gives the same batch" in text for text in tight.advice)
 
 
 def facts(**changes: Any) -> Facts:
@@ -296,7 +296,7 @@ def test_two_gpus_under_dp_gain_less(tmp_path: Path) -> None:
     config = TrainConfig(global_batch_size=64, gradient_accumulation_steps=4)
     dp, ddp = (plan(config.replace(strategy=strategy), Wide(), on="T4x2") for strategy in ("dp", "ddp"))
     assert dp.speedup is not None and ddp.speedup is not None and dp.speedup < ddp.speedup
-    assert "weights out and gradients back through the first GPU" in str(dp)
+    assert "sending weights from the first GPU and gradients back to it" in str(dp)
 
 
 def test_advice_where_the_exchange_is_what_takes_the_time() -> None:
@@ -337,7 +337,7 @@ def test_two_gpus_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "measured peak 4.0 GiB" in text
     assert "in use now      GPU 0 0.0 MiB, GPU 1 1.0 GiB" in text
     assert "2 GPUs over 1   1.93x expected\n" in text
-    assert "at 0.0 GB/s" in text and "the link: measured here, without peer access" in text
+    assert "at 0.0 GB/s" in text and "the link between the GPUs: measured here, without peer access" in text
 
 
 def test_what_does_not_fit_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,5 +381,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*command, "--on", "0"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known: ")
+    assert said.err.startswith("ValueError: on='0': expected a GPU and how many, such as 'T4x2'; known GPUs: ")
     assert len(said.err.splitlines()) == 1

@@ -151,7 +151,7 @@ class TestPanel:
         progress.record(train(1))
         progress.close({"finished": True, "step": 100, "seconds": 1})
         assert progress.said == [
-            "the progress panel failed (ConnectionError: front end gone); lines follow instead",
+            "the progress panel failed (ConnectionError: front end gone); text lines follow instead",
             "step 1/100 (1%)  loss 1  lr 3.0e-04  1 process",
             "finished: step 100/100  in 0:01  1 process",
         ]
@@ -479,7 +479,7 @@ class TestAttach:
         process.wait(600)
         attach(tmp_path, display="lines", poll=0.02, patience=0.1)
         said = capsys.readouterr().out.splitlines()[-1]
-        assert said.startswith("stopped (ended without a word: it was killed, or is on another machine): step 1/1000")
+        assert said.startswith("stopped (no process and no final record: killed, or on another machine): step 1/1000")
 
     def test_one_that_ends_while_it_is_looked_at_has_the_end_that_it_wrote(self, tmp_path, capsys, monkeypatch):
         """Between the look at its records and the look for its process."""
@@ -605,7 +605,7 @@ class TestWatcher:
         assert end["kind"] == "stop"
         assert (tmp_path / f"checkpoints/step-{end['step']:08}/state.json").is_file()
         assert not (tmp_path / progress.STOP).exists()
-        with pytest.raises(ValueError, match="no run goes on in this folder on this machine"):
+        with pytest.raises(ValueError, match="no run is active in this folder on this machine"):
             progress.stop(tmp_path)
 
     def test_a_driver_that_does_not_answer_is_asked_less_and_less(self, tmp_path):

@@ -117,7 +117,7 @@ class TestWholePicture:
         assert labels == [
             f"waiting for data {100 * 124 * 0.2 / whole:.0f} %",
             f"forward, backward, optimizer {100 * 124 * 3.3 / whole:.0f} %",
-            f"communication not hidden by backward {100 * 124 * 0.5 / whole:.0f} %",
+            f"communication not overlapped by backward {100 * 124 * 0.5 / whole:.0f} %",
             f"evaluation {100 * 36 / whole:.0f} %",
         ]
         assert len({bar.get_hatch() for bar in bars}) == 4  # in grey too

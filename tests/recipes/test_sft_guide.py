@@ -89,7 +89,7 @@ def test_a_make_variable_that_the_guide_does_not_have_is_an_error(capsys: pytest
     assert main(["train", "sft", "--variable", "TRAIN_BATCHSIZE=1"]) == 2
     assert "TRAIN_BATCH_SIZE" in capsys.readouterr().err
     assert main(["train", "text_generation", "--variable", "TRAIN_BATCH_SIZE=1"]) == 2
-    assert "which RECIPE=text_generation does not have" in capsys.readouterr().err
+    assert "RECIPE=text_generation does not have" in capsys.readouterr().err
 
 
 def test_of_a_model_that_also_sees_only_the_language_model_gets_adapters(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ PRINTED = {
         "without trial and first step                       0.305\n",
         "0.558 s; 0.305 s without the trial of an evaluation and the step. The first launch, with its data: 0.765 s",
     ),
-    "python -m kaggle_mgpu check": ("this machine trains right; 2 skipped (5.4 s)\n", "5.4 s"),
+    "python -m kaggle_mgpu check": ("this machine trains correctly; 2 skipped (5.4 s)\n", "5.4 s"),
 }
 
 

@@ -309,7 +309,7 @@ def test_an_error_that_leaves_the_weights_whole_loses_no_step(
     with pytest.raises(type(error)) as caught:
         train(settings_of(tmp_path), Fails(where, error))
     saved = tmp_path / "checkpoints" / "step-00000006"
-    assert caught.value.__notes__ == [f"The state after step 6 is in {saved}: a run goes on from there."]
+    assert caught.value.__notes__ == [f"The state after step 6 is in {saved}: the next run continues from there."]
     assert train(settings_of(tmp_path), Fails()).finished
     assert [record["step"] for record in kinds(tmp_path, "start")] == [0, 6]
     assert same_weights(tmp_path, undisturbed)
@@ -322,7 +322,9 @@ def test_weights_that_an_update_may_have_changed_are_not_saved(tmp_path: Path, e
     with pytest.raises(type(error)) as caught:
         train(settings_of(tmp_path), Fails("optimizer", error))
     (note,) = caught.value.__notes__
-    assert note.startswith("Some weights may have moved and others not: what is in memory is not saved. There is no")
+    assert note.startswith(
+        "Some weights may have been updated and others not, so the state in memory is not saved. There"
+    )
     assert not any((tmp_path / "checkpoints").glob("step-*"))
 
 

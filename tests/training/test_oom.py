@@ -261,7 +261,7 @@ def test_an_evaluation_without_room_for_one_sample_loses_nothing(tmp_path: Path)
     kept = tmp_path / "run" / "checkpoints" / "step-00000010"
     assert str(caught.value).startswith(
         f"out of memory in the evaluation after step 10, with one sample at a time: {FULL} The state after step 10 is "
-        f"in {kept}: a run goes on from there. Try smaller samples in val_data"
+        f"in {kept}: the next run continues from there. Try smaller samples in val_data"
     )
     # the weights in it are the trained ones, not their averages, which the evaluation had put in their place
     train(settings, TightEvaluation(99))
@@ -279,7 +279,7 @@ def test_an_evaluation_of_ranks_that_compute_together_starts_again_with_smaller_
     )  # where ranks compute together, auto begins with the largest
     assert launch(train, settings, TightEvaluation(6, rank=1)).finished
     said = capsys.readouterr().out
-    assert "micro_batch_size 12: all of a GPU's share; halved, with a restart, if memory runs out" in said
+    assert "micro_batch_size 12: a GPU's whole share; if memory runs out, a restart halves it" in said
     assert "rank 1 ran out of memory with micro_batch_size 12 in the evaluation after step 7: 6 from here on" in said
     assert "The newest checkpoint is from before that evaluation: run the same again and it goes on from there" in said
     assert [(r["step"], r["micro_batch_size"]) for r in trained(tmp_path / "tight", "start")] == [(0, 12), (4, 6)]
@@ -329,8 +329,8 @@ def test_weights_that_an_optimizer_has_half_changed_are_not_saved(kind: str, tmp
     with pytest.raises(torch.OutOfMemoryError) as caught:
         launch(train, settings, TightOptimizer(7, rank=nproc - 1, after=newest if nproc > 1 else None))
     text = (
-        "out of memory in the optimizer's part of step 7, when some weights may have moved and others not: what is in "
-        f"memory is not saved. The newest checkpoint is {newest}. Smaller micro-batches do not help here. Try "
+        "out of memory in the optimizer's part of step 7. Some weights may have been updated and others not, so the "
+        f"state in memory is not saved. The newest checkpoint is {newest}. Smaller micro-batches do not help here. Try "
     )
     assert str(caught.value).startswith(text)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [newest.name]
@@ -480,7 +480,7 @@ def _sizes(settings: TrainConfig, task: Tight) -> list[int]:
 
 def test_auto_with_accumulation_given(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the one follows"
+        ValueError, match=r"micro_batch_size='auto' with gradient_accumulation_steps=2: the first determines"
     ):
         train(config(tmp_path, micro_batch_size="auto", gradient_accumulation_steps=2), Regression())
 

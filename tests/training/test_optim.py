@@ -106,7 +106,7 @@ class TestWarmup:
             (math.nan, "warmup_steps=nan"),
             (True, "warmup_steps=True"),
             (1.5, "neither a whole number of steps nor a fraction below 1"),
-            (201, "the run would end before the learning rate is reached"),
+            (201, "the run would end before the warm-up does"),
         ],
     )
     def test_nonsense_is_refused(self, given, says):

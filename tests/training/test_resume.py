@@ -337,7 +337,7 @@ def test_the_next_session_goes_on_from_an_input(undisturbed: Path, kaggle: Path,
     second = run(tmp_path / "second", data_workers=1)
     out = capsys.readouterr().out
     assert f"going on from {kaggle}/run/checkpoints/step-00000012: step 12 of 24" in out
-    assert "changed since, which is allowed: " in out
+    assert "settings changed since the checkpoint, which is allowed: " in out
     assert "data_workers 0 -> 1" in out
     assert "fails_at 30 -> 0" in out
     for path in [*kaggle.rglob("*"), kaggle]:
@@ -411,7 +411,7 @@ def test_a_damaged_newest_is_put_aside(undisturbed: Path, tmp_path: Path, capsys
     out = capsys.readouterr().out
     assert f"checkpoint {newest} cannot be used: model.safetensors has 99 bytes" in out
     assert "going on from" in out and "step 9 of 24" in out
-    assert f"checkpoints that this run does not go on from are now in {tmp_path / 'checkpoints-before-1'}" in out
+    assert f"checkpoints that this run does not continue from are now in {tmp_path / 'checkpoints-before-1'}" in out
     assert os.listdir(tmp_path / "checkpoints-before-1") == ["step-00000012"]
     assert chaos.differences(undisturbed, tmp_path) == []
 
@@ -451,7 +451,7 @@ def test_a_run_that_diverges_stops_and_says_where(tmp_path: Path) -> None:
         train(settings, Poisoned(at=12, times=99))
     text = str(caught.value)
     assert text.startswith("the loss is nan at step 16 (learning rate ")
-    assert "steps 12 to 16 were left out, for want of a finite gradient. Step 12 had the samples " in text
+    assert "steps 12 to 16 were skipped, because the gradient was not finite. Step 12 had the samples " in text
     assert f"The last checkpoint from before is {tmp_path / 'checkpoints' / 'step-00000010'}. " in text
     note = next(r for r in progress.read(tmp_path) if r["kind"] == "note")
     seen: list[int] = []
@@ -556,7 +556,9 @@ def test_a_batch_per_gpu_keeps_the_size_that_the_run_began_with(tmp_path: Path, 
     alone: dict[str, Any] = {"strategy": "single", "nproc": 1, "max_steps": 4}
     for folder in (tmp_path / "run", tmp_path / "elsewhere"):
         train(settings.replace(**alone, output_dir=str(folder)), Regression())
-        assert "global batch 50 (per_gpu:25 was 50 at the start, 25 here: the" in capsys.readouterr().out
+        assert (
+            "global batch 50 (per_gpu:25 gave 50 at the start, and would give 25 here: the" in capsys.readouterr().out
+        )
     train(
         settings.replace(**alone, output_dir=str(tmp_path / "fifty"), resume="never", global_batch_size=50),
         Regression(),

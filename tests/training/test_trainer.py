@@ -227,7 +227,9 @@ def test_what_shows_an_unfinished_run_says_so(two: Path, capsys: pytest.CaptureF
     run.load(Regression().model())
     assert capsys.readouterr().out == ""
     run = replace(run, finished=False, step=12, reason="asked to stop")
-    said = "not finished: step 12 of 80 (asked to stop). This is the run so far; the same launch goes on with it.\n"
+    said = (
+        "not finished: step 12 of 80 (asked to stop). This is the run so far; run the same launch again to continue.\n"
+    )
     for show in (lambda: run.load(Regression().model()), run.plot):
         show()
         assert capsys.readouterr().out == said
@@ -608,7 +610,7 @@ def test_from_a_checkpoint_given_by_its_path(tmp_path: Path) -> None:
     assert steps(run, "start") == [0, 3]
     assert steps(run) == list(range(1, 10))
     assert torch.equal(weights(run), weights(whole))
-    with pytest.raises(CheckpointError, match=r"step-00000004 is not a whole checkpoint: state\.json is missing"):
+    with pytest.raises(CheckpointError, match=r"step-00000004 is not a usable checkpoint: state\.json is missing"):
         train(branch.replace(resume=str(chosen.with_name("step-00000004"))), Regression())
 
 

@@ -150,7 +150,7 @@ def test_samples_that_see_each_other_are_pointed_out(tmp_path: Path, capsys: pyt
         assert re.search(note, said(name, Images(50), **changes)), name
     assert "NOTE" not in said("ddp", Images(50), nproc=2)
     for name in ("accumulated", "dp"):
-        with pytest.raises(ValueError, match=r"Pairs\.whole_batch_loss is True, .* in parts of 25, which do not see"):
+        with pytest.raises(ValueError, match=r"Pairs\.whole_batch_loss is True, .* in parts of 25, which are computed"):
             launch(train, config(tmp_path / f"{name}-pairs", **split[name]), Pairs(50))
 
 
@@ -296,7 +296,7 @@ def test_other_bad_files_of_an_input_do_not_end_a_run_either(
     result = launch(train, config(tmp_path / "run", eval_every=1), Regression())
     said = capsys.readouterr().out
     assert "going on from" in said
-    assert "the best is found anew" in said
+    assert "the best evaluation is searched for again" in said
     assert result.finished
     assert result.best is not None
     assert (tmp_path / "run" / "best" / "model.safetensors").is_file()
