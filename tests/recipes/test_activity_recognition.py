@@ -558,7 +558,7 @@ def test_a_window_is_augmented_alike_in_any_split_and_otherwise_in_another_epoch
     fetch = Fetch(task.train_data(), seed=3)
     whole, part = fetch[0, np.arange(20)], fetch[0, np.arange(8, 12)]
     assert all(torch.equal(a[8:12], b) for a, b in zip(whole, part, strict=True))
-    assert whole[2].shape == (20, model.CHANCES)
+    assert whole[2].shape == (20, model.N_RANDOM)
     assert not torch.equal(fetch[1, np.arange(20)][2], whole[2])
     # validation is fetched in whole batches, and nothing about it is random
     val = Fetch(task.val_data(), seed=3)

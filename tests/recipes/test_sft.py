@@ -279,7 +279,7 @@ def test_a_model_that_cannot_keep_packs_apart_is_found_out(home: Path, monkeypat
     task = Finetune(config(home, "loss", tuning="full"))
     settings = transformers.MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=4)
     recurrent = transformers.MambaForCausalLM(settings)
-    recurrent.picks = models.only_where_asked(recurrent)
+    recurrent.selects_positions = models.select_positions(recurrent)
     batch = task.train_data()[0]
     with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed .* apart: it takes no block"):
         task.loss(recurrent, batch)
@@ -301,7 +301,7 @@ def test_packs_are_checked_in_an_evaluation_whatever_the_batch_holds(
     assert held is not None
     monkeypatch.setattr(task, "check_packing", lambda *_: checked.append(1))
     monkeypatch.setattr(task, "_answers", lambda *_: [])
-    prompts = held.batch(torch.tensor([next(iter(held.asked_at))]))
+    prompts = held.batch(torch.tensor([next(iter(held.prompt_batch_at))]))
     assert not len(prompts["ids"])
     for _ in range(2):
         task.metrics(task.model(), prompts)
@@ -365,7 +365,7 @@ def test_an_evaluation_does_not_change_the_gradient_of_4_bit_weights(home: Path)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    task._tools["checked"] = True  # the check of packs is an evaluation itself
+    task._cache["checked"] = True  # the check of packs is an evaluation itself
     gradients = []
     for _ in range(2):
         task.loss(model, batch).backward()
@@ -621,7 +621,7 @@ def test_where_nobody_answers_the_hub_is_not_asked_again_and_again(monkeypatch: 
 
     monkeypatch.setattr(models.require("transformers").AutoTokenizer, "from_pretrained", refuse)
     monkeypatch.setattr(models.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(models.hub_answers, "__defaults__", (60.0,))  # on a busy machine too
+    monkeypatch.setattr(models.hub_is_reachable, "__defaults__", (60.0,))  # on a busy machine too
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(

@@ -437,7 +437,7 @@ def test_the_mask_is_causal_within_each_example() -> None:
 
 
 def test_prompts_to_answer_are_spread_among_the_packs(tmp_path: Path) -> None:
-    packs = data.Packs(written(tmp_path, some_examples(7)), [[0, 1, 2], [3, 4], [5], [6]], generate=[[0, 1], [2]])
+    packs = data.Packs(written(tmp_path, some_examples(7)), [[0, 1, 2], [3, 4], [5], [6]], prompt_batches=[[0, 1], [2]])
     rows, asked = [], []
     for start in range(0, len(packs), 2):
         batch = packs.batch(torch.arange(start, start + 2))

@@ -63,7 +63,7 @@ def loss_of(task: Finetune) -> float:
     """The loss of the first pack as it is in training, before the first step."""
     batch = task.train_data().batch(torch.tensor([0]))
     model = task.model().eval()
-    task._tools["checked"] = True
+    task._cache["checked"] = True
     with torch.no_grad(), task._as_in_training(torch.device("cpu")):
         return float(task.loss(model, batch)) / task.count(batch)
 

@@ -126,7 +126,7 @@ def test_patches_are_drawn_where_labels_are(tmp_path):
     stacks.write_stack(tmp_path / "i.tif", volume((32, 32, 32)))
     stacks.write_stack(tmp_path / "l.tif", label)
     one, cache = Volume("one", str(tmp_path / "i.tif"), str(tmp_path / "l.tif")), Cache.at(str(tmp_path), 1)
-    cache.held = {"one"}
+    cache.kept = {"one"}
     facts = {"one": data.survey(one, cache)}
     torch.manual_seed(0)
     drawn = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
@@ -380,7 +380,7 @@ def test_several_weights_predict_by_their_mean(tmp_path, scrolls):
     wanted = np.concatenate([slab for _, slab in inference.sliding_window(forward, grey, size=8)])
     found = Path(config.output_dir) / "predictions" / "probabilities" / "test" / "synthetic_5.tif"
     assert np.array_equal(stacks.read_stack(str(found)), postprocessing.quantised(wanted))
-    assert config.replace(weights=files).given == config.given == tuple(files)
+    assert config.replace(weights=files).weight_files == config.weight_files == tuple(files)
     stamp = json.loads((found.parents[2] / "stamp.json").read_text())
     assert len(stamp["weights"]) == 2
     with pytest.raises(ValueError, match=r"weights: expected best, final or \.safetensors files, got 'best,"):

@@ -43,13 +43,13 @@ def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
 
     known = features(x)
     mean, std = known.mean(0), known.std(0).clamp(min=1e-12)
-    there = [label for label in range(classes) if (y == label).any()]
-    centroids = torch.stack([((known[y == label] - mean) / std).mean(0) for label in there])
+    present = [label for label in range(classes) if (y == label).any()]
+    centroids = torch.stack([((known[y == label] - mean) / std).mean(0) for label in present])
     nearest = torch.cdist((features(x_test) - mean) / std, centroids).argmin(1)
     majority = torch.bincount(y, minlength=classes).argmax()
     return {
         "majority": confusion(y_test, majority.expand(len(y_test)), classes),
-        "nearest_centroid": confusion(y_test, torch.tensor(there)[nearest], classes),
+        "nearest_centroid": confusion(y_test, torch.tensor(present)[nearest], classes),
     }
 
 

@@ -63,7 +63,7 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
         reason = "data_path"
     else:
         path, reason = session.input_root(), "found among the inputs"
-    found = _known(path)
+    found = _find_layout(path)
     if found is not None:
         windows = _read(*found, window, stride)
     elif data_path is not None:
@@ -77,7 +77,7 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
     return windows, reason
 
 
-def _known(place: Path) -> tuple[str, Path] | None:
+def _find_layout(place: Path) -> tuple[str, Path] | None:
     """Return the layout found in or below `place`: ("uci", folder), ("npz", file), ("csv", file or folder), or None."""
     if place.is_file():
         layout = place.suffix[1:].lower()
@@ -418,14 +418,14 @@ def split(
     else:
         if unknown := sorted(set(test_subjects or ()) - set(names)):
             raise ValueError(f"test_subjects: {', '.join(unknown)} not in the data, which has {', '.join(names)}")
-        test = np.isin(whose, test_subjects or chosen(names, test_fraction, seed))
+        test = np.isin(whose, test_subjects or pick_by_digest(names, test_fraction, seed))
     rest = everything[~test]
     if windows.subject is None:
         held: list[str] = []
         for label in range(len(windows.classes)):
-            held += chosen(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
+            held += pick_by_digest(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
     else:
-        held = chosen(sorted(set(whose[rest].tolist())), val_fraction, seed)
+        held = pick_by_digest(sorted(set(whose[rest].tolist())), val_fraction, seed)
     val = np.isin(whose, held) & ~test
     parts = {"train": everything[~test & ~val], "val": everything[val], "test": everything[test]}
     if not len(parts["train"]) or not len(parts["test"]):
@@ -442,7 +442,7 @@ def split(
     return parts
 
 
-def chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+def pick_by_digest(names: Sequence[str], fraction: float, seed: int) -> list[str]:
     """Return the share `fraction` of names with the smallest digests of (seed, name): at least one; for 0, none."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]

@@ -46,7 +46,7 @@ EXPECTED = (
 )
 Pair = tuple[str, str]
 SCENE_SIZE = 96
-VAL_SCENES = 10**9
+FIRST_VAL_SCENE = 10**9
 """Number of the first held-out scene."""
 
 
@@ -173,7 +173,7 @@ def prepare(
     root, reason = _root(data_path)
     if root is None:
         digest = f"{scenes} and {val_scenes} scenes of {SCENE_SIZE}"
-        val = Scenes(VAL_SCENES, val_scenes) if val_scenes else None
+        val = Scenes(FIRST_VAL_SCENE, val_scenes) if val_scenes else None
         return Found(Scenes(0, scenes), val, "synthetic scenes, drawn for this run (not photographs)", reason, digest)
     train, val_pairs = _splits(root, test_set)
     if not val_pairs and val_fraction:
@@ -415,33 +415,33 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
     An object with a smooth random outline lies in a texture of waves of one direction. The object's texture has the
     same colours and contrast, but finer waves of all directions, so neither brightness nor colour reveals the object.
     """
-    chance = np.random.default_rng(number)
+    rng = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
     # the outline: a radius that changes smoothly with the angle
-    centre, radius = chance.uniform(0.3, 0.7, 2), chance.uniform(0.13, 0.26)
+    centre, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.13, 0.26)
     angle, outline = np.arctan2(y - centre[0], x - centre[1]), np.ones((size, size))
     for k in range(1, 6):
-        outline += chance.uniform(0, 0.35) / k * np.cos(k * angle + chance.uniform(0, 2 * np.pi))
+        outline += rng.uniform(0, 0.35) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
     distance = np.hypot(y - centre[0], x - centre[1]) - radius * outline
     inside = np.clip(0.5 - distance * size, 0, 1)
 
-    grain, direction = chance.uniform(0.09, 0.14), chance.uniform(0, np.pi)
-    image = np.broadcast_to(chance.uniform(90, 165, 3), (size, size, 3)).copy()
-    for colour in chance.uniform(-34, 34, (2, 3)):
-        around, within = _texture(chance, size, grain, direction), _texture(chance, size, 1.4 * grain, None)
+    frequency, direction = rng.uniform(0.09, 0.14), rng.uniform(0, np.pi)
+    image = np.broadcast_to(rng.uniform(90, 165, 3), (size, size, 3)).copy()
+    for colour in rng.uniform(-34, 34, (2, 3)):
+        around, within = _texture(rng, size, frequency, direction), _texture(rng, size, 1.4 * frequency, None)
         image += (around * (1 - inside) + within * inside)[..., None] * colour
-    shade = chance.uniform(-30, 30, 2)
-    image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + chance.normal(0, 5, (size, size, 3))
+    shade = rng.uniform(-30, 30, 2)
+    image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + rng.normal(0, 5, (size, size, 3))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), (inside >= 0.5).astype(np.uint8) * 255
 
 
-def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
-    """Draw waves of about `grain` cycles per pixel along `direction` (radians; None: all); mean 0, variance 1."""
+def _texture(rng: np.random.Generator, size: int, frequency: float, direction: float | None) -> NDArray[np.float64]:
+    """Draw waves of about `frequency` cycles per pixel along `direction` (radians; None: all); mean 0, variance 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     if direction is None:
-        keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)
+        keep = np.exp(-(((np.hypot(u, v) - frequency) / 0.03) ** 2) / 2)
     else:
         across, along = u * np.cos(direction) + v * np.sin(direction), v * np.cos(direction) - u * np.sin(direction)
-        keep = np.exp(-(((np.abs(across) - grain) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
-    waves = np.fft.ifft2(np.fft.fft2(chance.normal(size=(size, size))) * keep).real
+        keep = np.exp(-(((np.abs(across) - frequency) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
+    waves = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * keep).real
     return np.asarray((waves - waves.mean()) / waves.std(), np.float64)

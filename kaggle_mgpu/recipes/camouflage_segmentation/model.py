@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 STRIDES = (4, 8, 16, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation of RGB in 0 to 1, for backbones that name no others."""
-SIZED = tuple("swin maxvit maxxvit coatnet coat_ gcvit efficientformerv2 hiera_ vit_ deit beit eva".split())
+FIXED_SIZE = tuple("swin maxvit maxxvit coatnet coat_ gcvit efficientformerv2 hiera_ vit_ deit beit eva".split())
 """Prefixes of the names of timm backbones that are made for one image size."""
 DILATIONS = (1, 2, 3, 5)
 """Dilations of the experts' kernels, in turn, so that experts see neighbourhoods of different sizes."""
@@ -131,16 +131,16 @@ class Timm(nn.Module):
         super().__init__()
         timm = _timm(name)
         options: dict[str, Any] = {"features_only": True, "pretrained": weights is not None}
-        if image_size is not None and name.startswith(SIZED):
+        if image_size is not None and name.startswith(FIXED_SIZE):
             options["img_size"] = image_size
         if weights is not None and weights != "download":
             own = Path(weights).suffix in (".safetensors", ".npz")  # any other kind is a pickle
             options["pretrained_cfg_overlay"] = {"file": weights} if own else {"state_dict": state_dict(weights)}
         try:
-            chance = torch.random.get_rng_state()
+            rng_state = torch.random.get_rng_state()
             self.body = timm.create_model(name, **options)
             if weights is not None:
-                self._check_loaded(timm, name, options, weights, chance)
+                self._check_loaded(timm, name, options, weights, rng_state)
         except WeightsError:
             raise
         except Exception as error:
@@ -163,18 +163,18 @@ class Timm(nn.Module):
         self.wanted = [strides.index(stride) for stride in STRIDES]
         self.channels = [info.channels()[index] for index in self.wanted]
 
-    def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, chance: Tensor) -> None:
+    def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, rng_state: Tensor) -> None:
         """Raise a WeightsError if a tensor still has the random values that the same seed gives without weights.
 
         timm loads weights by name and silently skips tensors that do not fit. Tensors with constant initial values
         (biases, norms) prove nothing and are left out.
 
         Args:
-            chance: the state of torch's generator before the model was made.
+            rng_state: the state of torch's generator before the model was made.
         """
         plain = {key: value for key, value in options.items() if key != "pretrained_cfg_overlay"}
         with torch.random.fork_rng(devices=[]):
-            torch.random.set_rng_state(chance)
+            torch.random.set_rng_state(rng_state)
             unloaded = timm.create_model(name, **plain | {"pretrained": False}).state_dict()
         random = {
             key: tensor
@@ -459,13 +459,13 @@ def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tens
         target: (B, 1, S, S), 0 to 1.
     """
     size, weight = target.shape[2:], pixel_weights(target.float())
-    total = balance_weight * output.balance.float() + 0.5 * boundary_loss(enlarged(output.boundary, size), target)
+    total = balance_weight * output.balance.float() + 0.5 * boundary_loss(resized_fp32(output.boundary, size), target)
     for index, logits in enumerate(reversed(output.logits)):
-        total = total + 0.5**index * structure_loss(enlarged(logits, size), target, weight)
+        total = total + 0.5**index * structure_loss(resized_fp32(logits, size), target, weight)
     return total
 
 
-def enlarged(logits: Tensor, size: Any) -> Tensor:
+def resized_fp32(logits: Tensor, size: Any) -> Tensor:
     """Resize logits or images bilinearly to `size` (height, width), in fp32."""
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 

@@ -12,7 +12,7 @@ from kaggle_mgpu.checkpoints import Checkpoints
 from kaggle_mgpu.config import TrainConfig, in_epochs
 
 from .data import SCENE_SIZE, Found
-from .model import SIZED, STRIDES
+from .model import FIXED_SIZE, STRIDES
 
 Preset = Literal["balanced", "fast", "high_resolution"]
 PRESETS: dict[str, dict[str, int]] = {
@@ -167,7 +167,7 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected a multiple of {factor}, got {getattr(self, name)}")
         if not self.train_scales or not all(0.25 <= scale <= 4 for scale in self.train_scales):
             raise ValueError(f"Config.train_scales: expected numbers from 0.25 to 4, got {self.train_scales!r}")
-        if self.train_scales != (1.0,) and self.backbone.startswith(SIZED):
+        if self.train_scales != (1.0,) and self.backbone.startswith(FIXED_SIZE):
             raise ValueError(
                 f"Config.train_scales: backbone {self.backbone!r} is made for one image size, so it cannot train at "
                 f"{self.train_scales!r}. Leave train_scales out, or choose another backbone, such as pvt_v2_b2."

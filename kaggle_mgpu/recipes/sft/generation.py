@@ -48,7 +48,7 @@ def answer(
     for row, prompt in enumerate(prompts):  # pad on the left, so that all prompts end at the same place
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    limit = models.most_positions(model.config)
+    limit = models.max_positions(model.config)
     if limit is not None and limit <= width:
         raise ValueError(f"a prompt of {width} tokens leaves none of the model's {limit} positions to an answer")
     settings = transformers.GenerationConfig(

@@ -156,17 +156,17 @@ def tokenizer(path: str) -> tuple[Any, str]:
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     here = os.path.isdir(path)
-    answers = here or hub_answers()
+    reachable = here or hub_is_reachable()
     try:
         with quiet():
-            return kind.from_pretrained(path, local_files_only=here or not answers, **options)
+            return kind.from_pretrained(path, local_files_only=here or not reachable, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files and libraries raise many kinds of errors
         said = short(f"{type(error).__name__}: {error}")
         if here:
             raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
-        reason = said if answers else f"nobody answers at {hub()}, and its cache does not hold it"
+        reason = said if reachable else f"nobody answers at {hub()}, and its cache does not hold it"
         raise FileNotFoundError(
             f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
             f"({reason}). On Kaggle: Add Input > Models, and give its folder; or switch the internet on."
@@ -183,7 +183,7 @@ def hub() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def hub_answers(seconds: float = 5) -> bool:
+def hub_is_reachable(seconds: float = 5) -> bool:
     """Return whether the hub accepts a connection; True behind a proxy, where only the hub's client can tell.
 
     Without internet the hub's client would try for a minute before it gives up.
@@ -206,10 +206,10 @@ def hub_answers(seconds: float = 5) -> bool:
 
 def positions(path: str) -> int | None:
     """Return the number of positions of a model; None if the configuration sets no limit."""
-    return most_positions(from_pretrained(require("transformers").AutoConfig, path))
+    return max_positions(from_pretrained(require("transformers").AutoConfig, path))
 
 
-def most_positions(configuration: Any) -> int | None:
+def max_positions(configuration: Any) -> int | None:
     limit = getattr(configuration.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -381,7 +381,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def only_where_asked(model: nn.Module) -> bool:
+def select_positions(model: nn.Module) -> bool:
     """Let the head compute logits only at chosen positions: before the learnt tokens, about half of all tokens.
 
     Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
@@ -392,7 +392,7 @@ def only_where_asked(model: nn.Module) -> bool:
     if head is None:
         return False
 
-    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         positions: Any = module.positions
         if positions is None:
             return None
@@ -400,7 +400,7 @@ def only_where_asked(model: nn.Module) -> bool:
         return (hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])), *inputs[1:])
 
     head.positions = None  # type: ignore[assignment]
-    head.register_forward_pre_hook(pick)
+    head.register_forward_pre_hook(select)
     return True
 
 
@@ -433,7 +433,7 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     files.replace_tensors(folder / "adapter_model.safetensors", named)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained weights by name, without state_dict: under fsdp a call would release gathered weights."""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}

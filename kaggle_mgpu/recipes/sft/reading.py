@@ -131,7 +131,7 @@ def kind_of(row: Any) -> str | None:
     return next(iter([*lists, *(kind for kind, (a, b) in PAIRS.items() if a in row and b in row)]), None)
 
 
-def answers(message: dict[str, Any]) -> bool:
+def is_answer(message: dict[str, Any]) -> bool:
     """Return whether a message is an answer to learn: of the assistant, with text or with calls of tools."""
     return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
 
@@ -190,7 +190,7 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
         conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
     if system and not any(message["role"] == "system" for message in conversation):
         conversation.insert(0, {"role": "system", "content": system})
-    if not any(answers(message) for message in conversation):
+    if not any(is_answer(message) for message in conversation):
         raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
     for message in conversation:
         try:

@@ -227,7 +227,7 @@ class Cache:
     folder: str
     max_bytes: int
     """Limit for all .npy files together. For volumes beyond it, each patch decodes the TIFF pages that it needs."""
-    held: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
     """The ids of the volumes that the cache keeps decoded, from `plan`."""
     prepared: dict[Volume, str] = field(default_factory=dict)
     """The path prefix of the files that an earlier `training.prepare` has written; these files are never changed."""
@@ -296,9 +296,9 @@ class Cache:
         """Return the ids of the volumes to keep decoded: prepared ones, then others in order while there is room."""
         disk = os.statvfs(self.folder)
         free, budget = int(disk.f_bavail * disk.f_frsize * self.share), self.max_bytes
-        held = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
+        kept = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
         for volume in volumes:
-            if volume.id in held:
+            if volume.id in kept:
                 continue
             nbytes = bytes_of(volume.image) + math.prod(shape_of(volume.image))  # image and label
             budget -= nbytes
@@ -306,8 +306,8 @@ class Cache:
                 free -= nbytes
             if min(free, budget) < 0:
                 break
-            held.add(volume.id)
-        return held
+            kept.add(volume.id)
+        return kept
 
     def save(self, path: Path, content: Array | str) -> None:
         """Write a file into the folder atomically; several processes may write the same file at once."""
@@ -344,14 +344,14 @@ def read_label(volume: Volume, start: int = 0, stop: int | None = None) -> NDArr
 
 
 def survey(volume: Volume, cache: Cache) -> Facts:
-    """Decode and check a volume once; cache its `Facts` and sheet points, and for volumes in `cache.held` the arrays.
+    """Decode and check a volume once; cache its `Facts` and sheet points, and for volumes in `cache.kept` the arrays.
 
     Raises:
         ValueError: image or label unreadable or of different shapes, a label that is not 0, 1 or the ignore_label, or
             all voxels unlabelled; the message names the path.
     """
     note = cache.path(volume, "json")
-    parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
+    parts = ["points", "image", "label"] if volume.id in cache.kept else ["points"]
     if note.exists() and all(cache.path(volume, f"{part}.npy").exists() for part in parts):
         known = json.loads(note.read_text())
         return Facts(tuple(known["shape"]), known["mean"], known["std"], tuple(known["counts"]))
@@ -378,7 +378,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     sheet = np.flatnonzero(label.reshape(-1) == 1)
     some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
     cache.save(cache.path(volume, "points.npy"), np.stack(np.unravel_index(some, label.shape), 1).astype(np.uint16))
-    if volume.id in cache.held:
+    if volume.id in cache.kept:
         cache.save(cache.path(volume, "image.npy"), image)
         cache.save(cache.path(volume, "label.npy"), label)
     facts = Facts(image.shape, mean, max(std, 1.0), counts)
@@ -386,7 +386,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     return facts
 
 
-def look_through(volume: Volume, cache: Cache) -> None:
+def check_image(volume: Volume, cache: Cache) -> None:
     """Decode an image for prediction once, to check it; later calls find a note in the cache and return at once.
 
     Raises:

@@ -55,7 +55,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
         if "RANK" not in os.environ:  # under torchrun each rank would search the data: no process group exists yet
             print(surface.describe(), flush=True)
     began = time.monotonic()
-    result: Result = _untrained(config) if _given(config) else launch(train, config, surface)
+    result: Result = _untrained(config) if _weight_files(config) else launch(train, config, surface)
     if not result.finished:
         return result
     # from now on result.json says unfinished, since the session may be killed before the first prediction
@@ -127,7 +127,8 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if choice is None and not left:
         choice = choose(held, folder / "probabilities" / "held_out", *given, made_for)
         if main:
-            for file in files[:1] if config.given else files:  # the folder of given weights may be a read-only input
+            # the folder of given weights may be a read-only input
+            for file in files[:1] if config.weight_files else files:
                 write_text(file, choice.to_json())
     if choice is not None:
         if main and choice.volumes:
@@ -178,13 +179,13 @@ def _write(out: Path, result: Result) -> None:
     write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
-def _given(config: Config) -> list[Path]:
+def _weight_files(config: Config) -> list[Path]:
     """Return the files of weights named by the config; [] for the run's own weights.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    paths = [Path(name) for name in config.given]
+    paths = [Path(name) for name in config.weight_files]
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
@@ -197,14 +198,14 @@ def weights_of(config: Config, result: Result) -> list[Path]:
     weights = out / "best" / "model.safetensors"
     if config.weights == "final" or result.best is None or not weights.is_file():
         weights = out / "model.safetensors"
-    return _given(config) or [weights]
+    return _weight_files(config) or [weights]
 
 
 def _untrained(config: Config) -> Result:
     """Return the result of a run that trains nothing, since the config names files of weights."""
-    _given(config)
+    _weight_files(config)
     if distributed.is_main():
-        print(f"nothing is trained: the weights are {', '.join(config.given)}", flush=True)
+        print(f"nothing is trained: the weights are {', '.join(config.weight_files)}", flush=True)
     return Result(
         output_dir=config.output_dir, finished=True, reason="weights were given", step=0, max_steps=0, samples_seen=0,
         metrics={}, best=None, seconds=0.0, world_size=distributed.world_size(), strategy=config.strategy,

@@ -115,7 +115,8 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in ("best", "final") and not all(w.endswith(".safetensors") for w in self.given or ("",)):
+        named = self.weight_files or ("",)
+        if self.weights not in ("best", "final") and not all(name.endswith(".safetensors") for name in named):
             raise ValueError(f"Config.weights: expected best, final or .safetensors files, got {self.weights!r}")
         if not set(self.tta_axes) <= {0, 1, 2} or len(set(self.tta_axes)) < len(self.tta_axes):
             raise ValueError(f"Config.tta_axes: expected some of 0, 1 and 2, each once, got {self.tta_axes!r}")
@@ -148,7 +149,7 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected {low} to {high}, got {getattr(self, name)!r}")
 
     @property
-    def given(self) -> tuple[str, ...]:
+    def weight_files(self) -> tuple[str, ...]:
         """Return the weights files named by `weights`; () for best and final, the run's own weights."""
         if self.weights in ("best", "final"):
             return ()
@@ -240,13 +241,13 @@ class SurfaceSegmentation(Task):
         trained = distributed.from_main(self._trained)
         if self._facts or trained:
             return
-        cache.held = distributed.from_main(lambda: cache.plan(c.train))
+        cache.kept = distributed.from_main(lambda: cache.plan(c.train))
         facts: dict[str, Facts] = {}
         error: Exception | None = None
         began = said = time.monotonic()
         try:
             for volume in c.test[distributed.rank() :: distributed.world_size()]:
-                data.look_through(volume, cache)
+                data.check_image(volume, cache)
                 distributed.alive()
             for volume in c.train[distributed.rank() :: distributed.world_size()]:
                 facts[volume.id] = data.survey(volume, cache)
@@ -355,9 +356,9 @@ def prepare(config: Config) -> str:
     surface.prepare()
     cache.note_prepared([*c.train, *c.test])
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-    rest = "" if len(cache.held) == len(c.train) else "; cache_gb and the disk have no room for the others"
+    rest = "" if len(cache.kept) == len(c.train) else "; cache_gb and the disk have no room for the others"
     return (
-        f"{c.source} ({c.reason}): {len(cache.held)} of {len(c.train)} volumes decoded ({size:.1f} GB), "
+        f"{c.source} ({c.reason}): {len(cache.kept)} of {len(c.train)} volumes decoded ({size:.1f} GB), "
         f"{len(c.test)} to predict checked, in {folder}{rest}"
     )
 
