@@ -102,7 +102,7 @@ def test_a_trial_names_the_modules_of_a_model_that_is_not_known_to_overflow(
     exact = loss_of(task("llama", precision="fp32"))
     assert loss_of(task("llama")) == pytest.approx(exact, rel=1e-2)
     said = [line for line in capsys.readouterr().out.splitlines() if "so computed in fp32" in line]
-    assert said == ["beyond fp16's range, so computed in fp32: model.layers.1.mlp"]
+    assert said == ["computed in fp32, because their numbers exceed fp16's range: model.layers.1.mlp"]
 
 
 def test_4_bit_weights_that_overflow_compute_in_fp32_too(task: Callable[..., Finetune]) -> None:

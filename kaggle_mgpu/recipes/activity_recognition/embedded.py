@@ -75,7 +75,7 @@ def basic_motions(train: Path, test: Path, package: str) -> Windows:
         classes=classes,
         channels=CHANNELS,
         source=f"BasicMotions, from the installed package {package} ({train.parent})",
-        note="its recordings do not say whose they are, so the same people may be in training and test",
+        note="the recordings do not name their subjects, so the same people may be in training and test",
     )
 
 
@@ -161,7 +161,7 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
         classes=ACTIVITIES,
         channels=CHANNELS,
         source="SYNTHETIC signals of invented people",
-        note="figures on them say that the code works, nothing about people",
+        note="scores on these signals show that the code works, but say nothing about people",
     )
 
 

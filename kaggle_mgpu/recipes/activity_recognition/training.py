@@ -64,7 +64,8 @@ class ActivityRecognition(Task):
             c = self.config
             windows, reason = find(c.data_path, c.window, c.stride)
             if (windows.y == windows.y[0]).all():
-                raise ValueError(f"{windows.source}: all windows are of one class, {windows.classes[windows.y[0]]!r}")
+                name = windows.classes[windows.y[0]]
+                raise ValueError(f"{windows.source}: all windows are of one class, {name!r}; expected two or more")
             parts = split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed)
             if c.predict_path is not None:  # read now, so that a malformed file is found before training
                 self.unlabelled = read_unlabelled(Path(c.predict_path).expanduser(), windows.x.shape[1])
@@ -97,7 +98,7 @@ class ActivityRecognition(Task):
         w, reason, parts = self._data()
         lines = [
             f"signals: {w.source} ({reason})",
-            f"{len(w.y):,} windows of {w.x.shape[1]} channels ({', '.join(w.channels)}) x {w.x.shape[2]} moments; "
+            f"{len(w.y):,} windows of {w.x.shape[1]} channels ({', '.join(w.channels)}) x {w.x.shape[2]} time steps; "
             f"{len(w.classes)} classes: {', '.join(w.classes)}",
         ]
         if w.note:

@@ -41,8 +41,8 @@ NOT_CAMOUFLAGED = "COD10K-NonCAM-"
 SOFT_EDGE = 0.05
 """Largest allowed share of a mask's pixels between 0 and 255; resized masks have soft edges."""
 EXPECTED = (
-    "expected Train/Image and Train/GT_Object (with Test beside it: COD10K-v3), TrainDataset/Imgs and "
-    "TrainDataset/GT (with TestDataset), or Imgs and GT"
+    "expected the folders Train/Image and Train/GT_Object (COD10K-v3, with Test beside Train), TrainDataset/Imgs and "
+    "TrainDataset/GT (with TestDataset beside them), or Imgs and GT"
 )
 Pair = tuple[str, str]
 SCENE_SIZE = 96
@@ -198,7 +198,7 @@ def _root(data_path: str | None) -> tuple[Path | None, str]:
         # an input must have a training folder: folders called images and masks alone may belong to any data set
         for pattern in patterns:
             if found := session.find(pattern):
-                return found[0].parents[1], f"found among the inputs by {pattern}"
+                return found[0].parents[1], f"found among the inputs by the folder {pattern}"
         return None, f"no data_path, and no {patterns[0]} or {patterns[1]} among the inputs"
     path = Path(data_path).expanduser().resolve()
     if not path.is_dir():
@@ -209,7 +209,7 @@ def _root(data_path: str | None) -> tuple[Path | None, str]:
         if found := session.find(pattern, roots=[path], max_depth=4):
             return found[0].parents[1], "data_path"
     entries = sorted(entry.name for entry in path.iterdir())[:8]
-    raise FileNotFoundError(f"data_path: {EXPECTED} in {path}; it holds {', '.join(entries) or 'nothing'}")
+    raise FileNotFoundError(f"data_path: {EXPECTED} in {path}; this folder holds {', '.join(entries) or 'nothing'}")
 
 
 def _splits(root: Path, test_set: str | None) -> tuple[list[Pair], list[Pair]]:
@@ -223,7 +223,7 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
     if (pairs := _folder_pairs(folder)) is not None:
         if test_set is not None:
             raise FileNotFoundError(
-                f"test_set: no {test_set!r} in {folder}, which is one test set: leave test_set None"
+                f"test_set: no {test_set!r} in {folder}, which is a single test set: leave test_set out"
             )
         return pairs
     have = _sets(folder)
@@ -231,7 +231,7 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
     if wanted is None:
         return [pair for pairs in have.values() for pair in pairs]
     if wanted not in have:
-        raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; there are {list(have)}")
+        raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; it has {list(have)}")
     return have[wanted]
 
 
@@ -265,13 +265,15 @@ def _folder_pairs(folder: Path) -> list[Pair] | None:
         if not images.is_dir():
             if any((folder / other).is_dir() for other, beside in FOLDERS if beside == mask_name):
                 continue
-            raise FileNotFoundError(f"missing folder: {images}, whose masks are in {masks}")
+            raise FileNotFoundError(f"missing folder of images: {images}, for the masks in {masks}")
         of_stem = {path.stem: path for path in _files(masks)}
         found = [path for path in _files(images) if not path.name.startswith(NOT_CAMOUFLAGED)]
         missing = [path for path in found if path.stem not in of_stem]
         if missing:
-            more = f" (and {len(missing) - 1} more images)" if len(missing) > 1 else ""
-            raise FileNotFoundError(f"{missing[0]}: no mask for it, expected {masks / missing[0].stem}.png{more}")
+            more = f" (and {len(missing) - 1} more images without a mask)" if len(missing) > 1 else ""
+            raise FileNotFoundError(
+                f"{missing[0]}: no mask for this image, expected {masks / missing[0].stem}.png{more}"
+            )
         return [(str(path), str(of_stem[path.stem])) for path in found]
     return None
 
@@ -328,11 +330,11 @@ def _problem(pair: Pair) -> str | None:
     # a mask of 0 and 1 would count as empty, since only values above 128 are object
     if between > SOFT_EDGE or 0 < values[-1] <= 128:
         return (
-            f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} soft edge between; "
-            f"got values from {values[0]} to {values[-1]}, {between:.1%} of them neither 0 nor 255"
+            f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} of the pixels "
+            f"between (soft edges); got values from {values[0]} to {values[-1]}, {between:.1%} of the pixels between"
         )
     if not values[-1] and differ:
-        return f"{path}: as grey of 8 bits this mask is all 0, but its values differ; expected 0 and 255"
+        return f"{path}: converted to 8-bit grey, this mask is all 0, but its own values differ; expected 0 and 255"
     return None
 
 

@@ -107,7 +107,7 @@ def state_dict(path: str) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     except Exception as error:
         raise ValueError(
-            f"backbone_weights: {path}: cannot be read as weights alone: {type(error).__name__}: "
+            f"backbone_weights: {path}: cannot be read as plain tensors: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}. Give a .safetensors file."
         ) from error
 
@@ -146,10 +146,10 @@ class Timm(nn.Module):
         except Exception as error:
             advice = "Look the name up with timm.list_models(); without internet give a file as backbone_weights."
             if "img_size" in options and "size mismatch" in str(error):
-                advice = f"The weights are of another image_size than {image_size}, and timm does not resize them."
+                advice = f"The weights are for another image_size than {image_size}, and timm does not resize weights."
             raise ValueError(
-                f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
-                f"{advice}"
+                f"backbone {name!r}, weights {weights!r}: timm cannot make this backbone: {type(error).__name__}: "
+                f"{error}. {advice}"
             ) from error
         said: dict[str, Any] = {}
         for attribute in ("default_cfg", "pretrained_cfg"):
@@ -186,9 +186,9 @@ class Timm(nn.Module):
         ]
         if missing:
             raise WeightsError(
-                f"backbone_weights: {weights}: {len(missing)} of the {len(random)} random tensors of {name} got no "
-                f"values from it, {missing[0]} for one. Expected weights of this very backbone, by timm's names; or "
-                f"give backbone_weights='random' to begin without any."
+                f"backbone_weights: {weights} has no values for {len(missing)} of the {len(random)} randomly "
+                f"initialised tensors of {name}, for example {missing[0]}. Expected weights of exactly this backbone, "
+                f"with timm's names; or give backbone_weights='random' to train without pretrained weights."
             )
 
     def forward(self, x: Tensor) -> list[Tensor]:

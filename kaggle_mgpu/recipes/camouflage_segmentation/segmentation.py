@@ -58,8 +58,8 @@ def _cost(sizes: Sizes) -> Any:
         return cost(model, sizes[-1] or 0)
     except (RuntimeError, AssertionError) as error:  # on the meta device nothing else can fail
         raise ValueError(
-            f"backbone {sizes[0]!r}: it cannot compute images of {sizes[-1]} pixels: {error}. Give the image_size that "
-            f"it is made for, or another backbone."
+            f"backbone {sizes[0]!r} cannot compute images of {sizes[-1]} pixels: {error}. Give the image_size that the "
+            f"backbone is made for, or another backbone."
         ) from error
 
 
@@ -126,7 +126,7 @@ class CamouflageSegmentation(Task):
     def _costs(self) -> Iterator[str]:
         config = self.config
         batch = 8
-        yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
+        yield f"{'preset':16} pixels  batch  parameters  GFLOP per image  GB for {batch} images"
         for name in PRESETS:
             mine = name == config.preset
             # soft routing costs as much as top-k, and is valid even if the preset has fewer experts than top_k
@@ -136,9 +136,12 @@ class CamouflageSegmentation(Task):
             memory = batch * kept + 20 * parameters
             yield (
                 f"{name + (' *' if mine else ''):16} {its.image_size:6}  {its.global_batch_size or '':>5}  "
-                f"{parameters / 1e6:8.2f} M  {flops / 1e9:14.2f}  {memory / 1e9:15.2f}"
+                f"{parameters / 1e6:8.2f} M  {flops / 1e9:15.2f}  {memory / 1e9:15.2f}"
             )
-        yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
+        yield (
+            "* chosen preset. GFLOP of a forward pass; memory of an fp32 training step, computed, not measured (fp16: "
+            "about half)."
+        )
 
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
         """Make the segmenter of a `settled` config, by default the task's own."""
@@ -326,9 +329,9 @@ def pretrained(config: Config) -> str | None:
     if config.frozen_epochs:
         raise ValueError(
             f"backbone {config.backbone!r}: no pretrained weights among the inputs (no .safetensors file with {name} "
-            f"in its name, or its folder's), and stage 1 would freeze random ones for {config.frozen_epochs} epochs. "
-            f"Add the weights as an input, or give backbone_weights: a file, 'download' (needs internet), or 'random' "
-            f"where that is meant; or frozen_epochs=0."
+            f"in the name of the file or its folder), and stage 1 would freeze random weights for "
+            f"{config.frozen_epochs} epochs. Add the weights as an input; or set backbone_weights to a file, to "
+            f"'download' (needs internet), or to 'random' if you want random weights; or set frozen_epochs=0."
         )
     return None
 

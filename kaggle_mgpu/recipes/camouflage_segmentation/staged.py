@@ -139,5 +139,6 @@ def combine(config: Config, planned: list[Stage], results: list[Result], weights
     document = {**dataclasses.asdict(whole), "backbone_weights": weights_source}
     files.write_text(out / "result.json", json.dumps(document, indent=1))
     if not finished:
-        print(f"stopped in {planned[len(results) - 1].name} ({whole.reason}): run the same again and it goes on there")
+        stopped = planned[len(results) - 1].name
+        print(f"stopped in {stopped} ({whole.reason}): run the same cell or command again to continue there")
     return whole

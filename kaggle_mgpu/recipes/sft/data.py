@@ -102,9 +102,9 @@ def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
             return [example for example in made if example is not None]
     last = conversation[: learnt[-1] + 1]
     raise ValueError(
-        "the tokenizer's chat template does not render a question as the beginning of the question with its answer, "
-        f"so where the answer begins cannot be told. Question: {short(_render(tokenizer, last[:-1], True))}; "
-        f"with its answer: {short(_render(tokenizer, last))}. Give the tokenizer another chat_template."
+        "the tokenizer's chat template renders a question differently when its answer follows, so the beginning of the "
+        f"answer cannot be found. Question alone: {short(_render(tokenizer, last[:-1], True))}; question with "
+        f"answer: {short(_render(tokenizer, last))}. Give the tokenizer another chat_template."
     )
 
 
@@ -131,7 +131,7 @@ def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Ex
             if missing:
                 raise ValueError(
                     f"the tokenizer's chat template leaves out the call of the tool {missing[0]!r}: it renders the "
-                    f"answer as {short(texts[-1])}. Take a model whose template has tool calls, or leave such rows out."
+                    f"answer as {short(texts[-1])}. Take a model whose template has tool calls, or remove such rows."
                 )
     return _example(tokenizer, whole, spans, texts)
 

@@ -139,7 +139,7 @@ class Finetune(Task):
         if names and distributed.is_main():
             shown = ", ".join(name.removeprefix("base_model.model.") for name in names[:8])
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            print(f"beyond fp16's range, so computed in fp32: {shown}{more}", flush=True)
+            print(f"computed in fp32, because their numbers exceed fp16's range: {shown}{more}", flush=True)
 
     # The loss
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -202,11 +202,11 @@ class Finetune(Task):
                 found.append(self.logits(model, batch)[0])
             together, apart = found[0], torch.cat(found[1:])
             difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-9))
-            said = f"logits differ by {difference:.2g} of their size from those of each by itself"
+            said = f"the logits differ by {difference:.2g} of their size from the logits of each conversation alone"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:  # the model does not accept a block mask
-            difference, said = math.inf, f"it takes no block mask ({type(error).__name__}: {error})"
+            difference, said = math.inf, f"the model accepts no block mask ({type(error).__name__}: {error})"
         finally:
             model.train(training)
             torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
@@ -356,16 +356,16 @@ class Finetune(Task):
             f"LoRA rank {config.lora_rank} on {', '.join(names)}; base weights in "
             + ("nf4" if config.mode == "qlora" else str(self.base_dtype).removeprefix("torch."))
             if names
-            else "every weight"
+            else "all weights"
         )
         full = p.train_tokens / (len(packs) * config.max_length)
         out = f"; {p.truncated} cut at {config.max_length} tokens ({p.truncated_tokens:,} tokens of answers lost)"
-        out += f", {p.dropped} dropped: no answer within them" if p.dropped else ""
+        out += f", {p.dropped} dropped, because their answers begin later" if p.dropped else ""
         whole = not isinstance(config.micro_batch_size, int)
-        limit = (
-            " for the largest micro-batch there may be" if whole else f" for {config.micro_batch_size} packs at a time"
+        limit = " for the largest possible micro-batch" if whole else f" for {config.micro_batch_size} packs at a time"
+        none_held = (
+            ": too few conversations have different first messages, so give val_path" if config.val_fraction else ""
         )
-        none_held = ": too few begin differently, so give val_path" if config.val_fraction else ""
         asked = f"; ROUGE-L on {sum(map(len, self.prompt_batches()))} of them" if self.prompt_batches() else ""
         if self.no_generation:
             asked = f"; no answers can be generated ({self.no_generation}): evaluating by loss and perplexity"
@@ -373,13 +373,13 @@ class Finetune(Task):
             [
                 f"model: {p.model}: {planned.parameters:,} parameters, {planned.trainable:,} of them trained "
                 f"({self.backend}: {tuned})"
-                + ("; none was given: random weights, for a try, which learn with lr=4e-3" * (config.model is None)),
+                + ("; no model was given: random weights, for a trial run; use lr=4e-3" * (config.model is None)),
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "
                 + (f"packs of at most {config.max_length} tokens, {full:.0%} full" if config.packing else "samples")
                 + f"; {p.val:,} examples held out{asked if p.val else none_held}",
-                f"memory of a GPU, estimated{limit}: {planned.sentence()}",
+                f"memory per GPU, estimated{limit}: {planned.sentence()}",
             ]
         )
 

@@ -86,8 +86,8 @@ def check_installed(mode: str, library: str) -> None:
 def _missing(package: str) -> ImportError:
     extra = f" (or kaggle_mgpu[{EXTRA[package]}])" if package in EXTRA else ""
     return ImportError(
-        f"this needs the package `{package}`, which is not installed: pip install {package}{extra}. On Kaggle: with "
-        f"the internet on, or from a wheel added as an input."
+        f"the recipe sft needs the package `{package}`, which is not installed: pip install {package}{extra}. On "
+        f"Kaggle: with the internet on, or from a wheel added as an input."
     )
 
 
@@ -148,7 +148,7 @@ def tokenizer(path: str) -> tuple[Any, str]:
     if not loaded.chat_template:
         bos, eos = (json.dumps(token or "") for token in (loaded.bos_token, loaded.eos_token))
         loaded.chat_template = f"{{% set bos_token = {bos} %}}{{% set eos_token = {eos} %}}" + PLAIN
-        said = 'the tokenizer has no chat template: "### Question:" and "### Answer:" stand for it'
+        said = 'the tokenizer has no chat template: "### Question:" and "### Answer:" are used instead'
     if loaded.pad_token_id is None:
         loaded.pad_token_id = loaded.eos_token_id if loaded.eos_token_id is not None else 0
     return loaded, said
@@ -166,10 +166,10 @@ def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
         said = short(f"{type(error).__name__}: {error}")
         if here:
             raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
-        reason = said if reachable else f"nobody answers at {hub()}, and its cache does not hold it"
+        reason = said if reachable else f"no connection to {hub()}, and the model is not in the local cache"
         raise FileNotFoundError(
-            f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
-            f"({reason}). On Kaggle: Add Input > Models, and give its folder; or switch the internet on."
+            f"model: {path!r} is not a folder here or among the inputs, and could not be loaded from the hub "
+            f"({reason}). On Kaggle: Add Input > Models, then give the model's folder; or switch the internet on."
         ) from None
 
 
@@ -311,13 +311,15 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
     auto = [name for name in there if name not in ROUTERS]
     if wanted == "auto":
         if not auto:
-            raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer beside its head")
+            raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer except its head")
         return _full_where_shared(auto, there, elsewhere)
     names = [name for name in re.split(r"[,\s]+", wanted) if name]
     if not names:
         raise ValueError(f"lora_targets={wanted!r} names no layer. Give auto, or some of {', '.join(there)}.")
     if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"lora_targets: {', '.join(unknown)} is no linear layer here. There are {', '.join(there)}.")
+        raise ValueError(
+            f"lora_targets: the model has no linear layer named {', '.join(unknown)}. It has {', '.join(there)}."
+        )
     return _full_where_shared(names, there, elsewhere)
 
 

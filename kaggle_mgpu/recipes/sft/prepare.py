@@ -84,13 +84,14 @@ def prepare(config: Config) -> Prepared:
     if not facts["train"] or (held and not facts["val"]):
         raise ValueError(
             f"{source}: nothing to learn: of {len(training)} conversations to train on and {len(held)} held out, "
-            f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise it"
+            f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise "
+            f"max_length"
         )
     limit = models.positions(model)
     longest = max(max(data.Examples(folder, part).lengths, default=0) for part in ("train", "val"))
     if limit is not None and longest > limit:  # on a GPU an index beyond the position embeddings aborts the process
         raise ValueError(
-            f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} knows "
+            f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} has "
             f"{limit} positions: give max_length={limit}"
         )
     return Prepared(

@@ -84,7 +84,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     out, main = Path(config.output_dir), distributed.is_main()
     began = time.monotonic()
     if (document := read_json(out / "result.json")) is None:
-        raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) does both")
+        raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) trains and predicts")
     result = dataclasses.replace(Result(**document), output_dir=str(out))
     paths = weights_of(config, result)
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
@@ -138,7 +138,10 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         result = dataclasses.replace(result, finished=False, reason="time limit")
         if main:
             left = max(left, sum(not job.path.is_file() for job in jobs))
-            print(f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same again.")
+            print(
+                f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same cell or command "
+                f"again."
+            )
             _write(out, result)
         return result
     figures = _measure(held, folder / "held_out")
@@ -247,7 +250,10 @@ def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _copied(source, target)
     if copied := sum(job.begun() for job in jobs) - own:
-        print(f"{copied} of {len(jobs)} volumes were predicted by an earlier session, among the inputs", flush=True)
+        print(
+            f"{copied} of {len(jobs)} volumes have predictions in an earlier session's output among the inputs",
+            flush=True,
+        )
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
@@ -255,7 +261,7 @@ def _draw(surface: SurfaceSegmentation, path: Path) -> None:
     try:
         figure(surface).savefig(path, dpi=110)
     except Exception as error:
-        print(f"{path} was not drawn: {type(error).__name__}: {error}. All else of the run is whole.", flush=True)
+        print(f"{path} was not drawn: {type(error).__name__}: {error}. The rest of the run is complete.", flush=True)
 
 
 def _digest(volumes: list[Volume]) -> str:
