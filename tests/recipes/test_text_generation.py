@@ -356,6 +356,33 @@ def test_text_in_many_batches_gives_the_same_tokens_and_says_how_far_it_is(
     assert os.environ.get("TOKENIZERS_PARALLELISM") == "false", "as before: loader processes are forked"
 
 
+@pytest.mark.parametrize("word", ["word ", "слово ", "数学 "])
+def test_learning_a_vocabulary_counts_up_to_its_total(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    made: list[corpus_file.Progress] = []
+
+    class Kept(corpus_file.Progress):
+        def __init__(self, doing: str, total: int | None = None) -> None:
+            super().__init__(doing, total)
+            made.append(self)
+
+    monkeypatch.setattr(corpus_file, "Progress", Kept)
+    monkeypatch.setattr(corpus_file, "SAMPLE_CHARACTERS", 100)
+    text = word * 200
+    size = len(text.encode())
+    assert "".join(corpus_file._samples(iter([(text, len(text))]), size)) == text
+    assert (made[0].done, made[0].total) == (size, size)
+    # with a limit of characters, the total is the bytes of these characters
+    monkeypatch.setattr(corpus_file, "MOST_CHARACTERS", limit := len(text) // 2)
+    characters = 0
+    for piece in corpus_file._samples(iter([(text, len(text))]), size):
+        characters += len(piece)
+        if characters >= limit:
+            break
+    assert made[1].total is not None
+    assert abs(made[1].total - size / 2) < 20
+    assert 0 <= made[1].total - made[1].done <= len(piece.encode()) + 20, "the last piece is not counted yet"
+
+
 def test_what_a_killed_preparation_left_is_replaced(tmp_path):
     config = small(tmp_path, data_path=str(lines(tmp_path)))
     folder = Path(prepare(config).folder)

@@ -282,14 +282,18 @@ def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
         split: gives each document, and how many of its characters are for training.
         total: bytes for training.
     """
-    progress = Progress("learning a vocabulary", min(total, MOST_CHARACTERS))
+    progress, characters = Progress("learning a vocabulary", total), 0
     for text, end in split:
         start = 0
         while start < end:
             found = BETWEEN_WORDS.search(text, start + SAMPLE_CHARACTERS, end)
             stop = found.start() if found else end
             yield (piece := text[start:stop])
-            progress.add(len(piece))
+            nbytes = len(piece.encode("utf-8"))
+            characters += len(piece)
+            # training ends after MOST_CHARACTERS; their bytes are estimated from the text so far
+            progress.total = min(total, round(MOST_CHARACTERS * (progress.done + nbytes) / characters))
+            progress.add(nbytes)
             start = stop
 
 
