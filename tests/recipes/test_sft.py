@@ -281,7 +281,7 @@ def test_a_model_that_cannot_keep_packs_apart_is_found_out(home: Path, monkeypat
     recurrent = transformers.MambaForCausalLM(settings)
     recurrent.selects_positions = models.select_positions(recurrent)
     batch = task.train_data()[0]
-    with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed .* apart: it takes no block"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed .* apart: the model accepts no block"):
         task.loss(recurrent, batch)
     with monkeypatch.context() as patch:  # a mask that is ignored
         patch.setattr(data, "block_mask", lambda s: torch.ones(1, 1, s.shape[1], s.shape[1], dtype=torch.bool).tril())
