@@ -217,7 +217,7 @@ NPZ_FAULTS = {
     "count": (arrays(subject=[1, 2]), r"a\.npz: subject: expected shape \(12,\), one value per window of x, got"),
     "shape": (
         arrays(x=np.zeros((12, 16))),
-        r"a\.npz: x: expected numbers \(windows, channels, time\), got .* \(12",
+        r"a\.npz: x: expected numbers of shape \(windows, channels, time\), got .* \(12",
     ),
     "nan": (arrays(x=NAN), r"a\.npz: x\[4, 2, 9\] is nan, not a finite number"),
     "missing": ({"x": NAN, "y": [0]}, r"a\.npz: no array subject; the file has x, y"),
@@ -455,7 +455,7 @@ def test_a_file_of_seglearn_that_would_run_code_or_is_of_another_form_is_refused
         ),
         ({"X": [np.zeros((20, 5))] * 30}, r"expected finite numbers \(rows, 6\), got \(20, 5\)"),
         ({"y": np.full(30, 3)}, r"expected labels 0 to 2, got 3 to 3"),
-        ({"X": [np.zeros((9, 6))] * 30}, r"in windows of 10 rows: "),
+        ({"X": [np.zeros((9, 6))] * 30}, r"into windows of 10 rows: no recording is as long"),
     ):
         watch_package(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
@@ -739,7 +739,9 @@ def test_an_unfinished_run_is_not_tested(tmp_path, npz):
     config = small(tmp_path, npz, max_steps=1)
     task = ActivityRecognition(config)
     result = replace(train(config, task), finished=False, reason="time limit")
-    with pytest.raises(RuntimeError, match=r"stopped at step 1 of 1 \(time limit\)\. The test set is for when"):
+    with pytest.raises(
+        RuntimeError, match=r"stopped at step 1 of 1 \(time limit\)\. The test set is measured after training"
+    ):
         ar.measure(task, result)
     assert not (tmp_path / "run" / "test.json").exists()
 

@@ -185,7 +185,7 @@ def test_the_other_archives_and_their_test_sets(tmp_path: Path) -> None:
         pair(tmp_path / "TestDataset" / name, ("Imgs", "GT"), name)
     assert names_of(prepare(tmp_path).val) == ["COD10K"]
     assert names_of(prepare(tmp_path, test_set="CAMO").val) == ["CAMO"]
-    with pytest.raises(FileNotFoundError, match=r"test_set: no 'NC4K' .* in .*TestDataset; there are \['CAMO', 'COD"):
+    with pytest.raises(FileNotFoundError, match=r"test_set: no 'NC4K' .* in .*TestDataset; it has \['CAMO', 'COD"):
         prepare(tmp_path, test_set="NC4K")
     with pytest.raises(FileNotFoundError, match=r"test_set: no 'NC4K' in .*Test, which is a single test set"):
         prepare(cod10k(tmp_path / "cod"), test_set="NC4K")
@@ -235,7 +235,7 @@ def break_size(root: Path) -> str:
 
 def break_labels(root: Path) -> str:
     path = save(root / "Test/GT_Object/COD10K-CAM-Test-1.png", np.eye(30, 41))
-    return rf"{path}: expected a mask of 0 \(background\) and 255 .* from 0 to 1, 2.4% of them neither"
+    return rf"{path}: expected a mask of 0 \(background\) and 255 .* from 0 to 1, 2.4% of the pixels neither"
 
 
 def break_grey(root: Path) -> str:
@@ -756,7 +756,9 @@ def test_the_check_of_the_weights_leaves_the_random_numbers_that_follow_as_they_
 
 def test_a_random_backbone_is_frozen_only_where_that_is_asked_for(timm: Any, tmp_path: Path) -> None:
     config = tiny(tmp_path, backbone="edgenext_base", partial_epochs=0, max_steps=1)
-    with pytest.raises(ValueError, match=r"no pretrained weights among the inputs .* stage 1 would freeze random ones"):
+    with pytest.raises(
+        ValueError, match=r"no pretrained weights among the inputs .* stage 1 would freeze random weights"
+    ):
         run(config)
     asked = config.replace(backbone_weights="random")
     assert "backbone: edgenext_base, weights: random" in CamouflageSegmentation(asked).describe()
@@ -804,7 +806,7 @@ def test_a_preset_fills_in_what_was_left_open() -> None:
         ({"decoder": "large"}, r"decoder: expected small\|experts, got 'large'"),
         ({"val_fraction": 0.6}, "val_fraction: expected 0 to 0.5, got 0.6"),
         ({"routing": "topk", "top_k": 5}, "top_k: expected at most num_experts = 4, got 5"),
-        ({"global_batch_size": "per_gpu:16"}, "global_batch_size: expected a number, since the lengths of the stages"),
+        ({"global_batch_size": "per_gpu:16"}, "global_batch_size: expected a number, since the stages' lengths"),
         ({"preset": "slow"}, r"preset: expected balanced\|fast\|high_resolution, got 'slow'"),
     ],
 )

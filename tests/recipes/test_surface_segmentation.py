@@ -579,7 +579,7 @@ def test_a_submission_is_checked_byte_by_byte(tmp_path):
 
     refused(r"submission\.zip: other\.tif belongs to no volume", other=np.zeros((4, 4, 4), np.uint8))
     refused(r"v0\.tif: expected the shape \(5, 6, 7\), got \(5, 7, 6\)", v0=np.zeros((5, 7, 6), np.uint8))
-    refused(r"v0\.tif: page 0: expected 0 and 1 .* got up to 255", v0=np.full((5, 6, 7), 255, np.uint8))
+    refused(r"v0\.tif: page 0: expected values 0 and 1 .* got values up to 255", v0=np.full((5, 6, 7), 255, np.uint8))
     stack(tmp_path / "v0.tif", np.zeros((5, 6, 7), np.uint8), compression="tiff_deflate")
     refused(r"v0\.tif: page 0: expected LZW \(compression 5\), got compression 8")
     (tmp_path / "v0.tif").write_bytes(b"II*\0")

@@ -67,6 +67,8 @@ def read_watch(file: Path, window: int, stride: int) -> Windows:
                 xs.append(signals[at : at + window].T.astype(np.float32))
                 ys.append(int(label))
                 subjects.append(str(subject))
+        if not ys:
+            raise ValueError("no recording is as long as a window")
         if not 0 <= min(ys) <= max(ys) < len(classes):
             raise ValueError(f"expected labels 0 to {len(classes) - 1}, got {min(ys)} to {max(ys)}")
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError) as error:

@@ -331,7 +331,8 @@ def _problem(pair: Pair) -> str | None:
     if between > SOFT_EDGE or 0 < values[-1] <= 128:
         return (
             f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} of the pixels "
-            f"between (soft edges); got values from {values[0]} to {values[-1]}, {between:.1%} of the pixels between"
+            f"between (soft edges); got values from {values[0]} to {values[-1]}, {between:.1%} of the pixels neither "
+            f"0 nor 255"
         )
     if not values[-1] and differ:
         return f"{path}: converted to 8-bit grey, this mask is all 0, but its own values differ; expected 0 and 255"
