@@ -455,7 +455,7 @@ def test_a_file_of_seglearn_that_would_run_code_or_is_of_another_form_is_refused
         ),
         ({"X": [np.zeros((20, 5))] * 30}, r"expected finite numbers \(rows, 6\), got \(20, 5\)"),
         ({"y": np.full(30, 3)}, r"expected labels 0 to 2, got 3 to 3"),
-        ({"X": [np.zeros((9, 6))] * 30}, r"into windows of 10 rows: no recording is as long"),
+        ({"X": [np.zeros((9, 6))] * 30}, r"into windows of 10 rows: expected a recording as long"),
     ):
         watch_package(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):

@@ -68,7 +68,7 @@ def read_watch(file: Path, window: int, stride: int) -> Windows:
                 ys.append(int(label))
                 subjects.append(str(subject))
         if not ys:
-            raise ValueError("no recording is as long as a window")
+            raise ValueError("expected a recording as long as a window, got none")
         if not 0 <= min(ys) <= max(ys) < len(classes):
             raise ValueError(f"expected labels 0 to {len(classes) - 1}, got {min(ys)} to {max(ys)}")
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError) as error:
