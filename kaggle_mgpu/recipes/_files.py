@@ -29,7 +29,7 @@ def data_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if not path.is_file():
         raise FileNotFoundError(f"data_path: no such file or folder: {path}")
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"data_path: expected one of {', '.join(suffixes)}, got {path}")
+        raise ValueError(f"data_path: expected a file ending in {' or '.join(suffixes)}, got {path}")
     return [path]
 
 
@@ -70,7 +70,7 @@ def parquet_rows(file: Path, text_field: str | None = None) -> Iterator[tuple[st
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
         if text_field is not None and text_field not in names:
-            raise ValueError(f"{file}: expected a column {text_field!r} (text_field), got {names}")
+            raise ValueError(f"{file}: expected a column {text_field!r} (setting text_field), got the columns {names}")
         batches = table.iter_batches(columns=None if text_field is None else [text_field])
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{file}, row {number}", row

@@ -29,7 +29,7 @@ def launch_folds(function: Callable[[C], Any], config: C, configs: Sequence[C]) 
     values = launch_each(function, configs, at_once=at_once, gpu_ids=config.gpu_ids)
     if missing := sum(value is None for value in values):
         done = len(configs) - missing
-        print(f"{done} of {len(configs)} folds have finished: run this again, and the others go on", flush=True)
+        print(f"{done} of {len(configs)} folds have finished: run this again to continue the others", flush=True)
         return None
     return values
 

@@ -214,20 +214,20 @@ NPZ_FAULTS = {
         r"a\.npz: y\[4\]: label 3 is out of range, expected 0 to 2",
     ),
     "negative": (arrays(y=[-1] * 12), r"a\.npz: y\[0\]: label -1 is out of range"),
-    "count": (arrays(subject=[1, 2]), r"a\.npz: subject: expected shape \(12,\), as x has, got \(2,\)"),
+    "count": (arrays(subject=[1, 2]), r"a\.npz: subject: expected shape \(12,\), one value per window of x, got"),
     "shape": (
         arrays(x=np.zeros((12, 16))),
-        r"a\.npz: x: expected numbers \(windows, channels, time\), got .* \(12",
+        r"a\.npz: x: expected numbers of shape \(windows, channels, time\), got .* \(12",
     ),
     "nan": (arrays(x=NAN), r"a\.npz: x\[4, 2, 9\] is nan, not a finite number"),
-    "missing": ({"x": NAN, "y": [0]}, r"a\.npz: no array subject; it has x, y"),
-    "short": (arrays(x=np.zeros((12, 3, 7))), r"a\.npz: windows of 7 moments are too short, expected 8 or more"),
+    "missing": ({"x": NAN, "y": [0]}, r"a\.npz: no array subject; the file has x, y"),
+    "short": (arrays(x=np.zeros((12, 3, 7))), r"a\.npz: windows of 7 time steps are too short, expected 8"),
     "no label": (
         {**{name: array for name, array in arrays().items() if name != "classes"}, "y": [0.0, np.nan] * 6},
         r"a\.npz: y\[1\]: expected a label, got nan",
     ),
     "no subject": (arrays(subject=[0.0, 1.0, np.nan] * 4), r"a\.npz: subject\[2\]: expected a subject, got nan"),
-    "channels": (arrays(channels=["a"]), r"a\.npz: channels: expected 3 names, as x has, got 1"),
+    "channels": (arrays(channels=["a"]), r"a\.npz: channels: expected 3 names, one per channel of x, got 1"),
     "objects": (arrays(y=np.array([{}] * 12)), r"a\.npz: not a readable \.npz of plain arrays"),
 }
 
@@ -242,7 +242,7 @@ def test_a_malformed_npz_is_named(tmp_path, fault):
 
 def test_one_class_alone_is_nothing_to_learn(tmp_path):
     path = save_npz(tmp_path / "a.npz", **arrays(y=[1] * 12))
-    with pytest.raises(ValueError, match=r"a\.npz: all windows are of one class, 'b'"):
+    with pytest.raises(ValueError, match=r"a\.npz: all windows are of one class, 'b'; expected two or more"):
         ActivityRecognition(Config(data_path=str(path))).describe()
 
 
@@ -273,7 +273,7 @@ def test_what_cannot_be_predicted_is_refused_before_training(tmp_path, npz):
     refused(ValueError, r"new\.npz: x: expected .*\(windows, 6 channels, 8 or .* got float64 \(0,\)", y=[1])
     refused(ValueError, r"expected finite numbers .* got float64 \(2, 5, 64\)", x=np.zeros((2, 5, 64)))
     refused(ValueError, r"expected finite numbers .* got float64 \(2, 6, 64\)", x=np.full((2, 6, 64), np.nan))
-    refused(ValueError, r"id: expected shape \(2,\), as x has, got \(3,\)", x=np.zeros((2, 6, 64)), id=[1, 2, 3])
+    refused(ValueError, r"id: expected shape \(2,\), one id per .* got \(3,\)", x=np.zeros((2, 6, 64)), id=[1, 2, 3])
     (tmp_path / "new.npz").write_text("no zip")
     refused(ValueError, r"new\.npz: not a readable \.npz of plain arrays")
 
@@ -312,7 +312,7 @@ def test_csv_recordings_are_cut_into_windows_that_cross_no_border(tmp_path):
     assert w.x[:10, 0, 0].tolist() == [0, 2, 10, 12, 20, 22, 30, 32, 40, 42]
     assert (np.diff(w.x[:, 0]) == 1).all()
     assert (w.x[:, 1] == -w.x[:, 0]).all()
-    with pytest.raises(ValueError, match=r"a\.csv: no recording .* is as long as window = 11 rows"):
+    with pytest.raises(ValueError, match=r"a\.csv: no recording .* has window = 11 rows or more"):
         sources.find(str(tmp_path), window=11)
 
 
@@ -451,25 +451,25 @@ def test_a_file_of_seglearn_that_would_run_code_or_is_of_another_form_is_refused
     for changes, message in (
         (
             {"X_labels": Path("x")},
-            r"watch_dataset\.npy: not the recordings of .*: its pickle asks for pathlib",
+            r"watch_dataset\.npy: not readable as the recordings of .*: its pickle would import pathlib",
         ),
         ({"X": [np.zeros((20, 5))] * 30}, r"expected finite numbers \(rows, 6\), got \(20, 5\)"),
         ({"y": np.full(30, 3)}, r"expected labels 0 to 2, got 3 to 3"),
-        ({"X": [np.zeros((9, 6))] * 30}, r"in windows of 10 rows: "),
+        ({"X": [np.zeros((9, 6))] * 30}, r"into windows of 10 rows: expected a recording as long"),
     ):
         watch_package(tmp_path, **changes)
         with pytest.raises(ValueError, match=message):
             embedded.embedded(10, 5)
     file = tmp_path / "seglearn" / "data" / "watch_dataset.npy"
     file.write_bytes(file.read_bytes()[:400])
-    with pytest.raises(ValueError, match=r"not the recordings of seglearn"):
+    with pytest.raises(ValueError, match=r"not readable as the recordings of seglearn"):
         embedded.embedded(10, 5)
 
 
 def test_the_synthesis_says_what_it_is_and_repeats():
     task = ActivityRecognition(Config())
     assert "SYNTHETIC signals of invented people" in task.describe()
-    assert "nothing about people" in task.describe()
+    assert "say nothing about people" in task.describe()
     w = embedded.synthetic(subjects=3, repeats=2)
     assert w.x.shape == (36, 6, 128)
     assert np.array_equal(w.x, embedded.synthetic(subjects=3, repeats=2).x)
@@ -514,9 +514,9 @@ def test_subjects_can_be_named_and_slips_are_errors():
     w = windows(["a", "b", "c", "d"], labels=[0, 0, 1, 1])
     parts = sources.split(w, 0.2, 0.0, ("d", "a"))
     assert {name: rows.tolist() for name, rows in parts.items()} == {"train": [1, 2], "val": [], "test": [0, 3]}
-    with pytest.raises(ValueError, match="test_subjects: z not in the data, which has a, b, c, d"):
+    with pytest.raises(ValueError, match="test_subjects: z not in the data, which has the subjects a, b, c, d"):
         sources.split(w, 0.2, 0.0, ("z",))
-    with pytest.raises(ValueError, match="class 'class 1' has no window of the subjects left for training"):
+    with pytest.raises(ValueError, match="no subject left for training has a window of class 'class 1'"):
         sources.split(w, 0.2, 0.0, ("c", "d"))
     with pytest.raises(ValueError, match=r"1 subjects are too few to hold out a test_fraction of 0\.2"):
         sources.split(windows(["a", "a"]), 0.2, 0.1)
@@ -558,7 +558,7 @@ def test_a_window_is_augmented_alike_in_any_split_and_otherwise_in_another_epoch
     fetch = Fetch(task.train_data(), seed=3)
     whole, part = fetch[0, np.arange(20)], fetch[0, np.arange(8, 12)]
     assert all(torch.equal(a[8:12], b) for a, b in zip(whole, part, strict=True))
-    assert whole[2].shape == (20, model.CHANCES)
+    assert whole[2].shape == (20, model.N_RANDOM)
     assert not torch.equal(fetch[1, np.arange(20)][2], whole[2])
     # validation is fetched in whole batches, and nothing about it is random
     val = Fetch(task.val_data(), seed=3)
@@ -739,7 +739,9 @@ def test_an_unfinished_run_is_not_tested(tmp_path, npz):
     config = small(tmp_path, npz, max_steps=1)
     task = ActivityRecognition(config)
     result = replace(train(config, task), finished=False, reason="time limit")
-    with pytest.raises(RuntimeError, match=r"stopped at step 1 of 1 \(time limit\)\. The test set is for when"):
+    with pytest.raises(
+        RuntimeError, match=r"stopped at step 1 of 1 \(time limit\)\. The test set is measured after training"
+    ):
         ar.measure(task, result)
     assert not (tmp_path / "run" / "test.json").exists()
 

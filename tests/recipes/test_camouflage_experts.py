@@ -150,5 +150,5 @@ def test_the_experts_own_values_of_each_preset() -> None:
         assert (small.decoder_width, small.num_experts) == (values["decoder_width"], values["num_experts"])
         assert large.num_experts == len(experts.KINDS) and large.image_size == small.image_size
     assert Config(decoder="experts", preset="fast", routing="topk", top_k=7).settled(drawn=True).top_k == 7
-    with pytest.raises(ValueError, match="top_k: expected at most num_experts, got 8"):
+    with pytest.raises(ValueError, match="top_k: expected at most num_experts = 7, got 8"):
         Config(decoder="experts", routing="topk", top_k=8)

@@ -279,9 +279,9 @@ def test_a_model_that_cannot_keep_packs_apart_is_found_out(home: Path, monkeypat
     task = Finetune(config(home, "loss", tuning="full"))
     settings = transformers.MambaConfig(vocab_size=320, hidden_size=16, num_hidden_layers=1, state_size=4)
     recurrent = transformers.MambaForCausalLM(settings)
-    recurrent.picks = models.only_where_asked(recurrent)
+    recurrent.selects_positions = models.select_positions(recurrent)
     batch = task.train_data()[0]
-    with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed .* apart: it takes no block"):
+    with pytest.raises(ValueError, match=r"MambaForCausalLM does not keep packed .* apart: the model accepts no block"):
         task.loss(recurrent, batch)
     with monkeypatch.context() as patch:  # a mask that is ignored
         patch.setattr(data, "block_mask", lambda s: torch.ones(1, 1, s.shape[1], s.shape[1], dtype=torch.bool).tril())
@@ -301,7 +301,7 @@ def test_packs_are_checked_in_an_evaluation_whatever_the_batch_holds(
     assert held is not None
     monkeypatch.setattr(task, "check_packing", lambda *_: checked.append(1))
     monkeypatch.setattr(task, "_answers", lambda *_: [])
-    prompts = held.batch(torch.tensor([next(iter(held.asked_at))]))
+    prompts = held.batch(torch.tensor([next(iter(held.prompt_batch_at))]))
     assert not len(prompts["ids"])
     for _ in range(2):
         task.metrics(task.model(), prompts)
@@ -365,7 +365,7 @@ def test_an_evaluation_does_not_change_the_gradient_of_4_bit_weights(home: Path)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    task._tools["checked"] = True  # the check of packs is an evaluation itself
+    task._cache["checked"] = True  # the check of packs is an evaluation itself
     gradients = []
     for _ in range(2):
         task.loss(model, batch).backward()
@@ -415,7 +415,7 @@ def test_merged_into_one_model_it_gives_the_adapters_logits(
     task.export(result, "final")
     arguments = ["merge", result.output_dir, "--dtype", dtype, "--to", str(tmp_path / "merged")]
     assert command_line.main(arguments) == 0
-    assert f"one model in {dtype}; its logits differ from the trained model's by at most" in capsys.readouterr().out
+    assert f"one model in {dtype}; the merge changed its logits by at most" in capsys.readouterr().out
     ids = torch.tensor([AutoTokenizer.from_pretrained(str(tmp_path / "merged"))("What is 3 plus 4?")["input_ids"]])
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
@@ -434,7 +434,7 @@ def test_merge_says_what_is_wrong(single: dict[str, tuple[Finetune, Result]], tm
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     assert command_line.main(["merge", result.output_dir, "--to", str(tmp_path / "full")]) == 1
-    assert "the folder is not empty; give another, or empty it" in capsys.readouterr().err
+    assert "the folder is not empty; give another folder, or empty this one" in capsys.readouterr().err
 
 
 def test_the_card_holds_what_was_measured(single: dict[str, tuple[Finetune, Result]]) -> None:
@@ -528,7 +528,7 @@ def test_layers_by_architecture() -> None:
     assert {"q_proj", "v_proj", "down_proj"} <= set(found)
     assert not {"gate", "shared_expert_gate", "lm_head"} & set(found)
     assert models.targets(gpt2, "c_fc, c_attn") == ["c_fc", "c_attn"]
-    with pytest.raises(ValueError, match=r"q_proj is no linear layer here. There are c_attn, c_proj, c_fc\.$"):
+    with pytest.raises(ValueError, match=r"no linear layer named q_proj. It has c_attn, c_proj, c_fc\.$"):
         models.targets(gpt2, "q_proj")
     with pytest.raises(ValueError, match=r"lora_targets=' , ' names no layer\. Give auto, or some of c_attn, c_proj"):
         models.targets(gpt2, " , ")
@@ -568,7 +568,7 @@ def test_the_estimate_is_what_is_kept(home: Path, mode: str, checkpointing: bool
 
 
 def test_packages_that_are_not_there_are_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = r"this needs the package `unsloth`, which is not installed: pip install unsloth\. On Kaggle: with"
+    said = r"the recipe sft needs the package `unsloth`, which is not installed: pip install unsloth\. On Kaggle: with"
     with pytest.raises(ImportError, match=said):
         assert Finetune(config(home, "un", tuning="lora", backend="unsloth")).prepared
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
@@ -579,8 +579,8 @@ def test_packages_that_are_not_there_are_named(home: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"tuning": "qlora", "backend": "hf"}, "backend='hf' does not do tuning='qlora': hf does full and lora, bnb"),
-        ({"tuning": "lora", "backend": "bnb"}, "backend='bnb' does not do tuning='lora'"),
+        ({"tuning": "qlora", "backend": "hf"}, "backend='hf' cannot do tuning='qlora': hf does full and lora, bnb"),
+        ({"tuning": "lora", "backend": "bnb"}, "backend='bnb' cannot do tuning='lora'"),
         ({"lora_rank": 0}, "Config.lora_rank: expected 1 or more, got 0"),
         ({"val_fraction": 0.9}, "expected 0 <= val_fraction <= 0.5"),
     ],
@@ -621,18 +621,16 @@ def test_where_nobody_answers_the_hub_is_not_asked_again_and_again(monkeypatch: 
 
     monkeypatch.setattr(models.require("transformers").AutoTokenizer, "from_pretrained", refuse)
     monkeypatch.setattr(models.urllib.request, "getproxies", dict)
-    monkeypatch.setattr(models.hub_answers, "__defaults__", (60.0,))  # on a busy machine too
+    monkeypatch.setattr(models.hub_is_reachable, "__defaults__", (60.0,))  # on a busy machine too
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(
-            FileNotFoundError, match=r"'a/b' is no folder here, none .* \(OSError: no such repository\)"
-        ):
+        with pytest.raises(FileNotFoundError, match=r"'a/b' is not a folder here .* \(OSError: no such repository\)"):
             models.tokenizer("a/b")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))  # and does not listen; nobody else can on its port
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(
-            FileNotFoundError, match=r"nobody answers at http://127.*, and its cache does not hold it\)"
+            FileNotFoundError, match=r"no connection to http://127.*, and the model is not in the local cache\)"
         ):
             models.tokenizer("a/b")
     monkeypatch.setattr(models.urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
@@ -653,7 +651,7 @@ def test_a_folder_that_is_no_model_that_can_be_tuned_is_named(home: Path, tmp_pa
         ("without", "model.safetensors", None, "without cannot be loaded by transformers: OSError: Error no file"),
         ("words", "tokenizer.json", None, "words cannot be loaded by transformers: "),
         ("torn", "config.json", b"{", "torn cannot be loaded by transformers: .* not a valid JSON"),
-        ("t5", "config.json", b'{"model_type": "t5"}', "t5 is none that writes text: Unrecognized configuration"),
+        ("t5", "config.json", b'{"model_type": "t5"}', "t5 is not a causal language model: Unrecognized configuration"),
     ):
         task = Finetune(config(home, name, model=spoilt(name, file, content)))
         with pytest.raises(ValueError, match=f"model: .*{says}"):
@@ -666,7 +664,7 @@ def test_what_is_longer_than_the_model_bears_is_refused_and_answers_end_there(ho
     longest = max(Finetune(config(home, "loss")).examples("train").lengths)
     limit = longest - 1
     (folder / "config.json").write_text(json.dumps({**about, "max_position_embeddings": limit}))
-    says = rf"max_length=96: the longest conversation has {longest} tokens, but .*short knows {limit} positions: give"
+    says = rf"max_length=96: the longest conversation has {longest} tokens, but .*short has {limit} positions: give"
     with pytest.raises(ValueError, match=says):
         Finetune(config(home, "short", model=str(folder))).describe()
     task = Finetune(config(home, "short", model=str(folder), max_length=limit))
@@ -677,7 +675,9 @@ def test_what_is_longer_than_the_model_bears_is_refused_and_answers_end_there(ho
     for length in (limit - 5, limit - 1):
         generation.answer(model, task.tokenizer, [[5] * length], max_new_tokens=50, stop=[])
     assert lengths == [limit, limit]
-    with pytest.raises(ValueError, match=f"a prompt of {limit} tokens leaves none of the model's {limit} positions"):
+    with pytest.raises(
+        ValueError, match=f"a prompt of {limit} tokens leaves no room .* the model has {limit} positions"
+    ):
         generation.answer(model, task.tokenizer, [[5] * limit], max_new_tokens=50, stop=[])
 
 

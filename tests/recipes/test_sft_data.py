@@ -144,11 +144,11 @@ GOOD = json.dumps({"input": "a", "target": "b"})
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"user": "a", "assistant": "b"}', "line 4: a row of system/user/assistant, but FILE, line 1 is one"),
+        ('{"user": "a", "assistant": "b"}', "line 4: a row of kind system/user/assistant, but FILE, line 1 is of"),
         ('{"question": "a"}', "line 4: expected a row with the fields of one of messages, conversations"),
         ("[1]", "line 4: expected a row with the fields of one of"),
         ('{"input": "a", "target": 3}', "line 4: expected text in 'target', got 3"),
-        ('{"input": "a", "target": " "}', "line 4: nothing is answered: expected a message of the assistant"),
+        ('{"input": "a", "target": " "}', "line 4: no answer: expected a message of the assistant"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -166,20 +166,20 @@ def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path, line: str,
         ("a.jsonl", GOOD + '\n{"input": ', "a.jsonl, line 2: not valid JSON"),
         ("a.json", f"[{GOOD},\n{{'input'", "a.json: not valid JSON: .* line 2"),
         ("a.json", f"[{GOOD}", r"a.json, line 1: the list has no end: expected '\]'"),
-        ("a.json", GOOD, "a.json, line 1: expected a list of rows, beginning with .* is called .jsonl"),
+        ("a.json", GOOD, "a.json, line 1: expected a list of rows, beginning with .* needs the suffix .jsonl"),
         ("a.json", f"[{GOOD}\n{GOOD}]", "a.json, line 2: expected ',' or .* after a row, got .*input"),
         ("a.json", f"[{GOOD}]\n[{GOOD}]", "a.json, line 2: expected nothing after the list, got "),
-        ("a.jsonl", GOOD + '\n{"input": "a", "target": "\\ud83d"}', r"line 2: half of a surrogate pair, '\\ud83d'"),
+        ("a.jsonl", GOOD + '\n{"input": "a", "target": "\\ud83d"}', r"line 2: '\\ud83d' is half of a surrogate pair"),
         ("a.json", " [ ] ", "a.json: no rows"),
-        ("a.txt", GOOD, "expected one of .jsonl, .json, .csv, .parquet, got .*a.txt"),
-        ("a.csv", "input,target\na,b\nc\n", "a.csv, line 3: expected a value for each of input, target"),
+        ("a.txt", GOOD, "expected a file ending in .jsonl or .json or .csv or .parquet, got .*a.txt"),
+        ("a.csv", "input,target\na,b\nc\n", "a.csv, line 3: expected a value for each column: input, target"),
         ("a.csv", 'input,target\na,"b\n', "a.csv: not a readable .csv in UTF-8: unexpected end of data"),
         ("a.parquet", "PAR", "a.parquet: not a readable .parquet file: "),
         ("a.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 1: expected messages"),
         ("a.jsonl", '{"conversations": "hello"}', "line 1: expected messages with a role and a content, both text"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', 'line 1: expected messages with a role and a content,'),
-        ("a.jsonl", json.dumps({"messages": MESSAGES[1:]}), "line 1: begins with the assistant"),
-        ("a.jsonl", json.dumps({"messages": MESSAGES, "tools": "f(x)"}), "line 1: expected a list of descriptions in"),
+        ("a.jsonl", json.dumps({"messages": MESSAGES[1:]}), "line 1: the first message is the assistant's"),
+        ("a.jsonl", json.dumps({"messages": MESSAGES, "tools": "f(x)"}), "expected a list of tool descriptions in"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "tool_calls": [3]}]}', "line 1: expected messages with"),
     ],
 )  # fmt: skip
@@ -193,7 +193,7 @@ def test_files_of_a_folder_must_agree(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD)
     (tmp_path / "b.json").write_text(f"[\n{json.dumps({'messages': MESSAGES})}]")
     with pytest.raises(
-        ValueError, match=r"b\.json, line 2: a row of messages, but .*a\.jsonl, line 1 is one of input/ta"
+        ValueError, match=r"b\.json, line 2: a row of kind messages, but .*a\.jsonl, line 1 is of kind input/ta"
     ):
         reading.read_conversations(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
@@ -293,9 +293,7 @@ def test_a_template_that_rewrites_history_gives_an_example_for_each_answer(tiny:
             for example in examples
         ]
         tiny.chat_template = "{% if messages|length > 1 %}no{% endif %}{{ messages[0]['content'] }}"
-        with pytest.raises(
-            ValueError, match="chat template does not render a question as the beginning of the question wi"
-        ):
+        with pytest.raises(ValueError, match="chat template renders a question differently when its answer follows"):
             data.encode(tiny, [MESSAGES], 1000)
     finally:
         tiny.chat_template = before
@@ -437,7 +435,7 @@ def test_the_mask_is_causal_within_each_example() -> None:
 
 
 def test_prompts_to_answer_are_spread_among_the_packs(tmp_path: Path) -> None:
-    packs = data.Packs(written(tmp_path, some_examples(7)), [[0, 1, 2], [3, 4], [5], [6]], generate=[[0, 1], [2]])
+    packs = data.Packs(written(tmp_path, some_examples(7)), [[0, 1, 2], [3, 4], [5], [6]], prompt_batches=[[0, 1], [2]])
     rows, asked = [], []
     for start in range(0, len(packs), 2):
         batch = packs.batch(torch.arange(start, start + 2))

@@ -63,7 +63,7 @@ def loss_of(task: Finetune) -> float:
     """The loss of the first pack as it is in training, before the first step."""
     batch = task.train_data().batch(torch.tensor([0]))
     model = task.model().eval()
-    task._tools["checked"] = True
+    task._cache["checked"] = True
     with torch.no_grad(), task._as_in_training(torch.device("cpu")):
         return float(task.loss(model, batch)) / task.count(batch)
 
@@ -72,9 +72,9 @@ def test_gemma_3_trains_in_fp16_and_computes_what_fp32_does(
     task: Callable[..., Finetune], capsys: pytest.CaptureFixture[str]
 ) -> None:
     exact = loss_of(task("gemma", precision="fp32"))
-    assert "so computed in fp32" not in capsys.readouterr().out
+    assert "computed in fp32" not in capsys.readouterr().out
     assert loss_of(task("gemma")) == pytest.approx(exact, rel=1e-2)
-    assert "computed in fp32: model.embed_tokens, model.layers.0.mlp.down_proj, " in capsys.readouterr().out
+    assert "exceed fp16's range: model.embed_tokens, model.layers.0.mlp.down_proj, " in capsys.readouterr().out
     for tuning in ("lora", "full"):
         made = task("gemma", tuning=tuning, max_steps=12, output_dir=f"{task('gemma').config.output_dir}-{tuning}")
         result = train(made.config, made)
@@ -101,8 +101,8 @@ def test_a_trial_names_the_modules_of_a_model_that_is_not_known_to_overflow(
 ) -> None:
     exact = loss_of(task("llama", precision="fp32"))
     assert loss_of(task("llama")) == pytest.approx(exact, rel=1e-2)
-    said = [line for line in capsys.readouterr().out.splitlines() if "so computed in fp32" in line]
-    assert said == ["beyond fp16's range, so computed in fp32: model.layers.1.mlp"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "computed in fp32" in line]
+    assert said == ["computed in fp32, because their numbers exceed fp16's range: model.layers.1.mlp"]
 
 
 def test_4_bit_weights_that_overflow_compute_in_fp32_too(task: Callable[..., Finetune]) -> None:

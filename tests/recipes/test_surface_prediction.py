@@ -126,13 +126,13 @@ def test_patches_are_drawn_where_labels_are(tmp_path):
     stacks.write_stack(tmp_path / "i.tif", volume((32, 32, 32)))
     stacks.write_stack(tmp_path / "l.tif", label)
     one, cache = Volume("one", str(tmp_path / "i.tif"), str(tmp_path / "l.tif")), Cache.at(str(tmp_path), 1)
-    cache.held = {"one"}
+    cache.kept = {"one"}
     facts = {"one": data.survey(one, cache)}
     torch.manual_seed(0)
     drawn = Patches([one], facts, cache, size=8, per_volume=50, sheet_fraction=0.5, augment=False)
     assert all((drawn[i][1] != 2).any() for i in range(50))
     stacks.write_stack(tmp_path / "l.tif", np.full((32, 32, 32), 2, np.uint8))
-    with pytest.raises(ValueError, match=r"l\.tif: all its voxels are 2, unlabelled: leave the volume out"):
+    with pytest.raises(ValueError, match=r"l\.tif: all voxels are 2 \(unlabelled\): leave the volume out"):
         data.survey(one, cache)
 
 
@@ -304,7 +304,7 @@ def test_a_choice_is_read_for_the_same_weights_and_settings_alone(tmp_path, caps
     assert known(True, settings=[9]) is None
     assert known(False, settings=[9]).threshold == 0.3  # there is nothing to choose anew on
     assert known(False, weights=[2]) == Choice()
-    assert "nothing is held out to choose them on: threshold 0.500" in capsys.readouterr().out
+    assert "to choose threshold and min_component on; using threshold 0.500" in capsys.readouterr().out
     for content in ("{", "[1]", '{"other": 1}', '{"threshold": 2}'):
         (tmp_path / "a.json").write_text(content)
         assert known(True) is None
@@ -380,7 +380,7 @@ def test_several_weights_predict_by_their_mean(tmp_path, scrolls):
     wanted = np.concatenate([slab for _, slab in inference.sliding_window(forward, grey, size=8)])
     found = Path(config.output_dir) / "predictions" / "probabilities" / "test" / "synthetic_5.tif"
     assert np.array_equal(stacks.read_stack(str(found)), postprocessing.quantised(wanted))
-    assert config.replace(weights=files).given == config.given == tuple(files)
+    assert config.replace(weights=files).weight_files == config.weight_files == tuple(files)
     stamp = json.loads((found.parents[2] / "stamp.json").read_text())
     assert len(stamp["weights"]) == 2
     with pytest.raises(ValueError, match=r"weights: expected best, final or \.safetensors files, got 'best,"):
@@ -404,9 +404,9 @@ def test_volumes_of_a_scroll_stay_in_one_fold_and_each_volume_is_held_out_once()
     for wrong in (1, 5):
         with pytest.raises(ValueError, match=f"folds: expected 2 to 4, the number of scrolls with labels, got {wrong}"):
             data.folds_of(volumes, wrong)
-    with pytest.raises(ValueError, match=r"Config\.fold: expected 0 to 4, below folds, got 5"):
+    with pytest.raises(ValueError, match=r"Config\.fold: expected 0 to 4 \(below folds\), got 5"):
         Config(folds=5, fold=5)
-    with pytest.raises(ValueError, match=r"Config\.fold: expected folds beside it, .* got fold=1 alone"):
+    with pytest.raises(ValueError, match=r"Config\.fold: fold=1 needs folds, the number of folds"):
         Config(fold=1)
 
 

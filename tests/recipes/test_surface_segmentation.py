@@ -118,7 +118,7 @@ def test_capitals_and_what_macos_leaves_do_no_harm_and_two_files_of_a_name_do(tm
         (scrolls / folder / "._synthetic_0.tif").write_bytes(b"\0\5\x16\7")
     assert data.find_volumes(str(scrolls), tmp_path).digest == digest
     shutil.copy(image.with_suffix(".TIF"), image.with_suffix(".tiff"))
-    with pytest.raises(ValueError, match=r"synthetic_0\.tiff: synthetic_0\.TIF is there too; expected one stack"):
+    with pytest.raises(ValueError, match=r"synthetic_0\.tiff: the folder also has synthetic_0\.TIF; expected one"):
         data.find_volumes(str(scrolls), tmp_path)
 
 
@@ -151,7 +151,7 @@ def test_whatever_is_missing_is_named(tmp_path, scrolls):
         find()
     (scrolls / "train.csv").unlink()
     (scrolls / "train_labels" / "synthetic_2.tif").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train_labels/synthetic_2\.tif: no such file, but there is .*images"):
+    with pytest.raises(FileNotFoundError, match=r"train_labels/synthetic_2\.tif: no such file, but there is the image"):
         find()
     shutil.rmtree(scrolls / "train_labels")
     with pytest.raises(FileNotFoundError, match=r"train_labels: no such folder\. Expected train_images/"):
@@ -240,7 +240,7 @@ def test_labels_of_another_shape_or_out_of_range_are_named_before_training(tmp_p
     label = scrolls / "train_labels" / "synthetic_2.tif"
     stack(label, np.zeros((23, 24, 24), np.uint8))
     with pytest.raises(
-        ValueError, match=r"synthetic_2\.tif: the label has the shape 23 x 24 x 24, the image .*_2\.tif 24 x 24 x 24"
+        ValueError, match=r"synthetic_2\.tif: the label has the shape 23 x 24 x 24, but the image .*_2\.tif has 24"
     ):
         prepared(small(tmp_path, scrolls))
     array = np.zeros((24, 24, 24), np.uint8)
@@ -280,7 +280,7 @@ def test_what_an_earlier_session_prepared_is_not_decoded_again(tmp_path, made, s
     where = tmp_path / "kaggle" / "input" / "notebooks" / "ann" / "prepared" / "run"
     command = f"prepare surface_segmentation --data-path {made} --output-dir {where}"
     assert command_line.main(command.split()) == 0
-    assert f"4 of 4 volumes decoded (0.0 GB), 2 to predict checked, in {where / 'data'}/" in capsys.readouterr().out
+    assert f"4 of 4 volumes decoded (0.0 GB), 2 test volumes checked, in {where / 'data'}/" in capsys.readouterr().out
     # in another session the same files may have another path and another time
     want, _ = prepared(
         small(tmp_path, made, output_dir=str(tmp_path / "away"), cache_dir=str(tmp_path / "a"), cache_gb=0)
@@ -541,7 +541,7 @@ def test_of_two_empty_masks_all_is_right_and_of_two_shapes_nothing():
     empty = np.zeros((4, 4, 4), np.uint8)
     assert set(metrics.measures(empty, empty).values()) == {1.0}
     assert not np.isnan(metrics._area_table()).any()
-    with pytest.raises(ValueError, match=r"expected one shape, got \(4, 4, 4\) and \(4, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"prediction and label of one shape, got \(4, 4, 4\) and \(4, 4, 3\)"):
         metrics.measures(empty, empty[:, :, :3])
 
 
@@ -579,7 +579,7 @@ def test_a_submission_is_checked_byte_by_byte(tmp_path):
 
     refused(r"submission\.zip: other\.tif belongs to no volume", other=np.zeros((4, 4, 4), np.uint8))
     refused(r"v0\.tif: expected the shape \(5, 6, 7\), got \(5, 7, 6\)", v0=np.zeros((5, 7, 6), np.uint8))
-    refused(r"v0\.tif: page 0: expected 0 and 1 .* got up to 255", v0=np.full((5, 6, 7), 255, np.uint8))
+    refused(r"v0\.tif: page 0: expected values 0 and 1 .* got values up to 255", v0=np.full((5, 6, 7), 255, np.uint8))
     stack(tmp_path / "v0.tif", np.zeros((5, 6, 7), np.uint8), compression="tiff_deflate")
     refused(r"v0\.tif: page 0: expected LZW \(compression 5\), got compression 8")
     (tmp_path / "v0.tif").write_bytes(b"II*\0")
@@ -587,7 +587,7 @@ def test_a_submission_is_checked_byte_by_byte(tmp_path):
     Image.new("L", (7, 6)).save(tmp_path / "v0.tif", format="EPS")  # which Pillow would hand to Ghostscript
     refused(r"v0\.tif: not a readable TIFF stack: cannot identify")
     del masks["v1"]
-    refused(r"v1\.tif is missing")
+    refused(r"v1\.tif is missing in the zip")
     path.write_bytes(before[:-40])
     with pytest.raises(ValueError, match="not a readable zip"):
         ss.validate_submission(path, images)
@@ -772,13 +772,13 @@ def test_predictions_among_the_inputs_are_not_made_again(finished, tmp_path, mon
     new = config.replace(output_dir=str(tmp_path / "new"), cache_dir=str(tmp_path))
     again = ss.run(new)
     said = capsys.readouterr().out
-    assert "2 of 3 volumes were predicted by an earlier session" in said
+    assert "2 of 3 volumes have predictions in an earlier session's output" in said
     assert "predicted synthetic_5.tif" in said and "predicted synthetic_4.tif" not in said
     assert (again.finished, again.metrics) == (True, result.metrics)
     assert json.loads((tmp_path / "new" / "predictions" / "count.json").read_text()) == {"predicted": 3}
     # not those of other settings
     ss.infer(new.replace(overlap=0.5), SurfaceSegmentation(new.replace(overlap=0.5)))
-    assert "were predicted by an earlier session" not in capsys.readouterr().out
+    assert "an earlier session's output" not in capsys.readouterr().out
 
 
 def test_on_kaggle_the_submission_is_in_the_working_folder_wherever_the_run_is(finished, tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ def test_txt_and_folder_in_sorted_order_with_bom_and_windows_lines(tmp_path):
 
 def test_txt_that_is_not_utf8_says_where(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text, got byte 0xe9 at 3"):
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text, got byte 0xe9 at position 3"):
         list(read_documents(tmp_path / "a.txt"))
 
 
@@ -108,8 +108,8 @@ def test_jsonl_reads_the_field_and_names_a_bad_line(tmp_path):
     assert list(read_documents(path, "body")) == ["one", "twö ?"]
     for bad, message in {
         '{"body": "x"': r"a\.jsonl, line 2: not valid JSON",
-        '{"text": "x"}': r"a\.jsonl, line 2: expected an object with the field 'body' .* got 'text'",
-        "[1]": r"a\.jsonl, line 2: expected an object .* got list",
+        '{"text": "x"}': r"a\.jsonl, line 2: expected a JSON object with the field 'body' .* got the fields 'text'",
+        "[1]": r"a\.jsonl, line 2: expected a JSON object .* got list",
         '{"body": 3}': r"a\.jsonl, line 2: expected a string in 'body', got int",
     }.items():
         path.write_text('{"body": "one"}\n' + bad + "\n")
@@ -123,7 +123,7 @@ def test_parquet_reads_the_column_and_names_a_bad_row(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(arrow.table({"id": [1, 2], "text": ["one", "two"]}), path)
     assert list(read_documents(path)) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"a\.parquet: expected a column 'body' .* got \['id', 'text'\]"):
+    with pytest.raises(ValueError, match=r"a\.parquet: expected a column 'body' .* got the columns \['id', 'text'\]"):
         list(read_documents(path, "body"))
     parquet.write_table(arrow.table({"text": ["one", None]}), path)
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: expected a string in 'text', got NoneType"):
@@ -157,7 +157,7 @@ def test_paths_that_hold_no_text_are_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_path: no such file or folder: .*nowhere"):
         list(read_documents(tmp_path / "nowhere"))
     (tmp_path / "a.md").write_text("x")
-    with pytest.raises(ValueError, match=r"data_path: expected one of .* got .*a\.md"):
+    with pytest.raises(ValueError, match=r"data_path: expected a file ending in .* got .*a\.md"):
         list(read_documents(tmp_path / "a.md"))
 
 
@@ -181,7 +181,7 @@ def test_inputs_are_searched_and_the_largest_folder_of_text_wins(tmp_path):
             (inputs / slug / name).write_text(text)
     path, reason = choose_source(small(tmp_path))
     assert path == inputs / "books"
-    assert "most .txt/.jsonl/.parquet bytes, of 2" in reason
+    assert reason == "of 2 input folders with .txt/.jsonl/.parquet text, the one with the most bytes"
 
 
 def test_the_corpora_of_kaggles_image_come_before_the_embedded_text(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_the_corpora_of_kaggles_image_come_before_the_embedded_text(tmp_path, mo
     (tmp_path / "brown" / "README").write_text("About it.")
     (tmp_path / "brown" / "ca01").write_text("\n\tThe/at Fulton/np-tl and/or/cc ./.\n\nYes/rb ./.\n" * 50)
     path, reason = choose_source(small(tmp_path))
-    assert path == tmp_path / "brown" and reason.endswith("it is on Kaggle's image")
+    assert path == tmp_path / "brown" and reason.endswith("; this corpus is on Kaggle's image")
     (text,) = read_documents(path)
     assert text.startswith("The Fulton and/or .\nYes .\n")
     assert prepare(small(tmp_path)).documents == 1
@@ -354,6 +354,33 @@ def test_text_in_many_batches_gives_the_same_tokens_and_says_how_far_it_is(
         True
     ] * 3
     assert os.environ.get("TOKENIZERS_PARALLELISM") == "false", "as before: loader processes are forked"
+
+
+@pytest.mark.parametrize("word", ["word ", "слово ", "数学 "])
+def test_learning_a_vocabulary_counts_up_to_its_total(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    made: list[corpus_file.Progress] = []
+
+    class Kept(corpus_file.Progress):
+        def __init__(self, doing: str, total: int | None = None) -> None:
+            super().__init__(doing, total)
+            made.append(self)
+
+    monkeypatch.setattr(corpus_file, "Progress", Kept)
+    monkeypatch.setattr(corpus_file, "SAMPLE_CHARACTERS", 100)
+    text = word * 200
+    size = len(text.encode())
+    assert "".join(corpus_file._samples(iter([(text, len(text))]), size)) == text
+    assert (made[0].done, made[0].total) == (size, size)
+    # with a limit of characters, the total is the bytes of these characters
+    monkeypatch.setattr(corpus_file, "MOST_CHARACTERS", limit := len(text) // 2)
+    characters = 0
+    for piece in corpus_file._samples(iter([(text, len(text))]), size):
+        characters += len(piece)
+        if characters >= limit:
+            break
+    assert made[1].total is not None
+    assert abs(made[1].total - size / 2) < 20
+    assert 0 <= made[1].total - made[1].done <= len(piece.encode()) + 20, "the last piece is not counted yet"
 
 
 def test_what_a_killed_preparation_left_is_replaced(tmp_path):
@@ -586,7 +613,7 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_model_as_it_was():
     assert texts[0] == texts[1] != texts[2]
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), state)
-    with pytest.raises(TypeError, match=r"expected a GPT .* got Linear"):
+    with pytest.raises(TypeError, match=r"expected a model of class GPT, .* got Linear"):
         tg.generate(torch.nn.Linear(1, 1), ByteTokenizer())
 
 

@@ -16,7 +16,7 @@ from .._folds import configs_of, launch_folds, table
 from .evaluation import predict
 from .metrics import confusion, macro_f1
 from .settings import Config
-from .sources import chosen, split
+from .sources import pick_by_digest, split
 from .training import ActivityRecognition
 
 
@@ -61,7 +61,7 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
     """
     windows = ActivityRecognition(config).windows
     whose = [] if windows.subject is None else windows.subject.tolist()
-    names = chosen(sorted(set(whose)), 1.0, config.split_seed)
+    names = pick_by_digest(sorted(set(whose)), 1.0, config.split_seed)
     if not 2 <= folds <= len(names):
         raise ValueError(f"folds: expected 2 to {len(names)}, the number of subjects in the data, got {folds}")
     subjects = [tuple(names[number::folds]) for number in range(folds)]

@@ -75,7 +75,7 @@ def basic_motions(train: Path, test: Path, package: str) -> Windows:
         classes=classes,
         channels=CHANNELS,
         source=f"BasicMotions, from the installed package {package} ({train.parent})",
-        note="its recordings do not say whose they are, so the same people may be in training and test",
+        note="the recordings do not name their subjects, so the same people may be in training and test",
     )
 
 
@@ -114,43 +114,43 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
     and strength. Walking, climbing and descending differ in their harmonics. Sitting, standing and lying differ in the
     slope of the device, to which its random orientation adds, and in the sway of the body.
     """
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     samples, rate, harmonics = 128, 50.0, np.arange(1, 5)
     time = np.arange(samples) / rate
     # (gait, channel, harmonic): a random part common to the three gaits, and a smaller one for each gait
     fall = 1 / harmonics**0.8
     scale = np.array([0.12, 0.10, 0.22, 0.35, 0.30, 0.25])[:, None]
-    strengths = scale * fall * np.exp(0.35 * chance.normal(size=(1, 6, 4)) + 0.22 * chance.normal(size=(3, 6, 4)))
-    phases = chance.uniform(0, 2 * np.pi, (1, 6, 4)) + 0.45 * chance.normal(size=(3, 6, 4))
+    strengths = scale * fall * np.exp(0.35 * rng.normal(size=(1, 6, 4)) + 0.22 * rng.normal(size=(3, 6, 4)))
+    phases = rng.uniform(0, 2 * np.pi, (1, 6, 4)) + 0.45 * rng.normal(size=(3, 6, 4))
     pace = {"walking": 1.0, "upstairs": 0.92, "downstairs": 1.06}
     slope = {"walking": 5, "upstairs": 12, "downstairs": 0, "sitting": 28, "standing": 4, "lying": 85}
     sway = {"sitting": (0.4, 0.015), "standing": (1.0, 0.035), "lying": (0.3, 0.006)}
 
     x, y, subject = [], [], []
     for person in range(subjects):
-        step = chance.uniform(1.6, 2.1)
-        strength = np.exp(0.2 * chance.normal())
-        style = np.exp(0.35 * chance.normal(size=(6, 4)))
-        lag = 0.6 * chance.normal(size=(6, 4))
-        carried = rotation(np.radians(12) * chance.normal(size=3))
-        bias = np.array([0.03] * 3 + [0.02] * 3) * chance.normal(size=6)
-        noise = np.array([0.02] * 3 + [0.03] * 3) * np.exp(0.4 * chance.normal())
+        step = rng.uniform(1.6, 2.1)
+        strength = np.exp(0.2 * rng.normal())
+        style = np.exp(0.35 * rng.normal(size=(6, 4)))
+        lag = 0.6 * rng.normal(size=(6, 4))
+        carried = rotation(np.radians(12) * rng.normal(size=3))
+        bias = np.array([0.03] * 3 + [0.02] * 3) * rng.normal(size=6)
+        noise = np.array([0.02] * 3 + [0.03] * 3) * np.exp(0.4 * rng.normal())
         for label, activity in enumerate(ACTIVITIES):
             for _ in range(repeats):
                 if activity in pace:
-                    turns = step * pace[activity] * np.exp(0.05 * chance.normal()) * time + chance.uniform()
+                    turns = step * pace[activity] * np.exp(0.05 * rng.normal()) * time + rng.uniform()
                     angles = 2 * np.pi * harmonics[:, None] * turns  # (harmonic, time)
                     waves = np.sin(angles + (phases[label] + lag)[..., None])
-                    power = strengths[label] * style * strength * np.exp(0.15 * chance.normal(size=(6, 1)))
+                    power = strengths[label] * style * strength * np.exp(0.15 * rng.normal(size=(6, 1)))
                     signals = (power[..., None] * waves).sum(1)
                 else:
                     hertz, much = sway[activity]
-                    turns = hertz * np.exp(0.2 * chance.normal()) * time + chance.uniform(size=(6, 1))
-                    signals = much * strength * np.exp(0.3 * chance.normal(size=(6, 1))) * np.sin(2 * np.pi * turns)
-                lean = np.radians(slope[activity] + 6 * chance.normal())
+                    turns = hertz * np.exp(0.2 * rng.normal()) * time + rng.uniform(size=(6, 1))
+                    signals = much * strength * np.exp(0.3 * rng.normal(size=(6, 1))) * np.sin(2 * np.pi * turns)
+                lean = np.radians(slope[activity] + 6 * rng.normal())
                 signals[:3] += np.array([np.sin(lean), 0.0, np.cos(lean)])[:, None]  # gravity, in g
                 signals = np.concatenate([carried @ signals[:3], carried @ signals[3:]])
-                x.append(signals + bias[:, None] + noise[:, None] * chance.normal(size=(6, samples)))
+                x.append(signals + bias[:, None] + noise[:, None] * rng.normal(size=(6, samples)))
                 y.append(label)
                 subject.append(f"{person + 1}")
     return Windows(
@@ -161,7 +161,7 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
         classes=ACTIVITIES,
         channels=CHANNELS,
         source="SYNTHETIC signals of invented people",
-        note="figures on them say that the code works, nothing about people",
+        note="scores on these signals show that the code works, but say nothing about people",
     )
 
 

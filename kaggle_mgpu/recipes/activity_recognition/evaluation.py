@@ -43,13 +43,13 @@ def baselines(task: ActivityRecognition) -> dict[str, Tensor]:
 
     known = features(x)
     mean, std = known.mean(0), known.std(0).clamp(min=1e-12)
-    there = [label for label in range(classes) if (y == label).any()]
-    centroids = torch.stack([((known[y == label] - mean) / std).mean(0) for label in there])
+    present = [label for label in range(classes) if (y == label).any()]
+    centroids = torch.stack([((known[y == label] - mean) / std).mean(0) for label in present])
     nearest = torch.cdist((features(x_test) - mean) / std, centroids).argmin(1)
     majority = torch.bincount(y, minlength=classes).argmax()
     return {
         "majority": confusion(y_test, majority.expand(len(y_test)), classes),
-        "nearest_centroid": confusion(y_test, torch.tensor(there)[nearest], classes),
+        "nearest_centroid": confusion(y_test, torch.tensor(present)[nearest], classes),
     }
 
 
@@ -91,7 +91,8 @@ class Report:
         if self.by_subject:
             worst = min(self.by_subject, key=lambda subject: self.by_subject[subject])
             lines.append(
-                f"{counted(len(self.by_subject), 'subject')}; the worst is {worst} with {self.by_subject[worst]:.4f}"
+                f"{counted(len(self.by_subject), 'subject')}; the lowest accuracy is {self.by_subject[worst]:.4f}, of "
+                f"subject {worst}"
             )
         return "\n".join(lines)
 
@@ -146,7 +147,7 @@ def measure(task: ActivityRecognition, result: Result) -> Report:
     if not result.finished:
         raise RuntimeError(
             f"the run in {result.output_dir} stopped at step {result.step} of {result.max_steps} ({result.reason}). "
-            f"The test set is for when it has finished: run the same again"
+            f"The test set is measured after training: run the same cell or command again"
         )
     which = "best" if result.best is not None else "final"
     # on the CPU, which takes seconds: a CUDA context would occupy GPU memory until this process (the notebook) ends

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHANCES = 6
+N_RANDOM = 6
 """Number of normally distributed random numbers that `augment` takes for each window."""
 
 
@@ -121,7 +121,7 @@ def augment(
 
     Args:
         x: (B, channels, T), not normalised: only a rotation of raw signals equals another orientation of the device.
-        chance: (B, CHANCES), standard normal: three for the rotation, then scale, time scale and shift.
+        chance: (B, N_RANDOM), standard normal: three for the rotation, then scale, time scale and shift.
         sensors: the channels of each sensor (`triads`); all get the same rotation, since one device carries them.
         degrees: standard deviation of the rotation around each axis, in degrees.
         stretch: standard deviation of the logarithms of the time scale and of the signals' scale.

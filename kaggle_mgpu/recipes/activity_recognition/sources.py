@@ -63,7 +63,7 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
         reason = "data_path"
     else:
         path, reason = session.input_root(), "found among the inputs"
-    found = _known(path)
+    found = _find_layout(path)
     if found is not None:
         windows = _read(*found, window, stride)
     elif data_path is not None:
@@ -72,12 +72,12 @@ def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Wi
         windows, reason = embedded(window, stride), "no data_path, and nothing in a known layout among the inputs"
     if windows.x.shape[2] < SHORTEST:
         raise ValueError(
-            f"{windows.source}: windows of {windows.x.shape[2]} moments are too short, expected {SHORTEST} or more"
+            f"{windows.source}: windows of {windows.x.shape[2]} time steps are too short, expected {SHORTEST} or more"
         )
     return windows, reason
 
 
-def _known(place: Path) -> tuple[str, Path] | None:
+def _find_layout(place: Path) -> tuple[str, Path] | None:
     """Return the layout found in or below `place`: ("uci", folder), ("npz", file), ("csv", file or folder), or None."""
     if place.is_file():
         layout = place.suffix[1:].lower()
@@ -144,7 +144,9 @@ def read_uci(folder: Path) -> Windows:
         subjects.append(np.array([str(subject) for _, subject in who]))
         counts.append(len(labels))
     if both := sorted(set(subjects[0]) & set(subjects[1])):
-        raise ValueError(f"{folder}: subjects {', '.join(both)} are in train and in test; expected others in each")
+        raise ValueError(
+            f"{folder}: subjects {', '.join(both)} are in train and in test; expected different subjects in each"
+        )
     return Windows(
         x=np.concatenate(xs),
         y=np.concatenate(ys),
@@ -247,13 +249,15 @@ def read_npz(file: Path) -> Windows:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: not a readable .npz of plain arrays: {error}") from None
     if missing := [name for name in NPZ_ARRAYS if name not in arrays]:
-        raise ValueError(f"{file}: no array {', '.join(missing)}; it has {', '.join(arrays) or 'none'}")
+        raise ValueError(f"{file}: no array {', '.join(missing)}; the file has {', '.join(arrays) or 'none'}")
     x, y, subject = (arrays[name] for name in NPZ_ARRAYS)
     if x.ndim != 3 or x.dtype.kind not in "fiu" or not x.size:
-        raise ValueError(f"{file}: x: expected numbers (windows, channels, time), got {x.dtype} {x.shape}")
+        raise ValueError(f"{file}: x: expected numbers of shape (windows, channels, time), got {x.dtype} {x.shape}")
     for name in ("y", "subject"):
         if arrays[name].shape != (len(x),):
-            raise ValueError(f"{file}: {name}: expected shape ({len(x)},), as x has, got {arrays[name].shape}")
+            raise ValueError(
+                f"{file}: {name}: expected shape ({len(x)},), one value per window of x, got {arrays[name].shape}"
+            )
     if subject.dtype.kind == "f" and not np.isfinite(subject).all():
         at = int(np.flatnonzero(~np.isfinite(subject))[0])
         raise ValueError(f"{file}: subject[{at}]: expected a subject, got {subject[at]}")
@@ -275,7 +279,7 @@ def read_npz(file: Path) -> Windows:
         classes = tuple(map(str, names))
     channels = tuple(map(str, arrays.get("channels", range(x.shape[1]))))
     if len(channels) != x.shape[1]:
-        raise ValueError(f"{file}: channels: expected {x.shape[1]} names, as x has, got {len(channels)}")
+        raise ValueError(f"{file}: channels: expected {x.shape[1]} names, one per channel of x, got {len(channels)}")
     return Windows(x, y.astype(np.int64), subject.astype(str), None, classes, channels, str(file))
 
 
@@ -298,12 +302,12 @@ def read_unlabelled(file: Path, channels: int) -> tuple[NDArray[np.float32], lis
     good = x.ndim == 3 and x.dtype.kind in "fiu" and x.shape[1] == channels and x.shape[2] >= SHORTEST
     if not good or not np.isfinite(x).all():
         raise ValueError(
-            f"{file}: x: expected finite numbers (windows, {channels} channels, {SHORTEST} or more moments), got "
+            f"{file}: x: expected finite numbers (windows, {channels} channels, {SHORTEST} or more time steps), got "
             f"{x.dtype} {x.shape}"
         )
     ids = arrays.get("id", np.arange(len(x)))
     if ids.shape != (len(x),):
-        raise ValueError(f"{file}: id: expected shape ({len(x)},), as x has, got {ids.shape}")
+        raise ValueError(f"{file}: id: expected shape ({len(x)},), one id per window of x, got {ids.shape}")
     return x.astype(np.float32), [str(name) for name in ids]
 
 
@@ -344,8 +348,10 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
         )
     xs, labels, subjects = [], [], []
     for file in files:
-        if _csv_header(file) != header:
-            raise ValueError(f"{file}, line 1: expected the columns of {files[0].name}, {','.join(header)}")
+        if (other := _csv_header(file)) != header:
+            raise ValueError(
+                f"{file}, line 1: expected the columns of {files[0].name}, {','.join(header)}, got {','.join(other)}"
+            )
         whose: list[tuple[str, str]] = []
         known: dict[tuple[str, str], tuple[str, str]] = {}  # keeps each pair in memory once, not once per row
         values = array("d")
@@ -376,8 +382,8 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
                 labels.append(whose[start][1])
     if not xs:
         raise ValueError(
-            f"{files[0]}: no recording (rows of one subject and label, without a jump in time) is as long as window = "
-            f"{window} rows"
+            f"{files[0]}: no recording (rows of one subject and label, without a jump in time) has window = {window} "
+            f"rows or more: give a smaller window"
         )
     classes = tuple(sorted(set(labels)))
     return Windows(
@@ -388,7 +394,7 @@ def read_csv(files: Sequence[Path], window: int, stride: int) -> Windows:
         classes=classes,
         channels=tuple(header[3:]),
         source=str(files[0] if len(files) == 1 else files[0].parent),
-        note=f"cut into windows of {window} rows, one every {stride}",
+        note=f"cut into windows of {window} rows, one every {stride} rows",
     )
 
 
@@ -417,15 +423,17 @@ def split(
         test = windows.test
     else:
         if unknown := sorted(set(test_subjects or ()) - set(names)):
-            raise ValueError(f"test_subjects: {', '.join(unknown)} not in the data, which has {', '.join(names)}")
-        test = np.isin(whose, test_subjects or chosen(names, test_fraction, seed))
+            raise ValueError(
+                f"test_subjects: {', '.join(unknown)} not in the data, which has the subjects {', '.join(names)}"
+            )
+        test = np.isin(whose, test_subjects or pick_by_digest(names, test_fraction, seed))
     rest = everything[~test]
     if windows.subject is None:
         held: list[str] = []
         for label in range(len(windows.classes)):
-            held += chosen(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
+            held += pick_by_digest(whose[rest[windows.y[rest] == label]].tolist(), val_fraction, seed)
     else:
-        held = chosen(sorted(set(whose[rest].tolist())), val_fraction, seed)
+        held = pick_by_digest(sorted(set(whose[rest].tolist())), val_fraction, seed)
     val = np.isin(whose, held) & ~test
     parts = {"train": everything[~test & ~val], "val": everything[val], "test": everything[test]}
     if not len(parts["train"]) or not len(parts["test"]):
@@ -436,13 +444,13 @@ def split(
     for label, name in enumerate(windows.classes):
         if label in windows.y and label not in windows.y[parts["train"]]:
             raise ValueError(
-                f"{windows.source}: class {name!r} has no window of the subjects left for training. Choose other "
+                f"{windows.source}: no subject left for training has a window of class {name!r}. Choose other "
                 f"test_subjects or another split_seed, or leave the class out"
             )
     return parts
 
 
-def chosen(names: Sequence[str], fraction: float, seed: int) -> list[str]:
+def pick_by_digest(names: Sequence[str], fraction: float, seed: int) -> list[str]:
     """Return the share `fraction` of names with the smallest digests of (seed, name): at least one; for 0, none."""
     count = max(1, round(fraction * len(names))) if fraction else 0
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count]

@@ -16,7 +16,7 @@ from kaggle_mgpu.data import counted
 from kaggle_mgpu.training import Task
 
 from .metrics import confusion, macro_f1
-from .model import CHANCES, Network, augment, triads
+from .model import N_RANDOM, Network, augment, triads
 from .settings import Config
 from .sources import Windows, digest, find, read_unlabelled, split
 
@@ -46,11 +46,11 @@ class Augmented(Signals):
     batch = None  # type: ignore[assignment]  # the random numbers would depend on how a batch is split
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return *super().__getitem__(index), torch.randn(CHANCES)
+        return *super().__getitem__(index), torch.randn(N_RANDOM)
 
 
 class ActivityRecognition(Task):
-    """Classify windows. A batch: (x float32 (B, channels, T), y int64 (B,)), plus (B, CHANCES) if augmented."""
+    """Classify windows. A batch: (x float32 (B, channels, T), y int64 (B,)), plus (B, N_RANDOM) if augmented."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -64,7 +64,8 @@ class ActivityRecognition(Task):
             c = self.config
             windows, reason = find(c.data_path, c.window, c.stride)
             if (windows.y == windows.y[0]).all():
-                raise ValueError(f"{windows.source}: all windows are of one class, {windows.classes[windows.y[0]]!r}")
+                name = windows.classes[windows.y[0]]
+                raise ValueError(f"{windows.source}: all windows are of one class, {name!r}; expected two or more")
             parts = split(windows, c.test_fraction, c.val_fraction, c.test_subjects, c.split_seed)
             if c.predict_path is not None:  # read now, so that a malformed file is found before training
                 self.unlabelled = read_unlabelled(Path(c.predict_path).expanduser(), windows.x.shape[1])
@@ -97,7 +98,7 @@ class ActivityRecognition(Task):
         w, reason, parts = self._data()
         lines = [
             f"signals: {w.source} ({reason})",
-            f"{len(w.y):,} windows of {w.x.shape[1]} channels ({', '.join(w.channels)}) x {w.x.shape[2]} moments; "
+            f"{len(w.y):,} windows of {w.x.shape[1]} channels ({', '.join(w.channels)}) x {w.x.shape[2]} time steps; "
             f"{len(w.classes)} classes: {', '.join(w.classes)}",
         ]
         if w.note:
@@ -130,9 +131,9 @@ class ActivityRecognition(Task):
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
         """Cross entropy in nats, summed over windows; smoothed in training."""
-        x, y, *chance = batch
-        if chance:
-            x = augment(x, chance[0], triads(self.windows.channels), self.config.turn_degrees, 0.1, 0.1)
+        x, y, *noise = batch
+        if noise:
+            x = augment(x, noise[0], triads(self.windows.channels), self.config.turn_degrees, 0.1, 0.1)
         smoothing = self.config.label_smoothing if model.training else 0.0
         return F.cross_entropy(model(x).float(), y, reduction="sum", label_smoothing=smoothing)
 

@@ -42,7 +42,7 @@ class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("numpy.core.", "numpy._core.")  # the name before NumPy 2
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, and only arrays are read")
+            raise pickle.UnpicklingError(f"its pickle would import {module}.{name}, but only arrays are allowed")
         return super().find_class(module, name)
 
 
@@ -67,10 +67,14 @@ def read_watch(file: Path, window: int, stride: int) -> Windows:
                 xs.append(signals[at : at + window].T.astype(np.float32))
                 ys.append(int(label))
                 subjects.append(str(subject))
+        if not ys:
+            raise ValueError("expected a recording as long as a window, got none")
         if not 0 <= min(ys) <= max(ys) < len(classes):
             raise ValueError(f"expected labels 0 to {len(classes) - 1}, got {min(ys)} to {max(ys)}")
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError, EOFError) as error:
-        raise ValueError(f"{file}: not the recordings of seglearn 1.2 in windows of {window} rows: {error}") from None
+        raise ValueError(
+            f"{file}: not readable as the recordings of seglearn 1.2, cut into windows of {window} rows: {error}"
+        ) from None
     return Windows(
         x=np.stack(xs),
         y=np.array(ys),
@@ -79,5 +83,5 @@ def read_watch(file: Path, window: int, stride: int) -> Windows:
         classes=classes,
         channels=CHANNELS,
         source=f"exercises of ten people with a smart watch, from the installed package seglearn ({file})",
-        note=f"cut into windows of {window} rows at 50 Hz, one every {stride}",
+        note=f"cut into windows of {window} rows at 50 Hz, one every {stride} rows",
     )

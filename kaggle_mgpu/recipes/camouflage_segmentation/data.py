@@ -41,12 +41,12 @@ NOT_CAMOUFLAGED = "COD10K-NonCAM-"
 SOFT_EDGE = 0.05
 """Largest allowed share of a mask's pixels between 0 and 255; resized masks have soft edges."""
 EXPECTED = (
-    "expected Train/Image and Train/GT_Object (with Test beside it: COD10K-v3), TrainDataset/Imgs and "
-    "TrainDataset/GT (with TestDataset), or Imgs and GT"
+    "expected the folders Train/Image and Train/GT_Object (COD10K-v3, with Test beside Train), TrainDataset/Imgs and "
+    "TrainDataset/GT (with TestDataset beside them), or Imgs and GT"
 )
 Pair = tuple[str, str]
 SCENE_SIZE = 96
-VAL_SCENES = 10**9
+FIRST_VAL_SCENE = 10**9
 """Number of the first held-out scene."""
 
 
@@ -173,7 +173,7 @@ def prepare(
     root, reason = _root(data_path)
     if root is None:
         digest = f"{scenes} and {val_scenes} scenes of {SCENE_SIZE}"
-        val = Scenes(VAL_SCENES, val_scenes) if val_scenes else None
+        val = Scenes(FIRST_VAL_SCENE, val_scenes) if val_scenes else None
         return Found(Scenes(0, scenes), val, "synthetic scenes, drawn for this run (not photographs)", reason, digest)
     train, val_pairs = _splits(root, test_set)
     if not val_pairs and val_fraction:
@@ -198,7 +198,7 @@ def _root(data_path: str | None) -> tuple[Path | None, str]:
         # an input must have a training folder: folders called images and masks alone may belong to any data set
         for pattern in patterns:
             if found := session.find(pattern):
-                return found[0].parents[1], f"found among the inputs by {pattern}"
+                return found[0].parents[1], f"found among the inputs by the folder {pattern}"
         return None, f"no data_path, and no {patterns[0]} or {patterns[1]} among the inputs"
     path = Path(data_path).expanduser().resolve()
     if not path.is_dir():
@@ -209,7 +209,7 @@ def _root(data_path: str | None) -> tuple[Path | None, str]:
         if found := session.find(pattern, roots=[path], max_depth=4):
             return found[0].parents[1], "data_path"
     entries = sorted(entry.name for entry in path.iterdir())[:8]
-    raise FileNotFoundError(f"data_path: {EXPECTED} in {path}; it holds {', '.join(entries) or 'nothing'}")
+    raise FileNotFoundError(f"data_path: {EXPECTED} in {path}; this folder holds {', '.join(entries) or 'nothing'}")
 
 
 def _splits(root: Path, test_set: str | None) -> tuple[list[Pair], list[Pair]]:
@@ -223,7 +223,7 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
     if (pairs := _folder_pairs(folder)) is not None:
         if test_set is not None:
             raise FileNotFoundError(
-                f"test_set: no {test_set!r} in {folder}, which is one test set: leave test_set None"
+                f"test_set: no {test_set!r} in {folder}, which is a single test set: leave test_set out"
             )
         return pairs
     have = _sets(folder)
@@ -231,7 +231,7 @@ def _test_pairs(folder: Path, test_set: str | None) -> list[Pair]:
     if wanted is None:
         return [pair for pairs in have.values() for pair in pairs]
     if wanted not in have:
-        raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; there are {list(have)}")
+        raise FileNotFoundError(f"test_set: no {wanted!r} with images and masks in {folder}; it has {list(have)}")
     return have[wanted]
 
 
@@ -265,13 +265,15 @@ def _folder_pairs(folder: Path) -> list[Pair] | None:
         if not images.is_dir():
             if any((folder / other).is_dir() for other, beside in FOLDERS if beside == mask_name):
                 continue
-            raise FileNotFoundError(f"missing folder: {images}, whose masks are in {masks}")
+            raise FileNotFoundError(f"missing folder of images: {images}, for the masks in {masks}")
         of_stem = {path.stem: path for path in _files(masks)}
         found = [path for path in _files(images) if not path.name.startswith(NOT_CAMOUFLAGED)]
         missing = [path for path in found if path.stem not in of_stem]
         if missing:
-            more = f" (and {len(missing) - 1} more images)" if len(missing) > 1 else ""
-            raise FileNotFoundError(f"{missing[0]}: no mask for it, expected {masks / missing[0].stem}.png{more}")
+            more = f" (and {len(missing) - 1} more images without a mask)" if len(missing) > 1 else ""
+            raise FileNotFoundError(
+                f"{missing[0]}: no mask for this image, expected {masks / missing[0].stem}.png{more}"
+            )
         return [(str(path), str(of_stem[path.stem])) for path in found]
     return None
 
@@ -328,11 +330,12 @@ def _problem(pair: Pair) -> str | None:
     # a mask of 0 and 1 would count as empty, since only values above 128 are object
     if between > SOFT_EDGE or 0 < values[-1] <= 128:
         return (
-            f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} soft edge between; "
-            f"got values from {values[0]} to {values[-1]}, {between:.1%} of them neither 0 nor 255"
+            f"{path}: expected a mask of 0 (background) and 255 (object), at most {SOFT_EDGE:.0%} of the pixels "
+            f"between (soft edges); got values from {values[0]} to {values[-1]}, {between:.1%} of the pixels neither "
+            f"0 nor 255"
         )
     if not values[-1] and differ:
-        return f"{path}: as grey of 8 bits this mask is all 0, but its values differ; expected 0 and 255"
+        return f"{path}: converted to 8-bit grey, this mask is all 0, but its own values differ; expected 0 and 255"
     return None
 
 
@@ -415,33 +418,33 @@ def scene(number: int, size: int = SCENE_SIZE) -> tuple[NDArray[np.uint8], NDArr
     An object with a smooth random outline lies in a texture of waves of one direction. The object's texture has the
     same colours and contrast, but finer waves of all directions, so neither brightness nor colour reveals the object.
     """
-    chance = np.random.default_rng(number)
+    rng = np.random.default_rng(number)
     y, x = np.mgrid[:size, :size] / size
     # the outline: a radius that changes smoothly with the angle
-    centre, radius = chance.uniform(0.3, 0.7, 2), chance.uniform(0.13, 0.26)
+    centre, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.13, 0.26)
     angle, outline = np.arctan2(y - centre[0], x - centre[1]), np.ones((size, size))
     for k in range(1, 6):
-        outline += chance.uniform(0, 0.35) / k * np.cos(k * angle + chance.uniform(0, 2 * np.pi))
+        outline += rng.uniform(0, 0.35) / k * np.cos(k * angle + rng.uniform(0, 2 * np.pi))
     distance = np.hypot(y - centre[0], x - centre[1]) - radius * outline
     inside = np.clip(0.5 - distance * size, 0, 1)
 
-    grain, direction = chance.uniform(0.09, 0.14), chance.uniform(0, np.pi)
-    image = np.broadcast_to(chance.uniform(90, 165, 3), (size, size, 3)).copy()
-    for colour in chance.uniform(-34, 34, (2, 3)):
-        around, within = _texture(chance, size, grain, direction), _texture(chance, size, 1.4 * grain, None)
+    frequency, direction = rng.uniform(0.09, 0.14), rng.uniform(0, np.pi)
+    image = np.broadcast_to(rng.uniform(90, 165, 3), (size, size, 3)).copy()
+    for colour in rng.uniform(-34, 34, (2, 3)):
+        around, within = _texture(rng, size, frequency, direction), _texture(rng, size, 1.4 * frequency, None)
         image += (around * (1 - inside) + within * inside)[..., None] * colour
-    shade = chance.uniform(-30, 30, 2)
-    image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + chance.normal(0, 5, (size, size, 3))
+    shade = rng.uniform(-30, 30, 2)
+    image += (shade[0] * (y - 0.5) + shade[1] * (x - 0.5))[..., None] + rng.normal(0, 5, (size, size, 3))
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), (inside >= 0.5).astype(np.uint8) * 255
 
 
-def _texture(chance: np.random.Generator, size: int, grain: float, direction: float | None) -> NDArray[np.float64]:
-    """Draw waves of about `grain` cycles per pixel along `direction` (radians; None: all); mean 0, variance 1."""
+def _texture(rng: np.random.Generator, size: int, frequency: float, direction: float | None) -> NDArray[np.float64]:
+    """Draw waves of about `frequency` cycles per pixel along `direction` (radians; None: all); mean 0, variance 1."""
     v, u = np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None, :]
     if direction is None:
-        keep = np.exp(-(((np.hypot(u, v) - grain) / 0.03) ** 2) / 2)
+        keep = np.exp(-(((np.hypot(u, v) - frequency) / 0.03) ** 2) / 2)
     else:
         across, along = u * np.cos(direction) + v * np.sin(direction), v * np.cos(direction) - u * np.sin(direction)
-        keep = np.exp(-(((np.abs(across) - grain) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
-    waves = np.fft.ifft2(np.fft.fft2(chance.normal(size=(size, size))) * keep).real
+        keep = np.exp(-(((np.abs(across) - frequency) / 0.03) ** 2 + (along / 0.06) ** 2) / 2)
+    waves = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) * keep).real
     return np.asarray((waves - waves.mean()) / waves.std(), np.float64)

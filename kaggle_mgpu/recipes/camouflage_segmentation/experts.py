@@ -31,12 +31,12 @@ SURROUNDS = (3, 7, 15)
 """Sides of the squares around a position whose means the contrast expert subtracts."""
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """Return half precision as fp32, other tensors as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def mixed(inputs: int, outputs: int) -> nn.Sequential:
+def output_layers(inputs: int, outputs: int) -> nn.Sequential:
     """Make the last layers of an expert: (B, inputs, H, W) to (B, outputs, H, W)."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), group_norm(outputs), nn.GELU())
 
@@ -61,7 +61,7 @@ class Texture(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(nn.Conv2d(width, width // 4, 3, padding=d, dilation=d) for d in DILATIONS)
-        self.out = mixed(width, width)
+        self.out = output_layers(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.gelu(torch.cat([branch(x) for branch in self.branches], 1)))
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.heads = heads_of(width)
         self.query = nn.Conv2d(width, width, 1)
         self.keys_values = nn.Conv2d(width, 2 * width, 1)
-        self.out = mixed(width, width)
+        self.out = output_layers(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.query(x), *self.keys_values(pooled(x, KEYS)).chunk(2, 1))
@@ -101,12 +101,13 @@ class Hybrid(nn.Module):
         self.near = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.parts = nn.Conv2d(width, 3 * width, 1)
         self.scale = nn.Parameter(torch.ones(self.heads))
-        self.out = mixed(width, width)
+        self.out = output_layers(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.near(x)
         query, key, value = (p.flatten(2).unflatten(1, (self.heads, -1)) for p in self.parts(x).chunk(3, 1))
-        query, key = F.normalize(wide(query), dim=3), F.normalize(wide(key), dim=3)  # fp32: squares overflow fp16
+        # fp32: squares overflow fp16
+        query, key = F.normalize(at_least_fp32(query), dim=3), F.normalize(at_least_fp32(key), dim=3)
         shares = (query @ key.transpose(2, 3) * self.scale.view(-1, 1, 1)).softmax(3)
         return self.out(x + (shares.to(value.dtype) @ value).reshape(x.shape))
 
@@ -121,12 +122,12 @@ class Frequency(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.spectral = mixed(2 * width, 2 * width)
-        self.out = mixed(width, width)
+        self.spectral = output_layers(2 * width, 2 * width)
+        self.out = output_layers(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        spectrum = torch.view_as_real(torch.fft.rfft2(wide(x), norm="ortho"))
-        real, imaginary = wide(self.spectral(torch.cat(spectrum.unbind(-1), 1))).chunk(2, 1)
+        spectrum = torch.view_as_real(torch.fft.rfft2(at_least_fp32(x), norm="ortho"))
+        real, imaginary = at_least_fp32(self.spectral(torch.cat(spectrum.unbind(-1), 1))).chunk(2, 1)
         back = torch.fft.irfft2(torch.complex(real, imaginary), s=x.shape[2:], norm="ortho")
         return self.out(x + back.to(x.dtype))
 
@@ -145,11 +146,11 @@ class Edge(nn.Module):
         second = torch.tensor([[1.0, 1.0, 1.0], [1.0, -8.0, 1.0], [1.0, 1.0, 1.0]]) / 8
         kernels = torch.stack([across, across.T, second])[:, None].repeat(width, 1, 1, 1)
         self.register_buffer("kernels", kernels, persistent=False)
-        self.out = mixed(3 * width, width)
+        self.out = output_layers(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         changes = F.conv2d(x, self.kernels.to(x.dtype), padding=1, groups=x.shape[1])
-        across, down, second = wide(changes).unflatten(1, (-1, 3)).unbind(2)
+        across, down, second = at_least_fp32(changes).unflatten(1, (-1, 3)).unbind(2)
         steep = (across.square() + down.square() + 1e-6).sqrt()  # the square root has no finite gradient at 0
         return self.out(torch.cat([x, steep.to(x.dtype), second.to(x.dtype)], 1))
 
@@ -160,7 +161,7 @@ class Context(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.pools = nn.ModuleList(nn.Conv2d(width, width // 4, 1) for _ in BINS)
-        self.out = mixed(2 * width, width)
+        self.out = output_layers(2 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         means = (pool(pooled(x, bins)) for pool, bins in zip(self.pools, BINS, strict=True))
@@ -176,7 +177,7 @@ class Contrast(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.out = mixed(len(SURROUNDS) * width, width)
+        self.out = output_layers(len(SURROUNDS) * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.cat([x - around(x, side) for side in SURROUNDS], 1))

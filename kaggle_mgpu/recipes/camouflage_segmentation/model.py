@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 STRIDES = (4, 8, 16, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's mean and standard deviation of RGB in 0 to 1, for backbones that name no others."""
-SIZED = tuple("swin maxvit maxxvit coatnet coat_ gcvit efficientformerv2 hiera_ vit_ deit beit eva".split())
+FIXED_SIZE = tuple("swin maxvit maxxvit coatnet coat_ gcvit efficientformerv2 hiera_ vit_ deit beit eva".split())
 """Prefixes of the names of timm backbones that are made for one image size."""
 DILATIONS = (1, 2, 3, 5)
 """Dilations of the experts' kernels, in turn, so that experts see neighbourhoods of different sizes."""
@@ -107,7 +107,7 @@ def state_dict(path: str) -> dict[str, Tensor]:
         return {name.removeprefix("module."): tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
     except Exception as error:
         raise ValueError(
-            f"backbone_weights: {path}: cannot be read as weights alone: {type(error).__name__}: "
+            f"backbone_weights: {path}: cannot be read as plain tensors: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}. Give a .safetensors file."
         ) from error
 
@@ -131,25 +131,25 @@ class Timm(nn.Module):
         super().__init__()
         timm = _timm(name)
         options: dict[str, Any] = {"features_only": True, "pretrained": weights is not None}
-        if image_size is not None and name.startswith(SIZED):
+        if image_size is not None and name.startswith(FIXED_SIZE):
             options["img_size"] = image_size
         if weights is not None and weights != "download":
             own = Path(weights).suffix in (".safetensors", ".npz")  # any other kind is a pickle
             options["pretrained_cfg_overlay"] = {"file": weights} if own else {"state_dict": state_dict(weights)}
         try:
-            chance = torch.random.get_rng_state()
+            rng_state = torch.random.get_rng_state()
             self.body = timm.create_model(name, **options)
             if weights is not None:
-                self._check_loaded(timm, name, options, weights, chance)
+                self._check_loaded(timm, name, options, weights, rng_state)
         except WeightsError:
             raise
         except Exception as error:
             advice = "Look the name up with timm.list_models(); without internet give a file as backbone_weights."
             if "img_size" in options and "size mismatch" in str(error):
-                advice = f"The weights are of another image_size than {image_size}, and timm does not resize them."
+                advice = f"The weights are for another image_size than {image_size}, and timm does not resize weights."
             raise ValueError(
-                f"backbone {name!r}, weights {weights!r}: timm cannot make it: {type(error).__name__}: {error}. "
-                f"{advice}"
+                f"backbone {name!r}, weights {weights!r}: timm cannot make this backbone: {type(error).__name__}: "
+                f"{error}. {advice}"
             ) from error
         said: dict[str, Any] = {}
         for attribute in ("default_cfg", "pretrained_cfg"):
@@ -163,18 +163,18 @@ class Timm(nn.Module):
         self.wanted = [strides.index(stride) for stride in STRIDES]
         self.channels = [info.channels()[index] for index in self.wanted]
 
-    def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, chance: Tensor) -> None:
+    def _check_loaded(self, timm: Any, name: str, options: dict[str, Any], weights: str, rng_state: Tensor) -> None:
         """Raise a WeightsError if a tensor still has the random values that the same seed gives without weights.
 
         timm loads weights by name and silently skips tensors that do not fit. Tensors with constant initial values
         (biases, norms) prove nothing and are left out.
 
         Args:
-            chance: the state of torch's generator before the model was made.
+            rng_state: the state of torch's generator before the model was made.
         """
         plain = {key: value for key, value in options.items() if key != "pretrained_cfg_overlay"}
         with torch.random.fork_rng(devices=[]):
-            torch.random.set_rng_state(chance)
+            torch.random.set_rng_state(rng_state)
             unloaded = timm.create_model(name, **plain | {"pretrained": False}).state_dict()
         random = {
             key: tensor
@@ -186,9 +186,9 @@ class Timm(nn.Module):
         ]
         if missing:
             raise WeightsError(
-                f"backbone_weights: {weights}: {len(missing)} of the {len(random)} random tensors of {name} got no "
-                f"values from it, {missing[0]} for one. Expected weights of this very backbone, by timm's names; or "
-                f"give backbone_weights='random' to begin without any."
+                f"backbone_weights: {weights} has no values for {len(missing)} of the {len(random)} randomly "
+                f"initialised tensors of {name}, for example {missing[0]}. Expected weights of exactly this backbone, "
+                f"with timm's names; or give backbone_weights='random' to train without pretrained weights."
             )
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -459,13 +459,13 @@ def loss_terms(output: Output, target: Tensor, *, balance_weight: float) -> Tens
         target: (B, 1, S, S), 0 to 1.
     """
     size, weight = target.shape[2:], pixel_weights(target.float())
-    total = balance_weight * output.balance.float() + 0.5 * boundary_loss(enlarged(output.boundary, size), target)
+    total = balance_weight * output.balance.float() + 0.5 * boundary_loss(resized_fp32(output.boundary, size), target)
     for index, logits in enumerate(reversed(output.logits)):
-        total = total + 0.5**index * structure_loss(enlarged(logits, size), target, weight)
+        total = total + 0.5**index * structure_loss(resized_fp32(logits, size), target, weight)
     return total
 
 
-def enlarged(logits: Tensor, size: Any) -> Tensor:
+def resized_fp32(logits: Tensor, size: Any) -> Tensor:
     """Resize logits or images bilinearly to `size` (height, width), in fp32."""
     return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
 

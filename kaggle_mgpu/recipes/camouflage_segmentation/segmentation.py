@@ -26,7 +26,7 @@ from . import data
 from .data import Samples
 from .experts import ExpertsDecoder
 from .metrics import measure, report
-from .model import STRIDES, Decoder, Segmenter, backbone, blocks, cost, enlarged, loss_terms, structure_loss
+from .model import STRIDES, Decoder, Segmenter, backbone, blocks, cost, loss_terms, resized_fp32, structure_loss
 from .settings import PRESETS, Config, stages
 
 DECODERS = {"small": Decoder, "experts": ExpertsDecoder}
@@ -58,8 +58,8 @@ def _cost(sizes: Sizes) -> Any:
         return cost(model, sizes[-1] or 0)
     except (RuntimeError, AssertionError) as error:  # on the meta device nothing else can fail
         raise ValueError(
-            f"backbone {sizes[0]!r}: it cannot compute images of {sizes[-1]} pixels: {error}. Give the image_size that "
-            f"it is made for, or another backbone."
+            f"backbone {sizes[0]!r} cannot compute images of {sizes[-1]} pixels: {error}. Give the image_size that the "
+            f"backbone is made for, or another backbone."
         ) from error
 
 
@@ -84,7 +84,7 @@ class CamouflageSegmentation(Task):
         share: float = 1.0,
         start: Path | None = None,
     ) -> None:
-        self._given, self._found = config, found
+        self._unsettled, self._found = config, found
         self.stage, self.share, self.start = stage, share, start
         if found is not None:
             self._use(found)
@@ -93,7 +93,7 @@ class CamouflageSegmentation(Task):
     def found(self) -> data.Found:
         """The data. All ranks must make the first access together: rank 0 searches and checks, the others wait."""
         if self._found is None:
-            self._use(distributed.from_main(lambda: find(self._given)))
+            self._use(distributed.from_main(lambda: find(self._unsettled)))
         assert self._found is not None
         return self._found
 
@@ -107,7 +107,7 @@ class CamouflageSegmentation(Task):
     @property
     def config(self) -> Config:
         """The config, with the preset's values in the fields left None."""
-        return self._given.settled(drawn=self.found.drawn)
+        return self._unsettled.settled(drawn=self.found.drawn)
 
     def describe(self) -> str:
         """Describe the data and the reason for their choice, the stages, and the cost of each preset."""
@@ -126,19 +126,22 @@ class CamouflageSegmentation(Task):
     def _costs(self) -> Iterator[str]:
         config = self.config
         batch = 8
-        yield f"{'preset':16} pixels  batch  parameters  GFLOP an image  GB for {batch} images"
+        yield f"{'preset':16} pixels  batch  parameters  GFLOP per image  GB for {batch} images"
         for name in PRESETS:
             mine = name == config.preset
             # soft routing costs as much as top-k, and is valid even if the preset has fewer experts than top_k
-            its = self._given.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
+            its = self._unsettled.replace(preset=name, routing="soft").settled(drawn=self.found.drawn)
             parameters, flops, kept = _cost(_sizes(its))
             # weights, gradients, AdamW's two moments and the averaged weights, four bytes each
             memory = batch * kept + 20 * parameters
             yield (
                 f"{name + (' *' if mine else ''):16} {its.image_size:6}  {its.global_batch_size or '':>5}  "
-                f"{parameters / 1e6:8.2f} M  {flops / 1e9:14.2f}  {memory / 1e9:15.2f}"
+                f"{parameters / 1e6:8.2f} M  {flops / 1e9:15.2f}  {memory / 1e9:15.2f}"
             )
-        yield "* chosen. A forward pass; memory of a training step in fp32, counted (fp16 keeps about half)."
+        yield (
+            "* chosen preset. GFLOP of a forward pass; memory of an fp32 training step, computed, not measured (fp16: "
+            "about half)."
+        )
 
     def network(self, config: Config | None = None, weights: str | None = None) -> Segmenter:
         """Make the segmenter of a `settled` config, by default the task's own."""
@@ -157,7 +160,7 @@ class CamouflageSegmentation(Task):
         return model
 
     def train_data(self) -> Samples:
-        return Samples(self.found.train, self.config.image_size or 0, augment=True, rotation=self._given.rotation)
+        return Samples(self.found.train, self.config.image_size or 0, augment=True, rotation=self._unsettled.rotation)
 
     def val_data(self) -> Samples | None:
         return Samples(self.found.val, self.config.image_size or 0, augment=False) if self.found.val else None
@@ -169,10 +172,10 @@ class CamouflageSegmentation(Task):
         """Return the sum of `model.loss_terms` over the images; with several train_scales, the mean of these sums."""
         image, target = batch["image"], batch["mask"][:, None].float() / 255
         losses = []
-        for scale in self._given.train_scales:
+        for scale in self._unsettled.train_scales:
             size = STRIDES[-1] * max(1, round(scale * image.shape[-1] / STRIDES[-1]))
-            seen = image if size == image.shape[-1] else enlarged(image, (size, size))
-            losses.append(loss_terms(model(seen), target, balance_weight=self._given.balance_weight).sum())
+            seen = image if size == image.shape[-1] else resized_fp32(image, (size, size))
+            losses.append(loss_terms(model(seen), target, balance_weight=self._unsettled.balance_weight).sum())
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def metrics(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
@@ -201,10 +204,10 @@ class CamouflageSegmentation(Task):
 
         With `tta` the probability is the mean of the image's and the mirrored image's; the logits are the image's.
         """
-        logits = enlarged(model(image).logits[-1], size)
+        logits = resized_fp32(model(image).logits[-1], size)
         probability = logits.sigmoid()
-        if self._given.tta:
-            mirrored = enlarged(model(image.flip(3)).logits[-1], size).sigmoid().flip(3)
+        if self._unsettled.tta:
+            mirrored = resized_fp32(model(image.flip(3)).logits[-1], size).sigmoid().flip(3)
             probability = (probability + mirrored) / 2
         return probability, logits
 
@@ -326,9 +329,9 @@ def pretrained(config: Config) -> str | None:
     if config.frozen_epochs:
         raise ValueError(
             f"backbone {config.backbone!r}: no pretrained weights among the inputs (no .safetensors file with {name} "
-            f"in its name, or its folder's), and stage 1 would freeze random ones for {config.frozen_epochs} epochs. "
-            f"Add the weights as an input, or give backbone_weights: a file, 'download' (needs internet), or 'random' "
-            f"where that is meant; or frozen_epochs=0."
+            f"in the name of the file or its folder), and stage 1 would freeze random weights for "
+            f"{config.frozen_epochs} epochs. Add the weights as an input; or set backbone_weights to a file, to "
+            f"'download' (needs internet), or to 'random' if you want random weights; or set frozen_epochs=0."
         )
     return None
 
@@ -363,7 +366,7 @@ def by_test_set(task: CamouflageSegmentation, weights: str | Path) -> dict[str, 
     model.to(distributed.device()).eval()
     table: dict[str, dict[str, float]] = {}
     for name, source in distributed.from_main(lambda: data.test_sets(task.found)).items():
-        one = CamouflageSegmentation(task._given, found=dataclasses.replace(task.found, val=source))
+        one = CamouflageSegmentation(task._unsettled, found=dataclasses.replace(task.found, val=source))
         rows = []
         for index in range(distributed.rank(), len(source), distributed.world_size()):
             _, mask, prediction = one.predict(model, index)

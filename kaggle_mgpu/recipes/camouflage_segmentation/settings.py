@@ -12,7 +12,7 @@ from kaggle_mgpu.checkpoints import Checkpoints
 from kaggle_mgpu.config import TrainConfig, in_epochs
 
 from .data import SCENE_SIZE, Found
-from .model import SIZED, STRIDES
+from .model import FIXED_SIZE, STRIDES
 
 Preset = Literal["balanced", "fast", "high_resolution"]
 PRESETS: dict[str, dict[str, int]] = {
@@ -68,7 +68,7 @@ class Config(TrainConfig):
     """compact: the recipe's own; or the name of a timm backbone, such as edgenext_base, where timm is installed."""
     backbone_weights: str | None = None
     """Pretrained weights of a timm backbone: a file, `download` (needs internet), or `random`. None: a .safetensors
-    file among the inputs with the backbone's name in its own or its folder's name. Without such a file, stage 1
+    file among the inputs with the backbone's name in the name of the file or its folder. Without such a file, stage 1
     (backbone frozen) is refused."""
     width: int | None = None
     """Channels of the compact backbone's first level; the others have 2, 4 and 8 times as many."""
@@ -129,7 +129,7 @@ class Config(TrainConfig):
     best_mode: Literal["min", "max"] = "max"
     """Whether best_metric is better when smaller or larger."""
     rotation: float = 0.0
-    """Rotate training images by a random angle of at most so many degrees; 15 in SINet-V2 (Fan et al. 2021). On
+    """Rotate training images by a random angle of at most this many degrees; 15 in SINet-V2 (Fan et al. 2021). On
     synthetic scenes 15 gives no gain: S-measure 0.851 against 0.856 after 150 steps (three seeds)."""
     train_scales: tuple[float, ...] = (1.0,)
     """Multi-scale training: the loss is the mean over these multiples of image_size, each rounded to a multiple of 32.
@@ -159,7 +159,7 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
         if isinstance(self.global_batch_size, str):
             raise ValueError(
-                f"Config.global_batch_size: expected a number, since the lengths of the stages follow from it, got "
+                f"Config.global_batch_size: expected a number, since the stages' lengths are computed from it, got "
                 f"{self.global_batch_size!r}"
             )
         for name, factor in {"image_size": STRIDES[-1], "width": 2, "decoder_width": 2}.items():
@@ -167,20 +167,21 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected a multiple of {factor}, got {getattr(self, name)}")
         if not self.train_scales or not all(0.25 <= scale <= 4 for scale in self.train_scales):
             raise ValueError(f"Config.train_scales: expected numbers from 0.25 to 4, got {self.train_scales!r}")
-        if self.train_scales != (1.0,) and self.backbone.startswith(SIZED):
+        if self.train_scales != (1.0,) and self.backbone.startswith(FIXED_SIZE):
             raise ValueError(
                 f"Config.train_scales: backbone {self.backbone!r} is made for one image size, so it cannot train at "
                 f"{self.train_scales!r}. Leave train_scales out, or choose another backbone, such as pvt_v2_b2."
             )
         if not 0 <= self.val_fraction <= 0.5:
             raise ValueError(f"Config.val_fraction: expected 0 to 0.5, got {self.val_fraction}")
-        if self.routing == "topk" and self.top_k > (self.num_experts or self._preset()["num_experts"]):
-            raise ValueError(f"Config.top_k: expected at most num_experts, got {self.top_k}")
+        most = self.num_experts or self._preset()["num_experts"]
+        if self.routing == "topk" and self.top_k > most:
+            raise ValueError(f"Config.top_k: expected at most num_experts = {most}, got {self.top_k}")
         if self.strategy == "deepspeed" and _zero_stage(self.deepspeed_config) == 3:
             raise ValueError(
                 f"Config.deepspeed_config: {self.deepspeed_config} asks for ZeRO stage 3, under which all ranks must "
-                f"compute in step, but this recipe evaluates image by image, and ranks hold different numbers of them. "
-                f"Use stage 2, or strategy='fsdp', which shares the weights out too."
+                f"compute in step, but this recipe evaluates image by image, and ranks have different numbers of "
+                f"images. Use stage 2, or strategy='fsdp', which also splits the weights over the GPUs."
             )
 
     def _preset(self) -> dict[str, int]:

@@ -44,7 +44,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
     began = time.monotonic()
     planned: list[Stage] = []
     results: list[Result] = []
-    _under_way(config, planned, results)
+    _write_unfinished(config, planned, results)
     if found is None:
         found = distributed.from_main(lambda: find(config))
         if distributed.is_main():  # a caller that gives `found` has printed this
@@ -56,7 +56,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
         left = limit - (time.monotonic() - began)
         if distributed.agree(left < 1) and results:
             break
-        _under_way(config, planned, results)
+        _write_unfinished(config, planned, results)
         if distributed.is_main():
             print(f"{stage.name} ({number} of {len(planned)}): {stage.share:.0%} of the backbone trained", flush=True)
         timed = stage.config if left == math.inf else stage.config.replace(time_limit=f"{max(left, 1):.1f}s")
@@ -68,7 +68,7 @@ def _run(config: Config, found: data.Found | None) -> Result:
     return distributed.from_main(lambda: combine(config, planned, results, source))
 
 
-def _under_way(config: Config, planned: list[Stage], results: list[Result]) -> None:
+def _write_unfinished(config: Config, planned: list[Stage], results: list[Result]) -> None:
     """Write an unfinished result.json, so that a finished stage is not mistaken for a finished run."""
     if not distributed.is_main():
         return
@@ -139,5 +139,6 @@ def combine(config: Config, planned: list[Stage], results: list[Result], weights
     document = {**dataclasses.asdict(whole), "backbone_weights": weights_source}
     files.write_text(out / "result.json", json.dumps(document, indent=1))
     if not finished:
-        print(f"stopped in {planned[len(results) - 1].name} ({whole.reason}): run the same again and it goes on there")
+        stopped = planned[len(results) - 1].name
+        print(f"stopped in {stopped} ({whole.reason}): run the same cell or command again to continue there")
     return whole

@@ -95,8 +95,8 @@ class Config(TrainConfig):
         fits = {"auto": ("full", "lora", "qlora"), "hf": ("full", "lora"), "bnb": ("qlora",)}
         if self.mode not in fits.get(self.backend, fits["auto"]):
             raise ValueError(
-                f"Config: backend={self.backend!r} does not do tuning={self.mode!r}: hf does full and lora, bnb "
-                f"(4-bit weights) does qlora, unsloth all three. Leave backend='auto' and it follows from tuning."
+                f"Config: backend={self.backend!r} cannot do tuning={self.mode!r}: hf does full and lora, bnb (4-bit "
+                f"weights) does qlora, unsloth all three. With backend='auto' the backend is chosen from tuning."
             )
 
     @classmethod
@@ -109,7 +109,7 @@ class Config(TrainConfig):
         """
         flat, said = guide.flattened(values)
         if said and os.environ.get("RANK", "0") == "0":
-            print("the guide's settings, and what they are here:", *said, sep="\n  ", flush=True)
+            print("settings of the fine-tuning guide, translated to fields of Config:", *said, sep="\n  ", flush=True)
         return super().from_dict(flat)
 
     @classmethod
@@ -121,7 +121,7 @@ class Config(TrainConfig):
         """
         flat, said = guide.flattened(guide.nested(given))
         if said and os.environ.get("RANK", "0") == "0":
-            print("make variables, and what they are here:", *said, sep="\n  ", flush=True)
+            print("make variables, translated to fields of Config:", *said, sep="\n  ", flush=True)
         return {**base, **flat}
 
     @property

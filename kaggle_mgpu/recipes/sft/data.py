@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from kaggle_mgpu.parallel import distributed
 
-from .reading import Conversation, answers, short
+from .reading import Conversation, is_answer, short
 
 IGNORED = -100
 
@@ -95,16 +95,16 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: in
 
 
 def _examples(tokenizer: Any, conversation: Conversation) -> list[Example]:
-    learnt = [i for i, message in enumerate(conversation) if answers(message)]
+    learnt = [i for i, message in enumerate(conversation) if is_answer(message)]
     for groups in ([learnt], [[answer] for answer in learnt]):
         made = [_marked(tokenizer, conversation[: group[-1] + 1], group) for group in groups]
         if None not in made:
             return [example for example in made if example is not None]
     last = conversation[: learnt[-1] + 1]
     raise ValueError(
-        "the tokenizer's chat template does not render a question as the beginning of the question with its answer, "
-        f"so where the answer begins cannot be told. Question: {short(_render(tokenizer, last[:-1], True))}; "
-        f"with its answer: {short(_render(tokenizer, last))}. Give the tokenizer another chat_template."
+        "the tokenizer's chat template renders a question differently when its answer follows, so the beginning of the "
+        f"answer cannot be found. Question alone: {short(_render(tokenizer, last[:-1], True))}; question with "
+        f"answer: {short(_render(tokenizer, last))}. Give the tokenizer another chat_template."
     )
 
 
@@ -131,7 +131,7 @@ def _marked(tokenizer: Any, conversation: Conversation, learnt: list[int]) -> Ex
             if missing:
                 raise ValueError(
                     f"the tokenizer's chat template leaves out the call of the tool {missing[0]!r}: it renders the "
-                    f"answer as {short(texts[-1])}. Take a model whose template has tool calls, or leave such rows out."
+                    f"answer as {short(texts[-1])}. Take a model whose template has tool calls, or remove such rows."
                 )
     return _example(tokenizer, whole, spans, texts)
 
@@ -276,19 +276,22 @@ class Packs(Dataset[dict[str, Tensor]]):
 
     Args:
         packs: the indices of the examples in each pack.
-        generate: batches of indices of examples to answer. Each batch is one sample of the dataset. These samples are
-            spread evenly among the packs, so that each rank gets a share of them.
+        prompt_batches: batches of indices of examples to answer. Each batch is one sample of the dataset. These samples
+            are spread evenly among the packs, so that each rank gets a share of them.
     """
 
-    def __init__(self, examples: Examples, packs: list[list[int]], generate: Sequence[Sequence[int]] = ()) -> None:
-        self.examples, self.packs, self.generate = examples, packs, list(generate)
+    def __init__(
+        self, examples: Examples, packs: list[list[int]], prompt_batches: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self.examples, self.packs, self.prompt_batches = examples, packs, list(prompt_batches)
         self.sample_lengths: list[int] | None = None
-        total, asked = len(packs) + len(self.generate), len(self.generate)
-        self.asked_at = {(2 * number + 1) * total // (2 * asked): number for number in range(asked)}
-        self.pack_at = [at for at in range(total) if at not in self.asked_at]
+        count = len(self.prompt_batches)
+        total = len(packs) + count
+        self.prompt_batch_at = {(2 * number + 1) * total // (2 * count): number for number in range(count)}
+        self.pack_at = [at for at in range(total) if at not in self.prompt_batch_at]
 
     def __len__(self) -> int:
-        return len(self.packs) + len(self.generate)
+        return len(self.packs) + len(self.prompt_batches)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Return a batch of one pack."""
@@ -299,11 +302,11 @@ class Packs(Dataset[dict[str, Tensor]]):
 
         ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], the
         position before each learnt token, and this token's id; in shorter packs the rest is 0 in at, -100 in targets.
-        generate: int64[G], only if the dataset has prompts: the indices in `self.generate` of the chosen batches.
+        generate: int64[G], only if the dataset has prompts: the indices in `self.prompt_batches` of the chosen batches.
         """
         chosen = indices.tolist()
-        generate = [self.asked_at[i] for i in chosen if i in self.asked_at]
-        if self.generate:
+        generate = [self.prompt_batch_at[i] for i in chosen if i in self.prompt_batch_at]
+        if self.prompt_batches:
             number = {at: n for n, at in enumerate(self.pack_at)}
             chosen = [number[i] for i in chosen if i in number]
         rows = [row_of([self.examples[i] for i in self.packs[n]]) for n in chosen]
@@ -318,7 +321,7 @@ class Packs(Dataset[dict[str, Tensor]]):
             for row, values in zip(array, rows, strict=True):
                 row[: len(values[name])] = values[name]
             batch[name] = torch.from_numpy(array)
-        if self.generate:
+        if self.prompt_batches:
             batch["generate"] = torch.tensor(generate, dtype=torch.int64)
         return batch
 

@@ -35,10 +35,10 @@ class Finetune(Task):
         if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp", "fsdp"):
             self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
         self._prepared: Prepared | None = None
-        self._tools: dict[str, Any] = {}  # made on first use, and not pickled
+        self._cache: dict[str, Any] = {}  # made on first use, and not pickled
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tools": {}}
+        return {**self.__dict__, "_cache": {}}
 
     # Data
     @property
@@ -53,9 +53,9 @@ class Finetune(Task):
 
     @property
     def tokenizer(self) -> Any:
-        if "tokenizer" not in self._tools:
-            self._tools["tokenizer"] = models.tokenizer(self.prepared.model)[0]
-        return self._tools["tokenizer"]
+        if "tokenizer" not in self._cache:
+            self._cache["tokenizer"] = models.tokenizer(self.prepared.model)[0]
+        return self._cache["tokenizer"]
 
     def examples(self, part: str) -> data.Examples:
         """Return the examples of a part, "train" or "val"."""
@@ -67,12 +67,12 @@ class Finetune(Task):
         packs = (
             data.pack(lengths, self.config.max_length) if self.config.packing else [[i] for i in range(len(lengths))]
         )
-        made = data.Packs(examples, packs, self.sample() if part == "val" and not self.no_generation else ())
+        made = data.Packs(examples, packs, self.prompt_batches() if part == "val" and not self.no_generation else ())
         if part == "train" and not self.config.packing:
             made.sample_lengths = lengths  # samples are padded, so similar lengths go together
         return made
 
-    def sample(self) -> list[list[int]]:
+    def prompt_batches(self) -> list[list[int]]:
         """Return the indices of the held-out examples to answer, the first eval_generate_samples, in batches."""
         count, size = min(self.config.eval_generate_samples, self.prepared.val), self.config.eval_generate_batch_size
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
@@ -109,12 +109,12 @@ class Finetune(Task):
     def model(self) -> nn.Module:
         model: Any = self.base()
         model.config.use_cache = False  # training never reuses keys and values
-        picks = models.only_where_asked(model)
+        selects_positions = models.select_positions(model)
         if self.config.mode != "full":
             names = models.targets(model, self.config.lora_targets)
             model = models.adapt(model, names, self.config, self.config.library, self.prepared.model)
         models.checkpoint_activations(model)
-        model.picks = picks
+        model.selects_positions = selects_positions
         # unsloth prevents overflows itself, and deepspeed makes all weights fp16
         if self.precision == "fp16" and self.config.library != "unsloth" and self.config.strategy != "deepspeed":
             self._mend_overflows(model)
@@ -139,7 +139,7 @@ class Finetune(Task):
         if names and distributed.is_main():
             shown = ", ".join(name.removeprefix("base_model.model.") for name in names[:8])
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            print(f"beyond fp16's range, so computed in fp32: {shown}{more}", flush=True)
+            print(f"computed in fp32, because their numbers exceed fp16's range: {shown}{more}", flush=True)
 
     # The loss
     def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -155,7 +155,7 @@ class Finetune(Task):
             inputs = {"attention_mask": (segments > 0).long()}
         if model.config.model_type == "gemma3":  # type: ignore[union-attr]
             inputs["token_type_ids"] = torch.zeros_like(batch["ids"])  # 0 is text; transformers 5.0 requires them
-        head = models.head_of(model) if at is not None and model.picks else None
+        head = models.head_of(model) if at is not None and model.selects_positions else None
         if head is not None:
             head.positions = at  # type: ignore[assignment]
         try:
@@ -178,9 +178,9 @@ class Finetune(Task):
         return int((batch["targets"] != data.IGNORED).sum())
 
     def _check_packing_once(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
-        if self.config.packing and "checked" not in self._tools:
+        if self.config.packing and "checked" not in self._cache:
             self.check_packing(model, batch["ids"].device)
-            self._tools["checked"] = True
+            self._cache["checked"] = True
 
     @torch.no_grad()
     def check_packing(self, model: nn.Module, device: torch.device) -> None:
@@ -202,11 +202,11 @@ class Finetune(Task):
                 found.append(self.logits(model, batch)[0])
             together, apart = found[0], torch.cat(found[1:])
             difference = float((together - apart).abs().max() / apart.abs().max().clamp(min=1e-9))
-            said = f"logits differ by {difference:.2g} of their size from those of each by itself"
+            said = f"the logits differ by {difference:.2g} of their size from the logits of each conversation alone"
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError) as error:  # the model does not accept a block mask
-            difference, said = math.inf, f"it takes no block mask ({type(error).__name__}: {error})"
+            difference, said = math.inf, f"the model accepts no block mask ({type(error).__name__}: {error})"
         finally:
             model.train(training)
             torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
@@ -234,13 +234,13 @@ class Finetune(Task):
     def _rouge(self, model: nn.Module, numbers: list[int]) -> dict[str, tuple[Any, int]]:
         """Return ROUGE-L of the answers to some batches of prompts, and the share of answered prompts."""
         total, answered, wanted = 0.0, 0, 0
-        reference = self._tools.setdefault("references", self.examples("val").answers())
-        sample = self.sample()
+        reference = self._cache.setdefault("references", self.examples("val").answers())
+        batches = self.prompt_batches()
         for number in numbers:
-            wanted += len(sample[number])
+            wanted += len(batches[number])
             texts = self._answers(model, number)
             answered += len(texts)
-            for index, text in zip(sample[number], texts, strict=False):
+            for index, text in zip(batches[number], texts, strict=False):
                 total += rouge.rouge_l(text, reference[index])
         found: dict[str, tuple[Any, int]] = {"answered": (float(answered), wanted)}
         return {**found, "rouge_l": (total, answered)} if answered else found
@@ -250,9 +250,9 @@ class Finetune(Task):
         if self.no_generation:
             return []
         distributed.alive()
-        val, indices = self.examples("val"), self.sample()[number]
+        val, indices = self.examples("val"), self.prompt_batches()[number]
         stop = generation.stops(self.tokenizer, model, [val[i][0].tolist() for i in indices])
-        weights = models.fingerprint(models.trained(model)) + f" {self.prepared.digest} {self.backend}"
+        weights = models.fingerprint(models.trained_weights(model)) + f" {self.prepared.digest} {self.backend}"
         file = Path(self.prepared.folder) / f"answers-{number:03d}.json"
         prompts = [val.prompt(index) for index in indices]
         try:
@@ -266,7 +266,7 @@ class Finetune(Task):
             return []
 
     def summary(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Return loss (nats per token), perplexity = exp(loss), and rouge_l if each prompt of `sample` is answered."""
+        """Return loss (nats per token), perplexity = exp(loss), and rouge_l if all of `prompt_batches` are answered."""
         loss = float(metrics["loss"])
         found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         if "rouge_l" in metrics and float(metrics["answered"]) == 1:
@@ -293,11 +293,11 @@ class Finetune(Task):
         return self.summary({name: torch.tensor(total / count) for name, (total, count) in totals.items()})
 
     def answers(self, model: nn.Module) -> list[tuple[str, str, str]]:
-        """Return (question, answer in the data, the model's answer) for each held-out example in `sample`."""
+        """Return (question, answer in the data, the model's answer) for each held-out example in `prompt_batches`."""
         val = self.examples("val")
         reference = val.answers()
         found = []
-        for number, indices in enumerate(self.sample()):
+        for number, indices in enumerate(self.prompt_batches()):
             with self._as_in_training(next(model.parameters()).device):
                 texts = self._answers(model, number)
             for index, text in zip(indices, texts, strict=False):
@@ -324,7 +324,7 @@ class Finetune(Task):
     # Description
     def plan(self) -> tuple[memory.Estimate, list[str]]:
         """Return the estimated memory of a GPU, and the names of the layers with adapters."""
-        if "plan" not in self._tools:
+        if "plan" not in self._cache:
             config, packs = self.config, self._packs("train")
             replicas = (len(devices.gpus()) or 1) if config.nproc == "auto" else int(config.nproc)
             if isinstance(config.micro_batch_size, int):
@@ -336,7 +336,7 @@ class Finetune(Task):
             lengths = packs.examples.lengths
             longest = max(sum(lengths[i] for i in pack) for pack in packs.packs[:100])
             learnt = self.prepared.train_learnt / max(1, self.prepared.train_tokens)
-            self._tools["plan"] = memory.estimate(
+            self._cache["plan"] = memory.estimate(
                 self.prepared.model,
                 config,
                 base_dtype=self.base_dtype,
@@ -344,7 +344,7 @@ class Finetune(Task):
                 tokens=micro * longest,
                 learnt=int(micro * longest * learnt),
             )
-        found: tuple[memory.Estimate, list[str]] = self._tools["plan"]
+        found: tuple[memory.Estimate, list[str]] = self._cache["plan"]
         return found
 
     def describe(self) -> str:
@@ -356,30 +356,30 @@ class Finetune(Task):
             f"LoRA rank {config.lora_rank} on {', '.join(names)}; base weights in "
             + ("nf4" if config.mode == "qlora" else str(self.base_dtype).removeprefix("torch."))
             if names
-            else "every weight"
+            else "all weights"
         )
         full = p.train_tokens / (len(packs) * config.max_length)
         out = f"; {p.truncated} cut at {config.max_length} tokens ({p.truncated_tokens:,} tokens of answers lost)"
-        out += f", {p.dropped} dropped: no answer within them" if p.dropped else ""
+        out += f", {p.dropped} dropped, because their answers begin later" if p.dropped else ""
         whole = not isinstance(config.micro_batch_size, int)
-        limit = (
-            " for the largest micro-batch there may be" if whole else f" for {config.micro_batch_size} packs at a time"
+        limit = " for the largest possible micro-batch" if whole else f" for {config.micro_batch_size} packs at a time"
+        none_held = (
+            ": too few conversations have different first messages, so give val_path" if config.val_fraction else ""
         )
-        none_held = ": too few begin differently, so give val_path" if config.val_fraction else ""
-        asked = f"; ROUGE-L on {sum(map(len, self.sample()))} of them" if self.sample() else ""
+        asked = f"; ROUGE-L on {sum(map(len, self.prompt_batches()))} of them" if self.prompt_batches() else ""
         if self.no_generation:
             asked = f"; no answers can be generated ({self.no_generation}): evaluating by loss and perplexity"
         return "\n".join(
             [
                 f"model: {p.model}: {planned.parameters:,} parameters, {planned.trainable:,} of them trained "
                 f"({self.backend}: {tuned})"
-                + ("; none was given: random weights, for a try, which learn with lr=4e-3" * (config.model is None)),
+                + ("; no model was given: random weights, for a trial run; use lr=4e-3" * (config.model is None)),
                 f"data: {p.source}, {p.kind}: {p.train:,} examples of {p.train_tokens:,} tokens, {p.train_learnt:,} of "
                 f"answers{out if p.truncated or p.dropped else '; none cut'}",
                 f"template: {p.template}; {len(packs):,} "
                 + (f"packs of at most {config.max_length} tokens, {full:.0%} full" if config.packing else "samples")
                 + f"; {p.val:,} examples held out{asked if p.val else none_held}",
-                f"memory of a GPU, estimated{limit}: {planned.sentence()}",
+                f"memory per GPU, estimated{limit}: {planned.sentence()}",
             ]
         )
 

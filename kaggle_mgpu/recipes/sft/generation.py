@@ -48,9 +48,9 @@ def answer(
     for row, prompt in enumerate(prompts):  # pad on the left, so that all prompts end at the same place
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    limit = models.most_positions(model.config)
+    limit = models.max_positions(model.config)
     if limit is not None and limit <= width:
-        raise ValueError(f"a prompt of {width} tokens leaves none of the model's {limit} positions to an answer")
+        raise ValueError(f"a prompt of {width} tokens leaves no room for an answer: the model has {limit} positions")
     settings = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - width),
         do_sample=False,

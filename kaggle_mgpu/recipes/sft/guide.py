@@ -77,7 +77,7 @@ def nested(variables: Mapping[str, str]) -> dict[str, Any]:
     import yaml
 
     known = {name.replace(".", "_").upper(): name for name in [*NAMES, *SWITCHES, *WITHOUT_EFFECT]}
-    check_names(variables, list(known), where="make variable")
+    check_names(variables, list(known), where="the fine-tuning guide")
     found: dict[str, Any] = {}
     for variable, text in variables.items():
         try:
@@ -111,7 +111,7 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             of_guide[name] = value
         else:
             flat[name] = value
-    check_names(of_guide, [*NAMES, *SWITCHES, *WITHOUT_EFFECT], where="the guide's settings")
+    check_names(of_guide, [*NAMES, *SWITCHES, *WITHOUT_EFFECT], where="the fine-tuning guide")
     said = []
     for name, value in of_guide.items():
         if name in WITHOUT_EFFECT:
@@ -134,9 +134,12 @@ def flattened(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     sizes = (flat.get("micro_batch_size"), flat.get("gradient_accumulation_steps"))
     if of_guide and isinstance(sizes[0], int) and isinstance(sizes[1], int) and flat.get("global_batch_size") is None:
         flat["global_batch_size"] = None
-        said.append(f"global_batch_size follows: {sizes[0]} a GPU x {sizes[1]} x the number of GPUs")
+        said.append(f"global_batch_size: computed as {sizes[0]} per GPU x {sizes[1]} x the number of GPUs")
     elif of_guide and sizes[0] == "auto" and sizes[1] is not None:
-        raise ValueError("train.batch_size='auto' with a number for train.grad_accum: the one follows from the other")
+        raise ValueError(
+            "train.batch_size='auto' with a number for train.grad_accum: give 'auto' for train.grad_accum too, or a "
+            "number for train.batch_size"
+        )
     return flat, said
 
 

@@ -71,7 +71,7 @@ def estimate(
         with torch.device("meta"), models.quiet():
             model = transformers.AutoModelForCausalLM.from_config(about)
     except ValueError as error:  # not a causal language model
-        raise ValueError(f"model: {path} is none that writes text: {models.short(str(error))}") from None
+        raise ValueError(f"model: {path} is not a causal language model: {models.short(str(error))}") from None
     names = models.targets(model, config.lora_targets) if config.mode != "full" else []
     head = models.head_of(model)
     conv = transformers.pytorch_utils.Conv1D

@@ -86,8 +86,8 @@ def check_installed(mode: str, library: str) -> None:
 def _missing(package: str) -> ImportError:
     extra = f" (or kaggle_mgpu[{EXTRA[package]}])" if package in EXTRA else ""
     return ImportError(
-        f"this needs the package `{package}`, which is not installed: pip install {package}{extra}. On Kaggle: with "
-        f"the internet on, or from a wheel added as an input."
+        f"the recipe sft needs the package `{package}`, which is not installed: pip install {package}{extra}. On "
+        f"Kaggle: with the internet on, or from a wheel added as an input."
     )
 
 
@@ -148,7 +148,7 @@ def tokenizer(path: str) -> tuple[Any, str]:
     if not loaded.chat_template:
         bos, eos = (json.dumps(token or "") for token in (loaded.bos_token, loaded.eos_token))
         loaded.chat_template = f"{{% set bos_token = {bos} %}}{{% set eos_token = {eos} %}}" + PLAIN
-        said = 'the tokenizer has no chat template: "### Question:" and "### Answer:" stand for it'
+        said = 'the tokenizer has no chat template: "### Question:" and "### Answer:" are used instead'
     if loaded.pad_token_id is None:
         loaded.pad_token_id = loaded.eos_token_id if loaded.eos_token_id is not None else 0
     return loaded, said
@@ -156,20 +156,20 @@ def tokenizer(path: str) -> tuple[Any, str]:
 
 def from_pretrained(kind: Any, path: str, **options: Any) -> Any:
     here = os.path.isdir(path)
-    answers = here or hub_answers()
+    reachable = here or hub_is_reachable()
     try:
         with quiet():
-            return kind.from_pretrained(path, local_files_only=here or not answers, **options)
+            return kind.from_pretrained(path, local_files_only=here or not reachable, **options)
     except (ImportError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # files and libraries raise many kinds of errors
         said = short(f"{type(error).__name__}: {error}")
         if here:
             raise ValueError(f"model: {path} cannot be loaded by transformers: {said}") from error
-        reason = said if answers else f"nobody answers at {hub()}, and its cache does not hold it"
+        reason = said if reachable else f"no connection to {hub()}, and the model is not in the local cache"
         raise FileNotFoundError(
-            f"model: {path!r} is no folder here, none among the inputs, and could not be loaded from the hub "
-            f"({reason}). On Kaggle: Add Input > Models, and give its folder; or switch the internet on."
+            f"model: {path!r} is not a folder here or among the inputs, and could not be loaded from the hub "
+            f"({reason}). On Kaggle: Add Input > Models, then give the model's folder; or switch the internet on."
         ) from None
 
 
@@ -183,7 +183,7 @@ def hub() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def hub_answers(seconds: float = 5) -> bool:
+def hub_is_reachable(seconds: float = 5) -> bool:
     """Return whether the hub accepts a connection; True behind a proxy, where only the hub's client can tell.
 
     Without internet the hub's client would try for a minute before it gives up.
@@ -206,10 +206,10 @@ def hub_answers(seconds: float = 5) -> bool:
 
 def positions(path: str) -> int | None:
     """Return the number of positions of a model; None if the configuration sets no limit."""
-    return most_positions(from_pretrained(require("transformers").AutoConfig, path))
+    return max_positions(from_pretrained(require("transformers").AutoConfig, path))
 
 
-def most_positions(configuration: Any) -> int | None:
+def max_positions(configuration: Any) -> int | None:
     limit = getattr(configuration.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -311,13 +311,15 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
     auto = [name for name in there if name not in ROUTERS]
     if wanted == "auto":
         if not auto:
-            raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer beside its head")
+            raise ValueError(f"lora_targets='auto': {type(model).__name__} has no linear layer except its head")
         return _full_where_shared(auto, there, elsewhere)
     names = [name for name in re.split(r"[,\s]+", wanted) if name]
     if not names:
         raise ValueError(f"lora_targets={wanted!r} names no layer. Give auto, or some of {', '.join(there)}.")
     if unknown := [name for name in names if name not in there]:
-        raise ValueError(f"lora_targets: {', '.join(unknown)} is no linear layer here. There are {', '.join(there)}.")
+        raise ValueError(
+            f"lora_targets: the model has no linear layer named {', '.join(unknown)}. It has {', '.join(there)}."
+        )
     return _full_where_shared(names, there, elsewhere)
 
 
@@ -381,7 +383,7 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def only_where_asked(model: nn.Module) -> bool:
+def select_positions(model: nn.Module) -> bool:
     """Let the head compute logits only at chosen positions: before the learnt tokens, about half of all tokens.
 
     Logits are most of a step's memory where the vocabulary is large: 1024 tokens x 152 000 are 0.6 GB in fp32, and
@@ -392,7 +394,7 @@ def only_where_asked(model: nn.Module) -> bool:
     if head is None:
         return False
 
-    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         positions: Any = module.positions
         if positions is None:
             return None
@@ -400,7 +402,7 @@ def only_where_asked(model: nn.Module) -> bool:
         return (hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1])), *inputs[1:])
 
     head.positions = None  # type: ignore[assignment]
-    head.register_forward_pre_hook(pick)
+    head.register_forward_pre_hook(select)
     return True
 
 
@@ -433,7 +435,7 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
     files.replace_tensors(folder / "adapter_model.safetensors", named)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained weights by name, without state_dict: under fsdp a call would release gathered weights."""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}

@@ -66,7 +66,7 @@ def measured(result: Result) -> dict[str, str]:
     rows["steps"] = f"{result.step} of {result.max_steps} ({result.reason})"
     rows["training time"] = f"{result.seconds:.0f} s on {result.world_size} x {result.strategy}, {result.precision}"
     if speeds:
-        rows["answer tokens a second, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
+        rows["answer tokens per second, median"] = f"{speeds[len(speeds) // 2]:,.0f}"
     rows["peak memory, rank 0"] = memory.size(peak * 2**20)
     return rows
 
@@ -126,7 +126,7 @@ def farewell(task: Finetune, result: Result, folder: Path) -> str:
     found = measured(result)
     lines = [
         f"peak memory of rank 0: {found['peak memory, rank 0']} (estimated for the model: {memory.size(planned.total)}"
-        + ("; the process itself and its libraries come on top on a CPU)" if not torch.cuda.is_available() else ")"),
+        + ("; on a CPU the process and its libraries add to this)" if not torch.cuda.is_available() else ")"),
         f"model card: {folder / 'README.md'}",
         f"one model without adapters: python -m kaggle_mgpu merge {result.output_dir} --dtype fp16 --to FOLDER",
     ]
@@ -152,7 +152,9 @@ def merge(output_dir: str | Path, dtype: str, to: str | Path) -> float:
             f"{out.resolve()} holds no exported run: expected {EXPORT}, which training writes at its end"
         )
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"--to {folder.resolve()}: the folder is not empty; give another, or empty it")
+        raise FileExistsError(
+            f"--to {folder.resolve()}: the folder is not empty; give another folder, or empty this one"
+        )
     facts = json.loads((out / EXPORT).read_text(encoding="utf-8"))
     tokenizer, _ = models.tokenizer(str(out / "adapter") if facts["tuning"] != "full" else facts["model"])
     ids = torch.tensor([tokenizer("### Question: what does this do?", add_special_tokens=False)["input_ids"][:32]])
@@ -200,13 +202,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `python -m kaggle_mgpu merge`."""
     parser.description = parser.description or merge.__doc__
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="the folder of a run of the recipe sft")
-    parser.add_argument("--dtype", choices=sorted(models.DTYPES), default="fp16", help="of the weights (default: fp16)")
+    parser.add_argument(
+        "--dtype", choices=sorted(models.DTYPES), default="fp16", help="type of the weights (default: fp16)"
+    )
     parser.add_argument("--to", metavar="FOLDER", required=True, help="a new folder for the model")
 
 
 def merge_command(given: argparse.Namespace) -> int:
     """Merge a finished run of the recipe sft into one model without adapters."""
     difference = merge(given.output_dir, given.dtype, given.to)
-    apart = f"its logits differ from the trained model's by at most {difference:.1g} of the largest"
+    apart = f"the merge changed its logits by at most {difference:.1g} of the largest logit"
     print(f"{given.to}: one model in {given.dtype}; {apart}")
     return 0

@@ -65,7 +65,7 @@ def prepare(config: Config) -> Prepared:
     if config.model is None:
         folder = out / "base" / hashlib.sha256(f"{texts} {config.seed} {models.TINY}".encode()).hexdigest()[:16]
         if not (folder / "config.json").exists():
-            with _whole(folder) as temporary:
+            with complete_or_absent(folder) as temporary:
                 words = [message["content"] for conversation in training for message in conversation]
                 models.make_tiny(temporary, words, config.seed)
         model = str(folder)
@@ -77,20 +77,21 @@ def prepare(config: Config) -> Prepared:
     folder = out / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = session.find_prepared(folder, "facts.json")
     if not (folder / "facts.json").exists():
-        with _whole(folder) as temporary:
+        with complete_or_absent(folder) as temporary:
             (temporary / "facts.json").write_text(json.dumps(_encode(temporary, tokenizer, training, held, config)))
     facts = json.loads((folder / "facts.json").read_text())
     digest = hashlib.sha256(f"{facts.pop('digest')} {of_model} {config.packing}".encode()).hexdigest()[:16]
     if not facts["train"] or (held and not facts["val"]):
         raise ValueError(
             f"{source}: nothing to learn: of {len(training)} conversations to train on and {len(held)} held out, "
-            f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise it"
+            f"{facts['train']} and {facts['val']} have an answer within max_length={config.max_length} tokens: raise "
+            f"max_length"
         )
     limit = models.positions(model)
     longest = max(max(data.Examples(folder, part).lengths, default=0) for part in ("train", "val"))
     if limit is not None and longest > limit:  # on a GPU an index beyond the position embeddings aborts the process
         raise ValueError(
-            f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} knows "
+            f"max_length={config.max_length}: the longest conversation has {longest} tokens, but {model} has "
             f"{limit} positions: give max_length={limit}"
         )
     return Prepared(
@@ -99,7 +100,7 @@ def prepare(config: Config) -> Prepared:
     )  # fmt: skip
 
 
-class _whole:  # noqa: N801 (used like a function)
+class complete_or_absent:  # noqa: N801 (used like a function)
     """Fill a folder under a temporary name, so that the folder is complete or absent."""
 
     def __init__(self, folder: Path) -> None:

@@ -82,8 +82,8 @@ def rows(file: Path) -> Iterator[tuple[str, Any]]:
     skip(space)
     if text[position : position + 1] != "[":
         raise ValueError(
-            f"{file}, line {line}: expected a list of rows, beginning with '['. A file with a row on each line is "
-            f"called .jsonl"
+            f"{file}, line {line}: expected a list of rows, beginning with '['. A file with one row "
+            f"per line needs the suffix .jsonl"
         )
     position += 1
     skip(space)
@@ -117,7 +117,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Any]]:
             for row in table:
                 place = f"{file}, line {table.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{place}: expected a value for each of {', '.join(table.fieldnames or ())}")
+                    raise ValueError(f"{place}: expected a value for each column: {', '.join(table.fieldnames or ())}")
                 yield place, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file}: not a readable .csv in UTF-8: {error}") from None
@@ -131,7 +131,7 @@ def kind_of(row: Any) -> str | None:
     return next(iter([*lists, *(kind for kind, (a, b) in PAIRS.items() if a in row and b in row)]), None)
 
 
-def answers(message: dict[str, Any]) -> bool:
+def is_answer(message: dict[str, Any]) -> bool:
     """Return whether a message is an answer to learn: of the assistant, with text or with calls of tools."""
     return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
 
@@ -190,23 +190,23 @@ def _conversation(kind: str, row: dict[str, Any], place: str) -> Conversation:
         conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": row[answer]}]
     if system and not any(message["role"] == "system" for message in conversation):
         conversation.insert(0, {"role": "system", "content": system})
-    if not any(answers(message) for message in conversation):
-        raise ValueError(f"{place}: nothing is answered: expected a message of the assistant that is not empty")
+    if not any(is_answer(message) for message in conversation):
+        raise ValueError(f"{place}: no answer: expected a message of the assistant that is not empty")
     for message in conversation:
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
             broken = error.object[error.start]
-            raise ValueError(f"{place}: half of a surrogate pair, {broken!a}, which is no character") from None
+            raise ValueError(f"{place}: {broken!a} is half of a surrogate pair, not a character") from None
     if conversation[0]["role"] == "assistant":
-        raise ValueError(f"{place}: begins with the assistant: expected a question before its answer")
+        raise ValueError(f"{place}: the first message is the assistant's: expected a question before its answer")
     if tools := row.get("tools"):
         try:
             tools = json.loads(tools) if isinstance(tools, str) else tools
         except ValueError:
             tools = None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise ValueError(f"{place}: expected a list of descriptions in 'tools', got {short(row['tools'])}")
+            raise ValueError(f"{place}: expected a list of tool descriptions in 'tools', got {short(row['tools'])}")
         conversation[0]["tools"] = tools
     return conversation
 
@@ -246,8 +246,8 @@ def read_conversations(path: Path) -> tuple[str, list[Conversation]]:
             kind, first = kind or found, first or place
             if found != kind:
                 raise ValueError(
-                    f"{place}: a row of {found}, but {first} is one of {kind}. Mixed rows are refused: their "
-                    f"answers may mean different things. Put each kind into a file of its own."
+                    f"{place}: a row of kind {found}, but {first} is of kind {kind}. Mixed kinds are refused, since "
+                    f"their answers may mean different things. Put each kind into a file of its own."
                 )
             conversations.append(_conversation(kind, row, place))
     if not conversations:

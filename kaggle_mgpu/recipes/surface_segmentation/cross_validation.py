@@ -72,10 +72,10 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
         ValueError: fewer than two folds; more folds than scrolls (than volumes, if all are of one scroll); or
             `Config.weights` names files.
     """
-    if config.given:
+    if config.weight_files:
         raise ValueError(
             f"weights: expected best or final, got {config.weights!r}: cross-validation trains a model for each fold. "
-            f"Leave the setting out."
+            f"Leave the setting weights out."
         )
     parts = folds_of(SurfaceSegmentation(config).catalogue.train, folds)
     configs = configs_of(config, [{"folds": folds, "fold": number} for number in range(folds)])

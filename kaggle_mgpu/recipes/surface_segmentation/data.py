@@ -91,9 +91,11 @@ def find_volumes(data_path: str | None, synthetic: Path, ignore_label: int = IGN
         found = [folder for folder in session.find("train_images") if folder.is_dir()]
         if not found:
             synthesise(synthetic)
-            reason = "no data_path, and no folder train_images among the inputs: SYNTHETIC volumes, for a try"
+            reason = (
+                "no data_path, and no folder train_images among the inputs: SYNTHETIC volumes, only to try the recipe"
+            )
             return replace(_catalogue(synthetic, reason, IGNORED), synthetic=True)
-        root, reason = found[0].parent, f"the first folder with train_images among the inputs, of {len(found)}"
+        root, reason = found[0].parent, f"the first of {len(found)} folders with train_images among the inputs"
     return _catalogue(root, reason, ignore_label)
 
 
@@ -102,7 +104,7 @@ def _catalogue(root: Path, reason: str, ignore_label: int) -> Catalogue:
         if not (root / name).is_dir():
             raise FileNotFoundError(
                 f"{root / name}: no such folder. Expected train_images/, train_labels/ and, to predict, test_images/ "
-                f"with one .tif stack a volume in {root}"
+                f"with one .tif stack per volume in {root}"
             )
     images, labels = stacks_in(root / "train_images"), stacks_in(root / "train_labels")
     test = stacks_in(root / "test_images") if (root / "test_images").is_dir() else {}
@@ -113,11 +115,11 @@ def _catalogue(root: Path, reason: str, ignore_label: int) -> Catalogue:
                     f"{root / name} names {row['id']!r}, but there is no {root / among / (row['id'] + '.tif')}"
                 )
     if not images:
-        raise FileNotFoundError(f"{root / 'train_images'}: no .tif file in it")
+        raise FileNotFoundError(f"no .tif file in {root / 'train_images'}")
     for name in images:
         if name not in labels:
             raise FileNotFoundError(
-                f"{root / 'train_labels' / (name + '.tif')}: no such file, but there is {images[name]}"
+                f"{root / 'train_labels' / (name + '.tif')}: no such file, but there is the image {images[name]}"
             )
     scrolls = {row["id"]: row.get("scroll_id") or "" for row in _rows(root / "train.csv")}
     # all volumes with a label are trained on, also those that train.csv does not list
@@ -135,7 +137,7 @@ def stacks_in(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() not in SUFFIXES:
             continue
         if path.stem in found:
-            raise ValueError(f"{path}: {found[path.stem].name} is there too; expected one stack of a name")
+            raise ValueError(f"{path}: the folder also has {found[path.stem].name}; expected one stack per name")
         found[path.stem] = path
     return found
 
@@ -227,7 +229,7 @@ class Cache:
     folder: str
     max_bytes: int
     """Limit for all .npy files together. For volumes beyond it, each patch decodes the TIFF pages that it needs."""
-    held: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
     """The ids of the volumes that the cache keeps decoded, from `plan`."""
     prepared: dict[Volume, str] = field(default_factory=dict)
     """The path prefix of the files that an earlier `training.prepare` has written; these files are never changed."""
@@ -244,7 +246,7 @@ class Cache:
         home = Path(folder or tempfile.gettempdir()) / f"kaggle_mgpu-volumes-{os.getuid()}"
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if home.is_symlink() or home.stat().st_uid != os.getuid():
-            raise PermissionError(f"{home} is not this user's own folder: give another cache_dir")
+            raise PermissionError(f"{home} is a symbolic link or another user's folder: give another cache_dir")
         made = cls(str(home), int(max_gb * 1e9))
         made.tidy()
         return made
@@ -296,9 +298,9 @@ class Cache:
         """Return the ids of the volumes to keep decoded: prepared ones, then others in order while there is room."""
         disk = os.statvfs(self.folder)
         free, budget = int(disk.f_bavail * disk.f_frsize * self.share), self.max_bytes
-        held = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
+        kept = {v.id for v in volumes if v in self.prepared and Path(f"{self.prepared[v]}.image.npy").exists()}
         for volume in volumes:
-            if volume.id in held:
+            if volume.id in kept:
                 continue
             nbytes = bytes_of(volume.image) + math.prod(shape_of(volume.image))  # image and label
             budget -= nbytes
@@ -306,8 +308,8 @@ class Cache:
                 free -= nbytes
             if min(free, budget) < 0:
                 break
-            held.add(volume.id)
-        return held
+            kept.add(volume.id)
+        return kept
 
     def save(self, path: Path, content: Array | str) -> None:
         """Write a file into the folder atomically; several processes may write the same file at once."""
@@ -344,14 +346,14 @@ def read_label(volume: Volume, start: int = 0, stop: int | None = None) -> NDArr
 
 
 def survey(volume: Volume, cache: Cache) -> Facts:
-    """Decode and check a volume once; cache its `Facts` and sheet points, and for volumes in `cache.held` the arrays.
+    """Decode and check a volume once; cache its `Facts` and sheet points, and for volumes in `cache.kept` the arrays.
 
     Raises:
         ValueError: image or label unreadable or of different shapes, a label that is not 0, 1 or the ignore_label, or
             all voxels unlabelled; the message names the path.
     """
     note = cache.path(volume, "json")
-    parts = ["points", "image", "label"] if volume.id in cache.held else ["points"]
+    parts = ["points", "image", "label"] if volume.id in cache.kept else ["points"]
     if note.exists() and all(cache.path(volume, f"{part}.npy").exists() for part in parts):
         known = json.loads(note.read_text())
         return Facts(tuple(known["shape"]), known["mean"], known["std"], tuple(known["counts"]))
@@ -360,7 +362,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     label = read_stack(str(volume.label))
     if label.shape != image.shape:
         raise ValueError(
-            f"{volume.label}: the label has the shape {_shape(label)}, the image {volume.image} {_shape(image)}"
+            f"{volume.label}: the label has the shape {_shape(label)}, but the image {volume.image} has {_shape(image)}"
         )
     histogram = np.bincount(label.reshape(-1), minlength=volume.ignore_label + 1)
     if wrong := [int(value) for value in np.flatnonzero(histogram) if value not in (0, 1, volume.ignore_label)]:
@@ -372,13 +374,13 @@ def survey(volume: Volume, cache: Cache) -> Facts:
         )
     counts = int(histogram[0]), int(histogram[1]), int(histogram[volume.ignore_label])
     if not counts[0] + counts[1]:
-        raise ValueError(f"{volume.label}: all its voxels are {volume.ignore_label}, unlabelled: leave the volume out")
+        raise ValueError(f"{volume.label}: all voxels are {volume.ignore_label} (unlabelled): leave the volume out")
     label = np.where(label == volume.ignore_label, IGNORED, label).astype(np.uint8)
     rng = np.random.default_rng(int(hashlib.sha256(volume.id.encode()).hexdigest()[:8], 16))
     sheet = np.flatnonzero(label.reshape(-1) == 1)
     some = np.sort(rng.choice(sheet, min(MAX_POINTS, len(sheet)), replace=False))
     cache.save(cache.path(volume, "points.npy"), np.stack(np.unravel_index(some, label.shape), 1).astype(np.uint16))
-    if volume.id in cache.held:
+    if volume.id in cache.kept:
         cache.save(cache.path(volume, "image.npy"), image)
         cache.save(cache.path(volume, "label.npy"), label)
     facts = Facts(image.shape, mean, max(std, 1.0), counts)
@@ -386,7 +388,7 @@ def survey(volume: Volume, cache: Cache) -> Facts:
     return facts
 
 
-def look_through(volume: Volume, cache: Cache) -> None:
+def check_image(volume: Volume, cache: Cache) -> None:
     """Decode an image for prediction once, to check it; later calls find a note in the cache and return at once.
 
     Raises:

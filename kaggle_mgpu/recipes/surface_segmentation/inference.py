@@ -223,8 +223,8 @@ def validate_submission(path: str | Path, test_images: str | Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            wrong += [f"{name} is twice in it" for name in sorted({n for n in names if names.count(n) > 1})]
-            wrong += [f"{i}.tif is missing" for i in sorted(wanted) if f"{i}.tif" not in names]
+            wrong += [f"{name} is in the zip twice" for name in sorted({n for n in names if names.count(n) > 1})]
+            wrong += [f"{i}.tif is missing in the zip" for i in sorted(wanted) if f"{i}.tif" not in names]
             for name in sorted(set(names)):
                 if name.removesuffix(".tif") not in wanted or not name.endswith(".tif"):
                     wrong.append(f"{name} belongs to no volume of {test_images}")
@@ -256,7 +256,8 @@ def _wrong_in(content: bytes, expected: tuple[int, int, int]) -> list[str]:
                     return [f"page {i}: expected LZW (compression 5), got compression {tags.get(259)}"]
                 page = np.asarray(stack)
                 if page.shape != expected[1:] or page.max(initial=0) > 1:
-                    return [f"page {i}: expected 0 and 1 in {expected[1:]}, got up to {page.max()} in {page.shape}"]
+                    got = f"values up to {page.max()} and shape {page.shape}"
+                    return [f"page {i}: expected values 0 and 1 and shape {expected[1:]}, got {got}"]
     except (OSError, SyntaxError, EOFError, KeyError, TypeError, ValueError) as error:
         return [f"not a readable TIFF stack: {error}"]
     return []

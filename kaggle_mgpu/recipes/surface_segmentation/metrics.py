@@ -33,7 +33,9 @@ def measures(prediction: Array, label: Array, tolerance: float = 2.0) -> dict[st
         ValueError: the shapes differ.
     """
     if prediction.shape != label.shape:
-        raise ValueError(f"measures: expected one shape, got {prediction.shape} and {label.shape}")
+        raise ValueError(
+            f"measures: expected prediction and label of one shape, got {prediction.shape} and {label.shape}"
+        )
     known = label != IGNORED
     p, q = (prediction != 0) & known, (label == 1)
     numbers = zip(betti_numbers(p), betti_numbers(q), strict=True)

@@ -78,7 +78,7 @@ class Patches(Dataset[tuple[Tensor, ...]]):
         if float(torch.rand(())) < self.sheet_fraction and facts.counts[1]:
             points = self.cache.points(volume)
             centre = points[int(torch.randint(len(points), ()))].astype(int)
-            start = [int(c) - self.size // 2 + _within(self.size // 4) for c in centre]
+            start = [int(c) - self.size // 2 + _random_offset(self.size // 4) for c in centre]
             start = [min(max(0, s), max(0, r)) for s, r in zip(start, room, strict=True)]
         else:
             start = [int(torch.randint(max(0, r) + 1, ())) for r in room]
@@ -105,7 +105,7 @@ class Tiles(Dataset[tuple[Tensor, Tensor]]):
         return cut(self.cache, volume, facts, start, self.size)
 
 
-def _within(reach: int) -> int:
+def _random_offset(reach: int) -> int:
     return int(torch.randint(-reach, reach + 1, ()))
 
 

@@ -52,7 +52,8 @@ class Choice:
         return without_specks(probability >= step(self.threshold), self.min_component)
 
     def __str__(self) -> str:
-        text = f"threshold {self.threshold:.3f}, parts of {self.min_component} voxels or more"
+        least = f"connected components of {self.min_component} voxels or more"
+        text = f"threshold {self.threshold:.3f}, {least if self.min_component > 1 else 'all connected components'}"
         if self.dice_before is None or self.dice_after is None:
             return text
         many = f"{self.volumes} held-out volume{'s' * (self.volumes != 1)}"
@@ -92,7 +93,7 @@ def known(
     if held_out:
         return None
     defaults = Choice(0.5 if threshold == "auto" else threshold, 0 if min_component == "auto" else min_component)
-    print(f"nothing is held out to choose them on: {defaults}", flush=True)
+    print(f"no held-out volumes to choose threshold and min_component on; using {defaults}", flush=True)
     return defaults
 
 

@@ -55,7 +55,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
         if "RANK" not in os.environ:  # under torchrun each rank would search the data: no process group exists yet
             print(surface.describe(), flush=True)
     began = time.monotonic()
-    result: Result = _untrained(config) if _given(config) else launch(train, config, surface)
+    result: Result = _untrained(config) if _weight_files(config) else launch(train, config, surface)
     if not result.finished:
         return result
     # from now on result.json says unfinished, since the session may be killed before the first prediction
@@ -84,7 +84,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     out, main = Path(config.output_dir), distributed.is_main()
     began = time.monotonic()
     if (document := read_json(out / "result.json")) is None:
-        raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) does both")
+        raise FileNotFoundError(f"{out / 'result.json'}: no such file. Train first: run(config) trains and predicts")
     result = dataclasses.replace(Result(**document), output_dir=str(out))
     paths = weights_of(config, result)
     folder, held, test = out / "predictions", surface.split[1], surface.catalogue.test
@@ -127,7 +127,8 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if choice is None and not left:
         choice = choose(held, folder / "probabilities" / "held_out", *given, made_for)
         if main:
-            for file in files[:1] if config.given else files:  # the folder of given weights may be a read-only input
+            # the folder of given weights may be a read-only input
+            for file in files[:1] if config.weight_files else files:
                 write_text(file, choice.to_json())
     if choice is not None:
         if main and choice.volumes:
@@ -137,7 +138,10 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         result = dataclasses.replace(result, finished=False, reason="time limit")
         if main:
             left = max(left, sum(not job.path.is_file() for job in jobs))
-            print(f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same again.")
+            print(
+                f"{left} of {len(jobs)} volumes have no prediction yet: the time is up. Run the same cell or command "
+                f"again."
+            )
             _write(out, result)
         return result
     figures = _measure(held, folder / "held_out")
@@ -178,13 +182,13 @@ def _write(out: Path, result: Result) -> None:
     write_text(out / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
 
 
-def _given(config: Config) -> list[Path]:
+def _weight_files(config: Config) -> list[Path]:
     """Return the files of weights named by the config; [] for the run's own weights.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    paths = [Path(name) for name in config.given]
+    paths = [Path(name) for name in config.weight_files]
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"weights: no such file: {path.resolve()}")
@@ -197,14 +201,14 @@ def weights_of(config: Config, result: Result) -> list[Path]:
     weights = out / "best" / "model.safetensors"
     if config.weights == "final" or result.best is None or not weights.is_file():
         weights = out / "model.safetensors"
-    return _given(config) or [weights]
+    return _weight_files(config) or [weights]
 
 
 def _untrained(config: Config) -> Result:
     """Return the result of a run that trains nothing, since the config names files of weights."""
-    _given(config)
+    _weight_files(config)
     if distributed.is_main():
-        print(f"nothing is trained: the weights are {', '.join(config.given)}", flush=True)
+        print(f"nothing is trained: the weights are {', '.join(config.weight_files)}", flush=True)
     return Result(
         output_dir=config.output_dir, finished=True, reason="weights were given", step=0, max_steps=0, samples_seen=0,
         metrics={}, best=None, seconds=0.0, world_size=distributed.world_size(), strategy=config.strategy,
@@ -246,7 +250,10 @@ def _carry_over(folder: Path, stamp: dict[str, Any], jobs: list[Job]) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 _copied(source, target)
     if copied := sum(job.begun() for job in jobs) - own:
-        print(f"{copied} of {len(jobs)} volumes were predicted by an earlier session, among the inputs", flush=True)
+        print(
+            f"{copied} of {len(jobs)} volumes have predictions in an earlier session's output among the inputs",
+            flush=True,
+        )
 
 
 def _draw(surface: SurfaceSegmentation, path: Path) -> None:
@@ -254,7 +261,7 @@ def _draw(surface: SurfaceSegmentation, path: Path) -> None:
     try:
         figure(surface).savefig(path, dpi=110)
     except Exception as error:
-        print(f"{path} was not drawn: {type(error).__name__}: {error}. All else of the run is whole.", flush=True)
+        print(f"{path} was not drawn: {type(error).__name__}: {error}. The rest of the run is complete.", flush=True)
 
 
 def _digest(volumes: list[Volume]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kaggle_mgpu.config import Schedule, TrainConfig
+from kaggle_mgpu.data import counted
 from kaggle_mgpu.machine import session
 from kaggle_mgpu.parallel import distributed
 from kaggle_mgpu.training import Task
@@ -49,7 +50,7 @@ class Config(TrainConfig):
     val_fraction: float = 0.05
     """Share of the volumes held out: whole scrolls if small enough, else single volumes. 0: none."""
     folds: int | None = None
-    """Divide the volumes into so many folds, of whole scrolls if there are several, and hold out the fold number `fold`
+    """Divide the volumes into this many folds, of whole scrolls if there are several, and hold out fold number `fold`
     instead of val_fraction. `cross_validate` trains a model for each fold."""
     fold: int = 0
     """The number of the held-out fold, from 0 on; only with `folds`."""
@@ -115,7 +116,8 @@ class Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weights not in ("best", "final") and not all(w.endswith(".safetensors") for w in self.given or ("",)):
+        named = self.weight_files or ("",)
+        if self.weights not in ("best", "final") and not all(name.endswith(".safetensors") for name in named):
             raise ValueError(f"Config.weights: expected best, final or .safetensors files, got {self.weights!r}")
         if not set(self.tta_axes) <= {0, 1, 2} or len(set(self.tta_axes)) < len(self.tta_axes):
             raise ValueError(f"Config.tta_axes: expected some of 0, 1 and 2, each once, got {self.tta_axes!r}")
@@ -125,8 +127,8 @@ class Config(TrainConfig):
         halvings = _levels(size) - (self.stem == "full") if isinstance(size, int) else 0
         if isinstance(size, int) and (size < 8 or size % 2**halvings):
             raise ValueError(
-                f"Config.patch_size: expected 8 or more, and a multiple of {2**halvings} (it is halved {halvings} "
-                f"times), got {size}"
+                f"Config.patch_size: expected 8 or more, and a multiple of {2**halvings} (the network "
+                f"halves it {halvings} times), got {size}"
             )
         least_of = {"patches_per_volume": 1, "width": 1, "min_component": 0, "cache_gb": 0, "skeleton_recall": 0}
         for name, least in least_of.items():
@@ -134,9 +136,9 @@ class Config(TrainConfig):
             if value != "auto" and not value >= least:
                 raise ValueError(f"Config.{name}: expected {least} or more, got {value!r}")
         if self.folds is None and self.fold:
-            raise ValueError(f"Config.fold: expected folds beside it, the number of parts, got fold={self.fold} alone")
+            raise ValueError(f"Config.fold: fold={self.fold} needs folds, the number of folds")
         if self.folds is not None and not 0 <= self.fold < self.folds:
-            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1}, below folds, got {self.fold}")
+            raise ValueError(f"Config.fold: expected 0 to {self.folds - 1} (below folds), got {self.fold}")
         bounds = {
             "val_fraction": (0, 0.5),
             "sheet_fraction": (0, 1),
@@ -148,7 +150,7 @@ class Config(TrainConfig):
                 raise ValueError(f"Config.{name}: expected {low} to {high}, got {getattr(self, name)!r}")
 
     @property
-    def given(self) -> tuple[str, ...]:
+    def weight_files(self) -> tuple[str, ...]:
         """Return the weights files named by `weights`; () for best and final, the run's own weights."""
         if self.weights in ("best", "final"):
             return ()
@@ -223,7 +225,7 @@ class SurfaceSegmentation(Task):
         return (
             f"volumes: {c.source} ({c.reason})\n"
             f"{len(train_volumes)} to train on, {len(held)} held out ({how}), {len(c.test)} to predict\n"
-            f"{self.config.patches_per_volume} patches of {self.patch_size}^3 a volume and epoch, "
+            f"{self.config.patches_per_volume} patches of {self.patch_size}^3 per volume and epoch, "
             f"{parameters:,} parameters, {_levels(self.patch_size)} resolutions"
         )
 
@@ -240,13 +242,13 @@ class SurfaceSegmentation(Task):
         trained = distributed.from_main(self._trained)
         if self._facts or trained:
             return
-        cache.held = distributed.from_main(lambda: cache.plan(c.train))
+        cache.kept = distributed.from_main(lambda: cache.plan(c.train))
         facts: dict[str, Facts] = {}
         error: Exception | None = None
         began = said = time.monotonic()
         try:
             for volume in c.test[distributed.rank() :: distributed.world_size()]:
-                data.look_through(volume, cache)
+                data.check_image(volume, cache)
                 distributed.alive()
             for volume in c.train[distributed.rank() :: distributed.world_size()]:
                 facts[volume.id] = data.survey(volume, cache)
@@ -355,10 +357,10 @@ def prepare(config: Config) -> str:
     surface.prepare()
     cache.note_prepared([*c.train, *c.test])
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
-    rest = "" if len(cache.held) == len(c.train) else "; cache_gb and the disk have no room for the others"
+    rest = "" if len(cache.kept) == len(c.train) else "; cache_gb or the free disk space is too small for the others"
     return (
-        f"{c.source} ({c.reason}): {len(cache.held)} of {len(c.train)} volumes decoded ({size:.1f} GB), "
-        f"{len(c.test)} to predict checked, in {folder}{rest}"
+        f"{c.source} ({c.reason}): {len(cache.kept)} of {len(c.train)} volumes decoded ({size:.1f} GB), "
+        f"{counted(len(c.test), 'test volume')} checked, in {folder}{rest}"
     )
 
 

@@ -140,10 +140,11 @@ def choose_source(config: Config) -> tuple[Path | None, str]:
                 sizes[file.parent] = sizes.get(file.parent, 0) + file.stat().st_size
     if sizes:
         folder = max(sorted(sizes), key=lambda folder: sizes[folder])
-        return folder, f"the input folder with most {'/'.join(SUFFIXES)} bytes, of {len(sizes)}"
+        return folder, f"of {len(sizes)} input folders with {'/'.join(SUFFIXES)} text, the one with the most bytes"
     for name in ("gutenberg", "brown"):
         if (folder := NLTK / name).is_dir():
-            return folder, f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs; it is on Kaggle's image"
+            reason = f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs"
+            return folder, f"{reason}; this corpus is on Kaggle's image"
     return None, f"no data_path, and no {'/'.join(SUFFIXES)} file among the inputs"
 
 
@@ -180,7 +181,7 @@ def prepare(config: Config) -> Corpus:
             kind = "bpe"
         except ImportError:
             kind = "byte"
-            reason += "; bytes, since the package `tokenizers` is not installed"
+            reason += "; tokens are bytes, since the package `tokenizers` is not installed"
     listing = _listing(documents())
     n_vocab = config.vocab_size if kind == "bpe" else ByteTokenizer.n_vocab
     settings = json.dumps([1, kind, n_vocab, config.val_fraction, listing])  # 1: the version of the files
@@ -281,14 +282,18 @@ def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
         split: gives each document, and how many of its characters are for training.
         total: bytes for training.
     """
-    progress = Progress("learning a vocabulary", min(total, MOST_CHARACTERS))
+    progress, characters = Progress("learning a vocabulary", total), 0
     for text, end in split:
         start = 0
         while start < end:
             found = BETWEEN_WORDS.search(text, start + SAMPLE_CHARACTERS, end)
             stop = found.start() if found else end
             yield (piece := text[start:stop])
-            progress.add(len(piece))
+            nbytes = len(piece.encode("utf-8"))
+            characters += len(piece)
+            # training ends after MOST_CHARACTERS; their bytes are estimated from the text so far
+            progress.total = min(total, round(MOST_CHARACTERS * (progress.done + nbytes) / characters))
+            progress.add(nbytes)
             start = stop
 
 

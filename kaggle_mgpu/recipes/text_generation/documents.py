@@ -78,7 +78,7 @@ def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
             text = file.read_text(encoding="utf-8-sig")  # raises the error with the place in the file, not in a slice
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
+            f"{file}: expected UTF-8 text, got byte {error.object[error.start]:#x} at position {error.start}"
         ) from None
     yield str(file), text
 
@@ -86,8 +86,10 @@ def _txt(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
 def _jsonl(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     for place, row in jsonl_rows(file):
         if not isinstance(row, dict) or text_field not in row:
-            have = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{place}: expected an object with the field {text_field!r} (text_field), got {have}")
+            have = f"the fields {', '.join(map(repr, row))}" if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"{place}: expected a JSON object with the field {text_field!r} (setting text_field), got {have}"
+            )
         yield place, row[text_field]
 
 

@@ -67,7 +67,7 @@ def generate(
         ValueError: temperature, top_k or top_p outside its range.
     """
     if not isinstance(model, GPT):
-        raise TypeError(f"generate: expected a GPT (not a wrapper of one), got {type(model).__name__}")
+        raise TypeError(f"generate: expected a model of class GPT, without a wrapper, got {type(model).__name__}")
     tokens = [tokenizer.separator, *tokenizer.encode(prompt)]
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device

@@ -94,6 +94,6 @@ class Config(TrainConfig):
             )
         if self.optimizer == "muon" and self.strategy == "deepspeed":
             raise ValueError(
-                "Config: optimizer='muon' needs whole matrices, which ZeRO cuts up: use strategy='ddp' or 'fsdp', or "
-                "optimizer='adamw'"
+                "Config: optimizer='muon' needs whole matrices, but strategy='deepspeed' (ZeRO) splits matrices over "
+                "the GPUs: use strategy='ddp' or 'fsdp', or optimizer='adamw'"
             )

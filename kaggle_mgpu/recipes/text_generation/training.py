@@ -49,7 +49,7 @@ class TextGeneration(Task):
         return (
             f"text: {c.source} ({c.reason}): {counted(c.documents, 'document')}, "
             f"{c.train_bytes + c.val_bytes:,} bytes\n"
-            f"tokenizer: {c.kind}, {c.n_vocab:,} ids, {ratio:.2f} bytes a token\n"
+            f"tokenizer: {c.kind}, {c.n_vocab:,} ids, {ratio:.2f} bytes per token\n"
             f"train {c.train_tokens - 1:,} tokens, validation {c.val_tokens - 1:,} tokens "
             f"({c.val_bytes:,} bytes held out), in {c.folder}"
         )
