@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(recipe.prepare(config))
             return 0
         if given.command == "plan":
-            from .planning import plan_all, together
+            from .planning import plan_all, summary_line
 
             # a recipe of several stages is several runs
             runs = recipe.runs(config) if hasattr(recipe, "runs") else [("", config, recipe.task(config))]
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
             for number, ((name, *_), planned) in enumerate(zip(runs, plans, strict=True), 1):
                 print(f"{name} ({number} of {len(runs)})\n{planned}" if name else planned)
             if len(plans) > 1:
-                print(together(plans))
+                print(summary_line(plans))
             return 0
         # a recipe with more than training (stages, inference) has its own run()
         if run := getattr(recipe, "run", None):
@@ -168,8 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(task.describe(), flush=True)
             result = launch(train, config, task)
     except Exception as error:
-        if not _says_all(error):
-            if config is None or not _in_the_way(error, config.output_dir):
+        if not _raised_here(error):
+            if config is None or not _is_about_folder(error, config.output_dir):
                 raise
             where = f"output_dir: expected a folder that can be written to, got {config.output_dir!r}"
             error = type(error)(f"{where}: {error}")
@@ -202,7 +202,7 @@ def _config(given: argparse.Namespace, kind: type[TrainConfig]) -> TrainConfig:
     return kind.from_arguments(given, {**base, **from_environment})
 
 
-def _in_the_way(error: Exception, folder: str) -> bool:
+def _is_about_folder(error: Exception, folder: str) -> bool:
     """Return whether the error is an OSError about this folder, a folder above, or a path inside."""
     if not isinstance(error, OSError) or not isinstance(error.filename, str):
         return False
@@ -220,7 +220,7 @@ def _meant(unknown: list[str], given: argparse.Namespace, modules: dict[str, Mod
     names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
     hints = []
     for name in names:
-        if near := nearest(name, flags, kind.ELSEWHERE):
+        if near := nearest(name, flags, kind.OTHER_NAMES):
             start = f"For --{name}, did you mean" if len(names) > 1 else "Did you mean"
             hints.append(f"{start} {either(f'--{flag}' for flag in near)}?{other_value(name, near)}")
     return "".join(f"{' ' if number else '. '}{hint}" for number, hint in enumerate(hints))
@@ -236,7 +236,7 @@ def _draw(result: Result) -> None:
         print(f"pictures: {Path(result.output_dir) / 'run.png'}, run.svg", flush=True)
 
 
-def _says_all(error: Exception) -> bool:
+def _raised_here(error: Exception) -> bool:
     """Return whether this package raised the error, here or in a worker, so that the message needs no traceback."""
     from .errors import WorkerTraceback
 

@@ -52,7 +52,7 @@ class TrainConfig:
     """Settings that may differ between the sessions of a run: where, how and how long training runs. The batch sizes
     may change, but not the resulting global batch size. A subclass adds its own names."""
 
-    ELSEWHERE: ClassVar[dict[str, str]] = {}
+    OTHER_NAMES: ClassVar[dict[str, str]] = {}
     """{name in another training script: field of this config}. Errors suggest the field. A subclass sets its own."""
 
     _derived: ClassVar[tuple[str, ...]] = ()
@@ -195,7 +195,7 @@ class TrainConfig:
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
             names = [parameter.name for parameter in accepted][1:]
-            check_names(named, names, where=cls.__name__, elsewhere=cls.ELSEWHERE)
+            check_names(named, names, where=cls.__name__, other_names=cls.OTHER_NAMES)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -267,7 +267,7 @@ class TrainConfig:
             ValueError: a value is invalid for its field.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        check_names(values, names, where=cls.__name__, elsewhere=cls.ELSEWHERE)
+        check_names(values, names, where=cls.__name__, other_names=cls.OTHER_NAMES)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -316,15 +316,15 @@ class TrainConfig:
         Only the command line uses these variables, not notebooks.
 
         Raises:
-            TypeError: a variable matches no field and is not in `OF_THE_KIT`; the message suggests the nearest field.
+            TypeError: a variable matches no field and is not in `NOT_FIELDS`; the message suggests the nearest field.
         """
         variables = os.environ if environ is None else environ
         known = {_PREFIX + field.name.upper(): field.name for field in dataclasses.fields(cls)}
-        given = [name for name in variables if name.startswith(_PREFIX) and name not in OF_THE_KIT]
+        given = [name for name in variables if name.startswith(_PREFIX) and name not in NOT_FIELDS]
         if unknown := next((name for name in given if name not in known), None):
             # compared without the prefix, since sharing it makes any two names similar
             short = unknown.removeprefix(_PREFIX)
-            near = nearest(short, [name.removeprefix(_PREFIX) for name in known], cls.ELSEWHERE)
+            near = nearest(short, [name.removeprefix(_PREFIX) for name in known], cls.OTHER_NAMES)
             meant = either(_PREFIX + name for name in near) if near else ""
             hint = f"Did you mean {meant}?{other_value(short, near)}" if near else "Unset it, or correct its name."
             raise TypeError(f"environment variable {unknown}: {cls.__name__} has no such field. {hint}")
@@ -365,7 +365,7 @@ class TrainConfig:
 MOST_DATA_WORKERS = 256
 """Limit per rank, so that a mistyped number does not exhaust the machine's memory."""
 _PREFIX = "KAGGLE_MGPU_"
-OF_THE_KIT = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
+NOT_FIELDS = frozenset(f"{_PREFIX}{name}" for name in "DISPLAY KAGGLE_ROOT PROTOBUF QUIET SERVER SESSION_END".split())
 """Environment variables of this package that set no field."""
 
 

@@ -7,23 +7,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 
 def check_names(
-    names: Iterable[str], known: Iterable[str], *, where: str, elsewhere: Mapping[str, str] | None = None
+    names: Iterable[str], known: Iterable[str], *, where: str, other_names: Mapping[str, str] | None = None
 ) -> None:
     """Raise TypeError for the first unknown name; the message begins with `where` and suggests the nearest known names.
 
-    `elsewhere` is as in `nearest`.
+    `other_names` is as in `nearest`.
     """
     known = list(known)
     for name in names:
         if name not in known:
-            near = nearest(str(name), known, elsewhere)
+            near = nearest(str(name), known, other_names)
             hint = f" Did you mean {either(map(repr, near))}?" if near else f" It has: {', '.join(sorted(known))}."
             hint += other_value(str(name), near)
             raise TypeError(f"{where} has no parameter {name!r}.{hint}")
 
 
 # Corresponding names in transformers' TrainingArguments, Lightning's Trainer and other training loops
-_ELSEWHERE = {
+_OTHER_NAMES = {
     other: name
     for name, others in {
         "lr": "learning_rate base_lr max_lr",
@@ -78,16 +78,16 @@ def other_value(name: str, near: Iterable[str]) -> str:
     return f" {sentence}" if meant in (one.lower().replace("-", "_") for one in near) else ""
 
 
-def nearest(name: str, known: Sequence[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
+def nearest(name: str, known: Sequence[str], other_names: Mapping[str, str] | None = None) -> list[str]:
     """Return likely known names: another library's equivalent, a near spelling, or names containing `name`.
 
     The list is empty if no name is near, because a wrong suggestion misleads more than none. Capitals do not matter.
 
     Args:
-        elsewhere: more names of other training scripts, and the known name of each.
+        other_names: more names of other training scripts, and the known name of each.
     """
     name = name.lower()
-    meant = (_ELSEWHERE | dict(elsewhere or {})).get(name.replace("-", "_"))
+    meant = (_OTHER_NAMES | dict(other_names or {})).get(name.replace("-", "_"))
     lowered = {other.lower(): other for other in known}
     if same := [other for low, other in lowered.items() if low.replace("-", "_") == meant]:
         return same

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kaggle_mgpu.config import TrainConfig
 from kaggle_mgpu.fields import parse_duration
-from kaggle_mgpu.names import _ELSEWHERE as ELSEWHERE
+from kaggle_mgpu.names import _OTHER_NAMES as OTHER_NAMES
 from kaggle_mgpu.names import check_names
 from kaggle_mgpu.notebook import notebook_parameters
 
@@ -244,9 +244,9 @@ class TestNames:
 
     def test_another_librarys_name_gives_ours(self) -> None:
         names = {field.name for field in dataclasses.fields(TrainConfig)}
-        assert set(ELSEWHERE.values()) <= names
-        assert not set(ELSEWHERE) & names
-        for other, name in ELSEWHERE.items():
+        assert set(OTHER_NAMES.values()) <= names
+        assert not set(OTHER_NAMES) & names
+        for other, name in OTHER_NAMES.items():
             end = " Epochs" if other == "warmup_epochs" else "$"
             with pytest.raises(TypeError, match=rf"has no parameter '{other}'\. Did you mean '{name}'\?{end}"):
                 TrainConfig.from_dict({other: 1})
@@ -270,7 +270,7 @@ class TestNames:
 
     def test_a_recipe_knows_other_names_of_its_settings(self) -> None:
         class Other(Recipe):
-            ELSEWHERE: ClassVar[dict[str, str]] = {"class_names": "labels"}
+            OTHER_NAMES: ClassVar[dict[str, str]] = {"class_names": "labels"}
 
         for made in (lambda: Other.from_dict({"class_names": 1}), lambda: Other(class_names=1)):
             with pytest.raises(TypeError, match=r"has no parameter 'class_names'\. Did you mean 'labels'\?$"):

@@ -79,9 +79,9 @@ def test_the_kits_own_variables_are_known_and_are_no_fields() -> None:
     for file in (ROOT / "kaggle_mgpu").rglob("*.py"):
         used |= set(re.findall(r"KAGGLE_MGPU_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8")))
     examples = {"KAGGLE_MGPU_MAX_STEPS"}
-    assert used - examples - {"KAGGLE_MGPU_"} <= config.OF_THE_KIT
+    assert used - examples - {"KAGGLE_MGPU_"} <= config.NOT_FIELDS
     fields = {f"KAGGLE_MGPU_{name.upper()}" for name in sft.Config().to_dict()}
-    assert not fields & config.OF_THE_KIT
+    assert not fields & config.NOT_FIELDS
 
 
 def test_flags_override_the_environment_which_overrides_the_file(

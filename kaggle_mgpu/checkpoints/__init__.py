@@ -7,18 +7,18 @@ checkpoint to go on from, and files.py writes a file so that a crash at any mome
 
 from . import checkpoint, files, resume
 from .checkpoint import Checkpoints
-from .files import read_tensors, whole, write_text
+from .files import atomically, read_tensors, write_text
 from .format import check_model
 from .reader import Expected
 
 __all__ = [
     "Checkpoints",
     "Expected",
+    "atomically",
     "check_model",
     "checkpoint",
     "files",
     "read_tensors",
     "resume",
-    "whole",
     "write_text",
 ]

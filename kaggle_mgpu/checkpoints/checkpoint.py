@@ -75,8 +75,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._saved: list[Saved] = []
         self._error: BaseException | None = None
-        self._failed = 0  # failures since the last successful save, without those due to a full disk
-        self.news = False
+        self._failures_in_a_row = 0  # failures since the last successful save, without those due to a full disk
+        self.save_ended = False
         """Whether a save has ended since the last `collect`."""
 
     def __enter__(self) -> Self:
@@ -115,8 +115,8 @@ class Checkpoints:
         """
         self._join()
         began = time.monotonic()
-        held = self._buffer.hold(format.layouts(tensors, state))
-        contents = {f"{name}.safetensors": content for name, content in held.items()}
+        copies = self._buffer.hold(format.layouts(tensors, state))
+        contents = {f"{name}.safetensors": content for name, content in copies.items()}
         distributed.saving(True)
         self._start(self._run, step, contents, dict(facts), began)
 
@@ -150,7 +150,7 @@ class Checkpoints:
                 self._failure(step, began, failed)
             else:
                 self._saved.append(Saved(step, None, time.monotonic() - began, note))
-            self.news = True
+            self.save_ended = True
             return
         contents = self._buffer.hold(mine)
         if rank == 0:
@@ -174,7 +174,7 @@ class Checkpoints:
             OSError: three saves in a row failed for another reason than a full disk.
             Exception: any other error in the writer's thread.
         """
-        self.news = False
+        self.save_ended = False
         if self._error is not None:
             self._saved.clear()
             error, self._error = self._error, None
@@ -185,7 +185,7 @@ class Checkpoints:
     @property
     def may_try_again(self) -> bool:
         """Whether to save again: 1 or 2 saves failed since the last success, for another reason than a full disk."""
-        return 0 < self._failed < MOST_FAILURES
+        return 0 < self._failures_in_a_row < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
         """Wait for the save in progress, then return (or raise) the same as `collect`."""
@@ -230,7 +230,7 @@ class Checkpoints:
             warn(f"checkpoint {path} cannot be used: {problem}. Trying the one before it.")
         return None
 
-    def put_right(self) -> list[str]:
+    def fix_names(self) -> list[str]:
         """Rename each checkpoint whose name and state.json give different steps, such as a renamed copy.
 
         If the correct name is taken, the folder is moved to another folder. Returns a line for each change.
@@ -243,14 +243,14 @@ class Checkpoints:
                 continue  # `newest` warns about this damage
             if step == step_of(path):
                 continue
-            if not (right := self._path(step)).exists():
-                os.replace(path, right)
-                done.append(f"checkpoint {path} is of step {step}: renamed to {right}")
+            if not (correct := self._path(step)).exists():
+                os.replace(path, correct)
+                done.append(f"checkpoint {path} is of step {step}: renamed to {correct}")
             elif aside := self._move([path]):
-                done.append(f"checkpoint {path} is of step {step}, like {right}: moved to {aside}")
+                done.append(f"checkpoint {path} is of step {step}, like {correct}: moved to {aside}")
         return done
 
-    def put_aside(self, after: int = -1) -> Path | None:
+    def move_away(self, after: int = -1) -> Path | None:
         """Move the checkpoints of steps later than `after` (by default all) to a new folder; return the folder or None.
 
         A run calls this with the step that the run goes on from. If later checkpoints stayed, `keep_last` would count
@@ -285,7 +285,7 @@ class Checkpoints:
         except DiskFullError:
             needed = nbytes + _SLACK
             # a full disk that reports enough free bytes means an exhausted quota: no byte is free to this user
-            free = 0 if (said := files.free_bytes(path.parent)) >= needed else said
+            free = 0 if (reported := files.free_bytes(path.parent)) >= needed else reported
             if not (dropped := self._make_room(needed, free)):
                 raise
         note = f"the disk is full. Deleted to make room for {path}: {', '.join(folder.name for folder in dropped)}"
@@ -338,18 +338,18 @@ class Checkpoints:
         except BaseException as error:
             self._error = error
         else:
-            self._failed = 0
+            self._failures_in_a_row = 0
             try:
                 self._rotate()
             except OSError as error:  # the next save tries again
                 note = "; ".join([note] * bool(note) + [f"older checkpoints could not be removed: {error}"])
             self._saved.append(Saved(step, path, time.monotonic() - began, note))
-        self.news = True
+        self.save_ended = True
 
     def _failure(self, step: int, began: float, error: OSError) -> None:
         """Record a failed save; at the third failure in a row, store the error for `collect` to raise."""
-        self._failed += 1
-        if self._failed >= MOST_FAILURES:
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= MOST_FAILURES:
             newest = next(iter(self.all()), None)
             there = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
             text = (
@@ -370,7 +370,7 @@ class Checkpoints:
             return final, ""
         except DiskFullError:
             # as in write_with_room: a quota is exhausted
-            free = 0 if (said := files.free_bytes(self.folder)) >= needed else said
+            free = 0 if (reported := files.free_bytes(self.folder)) >= needed else reported
         note = self._drop_oldest(needed, free)
         try:
             self._write_and_rename(final, contents, facts, needed)

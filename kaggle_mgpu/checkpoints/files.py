@@ -283,7 +283,7 @@ _LEFT_BEHIND = 3600.0
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; when the `with` block succeeds, flush the file and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # with the process id, so that two processes can write the same file at the same time
@@ -309,7 +309,7 @@ def replace(path: Path, pieces: Iterable[Any], needed: int) -> dict[str, int]:
         OSError: writing failed for another reason.
     """
     try:
-        with whole(path) as temporary:
+        with atomically(path) as temporary:
             return write(temporary, pieces)
     except OSError as error:
         if full := no_room(path, error):

@@ -125,11 +125,11 @@ def _crc32_of(document: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(document).encode())
 
 
-def load(path: Path, *, whole: bool = True) -> Checkpoint:
+def load(path: Path, *, join: bool = True) -> Checkpoint:
     """Read a checkpoint; its tensors are memory maps of the files, read on use.
 
     Args:
-        whole: join tensors whose rows are in several files; otherwise return them as `shards.Pieces`, for callers that
+        join: join tensors whose rows are in several files; otherwise return them as `shards.Pieces`, for callers that
             need only some rows.
 
     Raises:
@@ -138,17 +138,17 @@ def load(path: Path, *, whole: bool = True) -> Checkpoint:
     problem = damage(path)
     if problem:
         raise CheckpointError(f"checkpoint {path} cannot be used: {problem}")
-    return load_checked(path, read_facts(path), whole=whole)
+    return load_checked(path, read_facts(path), join=join)
 
 
-def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoint:
+def load_checked(path: Path, facts: dict[str, Any], *, join: bool) -> Checkpoint:
     """Load a checkpoint as `load` does, from facts that `read_facts` returned and without comparing checksums.
 
     Raises:
         CheckpointError: the content is not in the package's format.
     """
     try:
-        return _load(path, facts, whole)
+        return _load(path, facts, join)
     except Exception as error:
         raise CheckpointError(
             f"checkpoint {path} cannot be used: its content was not written by kaggle_mgpu: {type(error).__name__}: "
@@ -156,12 +156,12 @@ def load_checked(path: Path, facts: dict[str, Any], *, whole: bool) -> Checkpoin
         ) from error
 
 
-def _load(path: Path, facts: dict[str, Any], whole: bool) -> Checkpoint:
+def _load(path: Path, facts: dict[str, Any], join: bool) -> Checkpoint:
     tensors: dict[str, dict[str, Any]] = {}
     tree = ""
     for name in facts["files"]:
         found, metadata = files.read_with_metadata(path / name)
-        into = tensors.setdefault(whose(name), {})
+        into = tensors.setdefault(kind_of(name), {})
         cut = json.loads(metadata.get("shards", "{}"))
         for key, tensor in found.items():
             if key in cut:
@@ -170,13 +170,13 @@ def _load(path: Path, facts: dict[str, Any], whole: bool) -> Checkpoint:
             else:
                 into[key] = tensor
         tree = metadata.get("tree", tree)
-    if whole:
+    if join:
         for found in tensors.values():
             found |= {name: value[:] for name, value in found.items() if isinstance(value, shards.Pieces)}
     return Checkpoint(path, tensors, files.unpack(tensors.pop("optimizer"), tree), facts)
 
 
-def whose(name: str) -> str:
+def kind_of(name: str) -> str:
     """Return a file's kind: model for model.safetensors and for model-00001-of-00002.safetensors."""
     stem = Path(name).stem
     part = _PART.fullmatch(stem)

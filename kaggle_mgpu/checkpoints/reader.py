@@ -60,13 +60,13 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
     try:
         facts = format.read_facts(path)
         _position(facts, expected)
-        listed = {format.whose(name) for name in facts["files"]}
+        listed = {format.kind_of(name) for name in facts["files"]}
         for kind in ("model", "optimizer", *(["ema"] if expected.ema is not None else [])):
             if kind not in listed:
                 raise CheckpointError(f"it holds no {kind}.safetensors")
         if unknown := listed - {"model", "optimizer", "ema"}:
             raise CheckpointError(f"it lists files that no checkpoint has: {', '.join(sorted(unknown)[:5])}")
-        found = format.load_checked(path, facts, whole=False)
+        found = format.load_checked(path, facts, join=False)
         if problem := _tensors("model", found.tensors["model"], expected.model):
             raise OtherRunError(
                 f"{path} is from another model: {problem}",
@@ -75,7 +75,7 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
         if expected.ema is not None:
             if problem := _tensors("ema", found.tensors["ema"], expected.ema):
                 raise CheckpointError(f"ema.safetensors does not fit the weights beside it: {problem}")
-            _whole(f"{_NUM_UPDATES} in ema.safetensors", found.tensors["ema"][_NUM_UPDATES].item(), MOST_STEPS)
+            _whole_number(f"{_NUM_UPDATES} in ema.safetensors", found.tensors["ema"][_NUM_UPDATES].item(), MOST_STEPS)
         _optimizer(path, found.state, facts["step"], expected)
         for kind in ("model", "ema"):
             for name in (name for group in expected.groups for name in group):
@@ -91,21 +91,21 @@ def _position(facts: Mapping[str, Any], expected: Expected) -> None:
     state = facts.get("state", {})
     if unknown := set(state) - set(STATE):
         raise CheckpointError(f"its state has {', '.join(map(repr, sorted(unknown)))}, which is not known")
-    step = _whole("step in its state", state.get("step"), MOST_STEPS)
+    step = _whole_number("step in its state", state.get("step"), MOST_STEPS)
     if step != facts["step"]:
         raise CheckpointError(
             f"step in its state is {step}, expected {facts['step']}, the step at the top of state.json"
         )
-    samples = _whole("samples_seen in its state", state.get("samples_seen"), 10**30)
+    samples = _whole_number("samples_seen in its state", state.get("samples_seen"), 10**30)
     if samples != (there := expected.samples_at(step)):
         raise CheckpointError(f"samples_seen in its state is {samples}, expected {there} after {step} steps")
-    _whole("evaluated in its state", state.get("evaluated", 0), step)
+    _whole_number("evaluated in its state", state.get("evaluated", 0), step)
     if not math.isfinite(seconds := _number("seconds in its state", state.get("seconds", 0.0))) or seconds < 0:
         raise CheckpointError(f"seconds in its state is {seconds!r}, expected a number of 0 or more")
     for name in ("best", "improved_to"):
         if state.get(name) is not None:
             _number(f"{name} in its state", state[name])
-    _whole("without_improvement in its state", state.get("without_improvement", 0), step)
+    _whole_number("without_improvement in its state", state.get("without_improvement", 0), step)
     metrics = state.get("metrics", {})
     if not isinstance(metrics, dict):
         raise CheckpointError(f"metrics in its state is {metrics!r:.80}, expected numbers with their names")
@@ -113,7 +113,7 @@ def _position(facts: Mapping[str, Any], expected: Expected) -> None:
         _number(f"metrics[{name!r}] in its state", value)
 
 
-def _whole(what: str, value: Any, most: int) -> int:
+def _whole_number(what: str, value: Any, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         raise CheckpointError(f"{what} is {value!r:.80}, expected a whole number from 0 to {most}")
     return value
@@ -144,7 +144,7 @@ def _parts(what: str, value: Any) -> list[Tensor]:
     """Return [value], or the row blocks of a sharded tensor; raise unless the blocks cover every row once."""
     if isinstance(value, Tensor):
         return [value]
-    parts = sorted(value.found, key=lambda part: part[0])
+    parts = sorted(value.blocks, key=lambda part: part[0])
     position = 0
     for start, rows in parts:
         if len(rows) and (start != position or rows.shape[1:] != value.shape[1:]):
@@ -176,7 +176,7 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
         raise CheckpointError(
             "optimizer.safetensors was not written by kaggle_mgpu: expected the entries optimizer, scaler and skipped"
         )
-    skipped, scaler, saved = _whole("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
+    skipped, scaler, saved = _whole_number("skipped", state["skipped"], step), state["scaler"], state["optimizer"]
     if not isinstance(scaler, dict) or (scaler and not scaler.keys() >= _SCALER):
         raise CheckpointError(f"the gradient scaler's state is {scaler!r:.80}, expected {', '.join(sorted(_SCALER))}")
     for name in _SCALER & scaler.keys():
@@ -324,5 +324,5 @@ class _Trial:
 def _meta(value: Any) -> Any:
     """Return a meta tensor of the same shape and type; a number or 0-d tensor is returned unchanged."""
     if isinstance(value, shards.Pieces):
-        return torch.empty(tuple(value.shape), dtype=value.found[0][1].dtype, device="meta")
+        return torch.empty(tuple(value.shape), dtype=value.blocks[0][1].dtype, device="meta")
     return value.to("meta") if isinstance(value, Tensor) and value.ndim else value

@@ -61,7 +61,7 @@ def starting_point(
         return path
 
     if resume == "never":
-        if aside := checkpoints.put_aside():
+        if aside := checkpoints.move_away():
             print(f"resume='never': the checkpoints that were here are now in {aside}", flush=True)
         return None
     if resume != "auto":
@@ -72,15 +72,15 @@ def starting_point(
             raise CheckpointError(str(error)) from None
         except CheckpointError as error:
             raise CheckpointError(f"resume: {named.resolve()} is not a usable checkpoint: {error}") from None
-    for line in checkpoints.put_right():
+    for line in checkpoints.fix_names():
         print(line, flush=True)
-    path, others = _first(checkpoints.all(), examined)
+    path, others = _first_usable(checkpoints.all(), examined)
     if path is None and others:  # only resume='never' starts a new run in another run's folder
         raise CheckpointError(str(others[0]))
     return path or _among_inputs(config, may_change, stamp, defaults, examined)
 
 
-def _first(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
+def _first_usable(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
     """Return the first usable checkpoint, and an error for each earlier path of another run; print skipped paths."""
     others: list[OtherRunError] = []
     for path in paths:
@@ -117,10 +117,10 @@ def _among_inputs(
         except Exception as error:  # whatever somebody else's file may hold, it must not end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
     # newest first, and only up to the first usable one, since a checksum reads a whole checkpoint
-    newest, different = _first((path for _, path in sorted(found, reverse=True)), examined)
-    told = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
-    if newest is None and told:
-        print(f"not resumed from the inputs: {told[0]}", flush=True)
+    newest, different = _first_usable((path for _, path in sorted(found, reverse=True)), examined)
+    reasons = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
+    if newest is None and reasons:
+        print(f"not resumed from the inputs: {reasons[0]}", flush=True)
     return newest
 
 

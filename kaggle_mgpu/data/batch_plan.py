@@ -38,14 +38,15 @@ class BatchPlan:
         gradient_accumulation_steps: int | None = None,
         epochs: int = 1,
         max_steps: int | None = None,
-        kept: int | None = None,
+        batch_at_start: int | None = None,
     ) -> Self:
         """Derive the missing batch sizes and check the given sizes.
 
         Args:
             global_batch_size: samples, or "per_gpu:64" for 64 times the number of replicas.
             max_steps: replaces `epochs`.
-            kept: the global batch size with which a "per_gpu:64" run began, perhaps on another number of GPUs.
+            batch_at_start: the global batch size with which a "per_gpu:64" run began, perhaps on another number of
+                GPUs.
 
         Raises:
             ValueError: the dataset is empty, the sizes contradict each other, or the replicas cannot share the batch.
@@ -55,13 +56,13 @@ class BatchPlan:
         micro, accumulation, per_gpu = micro_batch_size, gradient_accumulation_steps, None
         if isinstance(global_batch_size, str):
             per_gpu = parse_per_gpu(global_batch_size)
-            batch: int | None = kept or per_gpu * num_replicas
+            batch: int | None = batch_at_start or per_gpu * num_replicas
         else:
             batch = global_batch_size
         if batch is None:
             batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
         # a resumed run keeps its global batch, so the advice must not be to change it
-        advice = "" if kept else "global_batch_size {}, or "
+        advice = "" if batch_at_start else "global_batch_size {}, or "
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
         if micro is not None and accumulation is not None:
             if micro * num_replicas * accumulation != batch:
@@ -131,12 +132,12 @@ class BatchPlan:
         size = f"global batch {self.global_batch_size}"
         if self.per_gpu is not None:
             here = self.per_gpu * self.num_replicas
-            kept = (
+            was = (
                 ""
                 if here == self.global_batch_size
                 else f" gave {self.global_batch_size} at the start, and would give {here} here"
             )
-            size += f" (per_gpu:{self.per_gpu}{kept}: the weights depend on the number of GPUs)"
+            size += f" (per_gpu:{self.per_gpu}{was}: the weights depend on the number of GPUs)"
         return (
             f"{size} = {self.micro_batch_size} per {unit} x "
             f"{counted(self.num_replicas, unit)} x "

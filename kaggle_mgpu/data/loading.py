@@ -309,7 +309,7 @@ class Batches:
         self.shares = iter(sampler)
         self.loaded: Iterator[Any] | None = None  # None: `fetch` makes the batches in this process
         if workers or pin_memory:
-            self.loaded = load(fetch, _Parts(sampler), workers=workers, pin_memory=pin_memory, prefetch=prefetch)
+            self.loaded = load(fetch, _IndexBatches(sampler), workers=workers, pin_memory=pin_memory, prefetch=prefetch)
 
     def __iter__(self) -> Self:
         return self
@@ -340,8 +340,8 @@ class Batches:
         return Step(batches, weights, share.samples, terms, own)
 
 
-class _Parts:
-    """_Parts yields (epoch, indices) of each micro-batch for the loader."""
+class _IndexBatches:
+    """_IndexBatches yields (epoch, indices) of each micro-batch for the loader."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler

@@ -64,7 +64,7 @@ class Report:
         return tuple(item for item in self.items if item.action not in ("kept", "found"))
 
     @property
-    def trouble(self) -> tuple[Item, ...]:
+    def problems(self) -> tuple[Item, ...]:
         """The items with a problem: refused, too late, broken, or a file left by a dead process."""
         return tuple(item for item in self.items if item.action in ("refused", "too late", "left", "broken"))
 
@@ -130,7 +130,7 @@ def fix(
     off, quiet = _decide(protobuf, quiet)
     before = import_hooks.installed()
     pinned = [_pin()] if protobuf == "pin" else []  # first, since the installed version may change
-    items = _found()
+    items = _findings()
     items += _fix_variables(quiet)
     import_hooks.install(shim=not off, quiet=quiet, stub=os.environ["USE_TF"].upper() not in ("1", "ON", "YES", "TRUE"))
     items += pinned
@@ -145,7 +145,7 @@ def fix(
         items.append(Item("worker server", "", "set", "imports torch in the background, for launch"))
     report = Report(tuple(items), _cell() if verbose else None)
     if verbose:
-        print("\n".join([report.summary, *_table(report.trouble)]), flush=True)
+        print("\n".join([report.summary, *_table(report.problems)]), flush=True)
     return report
 
 
@@ -257,7 +257,7 @@ def _torch_version() -> tuple[int, int]:
 # --- protobuf and TensorFlow ------------------------------------------------------------------------
 
 
-def _found() -> list[Item]:
+def _findings() -> list[Item]:
     """Report the installed versions, and the log files left by processes that died while importing TensorFlow."""
     items = []
     if protobuf := protobuf_fix.installed():

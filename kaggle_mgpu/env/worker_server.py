@@ -56,7 +56,7 @@ class Server:
     watched: dict[str, tuple[str, int]] | None = None
     """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return the server's output."""
         self.log.seek(0)
         return self.log.read().decode(errors="replace").strip()
@@ -194,7 +194,7 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
             code = server.process.wait(10)
             if code < 0 and patient:
                 return False
-            raise WorkerError(f"the worker server ended with code {code}:\n{server.said()}")
+            raise WorkerError(f"the worker server ended with code {code}:\n{server.output()}")
         if time.monotonic() > deadline:
             raise WorkerError(
                 f"the worker server has not imported torch within {START_SECONDS:g} s: the machine or its disk is very "

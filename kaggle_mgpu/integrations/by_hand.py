@@ -28,7 +28,7 @@ class Run:
     """The run of a loop, made by `watch`. Every rank makes the same calls.
 
     Args:
-        kept: the checkpoints in the run's folder.
+        checkpoints: the checkpoints in the run's folder.
         objects: models, optimizers and other objects with `state_dict` and `load_state_dict`, by name.
         options: further arguments of `session.Session`; the other arguments are those of `watch`.
 
@@ -37,10 +37,11 @@ class Run:
     """
 
     def __init__(
-        self, kept: Checkpoints, objects: dict[str, Any], *, max_steps: int, seed: int, log_every: int, **options: Any
-    ) -> None:
+        self, checkpoints: Checkpoints, objects: dict[str, Any], *, max_steps: int, seed: int, log_every: int,
+        **options: Any,
+    ) -> None:  # fmt: skip
         self.max_steps, self.finished = max_steps, False
-        self._kept, self._seed, self._log_every = kept, seed, log_every
+        self._checkpoints, self._seed, self._log_every = checkpoints, seed, log_every
         for name, given in objects.items():
             if not (hasattr(given, "state_dict") and hasattr(given, "load_state_dict")):
                 raise TypeError(
@@ -55,15 +56,15 @@ class Run:
         sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in self._models.items()}
         self._stamp = {"watched": sorted(objects), "parameters": sizes, "seed": seed}
         start = distributed.from_main(
-            lambda: resume.starting_point(kept, resume="auto", config={}, may_change=(), stamp=self._stamp)
+            lambda: resume.starting_point(checkpoints, resume="auto", config={}, may_change=(), stamp=self._stamp)
         )
         self.steps_taken, self._position, self._saved = 0, (0, 0), 0
         if start is not None:
             self._load(start)
         weights = sum(p.nbytes for model in self._models.values() for p in model.parameters())
         self.session = session.Session(
-            kept.folder.parent, max_steps=max_steps, step=self.steps_taken, seed=seed, nbytes=4 * weights, unit="steps",
-            history=None if start is None else start.parent.parent, position=self._position, **options,
+            checkpoints.folder.parent, max_steps=max_steps, step=self.steps_taken, seed=seed, nbytes=4 * weights,
+            unit="steps", history=None if start is None else start.parent.parent, position=self._position, **options,
         )  # fmt: skip
 
     def _load(self, start: Path) -> None:
@@ -132,13 +133,13 @@ class Run:
                 models = {name: model.state_dict() for name, model in self._models.items()}
                 others = {name: other.state_dict() for name, other in self._others.items()}
                 facts = {"position": self.session.position, "stamp": self._stamp, "config": {}}
-                self._kept.begin(self.steps_taken, tensors=models, state=others, facts=facts)
+                self._checkpoints.begin(self.steps_taken, tensors=models, state=others, facts=facts)
 
     def close(self, error: BaseException | None = None) -> None:
         """Save and write result.json, unless an error ended the loop; wait for saves, and unlock the folder."""
         if error is None:
             self.save()
-        for saved in self._kept.wait() if distributed.is_main() else []:
+        for saved in self._checkpoints.wait() if distributed.is_main() else []:
             if saved.note:
                 self.session.progress.note(saved.note)
         self.finished = self.session.close(error)
@@ -202,10 +203,11 @@ def watch(
     """
     _check_group()
     folder = Path(output_dir)
-    kept = Checkpoints(folder / "checkpoints", keep_last=keep_last)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=keep_last)
     run = Run(
-        kept, objects, max_steps=max_steps, seed=seed, log_every=log_every, time_limit=time_limit, save_every=save_every
-    )
+        checkpoints, objects, max_steps=max_steps, seed=seed, log_every=log_every, time_limit=time_limit,
+        save_every=save_every,
+    )  # fmt: skip
     try:
         yield run
     except BaseException as error:

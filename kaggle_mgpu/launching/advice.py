@@ -1,6 +1,6 @@
 """Help a launched function other than `train`: report its steps to `launch`, find mistakes, explain torch's errors.
 
-watch(store, rank, count)     # before the function is called
+watch_steps(store, rank, count)     # before the function is called
 advise(error)                 # adds a note with the remedy to an error of torch.distributed
 """
 
@@ -41,10 +41,10 @@ def advise(error: BaseException) -> None:
         error.add_note(_STARTS_PROCESSES)
 
 
-def watch(store: Any, rank: int, count: int) -> None:
+def watch_steps(store: Any, rank: int, count: int) -> None:
     """Report each optimizer step of this process to the launcher, and check for two mistakes.
 
-    At step STEPS a missing process group is reported; TensorBoard events from several ranks are reported by `tell`.
+    At step STEPS a missing process group is reported; `print_mistakes` reports TensorBoard events from several ranks.
 
     Args:
         store: torch's store that all ranks share.
@@ -83,8 +83,8 @@ def watch(store: Any, rank: int, count: int) -> None:
     register_optimizer_step_post_hook(after_step)
 
 
-def tell(store: Any) -> None:
-    """Print the mistakes noted by the ranks. Only rank 0 calls `tell`, at the end."""
+def print_mistakes(store: Any) -> None:
+    """Print the mistakes noted by the ranks. Only rank 0 calls `print_mistakes`, at the end."""
     if store.check([_EVENTS]):
         print(f"NOTE: {store.get(_EVENTS).decode()}: make the SummaryWriter on rank 0 alone.", flush=True)
 

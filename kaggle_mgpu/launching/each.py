@@ -46,17 +46,19 @@ class _Job:
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
-    kept_value: bool = True
-    """False if `keep` has failed to write the value."""
+    value_saved: bool = True
+    """False if `save_value` has failed to write the value."""
 
     def line(self) -> str:
         """Return the job's name, state and last line of output."""
-        said = ""
+        last_line = ""
         with contextlib.suppress(OSError, IndexError):
-            said = (self.folder / "logs" / "rank0.log").read_text(errors="replace")[-2000:].strip().splitlines()[-1]
-        return f"{self.name}: {self.state}" + (f"  {said[:160]}" if self.state != "waiting" and said else "")
+            last_line = (
+                (self.folder / "logs" / "rank0.log").read_text(errors="replace")[-2000:].strip().splitlines()[-1]
+            )
+        return f"{self.name}: {self.state}" + (f"  {last_line[:160]}" if self.state != "waiting" and last_line else "")
 
-    def kept(self) -> bool:
+    def load_value(self) -> bool:
         """Return whether an earlier launch has finished the same call, and read the value if so."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             document = json.loads((self.folder / "value.json").read_text(encoding="utf-8"))
@@ -64,17 +66,17 @@ class _Job:
                 self.state, self.value = "finished", document["value"]
         return self.state == "finished"
 
-    def keep(self) -> None:
+    def save_value(self) -> None:
         """Write the value if it survives JSON unchanged and is not the result of an unfinished run."""
         if self.digest is None or (isinstance(self.value, dict) and self.value.get("finished") is False):
             return
-        self.kept_value = False
+        self.value_saved = False
         with contextlib.suppress(OSError, TypeError, ValueError):
             text = json.dumps({"digest": self.digest, "value": self.value}, allow_nan=False)
             if json.loads(text)["value"] == self.value:
                 (self.folder / ".value.json").write_text(text, encoding="utf-8")
                 os.replace(self.folder / ".value.json", self.folder / "value.json")
-                self.kept_value = True
+                self.value_saved = True
 
 
 def launch_each(
@@ -121,9 +123,9 @@ def launch_each(
         for job in jobs:
             if not is_run_settings(job.item) and (own := _digest(job.item)):
                 job.digest = f"{shared}-{own}"
-    waiting = [job for job in jobs if not job.kept()]
-    if kept := [job.name for job in jobs if job.state == "finished"]:
-        print(f"kept from an earlier launch: {', '.join(kept)}", flush=True)
+    waiting = [job for job in jobs if not job.load_value()]
+    if loaded := [job.name for job in jobs if job.state == "finished"]:
+        print(f"kept from an earlier launch: {', '.join(loaded)}", flush=True)
     display, shown = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}", ""
     with collect_interrupts() as interrupts, contextlib.ExitStack() as stack:
         if waiting:
@@ -153,7 +155,7 @@ def launch_each(
         group = ExceptionGroup(f"{len(errors)} of {len(jobs)} jobs failed", errors)
         group.results = results  # type: ignore[attr-defined]
         raise group
-    if lost := [job.name for job in jobs if job.state == "finished" and not job.kept_value]:
+    if lost := [job.name for job in jobs if job.state == "finished" and not job.value_saved]:
         print(
             f"the values of {', '.join(lost)} could not be saved as JSON, so the same call computes them again. JSON "
             f"holds numbers, texts, and lists and dicts of them: return these, or the path of a file.",
@@ -191,7 +193,7 @@ def _run(
             from_start=timeout is not None, quiet=True,
         )[0]  # fmt: skip
         if not interrupts:  # an interrupted job may have returned early
-            job.keep()
+            job.save_value()
         job.state = "finished"
     except BaseException as error:
         job.state = "interrupted" if interrupts and isinstance(error, KeyboardInterrupt) else "failed"
@@ -228,8 +230,8 @@ def _digest(value: Any) -> str | None:
                 return tuple, ([item.__qualname__, item.__code__, inner, item.__defaults__, item.__kwdefaults__],)
             if isinstance(item, type) and isinstance(reduced, tuple):
                 random = [isinstance(part, str) and re.fullmatch("[0-9a-f]{32}", part) for part in reduced[1]]
-                kept = tuple(part for part, drop in zip(reduced[1], random, strict=True) if not drop)
-                return reduced[0], kept, *reduced[2:]
+                stable = tuple(part for part, drop in zip(reduced[1], random, strict=True) if not drop)
+                return reduced[0], stable, *reduced[2:]
             return reduced
 
     buffer = io.BytesIO()

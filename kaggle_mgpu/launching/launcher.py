@@ -162,7 +162,7 @@ def attempts(
 ) -> list[Any]:  # fmt: skip
     """Make a call on new workers, and again up to `restarts` times after a worker died or hung; return the values."""
     died = 0
-    before = _saved(config)
+    before = _checkpoint_marks(config)
     for attempt in itertools.count():
         resumed = call if attempt == 0 else _resumed(call, config, before)
         workers = Workers(resumed, count, gpus, logs, settings, attempt, quiet)
@@ -171,14 +171,14 @@ def attempts(
         except Exception as error:
             # a RestartError (out of memory) does not count towards max_restarts, since the next attempt uses smaller
             # micro-batches
-            again, which = isinstance(error, RestartError), ""
+            restart, suffix = isinstance(error, RestartError), ""
             if isinstance(error, WorkerDiedError | HangError) or is_consequence(error):
                 died += 1
-                again, which = died <= restarts, f": restart {died} of {restarts}"
-            if interrupts or not again:
+                restart, suffix = died <= restarts, f": restart {died} of {restarts}"
+            if interrupts or not restart:
                 raise
-            said = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"{said}\nstarting again{which}", flush=True)
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"{first_line}\nstarting again{suffix}", flush=True)
     raise AssertionError("not reached")
 
 
@@ -265,7 +265,7 @@ def _restored_handlers() -> Iterator[None]:
                     signal.signal(number, handler)
 
 
-def _saved(config: RunSettings | None) -> set[tuple[int, int]]:
+def _checkpoint_marks(config: RunSettings | None) -> set[tuple[int, int]]:
     """Return the inode and modification time of every checkpoint's state.json, to notice new checkpoints."""
     found = Path(config.output_dir).glob("checkpoints/*/state.json") if config else ()
     return {(status.st_ino, status.st_mtime_ns) for path in found for status in [path.stat()]}
@@ -275,7 +275,7 @@ def _resumed(call: Any, config: RunSettings | None, before: set[tuple[int, int]]
     """Return the call for a restart: resume="never" or a path becomes "auto" once the run has saved a checkpoint."""
     if config is None or config.resume == "auto":
         return call
-    if not _saved(config) - before:
+    if not _checkpoint_marks(config) - before:
         return call
     changed = config.replace(resume="auto")
 

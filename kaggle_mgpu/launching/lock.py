@@ -29,7 +29,7 @@ FILE = ".lock"
 PATIENCE_SECONDS = 30.0
 """How long to wait for a lock. The kernel frees a killed process's memory before its lock, which may take seconds for a
 process with GPU memory, or on a busy machine."""
-SAID_AFTER_SECONDS = 1.0
+ANNOUNCE_AFTER_SECONDS = 1.0
 """Seconds of waiting after which a line names the run that has the lock."""
 
 _held: set[BinaryIO] = set()
@@ -59,7 +59,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _take(folder: Path) -> BinaryIO | None:
     path = folder / FILE
-    began, said = time.monotonic(), False
+    began, announced = time.monotonic(), False
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -80,19 +80,19 @@ def _take(folder: Path) -> BinaryIO | None:
             file.close()  # the run that had the lock has ended and removed this file: lock a new one
         except BlockingIOError:
             file.seek(0)
-            whose = file.read(200).decode(errors="replace")
+            owner = file.read(200).decode(errors="replace")
             file.close()
             waited = time.monotonic() - began
             if waited > PATIENCE_SECONDS:
                 raise LockedError(
-                    f"another run trains in {folder.resolve()} ({whose or 'unknown process'}), and two would "
+                    f"another run trains in {folder.resolve()} ({owner or 'unknown process'}), and two would "
                     f"write over each other's checkpoints and records. Give this run another output_dir, or wait for "
                     f"the end of that run: progress.attach({str(folder)!r}) shows its progress, "
                     f"progress.stop({str(folder)!r}) makes that run save and end."
                 ) from None
-            if waited > SAID_AFTER_SECONDS and not said:
-                said = True
-                print(f"waiting up to {PATIENCE_SECONDS:.0f} s for the run in {folder} ({whose}) to end", flush=True)
+            if waited > ANNOUNCE_AFTER_SECONDS and not announced:
+                announced = True
+                print(f"waiting up to {PATIENCE_SECONDS:.0f} s for the run in {folder} ({owner}) to end", flush=True)
             time.sleep(0.05)
         except OSError as error:
             file.close()

@@ -357,7 +357,7 @@ def _work(
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # a pending interrupt is delivered here
         function, args, kwargs = pickle.loads(call)
         if not getattr(function, "returns_rank0", False):
-            advice.watch(store, rank, request.count)
+            advice.watch_steps(store, rank, request.count)
         value = function(*args, **kwargs)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the work is done: too late to interrupt it
         if getattr(function, "returns_rank0", False) and rank != 0:
@@ -365,7 +365,7 @@ def _work(
         answer = ("value", pickling.dumps(value, f"rank {rank}'s return value"))
         _meet(store, rank, request.count)  # no rank ends while another still communicates with it
         if rank == 0:
-            advice.tell(store)
+            advice.print_mistakes(store)
         _leave(send, answer, log_fd)
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -401,15 +401,15 @@ def _meet(store: Any, rank: int, count: int) -> None:
     A collective would not do, since the function may have left its process group.
     """
 
-    def tell(what: str, expected: int) -> None:
+    def count_up(what: str, expected: int) -> None:
         if store.add(what, 1) == expected:
             store.set(f"all {what}", "")
 
     with contextlib.suppress(RuntimeError):  # a rank died, or took longer than any collective may
-        tell("came", count)
+        count_up("came", count)
         store.wait(["all came"])
         if rank > 0:
-            tell("left", count - 1)
+            count_up("left", count - 1)
         elif count > 1:
             store.wait(["all left"])
 

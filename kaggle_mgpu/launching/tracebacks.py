@@ -48,14 +48,16 @@ def _rendered(error: Exception) -> list[str]:
     """Return the lines that IPython shows for the error."""
     import IPython
 
-    whole = error.__cause__
-    if isinstance(whole, WorkerTraceback):
-        error.__cause__ = WorkerTraceback(_shortened(str(whole.args[0]), whole.log), whole.in_collective, whole.log)
+    cause = error.__cause__
+    if isinstance(cause, WorkerTraceback):
+        error.__cause__ = WorkerTraceback(_shortened(str(cause.args[0]), cause.log), cause.in_collective, cause.log)
     try:
         tools = IPython.get_ipython().InteractiveTB
-        lines: list[str] = tools.structured_traceback(type(error), error, _users(error.__traceback__), tb_offset=0)
+        lines: list[str] = tools.structured_traceback(
+            type(error), error, _without_hidden(error.__traceback__), tb_offset=0
+        )
     finally:
-        error.__cause__ = whole
+        error.__cause__ = cause
     return lines
 
 
@@ -64,11 +66,11 @@ def _hidden(file: str) -> bool:
     return file.startswith(PACKAGE) or f"{os.sep}IPython{os.sep}core{os.sep}" in file or file.endswith(_WRAPPERS)
 
 
-def _users(trace: TracebackType | None) -> TracebackType | None:
+def _without_hidden(trace: TracebackType | None) -> TracebackType | None:
     """Return a traceback without the hidden frames."""
     if trace is None:
         return None
-    rest = _users(trace.tb_next)
+    rest = _without_hidden(trace.tb_next)
     if _hidden(trace.tb_frame.f_code.co_filename):
         return rest
     return TracebackType(rest, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)

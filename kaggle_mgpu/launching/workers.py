@@ -119,21 +119,21 @@ class Workers:
         with contextlib.ExitStack() as stack:
             self.output = stack.enter_context(Output(self.log_paths[0], self.quiet))
             self._start(stack, interrupts)
-            told = False
+            interrupt_sent = False
             try:
                 while len(self.values) < self.count:
                     self._next(0.1)
                     if self.failures:
-                        asked = len(interrupts)
-                        self._hear_them_out()
+                        interrupts_before = len(interrupts)
+                        self._collect_failures()
                         failure = self._first_failure()  # before the other ranks fail as a consequence
-                        self._let_them_write(failure, interrupts, asked)
+                        self._wait_for_writes(failure, interrupts, interrupts_before)
                         raise failure
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
-                    if interrupts and not told:
+                    if interrupts and not interrupt_sent:
                         # workers run in process sessions of their own and got no SIGINT; `train` then saves and returns
-                        told = True
+                        interrupt_sent = True
                         self._signal(signal.SIGINT)
                     self._check_pulse(limit, from_start)
                 self._wait_for_the_end(END_SECONDS)
@@ -172,16 +172,16 @@ class Workers:
                 if self.channel.recv(END.size):
                     self.started = time.monotonic_ns()
                     return
-                said = current.said()
+                server_output = current.output()
                 current.stop()  # the server was just killed, or could not start a worker
-        raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {said}")
+        raise WorkerError(f"no worker could be started by {START_ATTEMPTS} servers; the last said: {server_output}")
 
     def _next(self, timeout: float) -> None:
         """Handle the messages that arrive from any worker within `timeout` seconds, and show new output."""
         waiting = [self.channel, *(link for link in self.links if link.fileno() >= 0)]
         for ready in connection.wait(waiting, timeout):
             if ready is self.channel:
-                self._hear_of_an_end()
+                self._receive_end()
             else:
                 self._receive(self.links.index(ready))  # type: ignore[arg-type]
         self._show_output()
@@ -192,7 +192,7 @@ class Workers:
         self._receive(0)  # an error message sets output.end, so read messages first
         self.output.show(size)
 
-    def _hear_of_an_end(self) -> None:
+    def _receive_end(self) -> None:
         try:
             message = self.channel.recv(END.size)
         except ConnectionError:  # the supervisor ended before it read a signal; a later call reads its messages
@@ -219,10 +219,10 @@ class Workers:
         while len(unread) >= SIZE.size and len(unread) >= (end := SIZE.size + SIZE.unpack_from(unread)[0]):
             message = pickle.loads(memoryview(unread)[SIZE.size : end])
             del unread[:end]
-            self._take(rank, *message)
+            self._handle(rank, *message)
         return bool(read)
 
-    def _take(self, rank: int, kind: str, log_size: int, *content: Any) -> None:
+    def _handle(self, rank: int, kind: str, log_size: int, *content: Any) -> None:
         if kind == "show":
             if rank == 0:
                 self.output.show(log_size)
@@ -248,7 +248,7 @@ class Workers:
         error.__cause__ = WorkerTraceback(f"rank {rank}:\n{trace}", in_collective, str(self.log_paths[rank]))
         return error
 
-    def _hear_them_out(self) -> None:
+    def _collect_failures(self) -> None:
         """Wait for the failed ranks' tracebacks, and for a failure of another rank that may explain the first."""
         until = time.monotonic() + GRACE_SECONDS
         while (left := until - time.monotonic()) > 0:
@@ -258,21 +258,21 @@ class Workers:
                 return
             self._next(min(left, 0.1))
 
-    def _let_them_write(self, failure: BaseException, interrupts: list[float], asked: int) -> None:
+    def _wait_for_writes(self, failure: BaseException, interrupts: list[float], interrupts_before: int) -> None:
         """Wait, at most SAVE_SECONDS, for the checkpoint that a rank is writing.
 
         After a RestartError also wait, at most GRACE_SECONDS, until the other ranks have ended: rank 0 may still have
         to record the step before the failed step. Ranks end by themselves when a collective lacks the failed rank.
 
         Args:
-            asked: number of interrupts when the failure became known; a further interrupt ends the wait.
+            interrupts_before: number of interrupts when the failure became known; a further interrupt ends the wait.
         """
-        goes_on, since = isinstance(failure, RestartError), time.monotonic()
-        while len(interrupts) == asked:
-            waited, left = time.monotonic() - since, set(range(self.count)) - self.ended
+        restarts, began = isinstance(failure, RestartError), time.monotonic()
+        while len(interrupts) == interrupts_before:
+            waited, running = time.monotonic() - began, set(range(self.count)) - self.ended
             pulses = self._pulses()
-            saving = waited < SAVE_SECONDS and any(pulses[rank][3] for rank in left)
-            if not (saving or (goes_on and left and waited < GRACE_SECONDS)):
+            saving = waited < SAVE_SECONDS and any(pulses[rank][3] for rank in running)
+            if not (saving or (restarts and running and waited < GRACE_SECONDS)):
                 return
             self._next(0.1)
 

@@ -290,7 +290,7 @@ class Deadline:
         return self.remaining() <= margin
 
 
-def session_started() -> float:
+def session_age() -> float:
     """Return an estimate of the session's age in seconds.
 
     On Kaggle the estimate is the age of process 1, too high if the container ran before its session began; elsewhere
@@ -317,7 +317,7 @@ def time_left() -> float:
                 f"correct or unset it"
             ) from None
     hours = SESSION_HOURS.get(kind())
-    return math.inf if hours is None else max(0.0, hours * 3600.0 - session_started())
+    return math.inf if hours is None else max(0.0, hours * 3600.0 - session_age())
 
 
 def _process_age(pid: str) -> float | None:

@@ -2,13 +2,13 @@
 
 The package is independent of configs, tasks and datasets, and writes no file. Start reading at `Strategy` in
 strategy.py, the class for one process with one device. Its subclasses are in data_parallel.py (dp, ddp), fsdp.py and
-zero.py; `choose` selects the class for a run. distributed.py has the communication between ranks, state.py the state in
-checkpoints, shards.py the handling of sharded tensors.
+zero.py; `choose_strategy` selects the class for a run. distributed.py has the communication between ranks, state.py the
+state in checkpoints, shards.py the handling of sharded tensors.
 """
 
 from . import distributed, shards
 from .batch_norm import batch_norms, sync_batch_norms
-from .choose import choose
+from .choose import choose_strategy
 from .data_parallel import Distributed, Replicated
 from .state import load_saved_state, saved_state
 from .strategy import Strategy
@@ -18,7 +18,7 @@ __all__ = [
     "Replicated",
     "Strategy",
     "batch_norms",
-    "choose",
+    "choose_strategy",
     "distributed",
     "load_saved_state",
     "saved_state",

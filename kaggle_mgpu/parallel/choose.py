@@ -8,7 +8,7 @@ from . import data_parallel
 from .strategy import Strategy
 
 
-def choose(
+def choose_strategy(
     wanted: Literal["auto", "single", "dp", "ddp", "fsdp", "deepspeed"],
     *,
     num_gpus: int,

@@ -135,8 +135,8 @@ class Distributed(Strategy):
         with contextlib.suppress(Exception):  # torch may change this private interface
             assert isinstance(self.parallel, nn.parallel.DistributedDataParallel)
             found = self.parallel._get_ddp_logging_data()
-            apart = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
-            return max(0, apart) / 1e9 if found["avg_backward_comm_time"] > 0 else None
+            exposed = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
+            return max(0, exposed) / 1e9 if found["avg_backward_comm_time"] > 0 else None
         return None
 
 

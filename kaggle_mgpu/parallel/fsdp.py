@@ -2,7 +2,8 @@
 
 Each block of the model is gathered just before its computation and released just after, in forward and backward;
 gradients are averaged into the ranks' shards. Checkpoints have the same contents and names under all strategies, so a
-run can continue under any of them. `choose` imports this module only when needed, since that takes two seconds.
+run can continue under any of them. `choose_strategy` imports this module only when needed, since that takes two
+seconds.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class Sharded(Strategy):
     """
 
     name = "fsdp"
-    alone = False
+    computes_alone = False
 
     def __init__(
         self,

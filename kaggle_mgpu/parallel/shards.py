@@ -37,15 +37,15 @@ class Pieces:
 
     def __init__(self, shape: list[int]) -> None:
         self.shape = torch.Size(shape)
-        self.found: list[tuple[int, Tensor]] = []
+        self.blocks: list[tuple[int, Tensor]] = []
 
     def add(self, start: int, rows: Tensor) -> None:
         """Add rows, the first with index `start` in the full tensor."""
-        self.found.append((start, rows))
+        self.blocks.append((start, rows))
 
     def __getitem__(self, rows: slice) -> Tensor:
         first, end, _ = rows.indices(self.shape[0])
-        parts = [part[max(first - start, 0) : max(end - start, 0)] for start, part in self.found]
+        parts = [part[max(first - start, 0) : max(end - start, 0)] for start, part in self.blocks]
         parts = [part for part in parts if len(part)] or parts[:1]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -138,7 +138,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("under ZeRO stage 3 a model cannot be gathered: use strategy='fsdp', or stage 2")
     module = sys.modules.get("torch.distributed.fsdp")
     units: list[Any] = [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
-    before = [kept for unit in units for kept in _set_when_resharded(unit)]
+    before = [setting for unit in units for setting in _reshard_settings(unit)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -151,7 +151,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
             unit.reshard()
 
 
-def _set_when_resharded(unit: Any) -> list[tuple[Any, str, Any]]:
+def _reshard_settings(unit: Any) -> list[tuple[Any, str, Any]]:
     """Return (owner, attribute, value) for each value that `set_reshard_after_forward` changes; torch has no getter.
 
     The root's values differ from other units' values: torch keeps the root gathered after a forward pass.

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import conditional, distributed, shards
+from . import distributed, shards, undo
 from .state import load_named_optimizer_state, load_saved_state, named_optimizer_state, saved_state
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -110,7 +110,7 @@ class Strategy:
     """
 
     name = "single"
-    alone = True
+    computes_alone = True
     """Whether a rank can compute with the model without other ranks."""
     carries_count = False
     """Whether a step's gradients also carry a count over all ranks: the number of terms of the next step."""
@@ -255,7 +255,7 @@ class Strategy:
 
         Every rank computes the same norm, so all ranks skip the same steps. On a GPU the device decides, and the CPU
         does not wait, if the optimizer is a fused Adam, or from the second step on if a step can be undone
-        (conditional.py).
+        (undo.py).
 
         Args:
             max_norm: the largest norm of all gradients together; None: no clipping.
@@ -265,46 +265,46 @@ class Strategy:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self.total_norm([cast(Tensor, p.grad) for p in parameters])
         # a fused Adam divides gradients by grad_scale, so clipping needs no separate pass
-        by_itself = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
-        if max_norm is not None and not by_itself:
+        kernel_clips = _clips_and_skips(optimizer) and not self.scaler.is_enabled()
+        if max_norm is not None and not kernel_clips:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-        infinite: Tensor | bool
+        not_finite: Tensor | bool
         unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
         # an optimizer makes a parameter's state in the parameter's first step, so that step cannot be undone
         undoable = unfused and not self.changes_groups and self.stepped.issuperset(map(id, parameters))
-        undoable = undoable and conditional.can_undo(optimizer, parameters, self.device)
-        groups = conditional.group_values(optimizer) if unfused and not undoable else []
+        undoable = undoable and undo.can_undo(optimizer, parameters, self.device)
+        groups = undo.group_values(optimizer) if unfused and not undoable else []
         if undoable:
-            infinite = ~norm.isfinite()
-            conditional.step_unless(infinite, optimizer, parameters)
+            not_finite = ~norm.isfinite()
+            undo.step_unless(not_finite, optimizer, parameters)
             if self.scaler.is_enabled():
                 self.scaler.update()
         elif self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-            infinite = ~norm.isfinite()
-        elif self.device.type == "cuda" and by_itself:
-            infinite = ~norm.isfinite()
-            optimizer.found_inf = infinite.float()  # type: ignore[attr-defined]
+            not_finite = ~norm.isfinite()
+        elif self.device.type == "cuda" and kernel_clips:
+            not_finite = ~norm.isfinite()
+            optimizer.found_inf = not_finite.float()  # type: ignore[attr-defined]
             if max_norm is not None:
                 optimizer.grad_scale = ((norm.float() + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
             optimizer.step()
         else:
             value = norm.item()
-            infinite = not math.isfinite(value)
-            if max_norm is not None and by_itself:
+            not_finite = not math.isfinite(value)
+            if max_norm is not None and kernel_clips:
                 # norm + 1e-6 as in clip_grad_norm_; float32 for weights of any type, as in the kernel
                 scale = (value + 1e-6) / max_norm
                 clip = torch.tensor(scale, dtype=torch.float32, device=norm.device) if scale > 1 else None
                 optimizer.grad_scale = clip  # type: ignore[attr-defined]
-            if not infinite:
+            if not not_finite:
                 optimizer.step()
-        if unfused and not undoable and not infinite:
+        if unfused and not undoable and not not_finite:
             self.stepped.update(map(id, parameters))
-            self.changes_groups |= groups != conditional.group_values(optimizer)
-        if infinite is not False:
-            self.skipped += infinite
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
+            self.changes_groups |= groups != undo.group_values(optimizer)
+        if not_finite is not False:
+            self.skipped += not_finite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * not_finite
         for parameter in parameters:  # the same as optimizer.zero_grad in a tenth of the time
             parameter.grad = None
         return norm
@@ -325,7 +325,7 @@ class Strategy:
         totals: dict[str, tuple[Tensor, Tensor]] = {}
         rows: dict[str, Any] = {}
         with distributed.computing("alone"):
-            for batch in self._in_step(batches):
+            for batch in self._in_lockstep(batches):
                 distributed.alive()
                 for name, (total, *counts) in self.call_for_metrics(batch).items():
                     if not counts:
@@ -336,12 +336,12 @@ class Strategy:
                     totals[name] = (before[0] + total.sum(0), before[1] + count.sum(0))
         return {name: (total.cpu(), int(count)) for name, (total, count) in totals.items()} | rows
 
-    def _in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _in_lockstep(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the batches; a rank without further batches recomputes its last batch while other ranks continue.
 
         All ranks must compute together to gather sharded weights. A rank without any batch uses rank 0's first batch.
         """
-        if self.alone:
+        if self.computes_alone:
             yield from batches
             return
         batch: Any = None
@@ -377,7 +377,7 @@ class Strategy:
 
         All ranks must call `full_state`.
         """
-        return self.whole(self.held_state(optimizer))
+        return self.whole(self.ungathered_state(optimizer))
 
     def weights(self) -> dict[str, Tensor]:
         """Return {name: full tensor} for a weights file, valid on rank 0 only; all ranks must call `weights`."""
@@ -391,7 +391,7 @@ class Strategy:
         """Return a tree with each sharded tensor gathered; all ranks must call `whole`."""
         return tree
 
-    def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def ungathered_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return `full_state` without gathering sharded tensors."""
         return {
             "model": saved_state(self.model),

@@ -153,7 +153,7 @@ class ZeRO(Strategy):
     """
 
     name = "deepspeed"
-    alone = False
+    computes_alone = False
 
     def __init__(
         self, *args: Any, file: str | None, max_norm: float | None, averaged: bool = False, **kwargs: Any
@@ -199,10 +199,10 @@ class ZeRO(Strategy):
         assert max_norm == self.max_norm, (max_norm, self.max_norm)
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        infinite = bool(self.zero.overflow)
-        self.skipped += infinite
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * infinite
-        return torch.tensor(float("inf") if infinite else float(self.engine.get_global_grad_norm()))
+        not_finite = bool(self.zero.overflow)
+        self.skipped += not_finite
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * not_finite
+        return torch.tensor(float("inf") if not_finite else float(self.engine.get_global_grad_norm()))
 
     def described(self) -> dict[str, Tensor]:
         return self.shapes
@@ -243,7 +243,7 @@ class ZeRO(Strategy):
         flat = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
         return list(flat)
 
-    def held_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def ungathered_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         utils, parameters = self.deepspeed.utils, dict(self.model.named_parameters())
         moments: dict[str, dict[str, Any]] = {}
         states = [optimizer.state.get(piece, {}) for piece in self._partitions()]
@@ -251,12 +251,12 @@ class ZeRO(Strategy):
         known: dict[str, Any] = next((state for state in states if state), {})
         if known:
             self._link()
-        whole = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
-        plain = {key: value for key, value in known.items() if not whole.get(key)}
+        is_moment = {key: value.numel() > 1 for key, value in known.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in known.items() if not is_moment.get(key)}
         for name in (name for group in self.groups for name in group if known):
             # the number of steps is one tensor here; other strategies have one per parameter
             moments[name] = {k: value.clone() if isinstance(value, Tensor) else value for k, value in plain.items()}
-            for key in (key for key in known if whole.get(key)):
+            for key in (key for key in known if is_moment.get(key)):
                 full = utils.safe_get_full_optimizer_state(parameters[name], key)
                 moments[name][key] = full.detach().to("cpu", copy=True)
             moments[name] = {key: moments[name][key] for key in known}
@@ -286,10 +286,10 @@ class ZeRO(Strategy):
         if self.precision != "fp16":
             return {}
         scaler = self.zero.loss_scaler
-        good = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        steps_without_overflow = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
         return {
             "scale": float(scaler.cur_scale), "growth_factor": 2.0, "backoff_factor": 0.5,
-            "growth_interval": scaler.scale_window, "_growth_tracker": good,
+            "growth_interval": scaler.scale_window, "_growth_tracker": steps_without_overflow,
         }  # fmt: skip
 
     @torch.no_grad()

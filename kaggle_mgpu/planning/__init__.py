@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from . import check, gpu_proof
     from .compare import compare_strategies
     from .estimate import Target
-    from .planner import plan, plan_all, together
+    from .planner import plan, plan_all, summary_line
 
 _HOMES = {
-    "plan": "planner", "plan_all": "planner", "together": "planner", "Target": "estimate",
+    "plan": "planner", "plan_all": "planner", "summary_line": "planner", "Target": "estimate",
     "compare_strategies": "compare",
 }  # fmt: skip
 _MODULES = {"check", "gpu_proof"}
@@ -30,4 +30,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["Target", "check", "compare_strategies", "gpu_proof", "plan", "plan_all", "together"]
+__all__ = ["Target", "check", "compare_strategies", "gpu_proof", "plan", "plan_all", "summary_line"]

@@ -146,8 +146,8 @@ def _gpus(gpus: list[devices.GPU]) -> Line:
 def _memory(gpus: list[devices.GPU]) -> list[Line]:
     if not gpus:
         return []
-    told = {sample["index"]: (sample["memory_used"], sample["memory_total"]) for sample in devices.sample()}
-    free = {i: (total - used, total) for i, (used, total) in told.items() if used is not None and total is not None}
+    load = {sample["index"]: (sample["memory_used"], sample["memory_total"]) for sample in devices.sample()}
+    free = {i: (total - used, total) for i, (used, total) in load.items() if used is not None and total is not None}
     if not free:
         return [Line("GPU memory", "skipped", "nvidia-smi does not report the memory")]
     found = ", ".join(f"GPU {i}: {left / 2**30:.1f} of {size / 2**30:.1f} GiB free" for i, (left, size) in free.items())
@@ -160,10 +160,10 @@ def _memory(gpus: list[devices.GPU]) -> list[Line]:
 def _protobuf(report: env.Report) -> Line:
     bad = ("refused", "broken")
     late = [item for item in report.items if item.action == "too late" and item.name.startswith("protobuf")]
-    trouble = [item for item in report.items if item.action in bad] + late
+    problems = [item for item in report.items if item.action in bad] + late
     versions = ", ".join(f"{item.name} {item.value}" for item in report.items if item.action == "found")
-    if trouble:
-        found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in trouble)
+    if problems:
+        found = "; ".join(f"{item.name} {item.value}".strip() + f": {item.why}" for item in problems)
         advice = "run the command in this line; import nothing before env.fix() has run, and restart the session"
         return Line("protobuf", "failed", found, advice)
     shimmed = [item.name for item in report.items if item.action == "shimmed"]

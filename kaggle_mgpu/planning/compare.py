@@ -97,16 +97,16 @@ def compare_strategies(
             rows.append(Row(name, count, note="needs a second GPU"))
             continue
         try:
-            got = measure(shared.replace(strategy=name, nproc=count), task, steps)
+            measured = measure(shared.replace(strategy=name, nproc=count), task, steps)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             rows.append(Row(name, count, note="out of memory"))
             continue
-        rows.append(_row(name, count, got, rows, task.unit, not gpus))
+        rows.append(_row(name, count, measured, rows, task.unit, not gpus))
     print(table(rows, task.unit), flush=True)
-    if gpus and (said := advice(rows)):
-        print(said, flush=True)
+    if gpus and (hint := advice(rows)):
+        print(hint, flush=True)
     return rows
 
 
@@ -116,16 +116,16 @@ def advice(rows: Sequence[Row]) -> str:
     ddp = next((row for row in rows if row.strategy == "ddp" and row.samples_per_s), None)
     if ddp is None or "single" not in rates:
         return ""
-    together, apart = rates["ddp"], ddp.replicas * rates["single"]
-    if apart < 1.1 * together:
+    ddp_rate, separate_rate = rates["ddp"], ddp.replicas * rates["single"]
+    if separate_rate < 1.1 * ddp_rate:
         return ""
-    said = (
-        f"for several runs (folds, seeds, settings), launch_each with one job per GPU gives up to {apart:.1f} "
-        f"samples/s on {ddp.replicas} GPUs, {apart / together:.1f} times as many as ddp"
+    hint = (
+        f"for several runs (folds, seeds, settings), launch_each with one job per GPU gives up to {separate_rate:.1f} "
+        f"samples/s on {ddp.replicas} GPUs, {separate_rate / ddp_rate:.1f} times as many as ddp"
     )
-    if together < rates["single"]:  # T4s lack peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
-        said += ". A single run is faster on one GPU: the exchange of gradients takes longer than the second GPU saves"
-    return said
+    if ddp_rate < rates["single"]:  # T4s lack peer access: kohya-ss/sd-scripts #1434, huggingface/transformers #9371
+        hint += ". A single run is faster on one GPU: the exchange of gradients takes longer than the second GPU saves"
+    return hint
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
@@ -189,18 +189,18 @@ def _steps(config: TrainConfig, task: Task, steps: int) -> Measured:
     return Measured(seconds, samples, terms, memory_bytes, parts.plan.micro_batch_size)
 
 
-def _row(name: str, count: int, got: Measured, rows: list[Row], unit: str, on_cpu: bool) -> Row:
-    rate = got.samples / len(got.seconds) / got.step_seconds
+def _row(name: str, count: int, measured: Measured, rows: list[Row], unit: str, on_cpu: bool) -> Row:
+    rate = measured.samples / len(measured.seconds) / measured.step_seconds
     first = next((row.samples_per_s for row in rows if row.samples_per_s), rate)
     return Row(
         strategy=name,
         replicas=count,
         samples_per_s=rate,
-        step_seconds=got.step_seconds,
+        step_seconds=measured.step_seconds,
         ratio=rate / first,
-        memory_bytes=tuple(got.memory_bytes),
-        micro_batch_size=got.micro_batch_size,
-        terms_per_s=None if unit == "samples" else got.terms / len(got.seconds) / got.step_seconds,
+        memory_bytes=tuple(measured.memory_bytes),
+        micro_batch_size=measured.micro_batch_size,
+        terms_per_s=None if unit == "samples" else measured.terms / len(measured.seconds) / measured.step_seconds,
         note="no speed-up on a CPU: dp computes its replicas one after the other" if on_cpu and name == "dp" else "",
     )
 

@@ -72,7 +72,7 @@ class Pass:
     samples: int
     operations: int
     operators: int
-    kept: int
+    saved_bytes: int
     """Bytes held for backward."""
 
 
@@ -142,15 +142,15 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
     model, size = parts.strategy.model, parts.plan.dataset_size
     autocast = CudaAutocast() if not on_cpu and parts.strategy.device.type == "cpu" else contextlib.nullcontext()
     try:
-        with autocast, shapes_alone(model) as fake:
+        with autocast, shapes_only(model) as fake:
             counted = _counted(parts, size, fake)
     except Exception:  # a loss that reads values; any other error is raised again below
         counted = None
     if counted is None:
         with autocast:
-            counted = _computed(parts, model, size)
-    last, samples, kept = counted
-    per_sample = (last.kept - kept) / (last.samples - samples)
+            counted = _counted_with_data(parts, model, size)
+    last, samples, saved_bytes = counted
+    per_sample = (last.saved_bytes - saved_bytes) / (last.samples - samples)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     parts.optimizer.step()
@@ -164,13 +164,13 @@ def _count(config: TrainConfig, task: Task, half: bool, on_cpu: bool) -> Facts:
         optimizer_bytes=sum(tensor.nbytes for tensor in moments),
         operations=last.operations / last.samples,
         operators=last.operators,
-        fixed_bytes=max(0.0, last.kept - last.samples * per_sample),
+        fixed_bytes=max(0.0, last.saved_bytes - last.samples * per_sample),
         sample_bytes=max(0.0, per_sample),
     )
 
 
 @contextlib.contextmanager
-def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
+def shapes_only(model: nn.Module) -> Iterator[FakeTensorMode]:
     """Replace the model's weights within a `with` block by tensors that have shapes and no data."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     own: list[tuple[Any, str, torch.Tensor]] = []
@@ -190,16 +190,16 @@ def shapes_alone(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
     """Count a pass of up to four samples; return the pass, a smaller number of samples (2 or 0), and its kept bytes."""
-    whole, fewer = min(4, size), 2 if size > 2 else 0
-    kept = 0
+    samples, fewer = min(4, size), 2 if size > 2 else 0
+    saved_bytes = 0
     if fewer:
         batch = _batch(parts, fewer, fake)
         with fake or contextlib.nullcontext():
-            kept = _kept(parts, batch)[1]
-    return _pass(parts, whole, fake), fewer, kept
+            saved_bytes = _forward(parts, batch)[1]
+    return _pass(parts, samples, fake), fewer, saved_bytes
 
 
-def _computed(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int]:
+def _counted_with_data(parts: Parts, model: nn.Module, size: int) -> tuple[Pass, int, int]:
     """Count as `_counted` does, with real tensors; with one sample if memory does not suffice for more."""
     try:
         return _counted(parts, size)
@@ -219,23 +219,23 @@ def _batch(parts: Parts, samples: int, fake: FakeTensorMode | None) -> Any:
     return batch if fake is None else tree_map_only(torch.Tensor, fake.from_tensor, batch)
 
 
-def _kept(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
+def _forward(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
     """Run forward; return the loss and the bytes held for backward."""
     model = parts.strategy.model
     weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    held: dict[int, int] = {}
+    saved: dict[int, int] = {}
     alive: list[torch.Tensor] = []  # keeps storages alive, as a new storage may get a freed storage's number
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            held[storage._cdata] = storage.nbytes()
+            saved[storage._cdata] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = parts.strategy.forward(batch)
-    return loss, sum(held.values())
+    return loss, sum(saved.values())
 
 
 def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
@@ -250,7 +250,7 @@ def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pas
 
     operators = Operators()
     with without_values, operators:
-        loss, kept = _kept(parts, batch)
+        loss, saved_bytes = _forward(parts, batch)
         loss.backward()
     model.zero_grad(set_to_none=True)
-    return Pass(samples, operations.get_total_flops(), operators.number, kept)
+    return Pass(samples, operations.get_total_flops(), operators.number, saved_bytes)

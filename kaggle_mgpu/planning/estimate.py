@@ -39,7 +39,7 @@ class Published:
     """Operations per second by precision, for dense matrices; fp32 without TF32, which is off in torch by default."""
     bandwidth: float
     """Bytes per second of the memory."""
-    link: float
+    link_bandwidth: float
     """Bytes per second to the next GPU, one way."""
     link_source: str
 
@@ -142,7 +142,7 @@ class Exchange:
     """Seconds of the backward pass that can overlap with communication."""
     exposed: float
     """Seconds added to a step."""
-    link: float
+    link_bandwidth: float
     """Bytes per second."""
     source: str
     """The source of the link's figure."""
@@ -167,7 +167,7 @@ def step_seconds(
     optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / reached
     between = 0.0
     if replicas > 1:
-        between = exchange(facts, replicas, micro_step, gpu.link, "", strategy, accumulation).exposed
+        between = exchange(facts, replicas, micro_step, gpu.link_bandwidth, "", strategy, accumulation).exposed
     return micro_step * accumulation + optimizer + between
 
 

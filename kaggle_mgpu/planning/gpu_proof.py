@@ -60,8 +60,8 @@ def worker(folder: str, quick: bool) -> dict[str, Any]:
         torch.ones(1, device="cuda")
     counts = sorted({1, len(devices.gpus())})
     found = {str(n): launch(_in_worker, nproc=n, in_worker=True) for n in counts}
-    right = all(found[str(n)] == [[False, [float(n)] * 4, 3 * n]] * n for n in counts)
-    return {"right": right and (before or quick), "cuda_before": before, "found": found}
+    passed = all(found[str(n)] == [[False, [float(n)] * 4, 3 * n]] * n for n in counts)
+    return {"right": passed and (before or quick), "cuda_before": before, "found": found}
 
 
 def precisions(folder: str, quick: bool) -> dict[str, Any]:
@@ -73,10 +73,10 @@ def precisions(folder: str, quick: bool) -> dict[str, Any]:
     for kind in kinds[:1] if quick else kinds:
         first, again = (train_in(f"{folder}/{kind}{i}", Sum(), precision=kind) for i in (1, 2))
         found[kind] = {"from the CPU's": difference(first, on_cpu), "from its repetition": difference(again, first)}
-    right = all(
+    passed = all(
         off["from the CPU's"] < RELATIVE[kind] and not off["from its repetition"] for kind, off in found.items()
     )
-    return {"right": right, **found}
+    return {"right": passed, **found}
 
 
 def resumed(folder: str, quick: bool) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def resumed(folder: str, quick: bool) -> dict[str, Any]:
         died = True
     after = train_in(f"{folder}/killed", Sum(adamw=True))
     starts = [record["step"] for record in progress.read(after) if record["kind"] == "start"]
-    right = died and starts[-1] > 0 and torch.equal(weights(after), weights(undisturbed))
-    return {"right": right, "starts": starts, "off": difference(after, undisturbed)}
+    passed = died and starts[-1] > 0 and torch.equal(weights(after), weights(undisturbed))
+    return {"right": passed, "starts": starts, "off": difference(after, undisturbed)}
 
 
 def batch_norm(folder: str, quick: bool) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def batch_norm(folder: str, quick: bool) -> dict[str, Any]:
 
 def out_of_memory(folder: str, quick: bool) -> dict[str, Any]:
     """Run out of GPU memory: training must finish with smaller micro-batches and nearly the same weights."""
-    short, enough = train_in(f"{folder}/short", Sum(most=8)), train_in(f"{folder}/enough", Sum())
+    short, enough = train_in(f"{folder}/short", Sum(max_samples=8)), train_in(f"{folder}/enough", Sum())
     return {"right": difference(short, enough) < RELATIVE["fp32"], "off": difference(short, enough)}
 
 
@@ -121,14 +121,14 @@ def _waits(folder: str) -> dict[str, int]:
             batches = parts.batches(0)
             for step in range(3):
                 take_step(parts, next(batches), step)
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 for step in range(3, 8):
                     take_step(parts, next(batches), step)
                 torch.cuda.set_sync_debug_mode("default")
             name = f"{'AdamW' if adamw else 'SGD'} {precision}"
-            found[name] = sum("synchronizing" in str(warning.message) for warning in told)
+            found[name] = sum("synchronizing" in str(warning.message) for warning in caught)
     return found
 
 
@@ -159,8 +159,8 @@ def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
             for rank in range(2)
         ]  # fmt: skip
         try:
-            told = [rank.communicate(timeout=600 if quick else 60)[1] for rank in ranks]
-            failed = next((text for rank, text in zip(ranks, told, strict=True) if rank.returncode), "")
+            errors = [rank.communicate(timeout=600 if quick else 60)[1] for rank in ranks]
+            failed = next((text for rank, text in zip(ranks, errors, strict=True) if rank.returncode), "")
             found[name] = failed[-300:] or difference(f"{folder}/two{number}", one)
         except subprocess.TimeoutExpired:
             found[name] = "did not end in time"
@@ -168,8 +168,8 @@ def two_ranks(folder: str, quick: bool) -> dict[str, Any]:
             for rank in ranks:
                 rank.kill()
     limits = [RELATIVE[case.get("precision", "fp32")] for case in cases]
-    right = all(isinstance(off, float) and off < limit for off, limit in zip(found.values(), limits, strict=False))
-    return {"right": right, **found}
+    passed = all(isinstance(off, float) and off < limit for off, limit in zip(found.values(), limits, strict=False))
+    return {"right": passed, **found}
 
 
 def both_gpus(folder: str, quick: bool) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
     """
     if not devices.gpus():
         raise RuntimeError(f"gpu_proof needs a GPU: {devices.report().reason}. Choose one in Settings > Accelerator.")
-    began, lines, patience = time.monotonic(), [], 10 if quick else 1  # quick: a test's machine may be busy
+    began, lines, limit_factor = time.monotonic(), [], 10 if quick else 1  # quick: a test's machine may be busy
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for section, limit in SECTIONS.items():
@@ -249,13 +249,13 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
                 continue
             started = time.monotonic()
             line: dict[str, Any] = {"section": name, "right": False}
-            left = LIMIT * patience - int(started - began)
+            left = LIMIT * limit_factor - int(started - began)
             if left < 1:
                 line["error"] = "left out: the time limit of all sections has passed"
             else:
                 with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-proof-") as folder:
                     try:
-                        with _at_most(min(limit * patience, left)), contextlib.redirect_stdout(sys.stderr):
+                        with _at_most(min(limit * limit_factor, left)), contextlib.redirect_stdout(sys.stderr):
                             line |= section(folder, quick)
                     except Exception as error:
                         line["error"] = f"{type(error).__name__}: {str(error)[:500]}"
@@ -264,12 +264,12 @@ def run(path: str | os.PathLike[str], only: list[str] | None = None, quick: bool
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(
-                f"{'right' if line['right'] else 'WRONG':6} {name:14} {line['seconds']:6.1f} s  {_told(line)}",
+                f"{'right' if line['right'] else 'WRONG':6} {name:14} {line['seconds']:6.1f} s  {_shortened(line)}",
                 flush=True,
             )
     return lines
 
 
-def _told(line: dict[str, Any]) -> str:
+def _shortened(line: dict[str, Any]) -> str:
     values = {key: value for key, value in line.items() if key not in ("section", "right", "seconds", "report")}
     return json.dumps(values)[:200]

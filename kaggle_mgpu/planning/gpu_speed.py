@@ -223,13 +223,13 @@ def _save(folder: str, quick: bool) -> dict[str, Any]:
             # milliseconds per step: ms[0] before any save, ms[1:] while the previous save is being written
             ms.append((time.perf_counter() - began) * 100)
             began = time.perf_counter()
-            held = parts.strategy.held_state(parts.optimizer)
-            checkpoints.begin(number, tensors={"model": held.pop("model")}, state=held, facts={})
+            state = parts.strategy.ungathered_state(parts.optimizer)
+            checkpoints.begin(number, tensors={"model": state.pop("model")}, state=state, facts={})
             stalls.append(time.perf_counter() - began)
         written = checkpoints.wait()
     sizes = [file.stat().st_size for file in Path(folder, "checkpoints", "step-00000002").iterdir()]
-    right = all(saved.path is not None for saved in written)
-    return {"right": right, "bytes": sum(sizes), "stall_s": stalls, "step_ms": ms}
+    passed = all(saved.path is not None for saved in written)
+    return {"right": passed, "bytes": sum(sizes), "stall_s": stalls, "step_ms": ms}
 
 
 def save(folder: str, quick: bool) -> dict[str, Any]:

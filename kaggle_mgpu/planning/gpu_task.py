@@ -50,8 +50,8 @@ class Blocks(nn.Module):
 class Sum(Task):
     """Learn a quarter of the sum of 16 numbers.
 
-    With `killed`, the process kills itself after the first checkpoint. With `most` > 0, a micro-batch of more than
-    `most` samples runs out of memory.
+    With `killed`, the process kills itself after the first checkpoint. With `max_samples` > 0, a micro-batch of more
+    than `max_samples` samples runs out of memory.
     """
 
     depth: int = 3
@@ -59,7 +59,7 @@ class Sum(Task):
     batch_norm: bool = False
     adamw: bool = False
     killed: bool = False
-    most: int = 0
+    max_samples: int = 0
 
     def model(self) -> nn.Module:
         return Blocks(self.depth, self.width, self.batch_norm)
@@ -76,7 +76,7 @@ class Sum(Task):
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         x, y = batch
-        if self.most and model.training and len(x) > self.most:
+        if self.max_samples and model.training and len(x) > self.max_samples:
             torch.empty(1 << 50, dtype=torch.uint8, device=x.device)  # 1 PiB, more than any GPU has
         return (model(x).float() - y).square().sum()
 

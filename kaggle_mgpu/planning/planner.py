@@ -53,7 +53,7 @@ class Plan:
     step_seconds: float | None
     seconds: float | None
     """Duration of the whole run, evaluations included."""
-    at_best: float | None
+    lower_bound_seconds: float | None
     """Seconds of the run if the GPUs reached all of their published figures; None unless estimated from these."""
     source: str
     """How `step_seconds` was found, or why not."""
@@ -81,7 +81,7 @@ class Plan:
         if self.seconds is None or self.step_seconds is None:
             rows.append(("time", f"unknown: {self.source}"))
         else:
-            best = f"; at best {_duration(self.at_best)}" if self.at_best is not None else ""
+            best = f"; at best {_duration(self.lower_bound_seconds)}" if self.lower_bound_seconds is not None else ""
             rows.append(("time", f"{_duration(self.seconds)}, {_milliseconds(self.step_seconds)} a step{best}"))
             rows.append(("", f"{self.source}; slower data loading is not included"))
         if self.sessions is not None and self.quota is not None:
@@ -122,8 +122,8 @@ def plan_all(runs: Sequence[tuple[TrainConfig, Task]], on: str | None = None, st
     if steps < 1:
         raise ValueError(f"steps: expected 1 or more, got {steps}")
     settled = [_Settled.of(config, on) for config, _ in runs]
-    asked = [(config, task, each.precision != "fp32") for (config, task), each in zip(runs, settled, strict=True)]
-    facts = count_all(asked, on_cpu=any(each.target.on_cpu for each in settled))
+    to_count = [(config, task, each.precision != "fp32") for (config, task), each in zip(runs, settled, strict=True)]
+    facts = count_all(to_count, on_cpu=any(each.target.on_cpu for each in settled))
     return [_plan(*run, each, found, steps) for run, each, found in zip(runs, settled, facts, strict=True)]
 
 
@@ -152,7 +152,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
     strategy = config.strategy if config.strategy != "auto" else ("ddp" if replicas > 1 else "single")
     evaluated = _evaluations(config, batch) * facts.val_samples
 
-    measured, step_seconds, at_best, link = None, None, None, None
+    measured, step_seconds, step_lower_bound, link = None, None, None, None
     in_use = devices.sample() if gpus else []
     too_long = _too_long_to_measure(facts, batch, steps) if target.on_cpu else None
     if too_long is not None:
@@ -174,12 +174,12 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
         source = f"kaggle_mgpu has no figures of {target.name}; known: {', '.join(estimate.PUBLISHED)}"
     else:
         step_seconds = estimate.step_seconds(facts, batch, target.published, precision, strategy)
-        at_best = estimate.step_seconds(facts, batch, target.published, precision, strategy, reached=1.0)
+        step_lower_bound = estimate.step_seconds(facts, batch, target.published, precision, strategy, reached=1.0)
         source = (
             f"ESTIMATE from {target.name}'s published figures, assuming that {estimate.REACHED:.0%} of them are reached"
         )
     if link is None and target.published is not None:
-        link = (target.published.link, target.published.link_source)
+        link = (target.published.link_bandwidth, target.published.link_source)
 
     unit = "process" if target.on_cpu else "GPU"
     out = Plan(
@@ -195,7 +195,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
         in_use=in_use,
         step_seconds=step_seconds,
         seconds=None,
-        at_best=None,
+        lower_bound_seconds=None,
         source=source,
         sessions=None,
         quota=None,
@@ -207,7 +207,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
         # forward is taken as a third of a training step's time, and the replicas share the validation samples
         in_steps = batch.max_steps + evaluated / 3 / batch.global_batch_size
         out.seconds = in_steps * step_seconds
-        out.at_best = None if at_best is None else in_steps * at_best
+        out.lower_bound_seconds = None if step_lower_bound is None else in_steps * step_lower_bound
         if not target.on_cpu:
             out.sessions = max(1, math.ceil(out.seconds / (session.SESSION_HOURS["batch"] * 3600)))
             out.quota = out.seconds / (WEEKLY_HOURS * 3600)
@@ -216,7 +216,7 @@ def _plan(config: TrainConfig, task: Task, settled: _Settled, facts: Facts, step
     return out
 
 
-def together(plans: list[Plan]) -> str:
+def summary_line(plans: list[Plan]) -> str:
     """Return a line with the time of runs that follow each other, and their share of the week's quota."""
     known = [each.seconds for each in plans if each.seconds is not None]
     time = _duration(sum(known)) if len(known) == len(plans) else "unknown"
@@ -258,8 +258,8 @@ def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> 
         epochs=config.epochs,
         max_steps=config.max_steps,
     )
-    most = _most_that_fits(facts, target, config, replicas)
-    return batch.with_micro_batch_size(max(1, most)) if auto and most is not None else batch
+    largest = _most_that_fits(facts, target, config, replicas)
+    return batch.with_micro_batch_size(max(1, largest)) if auto and largest is not None else batch
 
 
 def _shards(config: TrainConfig, replicas: int) -> int:
@@ -323,7 +323,7 @@ def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, s
     out.speedup = alone / (alone / count + out.exchange.exposed)
     e = out.exchange
     out.reasons.append(
-        f"{e.what} takes {_milliseconds(e.seconds)} at {e.link / 1e9:.1f} GB/s; "
+        f"{e.what} takes {_milliseconds(e.seconds)} at {e.link_bandwidth / 1e9:.1f} GB/s; "
         f"{_milliseconds(e.seconds - e.exposed)} of it overlap with the backward pass ({_milliseconds(e.hidden)}), "
         f"{_milliseconds(e.exposed)} lengthen a step of {_milliseconds(alone / count)}"
     )
@@ -332,19 +332,19 @@ def _add_speedup(out: Plan, facts: Facts, batch: BatchPlan, link: tuple[float, s
 
 def _add_advice(out: Plan, facts: Facts, batch: BatchPlan, config: TrainConfig) -> None:
     """Suggest settings that make the batch fit, or that raise the speed-up."""
-    total, most = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
-    held = max(total, out.measured_memory or 0)
+    total, largest = sum(out.memory.values()), _most_that_fits(facts, out.target, config, batch.num_replicas)
+    needed = max(total, out.measured_memory or 0)
     if out.target.here and out.step_seconds is None:
         out.advice.append(
             "micro_batch_size='auto' finds the largest size that fits, and accumulates the rest of the batch"
         )
-    if most is not None and out.target.memory_bytes and held > 0.9 * out.target.memory_bytes:
-        if most < 1:
+    if largest is not None and out.target.memory_bytes and needed > 0.9 * out.target.memory_bytes:
+        if largest < 1:
             out.advice.append(
                 "not even one sample fits: gradient_checkpointing=True, a smaller model, or sharding the weights"
             )
         else:
-            smaller = batch.with_micro_batch_size(most)
+            smaller = batch.with_micro_batch_size(largest)
             out.advice.append(
                 f"the micro-batch of {batch.micro_batch_size} hardly fits: micro_batch_size={smaller.micro_batch_size} "
                 f"with {smaller.gradient_accumulation_steps} accumulation steps gives the same batch"

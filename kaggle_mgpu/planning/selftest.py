@@ -78,7 +78,7 @@ def all_reduce_bandwidth() -> dict[str, Any]:
     if world == 1:
         return {"backend": "none", "ranks": 1, "gigabytes_per_s": 0.0, "right": True, "peers": None}
     numbers = torch.empty(nbytes // 4, device=device)
-    right, best = True, float("inf")
+    correct, best = True, float("inf")
     for _ in range(5):  # the first round also sets up the connections; the fastest round counts
         numbers.fill_(distributed.rank() + 1.0)
         distributed.barrier()
@@ -89,11 +89,11 @@ def all_reduce_bandwidth() -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-        right = right and bool((numbers == world * (world + 1) / 2).all())
+        correct = correct and bool((numbers == world * (world + 1) / 2).all())
         distributed.alive()
     rate = min(distributed.gather(nbytes * 2 * (world - 1) / world / best / 1e9))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    wrong = distributed.agree(not right)
+    wrong = distributed.agree(not correct)
     return {"backend": backend, "ranks": world, "gigabytes_per_s": rate, "right": not wrong, "peers": peers}
 
 
@@ -153,9 +153,9 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
-def _difference(found: Tensor, right: Tensor) -> float:
-    """Return the norm of the difference, divided by the norm of `right`; inf for nan."""
-    difference = float((found - right).norm() / right.norm())
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, divided by the norm of `expected`; inf for nan."""
+    difference = float((found - expected).norm() / expected.norm())
     return float("inf") if math.isnan(difference) else difference
 
 
@@ -163,7 +163,7 @@ def save_and_load(folder: str) -> dict[str, str]:
     """Save and load 1 MiB in `folder`, as a run does; return `found`, a sentence, and `error`, "" if all went well."""
     began = time.monotonic()
     numbers = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
-    made = not Path(folder).exists()
+    is_new = not Path(folder).exists()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".kaggle_mgpu-check-") as place:
@@ -172,7 +172,7 @@ def save_and_load(folder: str) -> dict[str, str]:
                 return {"error": f"{saved} is damaged: {damage}", "found": ""}
             if not torch.equal(checkpoint.load(saved).tensors["model"]["w"], numbers):
                 return {"error": f"the values loaded from {saved} differ from the saved values", "found": ""}
-        if made:
+        if is_new:
             Path(folder).rmdir()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "found": ""}

@@ -1,6 +1,6 @@
 """Show a run while it trains: a panel in a notebook, a bar in a terminal, or lines in a log.
 
-    display = choose("auto")(View(max_steps=1000), print)
+    display = choose_display("auto")(View(max_steps=1000), print)
     attach(output_dir)           # show a run again, from another notebook or after a reload of the page
 
 A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel: in its saved
@@ -23,7 +23,7 @@ from ..machine import session
 from .panel import View, panel_html
 from .records import METRICS, Record, numbers, parse, running
 
-Log = Callable[[str], None]
+Printer = Callable[[str], None]
 
 
 def print_line(text: str) -> None:
@@ -38,7 +38,7 @@ class Lines:
     metrics.jsonl has all of them.
     """
 
-    def __init__(self, view: View, log: Log = print_line) -> None:
+    def __init__(self, view: View, log: Printer = print_line) -> None:
         self.view, self.log = view, log
         self.id = f"kaggle-mgpu-{uuid.uuid4().hex[:12]}"
         self.drawn: dict[str, float] = {}
@@ -136,7 +136,7 @@ class Panel(Lines):
             self.say(f"the progress panel failed ({type(error).__name__}: {error}); text lines follow instead")
 
 
-def choose(display: str) -> type[Lines]:
+def choose_display(display: str) -> type[Lines]:
     """Return the display class for a name: panel, bar, lines, or auto, which depends on the session.
 
     Raises:
@@ -228,7 +228,7 @@ def attach(
             f"{file.path} does not exist: expected the output_dir of a run that has begun. "
             f"session.find('{METRICS}', ['.']) lists the runs below this folder."
         )
-    kind, shown, last_change = choose(display), None, time.monotonic()
+    kind, shown, last_change = choose_display(display), None, time.monotonic()
     identity, gone = None, False
     try:
         while True:

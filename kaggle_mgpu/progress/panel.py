@@ -80,7 +80,10 @@ class View:
         self.curve: list[tuple[int, float]] = []
         self.val_curve: list[tuple[int, float]] = []
         self.gpus: list[Record] = []
-        self.timed = 0.0, self.started  # seconds of the run in the last timed record, and the clock at that record
+        self.recorded_time = (
+            0.0,
+            self.started,
+        )  # seconds of the run in the last timed record, and the clock at that record
         self.pace: tuple[float, int] | None = None  # time and step of this session's first training record
 
     def take(self, record: Record, past: bool = False) -> None:
@@ -93,7 +96,7 @@ class View:
         step = int(record.get("step", self.step))
         self.step = step if kind == "start" else max(step, self.step)  # a save's record comes some steps after its step
         if isinstance(record.get("time"), int | float):
-            self.timed = record["time"], now
+            self.recorded_time = record["time"], now
         if kind == "start":
             self.pace, self.gpus = None, []
             for name in ("max_steps", "unit", "world_size", "replicas", "device_line", "epochs"):
@@ -115,7 +118,7 @@ class View:
 
     def seconds(self) -> float:
         """Return the seconds of the run until now, over all sessions."""
-        return self.timed[0] + self.clock() - self.timed[1]
+        return self.recorded_time[0] + self.clock() - self.recorded_time[1]
 
     def fraction(self) -> float:
         """Return the finished share of the run, 0 to 1."""

@@ -287,21 +287,21 @@ def _time_use(records: list[Record]) -> dict[str, float]:
 
 
 def _time_use_bar(axes: Axes, spent: dict[str, float]) -> None:
-    total, left = sum(spent.values()), 0.0
-    known = "communication" in spent
+    total, start = sum(spent.values()), 0.0
+    has_communication = "communication" in spent
     for use, seconds in spent.items():
         label, colour, hatch = SPENT[use]
-        if use == "steps" and not known:
+        if use == "steps" and not has_communication:
             label = "forward, backward, optimizer, communication"
         if use == "communication":
             label = "communication not overlapped by backward"
         share = 100 * seconds / total
         name = f"{label} {share:.{0 if share >= 1 else 1}f} %"
-        bar = axes.barh([0], [share], left=[left], color=colour, hatch=hatch, edgecolor=INK, label=name)
+        bar = axes.barh([0], [share], left=[start], color=colour, hatch=hatch, edgecolor=INK, label=name)
         if share >= 6:
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
             axes.bar_label(bar, [f"{share:.0f} %"], label_type="center", fontsize="small", bbox=box)
-        left += share
+        start += share
     axes.set_yticks([])
     axes.set_xlim(0, 100)
     scale, unit = _time_unit(total)

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..env import import_hooks
-from .display import Log, choose, print_line, status_of
+from .display import Printer, choose_display, print_line, status_of
 from .panel import View
 from .plots import pixels, plot
 from .records import METRICS, Record, encode, numbers, owner, read, rewind, running, texts
@@ -87,7 +87,7 @@ class Progress:
         settings: dict[str, Any] | None = None,
         world_size: int = 1,
         device_line: str = "",
-        log: Log = print_line,
+        log: Printer = print_line,
         history: str | os.PathLike[str] | None = None,
         sample: Callable[[], list[dict[str, Any]]] | None = None,
         display: str = "auto",
@@ -108,12 +108,12 @@ class Progress:
         view.hint += (
             f" After a reload of the page this panel is no longer updated; to see the run again: {attach_again}"
         )
-        self._display = choose(display)(view, log)
+        self._display = choose_display(display)(view, log)
         for record in earlier:
             view.take(record, past=True)
         view.step = resumed_step
-        self._failed: set[str] = set()
-        self._untold: list[str] = []
+        self._failed_parts: set[str] = set()
+        self._pending_notes: list[str] = []
         self._file = open(folder / METRICS, "ab", buffering=0)  # noqa: SIM115 (see close)
         self._unwritten = b""
         self._lock, self._over = threading.RLock(), threading.Event()
@@ -137,7 +137,7 @@ class Progress:
         if record.get("kind") == "start":
             record |= owner()
         added = dict(record)
-        if self._on_record is not None and self._try("Task.on_record", lambda: self._hand_on(added)):
+        if self._on_record is not None and self._try("Task.on_record", lambda: self._call_on_record(added)):
             record = added
         self._look_for_a_request()  # on_record may have called `stop`
         plain, line = encode(record)
@@ -146,10 +146,10 @@ class Progress:
             self._write(line)  # one write per line: a killed process tears at most the last line
             self._show(plain)
             self._try("the display", lambda: self._draw(plain))
-        while self._untold:
-            self.note(self._untold.pop(0))
+        while self._pending_notes:
+            self.note(self._pending_notes.pop(0))
 
-    def _hand_on(self, record: Record) -> None:
+    def _call_on_record(self, record: Record) -> None:
         """Give a record to on_record, which may add to the record and may end the run."""
         assert self._on_record is not None
         answer = self._on_record(record)
@@ -181,10 +181,10 @@ class Progress:
             action()
             return True
         except Exception as error:
-            if what not in self._failed:
-                self._failed.add(what)
+            if what not in self._failed_parts:
+                self._failed_parts.add(what)
                 traceback.print_exc()
-                self._untold.append(f"{what} failed, and training goes on: {type(error).__name__}: {error}")
+                self._pending_notes.append(f"{what} failed, and training goes on: {type(error).__name__}: {error}")
             return False
 
     def note(self, text: str) -> None:
@@ -248,7 +248,7 @@ class Progress:
         if (writer := self._writer) is not None:
             settings, step = self._settings, self._step
             self._try("TensorBoard", lambda: _finish_tensorboard(writer, self._folder, settings, result, step))
-        for note in self._untold:  # the file is closed, so no record is possible
+        for note in self._pending_notes:  # the file is closed, so no record is possible
             print_line(note)
 
     def __enter__(self) -> Progress:

@@ -42,7 +42,7 @@ def disk_speed(folder: Path) -> float:
 class StepTaken(NamedTuple):
     """The times of a training step (batch requested, batch received, step finished; time.monotonic) and its size."""
 
-    asked: float
+    requested: float
     arrived: float
     finished: float
     samples: int
@@ -74,7 +74,7 @@ class Clock:
         self.first_step = self.longest_step = 0.0
         self.save, self.evaluation, self.evaluation_guess = save, 0.0, evaluation
         self.save_guess, self.weights_guess, self.floor = save, weights, floor
-        self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `where` was last called
+        self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `time_use` was last called
         self.spent_since, self.spent_steps = self.began, 0
 
     def seconds(self) -> float:
@@ -90,7 +90,7 @@ class Clock:
             else:
                 self.longest_step = max(self.longest_step, took)
             self.counted = step.finished
-            self.spent["data"] += step.arrived - step.asked
+            self.spent["data"] += step.arrived - step.requested
             self.samples += step.samples
             self.terms += step.terms
         self.steps += len(self.taken)
@@ -133,7 +133,7 @@ class Clock:
         self.since, self.samples, self.terms = now, 0, 0
         return {f"{unit.replace(' ', '_')}_per_s": rate}
 
-    def where(self, communication: float | None = None) -> dict[str, float]:
+    def time_use(self, communication: float | None = None) -> dict[str, float]:
         """Return the seconds since the last call by their use; the parts add up to the whole.
 
         "data" is the time that this process waited for batches (the GPU may have been busy with earlier steps),

@@ -78,12 +78,12 @@ class Evaluation:
                 own = _try(parts, "metrics", lambda: _trial_sums(parts, batch))
                 pace = time.monotonic() - began
                 _try(parts, "metrics", lambda: _expect_room(own or {}, parts.val_samples / rows, parts.world_size))
-                sums, gathered = _apart(own)
+                sums, gathered = _split_off_rows(own)
                 if not parts.is_main:  # all ranks evaluated the same samples: rank 0's rows suffice
                     gathered = {}
                 found = distributed.gather(sums)
                 if all(part is not None for part in found):  # None: out of memory; `run` will take fewer samples
-                    metrics = _try(parts, "summary", lambda: _tried_summary(parts, cast(Any, found), gathered))
+                    metrics = _try(parts, "summary", lambda: _trial_summary(parts, cast(Any, found), gathered))
                     if metrics is not None:
                         is_best(parts.config, dataclasses.replace(state, metrics=metrics))
         finally:
@@ -112,7 +112,7 @@ class Evaluation:
             strategy.model.eval()
             while True:
                 randomness.seed_for(self.rng_key, state.step, parts.rank)
-                own, gathered = _apart(_sums(parts, size))
+                own, gathered = _split_off_rows(_sums(parts, size))
                 sums = distributed.gather(own)
                 failed = [text for text in sums if isinstance(text, str)]
                 if not failed:
@@ -139,7 +139,7 @@ def _trial_sums(parts: Parts, batch: Any) -> dict[str, Any] | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        if not parts.strategy.alone:  # the other ranks wait inside a collective
+        if not parts.strategy.computes_alone:  # the other ranks wait inside a collective
             _, halved = halve_micro_batch(parts, "in the trial evaluation before training")
             raise_restart(parts.rank, halved, "Nothing has been trained since the newest checkpoint", error)
     release()
@@ -179,7 +179,7 @@ def _try(parts: Parts, method: str, action: Callable[[], T]) -> T:
             raise
         failure = error
     texts = ["" if failure is None else _explained(parts, method, failure)]
-    if parts.strategy.alone or method != "metrics":  # else the other ranks may wait inside a collective
+    if parts.strategy.computes_alone or method != "metrics":  # else the other ranks may wait inside a collective
         texts = distributed.gather(texts[0])
     kind = type(parts.task)
     by_loss = kind.metrics is Task.metrics and (
@@ -225,14 +225,14 @@ def _sums(parts: Parts, batch_size: int) -> Any:
     try:
         return parts.strategy.evaluate(batches)
     except RuntimeError as error:
-        if not (parts.strategy.alone and is_out_of_memory(error)):
+        if not (parts.strategy.computes_alone and is_out_of_memory(error)):
             raise
         failure = str(error)
     release()
     return failure
 
 
-def _apart(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
+def _split_off_rows(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
     """Return this rank's sums, with [] in place of rows to be gathered, and the rows by name."""
     if not isinstance(own, dict):
         return own, {}
@@ -240,7 +240,7 @@ def _apart(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
     return own | {name: [] for name in rows}, rows
 
 
-def _tried_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tensor]]) -> dict[str, float] | None:
+def _trial_summary(parts: Parts, sums: list[Any], gathered: dict[str, list[Tensor]]) -> dict[str, float] | None:
     """Return the task's numbers in the trial; print a note and return None if its summary of gathered rows fails."""
     try:
         return _numbers(_merge(parts.task, sums, gathered))
@@ -259,11 +259,11 @@ def _expect_room(own: dict[str, Any], batches: float, world_size: int) -> None:
     With several ranks, three copies of the rows exist at once (received, sorted, joined), otherwise two.
     """
     nbytes = sum(rows.nbytes for value in own.values() if isinstance(value, list) for rows in value)
-    needed, there = int(nbytes * batches * (3 if world_size > 1 else 2)), devices.ram_bytes()
-    if needed > there > 0:
+    needed, available = int(nbytes * batches * (3 if world_size > 1 else 2)), devices.ram_bytes()
+    if needed > available > 0:
         raise MemoryError(
             f"the gathered metrics of all samples need {needed / 2**30:.1f} GiB, but this machine has "
-            f"{there / 2**30:.1f} GiB. Gather less per sample: half precision, fewer values, or sums and counts"
+            f"{available / 2**30:.1f} GiB. Gather less per sample: half precision, fewer values, or sums and counts"
         )
 
 

@@ -31,7 +31,7 @@ from ..config import TrainConfig
 from ..data import randomness
 from .task import Task
 
-FORM = "2"
+VERSION = "2"
 """The version of the texts. Texts of another version are not compared."""
 PACKAGE = str(Path(__file__).resolve().parents[1])
 MOST_BYTES = 1 << 20
@@ -55,7 +55,7 @@ CHANGES = frozenset({
 """Methods that change their object. A variable with such calls is taken for a cache or history, and not compared."""
 COUNTED = int | float | str | bytes | PurePath | tuple | list | dict | set | frozenset | np.ndarray | torch.Tensor
 """Types of global variables and class attributes whose values are compared along with the code that reads them."""
-REPORTS = ("on_record",)
+NOT_COMPARED = ("on_record",)
 """Methods of a task that do not affect the weights, and are not compared."""
 
 
@@ -63,14 +63,14 @@ def of(task: Task, train: data.Fetch, val: data.Fetch | None) -> dict[str, str]:
     """Return {name: text} for everything that identifies a run besides its settings. Reads a few samples."""
     if type(task).__module__.startswith("kaggle_mgpu.recipes."):
         return {}  # a recipe's settings and its digest of the data identify the run; fetching samples may take minutes
-    found = {"form": FORM, "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
+    found = {"form": VERSION, "Python": f"{sys.version_info[0]}.{sys.version_info[1]}"}
     assigned = _assigned(type(task))
     for name, value in sorted(vars(task).items()):
         if not name.startswith("_") and name not in assigned:
             found[f"task.{name}"] = _text(value)
     code: dict[int, tuple[str, str]] = {}
     for kind in _kinds(type(task)):
-        _reach(kind, code, skip=REPORTS)
+        _reach(kind, code, skip=NOT_COMPARED)
     for value in vars(task).values():
         for part in (value, type(value), *_functions(value)):
             _reach(part, code)
@@ -276,7 +276,7 @@ class _Reading:
     """Makes the text of one value, from a bounded number of its items."""
 
     def __init__(self) -> None:
-        self.left = MOST_VISITED
+        self.items_left = MOST_VISITED
         self.plain = True
         """Whether only plain data was read so far."""
         self.assigned: Callable[[type], set[str]] = functools.cache(_assigned)
@@ -346,8 +346,8 @@ class _Reading:
         return f"{kind} {self.text(state, depth - 1)}" if state else kind
 
     def _visit(self, items: int) -> None:
-        self.left -= items
-        if self.left < 0:
+        self.items_left -= items
+        if self.items_left < 0:
             raise ValueError  # caught in `_text`
 
     def _of_items(self, items: Iterable[Any], depth: int) -> str:

@@ -110,7 +110,7 @@ class Log:
 
     def _times(self, parts: Parts) -> dict[str, Any]:
         """Return the run's seconds so far, and the use of the time since the last record."""
-        return {"time": self.clock.seconds(), "spent": self.clock.where(parts.strategy.communication())}
+        return {"time": self.clock.seconds(), "spent": self.clock.time_use(parts.strategy.communication())}
 
     def evaluated(self, parts: Parts, state: TrainState) -> None:
         """Record an evaluation."""

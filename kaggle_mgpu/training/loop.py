@@ -150,7 +150,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             state.samples_seen += batch.samples
             parts.strategy.within = ""  # the weights belong to state.step again
             clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
-            if saving.checkpoints.news:
+            if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
                 loss = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
@@ -221,7 +221,7 @@ def _evaluate(parts: Parts, state: TrainState, evaluation: Evaluation, saving: S
             if not is_out_of_memory(error):
                 raise
             state.seconds = log.clock.seconds()
-            if parts.strategy.alone:
+            if parts.strategy.computes_alone:
                 out_of_memory.raise_evaluation_oom(state.step, error, saving.rescue(parts, state))
             parts, halved = _halve(parts, state, saving, f"in the evaluation after step {state.step}", error)
             resume_from = "The newest checkpoint is from before that evaluation"

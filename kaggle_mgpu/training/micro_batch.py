@@ -50,7 +50,7 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
         return replace(parts, plan=plan.with_micro_batch_size(known[0]), micro_batch_reason=known[1])
     if not auto:
         return parts
-    if not parts.strategy.alone:  # a failed rank would leave the others waiting in a collective
+    if not parts.strategy.computes_alone:  # a failed rank would leave the others waiting in a collective
         return replace(parts, micro_batch_reason="a GPU's whole share; if memory runs out, a restart halves it")
     with unchanged(parts.strategy.model, parts.optimizer):
         size = largest_that_fits(plan.micro_batch_sizes, lambda size: _fits(parts, size))

@@ -41,15 +41,15 @@ def resolve_warmup(warmup_steps: int | float, max_steps: int) -> int:
     Raises:
         ValueError: warmup_steps is negative, longer than the run, or above 1 and not whole.
     """
-    asked = f"warmup_steps={warmup_steps!r} with max_steps={max_steps}"
+    settings = f"warmup_steps={warmup_steps!r} with max_steps={max_steps}"
     if isinstance(warmup_steps, bool) or not math.isfinite(warmup_steps) or warmup_steps < 0:
-        raise ValueError(f"{asked}: expected a number of steps, or a fraction of the run (0 <= fraction < 1)")
+        raise ValueError(f"{settings}: expected a number of steps, or a fraction of the run (0 <= fraction < 1)")
     if warmup_steps != int(warmup_steps) and warmup_steps > 1:
-        raise ValueError(f"{asked}: neither a whole number of steps nor a fraction below 1")
+        raise ValueError(f"{settings}: neither a whole number of steps nor a fraction below 1")
     steps = round(warmup_steps * max_steps) if warmup_steps < 1 else int(warmup_steps)
     if steps > max_steps:
         raise ValueError(
-            f"{asked}: the run would end before the warm-up does; give fewer steps or a "
+            f"{settings}: the run would end before the warm-up does; give fewer steps or a "
             f"fraction, e.g. warmup_steps=0.05"
         )
     return steps

@@ -23,7 +23,7 @@ from ..config import TrainConfig, in_epochs
 from ..data import randomness
 from ..fields import parse_duration
 from ..machine import devices, session
-from ..parallel import Strategy, choose, distributed, sync_batch_norms
+from ..parallel import Strategy, choose_strategy, distributed, sync_batch_norms
 from . import fingerprint, optim
 from .task import Task
 
@@ -111,7 +111,7 @@ def build_parts(config: TrainConfig, task: Task) -> Parts:
     gpus = devices.gpus() if device.type == "cuda" else []
     precision, precision_reason = devices.precision(config.precision, gpus)
     replicas = (len(gpus) or 1) if config.nproc == "auto" else int(config.nproc)
-    kind, reason = choose(config.strategy, num_gpus=len(gpus), num_replicas=replicas, world_size=world_size)
+    kind, reason = choose_strategy(config.strategy, num_gpus=len(gpus), num_replicas=replicas, world_size=world_size)
     replicas = replicas if kind.name == "dp" else world_size
     if config.compile and kind.name == "dp":
         raise ValueError(
@@ -254,9 +254,9 @@ def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas
             f"micro_batch_size='auto' with gradient_accumulation_steps={config.gradient_accumulation_steps}: the "
             f"first determines the second. Give global_batch_size instead."
         )
-    kept = None
+    batch_at_start = None
     if isinstance(config.global_batch_size, str):
-        kept = distributed.from_main(
+        batch_at_start = distributed.from_main(
             lambda: resume.batch_begun_with(
                 Path(config.output_dir) / "checkpoints", resume=config.resume, config=config.to_dict(),
                 may_change=config.MAY_CHANGE, stamp=_stamp(task, dataset_size), defaults=config.defaults(),
@@ -264,7 +264,7 @@ def _batch_plan(config: TrainConfig, task: Task, dataset_size: int, num_replicas
         )  # fmt: skip
     return data.BatchPlan.make(
         dataset_size=dataset_size, num_replicas=num_replicas, epochs=config.epochs, max_steps=config.max_steps,
-        global_batch_size=config.global_batch_size, kept=kept,
+        global_batch_size=config.global_batch_size, batch_at_start=batch_at_start,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
     )  # fmt: skip

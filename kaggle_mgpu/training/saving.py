@@ -49,7 +49,7 @@ def starting_point(parts: Parts, checkpoints: checkpoint.Checkpoints) -> Path | 
     )  # fmt: skip
     if start is not None and not _same_task(parts, start, checkpoints.folder):
         start = None
-    aside = checkpoints.put_aside(after=-1 if start is None else checkpoint.read_facts(start)["step"])
+    aside = checkpoints.move_away(after=-1 if start is None else checkpoint.read_facts(start)["step"])
     if aside is not None:
         print(f"checkpoints that this run does not continue from are now in {aside}", flush=True)
     return start
@@ -153,13 +153,13 @@ def read_result(folder: Path, max_steps: int, config: TrainConfig) -> Result | N
 
 def _with_retries(write: Callable[[], tuple[Any, str]]) -> tuple[Any, str]:
     """Return the result of `write`, tried up to MOST_FAILURES times; a DiskFullError is not retried."""
-    for left in reversed(range(checkpoint.MOST_FAILURES)):
+    for attempts_left in reversed(range(checkpoint.MOST_FAILURES)):
         try:
             return write()
         except DiskFullError:
             raise
         except OSError:
-            if not left:
+            if not attempts_left:
                 raise
     raise AssertionError("not reached")
 
@@ -171,7 +171,7 @@ def restore(parts: Parts, checkpoints: checkpoint.Checkpoints, start: Path) -> t
         CheckpointError: the checkpoint is damaged or holds another model.
     """
     strategy = parts.strategy
-    saved = checkpoint.load(start, whole=strategy.alone)
+    saved = checkpoint.load(start, join=strategy.computes_alone)
     checkpoint.check_model(saved.tensors["model"], strategy.described(), f"{start}")
     strategy.load_full_state(parts.optimizer, {**saved.state, "model": saved.tensors["model"]})
     if parts.ema is not None:
@@ -215,7 +215,7 @@ class Saving:
         self.checkpoints, self.every = checkpoints, parts.config.save_every
         self.interval_seconds = parts.config.save_interval_minutes * 60
         self.in_shards = parts.config.checkpoint_format == "sharded" and parts.strategy.name == "fsdp"
-        self.told = False
+        self.newest_reported = False
         """Whether an error already says where the newest checkpoint is."""
         self.written: list[checkpoint.Saved] = []
         """Saves that ended while an error was ending the run; the log records them last."""
@@ -245,16 +245,16 @@ class Saving:
 
     def checkpoint_contents(self, parts: Parts, state: TrainState) -> dict[str, Any]:
         """Return the tensors, the state and the facts of a checkpoint: the only list of its contents."""
-        held = parts.strategy.held_state(parts.optimizer)
-        tensors = {"model": held.pop("model")} | ({"ema": parts.ema.state_dict()} if parts.ema else {})
+        ungathered = parts.strategy.ungathered_state(parts.optimizer)
+        tensors = {"model": ungathered.pop("model")} | ({"ema": parts.ema.state_dict()} if parts.ema else {})
         if not self.in_shards:
-            tensors, held = parts.strategy.whole(tensors), parts.strategy.whole(held)
+            tensors, ungathered = parts.strategy.whole(tensors), parts.strategy.whole(ungathered)
         facts = {"state": dataclasses.asdict(state), "stamp": parts.stamp, "world_size": parts.world_size}
         facts["fingerprint"] = parts.fingerprint
-        return {"tensors": tensors, "state": held, "facts": {**facts, "config": parts.config.to_dict()}}
+        return {"tensors": tensors, "state": ungathered, "facts": {**facts, "config": parts.config.to_dict()}}
 
     def rescue_checkpoint(self, parts: Parts, state: TrainState) -> Path:
-        """Save the state from this rank, without the other ranks, and return the path. Needs `strategy.alone`."""
+        """Save the state from this rank, without other ranks, and return the path. Needs `strategy.computes_alone`."""
         return self.checkpoints.rescue(state.step, **self.checkpoint_contents(parts, state))
 
     def write_weights(self, parts: Parts, path: Path) -> str:
@@ -310,20 +310,20 @@ class Saving:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
         # only rank 0 relies on its own unfinished save of this step: after another rank's error torchrun kills rank 0,
         # and launch waits for a limited time
-        if not parts.strategy.alone or (parts.is_main and state.step == self.saved_step):
+        if not parts.strategy.computes_alone or (parts.is_main and state.step == self.saved_step):
             return self.newest(parts)
         try:
             path = self.rescue_checkpoint(parts, state)
         except OSError as error:
             return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
-        self.told = True
+        self.newest_reported = True
         return f"The state after step {state.step} is in {path}: the next run continues from there."
 
     def rescue_before(self, error: BaseException, parts: Parts, state: TrainState) -> None:
         """Save the state before an error ends the run, unless weights may be half changed; add a note to the error."""
         strategy, averages = parts.strategy, parts.ema
         if (
-            self.told
+            self.newest_reported
             or state.step == 0
             or isinstance(error, DivergedError | RestartError)
             or distributed.lost_a_rank(error)
@@ -345,7 +345,7 @@ class Saving:
 
     def rescue_for_restart(self, parts: Parts, state: TrainState) -> str:
         """Save the state before a failed step, if this rank has the whole state; return a sentence for the error."""
-        if not parts.strategy.alone:
+        if not parts.strategy.computes_alone:
             return "The newest checkpoint is from before that step"
         return f"The state before that step is in {self.rescue_checkpoint(parts, state)}"
 
@@ -362,7 +362,7 @@ class Saving:
 
     def newest(self, parts: Parts) -> str:
         """Wait for the last save; return a sentence about the newest checkpoint."""
-        self.told = True
+        self.newest_reported = True
         failed = self.wait(parts)
         newest = next(iter(self.checkpoints.all()), None)
         return (f"The newest checkpoint is {newest}." if newest else "There is no checkpoint yet.") + failed

@@ -147,7 +147,7 @@ class TrainState:
 
 
 # Names of a task's methods in other trainers: methods of these names would never be called here
-_ELSEWHERE = {
+_OTHER_NAMES = {
     "val_dataset": "val_data", "valid_data": "val_data", "validation_data": "val_data", "eval_data": "val_data",
     "eval_dataset": "val_data", "val_dataloader": "val_data", "collate_fn": "collate", "compute_metrics": "metrics",
     "validation_step": "metrics", "configure_optimizers": "optimizer", "configure_optimizer": "optimizer",
@@ -178,7 +178,7 @@ def _expect_no_misspelt_method(task: Task) -> None:
     for name in functions:
         if name.startswith("_") or name in called or name in own or hasattr(Task, name):
             continue
-        meant = _ELSEWHERE.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
+        meant = _OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, missing, 1, 0.85)), "")
         if meant in missing:
             raise TypeError(
                 f"{type(task).__name__}.{name} is no method of Task, and nothing would call it. Did you mean {meant}? "
@@ -255,8 +255,8 @@ class Result:
         """
         own = others or {}
         meanings = own | {name: meaning for name, meaning in FILES.items() if name not in own}
-        there = [name for name in meanings if (Path(self.output_dir) / name).exists()]
-        return "\n".join([f"{self.output_dir}:", *(f"  {name:24} {meanings[name]}" for name in there)])
+        present = [name for name in meanings if (Path(self.output_dir) / name).exists()]
+        return "\n".join([f"{self.output_dir}:", *(f"  {name:24} {meanings[name]}" for name in present)])
 
     def load(self, model: nn.Module, which: str = "final") -> nn.Module:
         """Load the trained weights ("final", or the "best" by validation); return the model in eval mode.

@@ -60,7 +60,7 @@ def _about_loss(parts: Parts) -> str:
     """
     strategy, plan, task = parts.strategy, parts.plan, parts.task
     samples = min(plan.dataset_size, plan.micro_batch_size, 8) // 2 * 2
-    if samples < 2 or task.whole_batch_loss or not strategy.alone:
+    if samples < 2 or task.whole_batch_loss or not strategy.computes_alone:
         return ""
     rows, half = np.arange(samples), samples // 2
 

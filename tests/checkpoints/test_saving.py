@@ -67,7 +67,7 @@ def test_training_goes_on_while_it_is_written(tmp_path: Path, monkeypatch: pytes
     assert gate.reached.wait(600)
     weight.fill_(2.0)  # the next step
     assert checkpoints.all() == []
-    assert not checkpoints.news
+    assert not checkpoints.save_ended
     assert checkpoints.collect() == []
     gate.open.set()
     (saved,) = checkpoints.wait()
@@ -108,7 +108,7 @@ def test_a_save_that_ends_while_others_are_told_of_is_told_of_next(
     begin(checkpoints, 2)
     checkpoints._join()
     assert [each.step for each in told] == [1]
-    assert checkpoints.news
+    assert checkpoints.save_ended
     assert [each.step for each in checkpoints.collect()] == [2]
 
 
@@ -138,7 +138,7 @@ def test_an_error_is_told_at_the_next_question_and_what_was_there_stays(
         gate.open.set()
         begin(checkpoints, 2)
         checkpoints._join()
-    assert checkpoints.news
+    assert checkpoints.save_ended
     (failed,) = checkpoints.collect()
     assert failed.path is None
     assert isinstance(failed.error, OSError)
@@ -166,7 +166,7 @@ def test_the_third_error_in_a_row_ends_the_run_at_the_next_step(
     def begin_and_fail(self: Checkpoints, step: int, **everything: Any) -> None:
         begin(self, step, **everything)
         self._join()  # it has failed before the next step begins
-        assert self.news
+        assert self.save_ended
 
     monkeypatch.setattr(Checkpoints, "begin", begin_and_fail)
     gate = Gate(monkeypatch, OSError(errno.EROFS, "Read-only file system"))

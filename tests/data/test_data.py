@@ -92,7 +92,7 @@ class TestBatchPlan:
         self, replicas: int, given: dict[str, int], split: tuple[int, int]
     ) -> None:
         plan = BatchPlan.make(
-            dataset_size=1000, num_replicas=replicas, global_batch_size="per_gpu:64", kept=128, **given
+            dataset_size=1000, num_replicas=replicas, global_batch_size="per_gpu:64", batch_at_start=128, **given
         )
         assert plan.global_batch_size == 128
         assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == split

@@ -154,7 +154,7 @@ def after_step(run: Any, kill: int | None, stop: int | None) -> None:
         run.save()
         run.session.progress.note("saved")
         if distributed.is_main():
-            run._kept.wait()
+            run._checkpoints.wait()
         distributed.barrier()
     maybe_end(run.steps_taken, kill)
     maybe_ask_to_stop(run.steps_taken, stop)

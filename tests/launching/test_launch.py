@@ -489,7 +489,7 @@ def test_a_signal_that_a_supervisor_has_left_unread_hides_no_end(tmp_path: Path)
     supervisors.close()
     with ended.channel:
         while len(ended.failures) < 2:
-            ended._hear_of_an_end()
+            ended._receive_end()
     assert all(f"rank {rank} of 2 ended by SIGKILL" in str(error) for rank, error in ended.failures.items())
 
 
@@ -922,13 +922,13 @@ def test_a_killed_run_goes_on_in_the_same_call(tmp_path: Path, capsys: pytest.Ca
 def test_what_others_make_of_a_failure_while_they_may_still_write_is_not_its_cause(
     cause: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait = Workers._let_them_write
+    wait = Workers._wait_for_writes
 
     def waiting(self: Workers, *given: Any) -> None:
         (tmp_path / "waiting").touch()
         wait(self, *given)
 
-    monkeypatch.setattr(Workers, "_let_them_write", waiting)
+    monkeypatch.setattr(Workers, "_wait_for_writes", waiting)
 
     def function() -> bool:
         again = (tmp_path / "begun").exists()

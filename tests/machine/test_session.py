@@ -266,10 +266,10 @@ def test_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_session_is_as_old_as_its_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     ages = {"self": 5.0, "1": 7200.0}
     monkeypatch.setattr(session, "_process_age", ages.get)
-    assert session.session_started() == 5.0
+    assert session.session_age() == 5.0
     assert session.time_left() == math.inf
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert session.session_started() == 7200.0
+    assert session.session_age() == 7200.0
     assert session.time_left() == 10 * 3600
     monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
     assert session.time_left() == 7 * 3600

@@ -27,7 +27,7 @@ from kaggle_mgpu.checkpoints import Checkpoints, files, read_tensors
 from kaggle_mgpu.checkpoints import format as checkpoint_files
 from kaggle_mgpu.errors import CheckpointError
 from kaggle_mgpu.launching import workers
-from kaggle_mgpu.parallel import Strategy, choose, shards
+from kaggle_mgpu.parallel import Strategy, choose_strategy, shards
 from tasks import Block, Language, Tied, TiedLanguage
 from test_resume import SPLITTABLE, chaos, config, several
 from test_strategy import loss, metrics, samples
@@ -63,7 +63,7 @@ def test_blocks_are_what_the_outermost_lists_repeat() -> None:
 
 
 def test_one_process_is_single() -> None:
-    assert choose("fsdp", num_gpus=0, num_replicas=1, world_size=1) == (
+    assert choose_strategy("fsdp", num_gpus=0, num_replicas=1, world_size=1) == (
         Strategy,
         "with one process, fsdp is the same as single",
     )

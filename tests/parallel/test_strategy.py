@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kaggle_mgpu import distributed, launch
-from kaggle_mgpu.parallel import Distributed, Replicated, Strategy, choose
+from kaggle_mgpu.parallel import Distributed, Replicated, Strategy, choose_strategy
 from kaggle_mgpu.parallel.data_parallel import CPUReplicas
 from kaggle_mgpu.parallel.state import load_named_optimizer_state, named_optimizer_state
 
@@ -381,7 +381,7 @@ class TestChoose:
         ],
     )
     def test_and_why(self, wanted: Any, gpus: int, replicas: int, world: int, kind: type[Strategy], why: str) -> None:
-        assert choose(wanted, num_gpus=gpus, num_replicas=replicas, world_size=world) == (kind, why)
+        assert choose_strategy(wanted, num_gpus=gpus, num_replicas=replicas, world_size=world) == (kind, why)
 
     @pytest.mark.parametrize(
         ("wanted", "gpus", "replicas", "world", "says"),
@@ -396,7 +396,7 @@ class TestChoose:
     )  # fmt: skip
     def test_what_cannot_be(self, wanted: Any, gpus: int, replicas: int, world: int, says: str) -> None:
         with pytest.raises(ValueError, match=f"^{re.escape(says)}"):
-            choose(wanted, num_gpus=gpus, num_replicas=replicas, world_size=world)
+            choose_strategy(wanted, num_gpus=gpus, num_replicas=replicas, world_size=world)
 
 
 def same(a: Any, b: Any) -> bool:

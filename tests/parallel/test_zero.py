@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from everything import Config, Everything
 from kaggle_mgpu import TrainConfig, checkpoint, distributed, launch, progress, train
 from kaggle_mgpu.checkpoints import read_tensors
-from kaggle_mgpu.parallel import choose
+from kaggle_mgpu.parallel import choose_strategy
 from kaggle_mgpu.parallel.zero import ZeRO, require, settings
 from tasks import Language, TiedLanguage
 from test_invariance import by_hand
@@ -117,7 +117,7 @@ def test_a_missing_file_package_or_compiler_is_named(tmp_path: Path, monkeypatch
 
 
 def test_it_can_be_chosen_where_deepspeed_is_not_installed() -> None:
-    assert choose("deepspeed", num_gpus=0, num_replicas=2, world_size=2) == (ZeRO, "asked for")
+    assert choose_strategy("deepspeed", num_gpus=0, num_replicas=2, world_size=2) == (ZeRO, "asked for")
 
 
 # With it

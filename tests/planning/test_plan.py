@@ -157,7 +157,9 @@ def test_an_estimate_is_the_arithmetic_of_the_docstring() -> None:
     micro_step = max(25 * facts.operations / gpu.peak["fp16"] / REACHED, moving / REACHED, facts.operators * 1e-5)
     assert micro_step == facts.operators * 1e-5, "so small a model waits for its operators"
     optimizer = 2 * (facts.weight_bytes + facts.gradient_bytes + facts.optimizer_bytes) / gpu.bandwidth / REACHED
-    exchange = facts.gradient_bytes / gpu.link  # 2 (n - 1) / n is 1 for two; below one bucket nothing is hidden
+    exchange = (
+        facts.gradient_bytes / gpu.link_bandwidth
+    )  # 2 (n - 1) / n is 1 for two; below one bucket nothing is hidden
     assert found.step_seconds == pytest.approx(2 * micro_step + optimizer + exchange)
     assert found.seconds == pytest.approx(found.step_seconds * (30 + 5 * VAL / 3 / 100))
     assert (found.sessions, found.quota) == (1, pytest.approx(found.seconds / 30 / 3600))

@@ -413,20 +413,20 @@ class TestWhereTheTimeWent:
         asked, arrived = 100.0, now[0]
         now[0] += 5.0
         run.taken.append(clock.StepTaken(asked, arrived, now[0], 8, 8))
-        assert run.where() == {"data": 2.0, "steps": 5.0}
+        assert run.time_use() == {"data": 2.0, "steps": 5.0}
         with run.evaluating():
             now[0] += 3.0
         with run.pause():
             now[0] += 1.0
-        assert run.where() == {"evaluation": 3.0, "saving": 1.0}
+        assert run.time_use() == {"evaluation": 3.0, "saving": 1.0}
         now[0] += 4.0
         step()
         step()
-        assert run.where(communication=0.5) == {"steps": 3.0, "communication": 1.0}
+        assert run.time_use(communication=0.5) == {"steps": 3.0, "communication": 1.0}
         now[0] += 1.0
         step()
-        assert run.where(communication=9.0) == {"communication": 1.0}  # never more than there was
-        assert run.where() == {}
+        assert run.time_use(communication=9.0) == {"communication": 1.0}  # never more than there was
+        assert run.time_use() == {}
 
     def test_two_processes_know_their_communication(self, tmp_path):
         given = {"max_steps": 24, "global_batch_size": 8, "log_every": 8, "data_workers": 0, "nproc": 2}

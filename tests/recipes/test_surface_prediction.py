@@ -283,13 +283,13 @@ def test_the_best_of_both_is_chosen_and_ties_keep_the_usual(tmp_path):
     one = Volume("one", "", str(tmp_path / "l.tif"))
     stacks.write_stack(tmp_path / "l.tif", label)
     stacks.write_stack(tmp_path / "p" / "one.tif", probability)
-    chosen = postprocessing.choose([one], tmp_path / "p", "auto", "auto")
+    chosen = postprocessing.choose_by_dice([one], tmp_path / "p", "auto", "auto")
     assert postprocessing.step(chosen.threshold) == 151  # the nearest to 0.5 of those that part them
     assert (chosen.min_component, chosen.dice_after) == (10, 1.0)
     assert chosen.dice_before == pytest.approx(2 * 1024 / (4096 + 1024))
     assert np.array_equal(chosen.mask(probability), label)
-    assert postprocessing.choose([one], tmp_path / "p", 0.9, "auto").threshold == 0.9
-    assert postprocessing.choose([one], tmp_path / "p", "auto", 0).min_component == 0
+    assert postprocessing.choose_by_dice([one], tmp_path / "p", 0.9, "auto").threshold == 0.9
+    assert postprocessing.choose_by_dice([one], tmp_path / "p", "auto", 0).min_component == 0
 
 
 def test_a_choice_is_read_for_the_same_weights_and_settings_alone(tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_what_is_chosen_on_held_out_volumes_makes_all_masks_and_is_kept(tmp_path
         probability = stacks.read_stack(str(out / "predictions" / "probabilities" / mask.parent.name / mask.name))
         assert np.array_equal(stacks.read_stack(str(mask)), chosen.mask(probability))
     # another run with these weights and settings reads the choice and makes the same masks
-    monkeypatch.setattr(stages, "choose", lambda *_: pytest.fail("chosen anew"))
+    monkeypatch.setattr(stages, "choose_by_dice", lambda *_: pytest.fail("chosen anew"))
     alone = config.replace(weights=str(out / "model.safetensors"), output_dir=str(tmp_path / "b"))
     alone = alone.replace(save_probabilities=False)
     assert ss.infer(*_begun(alone)).metrics == result.metrics
@@ -354,7 +354,7 @@ def test_probabilities_of_a_killed_session_are_not_computed_again(tmp_path, scro
     given = weights(tmp_path / "w.safetensors")
     config = small(tmp_path, scrolls, threshold="auto", weights=given)
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "choose", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages, "choose_by_dice", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ss.infer(*_begun(config))
     earlier = tmp_path / "kaggle" / "input" / "notebooks" / "me" / "earlier"

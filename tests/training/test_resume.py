@@ -402,7 +402,7 @@ def test_another_runs_checkpoint_among_the_inputs_is_named_and_not_used(
         train(settings, Tuned(settings))
 
 
-def test_a_damaged_newest_is_put_aside(undisturbed: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_newest_is_moved_away(undisturbed: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(Killed):
         run(tmp_path, fails_at=30)
     newest = tmp_path / "checkpoints" / "step-00000012"
@@ -416,7 +416,7 @@ def test_a_damaged_newest_is_put_aside(undisturbed: Path, tmp_path: Path, capsys
     assert chaos.differences(undisturbed, tmp_path) == []
 
 
-def test_taken_back_to_an_earlier_checkpoint_the_later_ones_are_put_aside(undisturbed: Path, tmp_path: Path) -> None:
+def test_taken_back_to_an_earlier_checkpoint_the_later_ones_are_moved_away(undisturbed: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         run(tmp_path, fails_at=30, keep_last=4)
     back = tmp_path / "checkpoints" / "step-00000006"

@@ -78,7 +78,7 @@ def main() -> None:
         alone_now = [timed(step) for _ in range(8)]
         stall_now = timed(begin)
         began, during = time.perf_counter(), []
-        while not checkpoints.news:
+        while not checkpoints.save_ended:
             during.append(timed(step))
         behind_now = time.perf_counter() - began
         checkpoints.wait()

@@ -258,7 +258,10 @@ class CamouflageSegmentation(Task):
         and is written atomically. If names repeat among test sets, each set has a folder.
         """
         path = Path(path)
-        with files.whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:  # PNG is compressed already
+        with (
+            files.atomically(path) as temporary,
+            zipfile.ZipFile(temporary, "w") as archive,
+        ):  # PNG is compressed already
             for index, name in enumerate([] if self.found.val is None else data.distinct_names(self.found.val)):
                 _, _, prediction = self.predict(model, index)
                 data.pillow().fromarray(prediction).save(png := io.BytesIO(), format="PNG")

@@ -40,7 +40,7 @@ class Config(TrainConfig):
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # checkpoints have the data's digest
-    ELSEWHERE: ClassVar[dict[str, str]] = {
+    OTHER_NAMES: ClassVar[dict[str, str]] = {
         "dataset_path": "data_path", "img_size": "image_size", "stage1_epochs": "frozen_epochs",
         "stage1_lr": "frozen_lr", "stage1_batch_size": "frozen_batch_size", "stage2_lr": "lr",
         "stage2_epochs": "epochs", "stage2_batch_size": "global_batch_size", "progressive_unfreeze": "unfreeze_parts",

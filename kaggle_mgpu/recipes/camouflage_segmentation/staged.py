@@ -114,7 +114,7 @@ def combine(config: Config, planned: list[Stage], results: list[Result], weights
     copies = {"model.safetensors": last, "best/model.safetensors": best}
     for name, of in copies.items():
         if of is not None and (source := Path(of.output_dir) / name).is_file():
-            with files.whole(out / name) as temporary:
+            with files.atomically(out / name) as temporary:
                 shutil.copyfile(source, temporary)
     later = sum(stage.max_steps for stage in planned[len(results) :])
     remaining = last.remaining_steps + later

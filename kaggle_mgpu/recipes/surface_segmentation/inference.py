@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kaggle_mgpu.checkpoints import whole, write_text
+from kaggle_mgpu.checkpoints import atomically, write_text
 from kaggle_mgpu.parallel import distributed
 
 from .data import stacks_in
@@ -202,7 +202,7 @@ def predict(
 # submission.zip
 def write_submission(path: Path, predictions: dict[str, Path]) -> None:
     """Write a zip with each mask file, by id, as `<id>.tif`, atomically; the same files give the same bytes."""
-    with whole(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomically(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for name in sorted(predictions):
             entry = zipfile.ZipInfo(f"{name}.tif", date_time=(1980, 1, 1, 0, 0, 0))
             entry.external_attr = 0o644 << 16

@@ -1,6 +1,6 @@
 """Choose the threshold and the smallest connected component of masks by the mean Dice of held-out volumes.
 
-chosen = choose(volumes, folder, threshold="auto", min_component="auto")   # folder: probabilities as <id>.tif
+chosen = choose_by_dice(volumes, folder, threshold="auto", min_component="auto")   # folder: probabilities as <id>.tif
 mask = chosen.mask(probability)                                            # uint8 0 ... 255 -> uint8 0 and 1
 write_text(path, chosen.to_json()); Choice.read(path, made_for={})
 
@@ -107,7 +107,7 @@ def quantised(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(255 / (1 + np.exp(-logits.clip(-30, 30)))).astype(np.uint8)
 
 
-def choose(
+def choose_by_dice(
     volumes: Sequence[Volume],
     folder: Path,
     threshold: float | Auto,

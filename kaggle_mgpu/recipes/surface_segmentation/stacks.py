@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kaggle_mgpu.checkpoints import whole
+from kaggle_mgpu.checkpoints import atomically
 
 Array = NDArray[Any]
 IGNORED = 2
@@ -89,5 +89,5 @@ def write_stack(path: Path, volume: NDArray[np.uint8]) -> None:
 
     pages = [Image.fromarray(page) for page in volume]
     # w+b: pillow also reads the file, to append pages
-    with whole(path) as temporary, temporary.open("w+b") as file:
+    with atomically(path) as temporary, temporary.open("w+b") as file:
         pages[0].save(file, format="TIFF", save_all=True, append_images=pages[1:], compression="tiff_lzw")

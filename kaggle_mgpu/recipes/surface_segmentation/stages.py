@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kaggle_mgpu.checkpoints import read_tensors, whole, write_text
+from kaggle_mgpu.checkpoints import atomically, read_tensors, write_text
 from kaggle_mgpu.data import counted
 from kaggle_mgpu.fields import parse_duration
 from kaggle_mgpu.launching import launch
@@ -35,7 +35,7 @@ from .data import Volume, read_label
 from .ensemble import load
 from .inference import Job, predict, validate_submission, write_submission
 from .metrics import measures
-from .postprocessing import FILE, Choice, choose, known
+from .postprocessing import FILE, Choice, choose_by_dice, known
 from .training import Config, SurfaceSegmentation, read_json
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
     if choice is None:
         left = predicted(jobs[: len(held)], None)
     if choice is None and not left:
-        choice = choose(held, folder / "probabilities" / "held_out", *given, made_for)
+        choice = choose_by_dice(held, folder / "probabilities" / "held_out", *given, made_for)
         if main:
             # the folder of given weights may be a read-only input
             for file in files[:1] if config.weight_files else files:
@@ -232,7 +232,7 @@ def _unpredicted(result: Result) -> Result:
 def _copied(source: Path, target: Path) -> Path:
     """Copy a file atomically, unless both paths are the same file; return the copy's path."""
     if not (target.exists() and target.samefile(source)):
-        with whole(target) as temporary:
+        with atomically(target) as temporary:
             shutil.copyfile(source, temporary)
     return target
 

@@ -1,7 +1,7 @@
 """This module lets the GPU undo an optimizer step with an infinite gradient, so the CPU need not wait for the norm.
 
     if can_undo(optimizer, parameters, device):
-        step_unless(infinite, optimizer, parameters)
+        step_unless(not_finite, optimizer, parameters)
 
 A fused Adam's kernel skips a step with an infinite gradient by itself. Every other optimizer takes the step;
 `torch.where` then restores the weights and the optimizer state if the gradient's norm was inf or nan.
@@ -41,20 +41,20 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def step_unless(infinite: Tensor, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Take an optimizer step; the device undoes the step if its boolean scalar `infinite` is true."""
+def step_unless(not_finite: Tensor, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Take an optimizer step; the device undoes the step if its boolean scalar `not_finite` is true."""
     weights = [shards.local(parameter).clone() for parameter in parameters]
     state = [(parameter, key, shards.local(value).clone()) for parameter, key, value in _state(optimizer, parameters)]
     optimizer.step()
     for parameter, before in zip(parameters, weights, strict=True):
-        _restore(parameter, before, infinite)
+        _restore(parameter, before, not_finite)
     for parameter, key, before in state:  # by key, since an optimizer may put new tensors in place of the old
-        _restore(optimizer.state[parameter][key], before, infinite)
+        _restore(optimizer.state[parameter][key], before, not_finite)
 
 
-def _restore(tensor: Tensor, before: Tensor, infinite: Tensor) -> None:
+def _restore(tensor: Tensor, before: Tensor, not_finite: Tensor) -> None:
     local = shards.local(tensor)
-    torch.where(infinite, before, local, out=local)
+    torch.where(not_finite, before, local, out=local)
 
 
 def _state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[tuple[Tensor, str, Tensor]]:
