@@ -90,7 +90,7 @@ def test_two_failures_and_a_save_and_two_again_end_no_run(tmp_path: Path, monkey
 
     failing(monkeypatch, wrong)
     assert train(config(tmp_path), Regression()).finished
-    assert sum("no checkpoint" in text for text in notes(tmp_path)) == 4
+    assert sum("was not saved" in text for text in notes(tmp_path)) == 4
 
 
 def test_three_failures_in_a_row_end_the_run_and_say_what_there_is(
