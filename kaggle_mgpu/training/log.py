@@ -26,7 +26,7 @@ MOST_UNCOUNTED = 1000
 
 
 class Log:
-    """Prints how a run will go, then keeps its records and its clock. Only rank 0 writes.
+    """Prints strategy, batch and learning rate, then writes the records and keeps the clock. Only rank 0 writes.
 
     Args:
         lines: further lines to print: how the run was resumed, warnings.
@@ -61,7 +61,7 @@ class Log:
             on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
             device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
         )  # fmt: skip
-        # progress.attach and the pictures need all of this
+        # progress.attach and the plots need all of this
         record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
         record |= {"world_size": parts.world_size, "replicas": plan.num_replicas, "strategy": parts.strategy.name}
         record |= {"precision": parts.strategy.precision, "micro_batch_size": plan.micro_batch_size}
@@ -129,7 +129,7 @@ class Log:
                 self.progress.record({"kind": "save", "step": saved.step, **times})
 
     def diverged(self, step: int, first: int, samples: list[int]) -> None:
-        """Record the samples of the first step whose gradient was not finite."""
+        """Record the samples of the first step whose loss or gradient was not finite."""
         self.progress.record(
             {"kind": "note", "step": step, "text": f"diverged from step {first} on", "indices": samples}
         )

@@ -3,10 +3,10 @@
     result = launch(train, TrainConfig(global_batch_size=64, epochs=2), MyTask())  # on every GPU, from a notebook cell
     result = train(config, task)                                                   # in this process
 
-`train` builds the parts of the run and finds its checkpoint, `_loop` repeats `take_step` and makes all decisions. It
-uses evaluation.py, saving.py, log.py and out_of_memory.py, which do not depend on the loop. A resumed run needs
-`TrainState` and the tensors of `Saving.checkpoint_contents`. Random generators have no state to save: they are seeded
-from (seed, step, rank) before each step, and from (seed, epoch, sample) before each sample.
+`train` builds the parts of the run and finds its checkpoint. `_loop` repeats `take_step`, and decides when to evaluate,
+save and stop. It uses evaluation.py, saving.py, log.py and out_of_memory.py, which do not depend on the loop. A resumed
+run needs `TrainState` and the tensors of `Saving.checkpoint_contents`. Random generators have no state to save: they
+are seeded from (seed, step, rank) before each step, and from (seed, epoch, sample) before each sample.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def train(config: TrainConfig, task: Task) -> Result:
     before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop); it then finishes the step and saves.
 
     Raises:
-        ValueError: settings that do not fit each other, the data or the machine; no best_metric.
+        ValueError: settings that do not fit each other, the data or the machine; the evaluation gives no best_metric.
         RuntimeError: val_data or the task's metrics fail in a trial before the first step.
         CheckpointError: the checkpoint found is another run's or another model's.
-        DivergedError: the gradient was nan or infinite several steps in a row.
+        DivergedError: the loss or the gradient is no longer finite.
         OutOfMemoryError: not even one sample fits, or the optimizer's own state does not.
         RestartError: a rank among several ran out of memory; the run can go on with smaller micro-batches.
         LockedError: another run trains in output_dir.
@@ -75,8 +75,8 @@ def train(config: TrainConfig, task: Task) -> Result:
         if parts.is_main and state.step == 0:
             lines += task_checks.notes(parts)
         evaluation = Evaluation(parts, state)
-        price = evaluation.trial(parts, state)
-        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None, evaluation=price)
+        trial = evaluation.trial(parts, state)
+        log = Log(parts, state, lines=lines, history=start.parent.parent if start else None, evaluation=trial)
         stack.enter_context(log.progress)
         stack.enter_context(checkpoints)
         imported = start is not None and start.parent != checkpoints.folder
@@ -98,10 +98,10 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
     batches, early = parts.batches(state.samples_seen), out_of_patience(parts.config, state)
     with stop_requests() as stop_request:
         while True:
-            distributed.alive(state.step)  # by this the launcher detects a hang and the slowest rank
+            distributed.alive(state.step)  # tells the launcher that this rank works
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
-            # an evaluation or a save must not begin before the answer
+            # the result of the vote must be known before an evaluation or a save begins
             if evaluation_due or state.step >= saving.next_step:
                 ranks.vote_next()
             # each rank has its own clock and its own signals, so the ranks decide together
@@ -125,7 +125,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             if leave:
                 break
 
-            asked = time.monotonic()
+            requested = time.monotonic()
             batch = next(batches)  # this rank's share of one global batch
             arrived = time.monotonic()
             try:
@@ -149,7 +149,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             state.step += 1
             state.samples_seen += batch.samples
             parts.strategy.within = ""  # the weights belong to state.step again
-            clock.taken.append(StepTaken(asked, arrived, time.monotonic(), batch.samples, batch.terms()))
+            clock.taken.append(StepTaken(requested, arrived, time.monotonic(), batch.samples, batch.terms()))
             if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
@@ -170,7 +170,7 @@ class StepOutcome(NamedTuple):
     norm: Tensor
     """The norm of the gradient before clipping."""
     skipped: bool
-    """Whether the gradient was not finite, if this is known without waiting for a GPU."""
+    """Whether the gradient was not finite; False if only the GPU knows."""
 
 
 def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
@@ -274,8 +274,8 @@ def _finish(
     finished = remaining <= 0 and state.step < evaluation.next_step
     early = "" if finished else early  # a run that took its last step did not stop early
     if finished or early:
-        told = log.progress.end_reason
-        finished, remaining, reason = True, 0, early + (f": {told}" if told else "") if early else "finished"
+        given = log.progress.end_reason
+        finished, remaining, reason = True, 0, early + (f": {given}" if given else "") if early else "finished"
     if (note := _last_save(parts, state, saving, log, finished)) and not finished:
         reason += f"; {note}"
     strategy = parts.strategy
