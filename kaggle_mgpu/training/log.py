@@ -22,7 +22,7 @@ from .parts import Parts
 from .task import Result, TrainState
 
 MOST_UNCOUNTED = 1000
-"""Steps after which the log is called even if no record is due, so that the clock counts the steps."""
+"""The largest number of steps between two calls of `Log.step`, which also makes the clock count the steps."""
 
 
 class Log:
@@ -61,7 +61,7 @@ class Log:
             on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
             device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
         )  # fmt: skip
-        # progress.attach and the plots need all of this
+        # progress.attach and the plots read every entry of this record
         record = {"kind": "start", "step": state.step, "samples": state.samples_seen}
         record |= {"world_size": parts.world_size, "replicas": plan.num_replicas, "strategy": parts.strategy.name}
         record |= {"precision": parts.strategy.precision, "micro_batch_size": plan.micro_batch_size}

@@ -44,7 +44,8 @@ def train(config: TrainConfig, task: Task) -> Result:
     """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
 
     Every rank of a process group must call this, or one process alone. The call returns after the last step, shortly
-    before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop); it then finishes the step and saves.
+    before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop). Before an early return, `train` finishes the
+    current step and saves.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine; the evaluation gives no best_metric.
@@ -98,10 +99,10 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
     batches, early = parts.batches(state.samples_seen), out_of_patience(parts.config, state)
     with stop_requests() as stop_request:
         while True:
-            distributed.alive(state.step)  # tells the launcher that this rank works
+            distributed.alive(state.step)  # lets the launcher detect a hang and find the slowest rank
             done = state.step >= parts.plan.max_steps
             evaluation_due = state.step >= evaluation.next_step
-            # the result of the vote must be known before an evaluation or a save begins
+            # a due evaluation or save must wait for the result of a vote of the ranks
             if evaluation_due or state.step >= saving.next_step:
                 ranks.vote_next()
             # each rank has its own clock and its own signals, so the ranks decide together
@@ -148,7 +149,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 continue
             state.step += 1
             state.samples_seen += batch.samples
-            parts.strategy.within = ""  # the weights belong to state.step again
+            parts.strategy.within = ""  # the update is complete: the weights are those after state.step steps
             clock.taken.append(StepTaken(requested, arrived, time.monotonic(), batch.samples, batch.terms()))
             if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
