@@ -44,8 +44,8 @@ def train(config: TrainConfig, task: Task) -> Result:
     """Train `task` as `config` says, from the newest checkpoint of this run or from the start.
 
     Every rank of a process group must call this, or one process alone. The call returns after the last step, shortly
-    before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop). Before an early return, `train` finishes the
-    current step and saves.
+    before time_limit, or when asked to stop (SIGINT, SIGTERM, progress.stop). It first finishes and saves the current
+    step.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine; the evaluation gives no best_metric.
