@@ -48,7 +48,7 @@ LIGHT = ("gpus", "check", "--version")
 
 
 def parser(with_recipes: bool = True) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
-    """Return the argument parser, and the recipes' modules by name; without recipes, only `LIGHT` commands and {}."""
+    """Return the argument parser, and {recipe: module}; `with_recipes=False` gives `LIGHT` commands and no modules."""
     top = argparse.ArgumentParser(
         prog="python -m kaggle_mgpu",
         allow_abbrev=False,

@@ -100,13 +100,13 @@ class TrainConfig:
 
     # How the batch is split: global = micro x replicas x accumulation. Give one, any two, or all three.
     global_batch_size: int | str | None = None
-    """Samples per optimizer step over all GPUs, independent of the number of GPUs. "per_gpu:64": 64 times the number of
-    GPUs (of processes on a CPU); the weights then depend on the number of GPUs, and a resumed run keeps the size of its
-    first session. None: micro x replicas x accumulation, or 32 if micro_batch_size is None or auto."""
+    """Samples per optimizer step over all GPUs, independent of the number of GPUs. "per_gpu:64": 64 for each
+    replica of the model; the weights then depend on the number of GPUs, and a resumed run keeps the size of its first
+    session. None: micro x replicas x accumulation, or 32 if micro_batch_size is None or auto."""
     micro_batch_size: int | Literal["auto"] | None = None
-    """Samples per forward pass on one GPU. auto: the largest size that fits, found by real steps on every GPU;
-    under fsdp and deepspeed a GPU's whole share of the global batch, halved when memory runs out. None: that share
-    divided by gradient_accumulation_steps."""
+    """Samples per forward pass on one GPU. None: a GPU's share of the global batch, divided by
+    gradient_accumulation_steps. auto: the largest size that fits, found by real steps on every GPU; under fsdp and
+    deepspeed the whole share, halved when memory runs out."""
     gradient_accumulation_steps: int | None = None
     """Forward/backward passes per optimizer step. None: follows from the two sizes above, or 1."""
     data_workers: int | Literal["auto"] = "auto"
@@ -191,7 +191,7 @@ class TrainConfig:
     """Write TensorBoard files (rank 0) into output_dir/tensorboard."""
 
     def __new__(cls, *values: Any, **named: Any) -> Self:
-        # checked before __init__, whose error for an unknown name suggests no known name; unpickling passes no names
+        # Names are checked here, since the error of __init__ suggests no known name. Unpickling passes no names.
         accepted = inspect.signature(cls.__init__).parameters.values()
         if named and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted):
             names = [parameter.name for parameter in accepted][1:]
@@ -271,12 +271,12 @@ class TrainConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the value of each field as after a JSON round trip: lists in place of tuples."""
+        """Return the value of each field by name, with lists in place of tuples."""
         return {name: fields.plain(value) for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Return the plain default of each field that has one."""
+        """Return the default of each field that has one, with lists in place of tuples."""
         return {
             f.name: fields.plain(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
         }

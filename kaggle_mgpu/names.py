@@ -65,7 +65,7 @@ _OTHER_NAMES = {
     for other in others.split()
 }
 
-# For names of other libraries whose values have another form here: the corresponding name, and a sentence on its form
+# {name in other libraries: (corresponding name here, how to write the value here)}, where the two values differ in form
 _OTHER_VALUE = {
     "warmup_epochs": ("warmup_steps", "Epochs are written '2 epochs'."),
     "batch_size": ("global_batch_size", "A size for each GPU is written 'per_gpu:32', for global_batch_size."),
@@ -81,7 +81,7 @@ def other_value(name: str, near: Iterable[str]) -> str:
 def nearest(name: str, known: Sequence[str], other_names: Mapping[str, str] | None = None) -> list[str]:
     """Return likely known names: another library's equivalent, a near spelling, or names containing `name`.
 
-    The list is empty if no name is near, because a wrong suggestion misleads more than none. Capitals do not matter.
+    The list is empty if no name is near. Upper and lower case do not matter.
 
     Args:
         other_names: more names of other training scripts, and the known name of each.

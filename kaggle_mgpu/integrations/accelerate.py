@@ -93,7 +93,7 @@ class Session:
         return self._session.leaving
 
     def step(self, loss: Any = None) -> bool:
-        """Count a micro-batch; after an optimizer step, record and save if due. Return whether to leave the loop.
+        """If this micro-batch ended an optimizer step, record and save when due; return whether to leave the loop.
 
         Args:
             loss: a number or a 0-d tensor, of this rank; read on rank 0 when a record is due.

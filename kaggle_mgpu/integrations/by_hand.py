@@ -27,6 +27,8 @@ from . import session
 class Run:
     """The run of a loop, made by `watch`. Every rank makes the same calls.
 
+    After the `with` block, `finished` is True if all steps are taken. `steps_taken` counts earlier sessions too.
+
     Args:
         checkpoints: the checkpoints in the run's folder.
         objects: models, optimizers and other objects with `state_dict` and `load_state_dict`, by name.
@@ -100,7 +102,8 @@ class Run:
             if samples is not None:
                 samples.set_epoch(epoch)
             session.seed_order(loader, self._seed, epoch)
-            drops = samples is None or getattr(loader, "batch_sampler", None) is None  # no batch sampler can skip
+            # without a batch sampler that skips batches, these are read and dropped
+            drops = samples is None or getattr(loader, "batch_sampler", None) is None
             return itertools.islice(loader, skip if drops else 0, None)
 
         return self.session.batches(passes)

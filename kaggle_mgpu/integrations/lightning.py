@@ -24,7 +24,8 @@ from . import session
 class SessionCallback(Callback):
     """Save at intervals, save and stop before the session ends or on request, and record metrics.
 
-    A resumed run trains on the same samples with the same random numbers as a run without interruption.
+    A resumed run trains on the same samples with the same random numbers as a run without interruption. The errors
+    below come from trainer.fit.
 
     Args:
         output_dir: the run's folder; checkpoints lie in checkpoints/step-N/model.ckpt.
@@ -34,7 +35,7 @@ class SessionCallback(Callback):
         keep_last: number of checkpoints to keep, the newest.
 
     Raises:
-        ValueError: not as many processes were launched as the Trainer has; time_limit or save_every is not a duration.
+        ValueError: the Trainer's world_size is not the number of processes; time_limit or save_every is not a duration.
         LockedError: another run has the folder.
     """
 
@@ -81,7 +82,7 @@ class SessionCallback(Callback):
                 samples.set_epoch(trainer.current_epoch)
                 self.samples.append(samples)
         fetcher = trainer.fit_loop._data_fetcher
-        iter(fetcher)  # a new iterator, since the present one knows nothing of these changes
+        iter(fetcher)  # a new iterator, since the old iterator was made before these changes
         if not self.samples:  # an iterable dataset cannot jump: read the batches already trained on, and drop them
             for _ in range(skip):
                 next(fetcher)
@@ -109,7 +110,8 @@ class SessionCallback(Callback):
             self.save(trainer)
         if leave:
             trainer.should_stop = True
-            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None  # else training goes on
+            # otherwise Lightning trains on until both minimums are reached
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
     def save(self, trainer: Any) -> None:
         """Save now; every rank must call `save`. The folder gets its final name when the checkpoint is complete."""

@@ -25,7 +25,7 @@ from ..parallel import distributed
 HOLDERS = ("base_dataloader", "_dataloader")
 """Attributes in which accelerate's and Fabric's loaders hold the DataLoader that reads the data."""
 MOST_WITHOUT_A_STEP = 256
-"""If at the end of the data at least this many batches have passed since the last step, `batches` raises an error."""
+"""`batches` raises an error if an epoch ends at least this many batches after the last call of `after_step`."""
 
 
 class Session:
@@ -40,8 +40,8 @@ class Session:
         save_every: time between two saves, "15m" or seconds; None: save only before the end.
         nbytes: bytes of a checkpoint, to estimate the duration of the first save.
         history: folder of the run to continue, if not output_dir.
-        unit: what `after_step` counts, "samples" or "steps"; the throughput is recorded as UNIT_per_s.
-        position: for `batches`: the epoch, and the number of its batches taken by earlier sessions.
+        unit: what `after_step` gets as `samples`: "samples" or "steps"; the throughput is recorded as UNIT_per_s.
+        position: where `batches` begins: (epoch, number of batches of this epoch that are done already).
 
     Raises:
         ValueError: time_limit or save_every is not a duration.
@@ -202,7 +202,10 @@ class Session:
         self.progress.record({"kind": "save", "step": step, "seconds": seconds, "time": self.clock.seconds()})
 
     def record(self, kind: str, **values: Any) -> None:
-        """Record values of a "start", "train", "eval" or "stop", with the step and the run's seconds of training."""
+        """Write a "start", "train", "eval" or "stop" record of values, with the step and the run's seconds of training.
+
+        A "train" record also gets the throughput. The values of the last "eval" become the metrics in result.json.
+        """
         if kind == "train":
             values = {**values, **self.clock.throughput(self.unit)}
         if kind == "eval":
@@ -254,7 +257,7 @@ class SeededSamples(Dataset[Any]):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.key = dataset, randomness.key(seed, "sample")
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see a change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared, so persistent workers see a change
         if hasattr(dataset, "__getitems__"):
             self.__getitems__ = self._several
 
@@ -313,7 +316,7 @@ def seeded(loader: Any, seed: int, skip: int = 0) -> SeededSamples | None:
     samples = inner.dataset if known else SeededSamples(inner.dataset, seed)
     for part in {id(loader): loader, id(inner): inner}.values():
         if (skip or not known) and getattr(part, "_iterator", None) is not None:
-            part._iterator = None  # persistent workers started before this change must go
+            part._iterator = None  # drop persistent workers, which have the old dataset and sampler
         part.__dict__["dataset"] = samples  # DataLoader forbids the plain assignment
         if skip and part.batch_sampler is not None:
             part.__dict__["batch_sampler"] = Skipping(part.batch_sampler, skip)

@@ -48,7 +48,7 @@ def _find(folder: Path) -> str | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Return whether a Trainer's checkpoint is complete: with trainer_state.json, written last, and no torn file."""
+    """Return whether a checkpoint has trainer_state.json (the last file of a Trainer's save) and no truncated file."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for path in checkpoint.iterdir():
@@ -70,11 +70,12 @@ class SessionCallback(TrainerCallback):
     """Save at intervals, save and stop before the session ends or on request, and record metrics.
 
     A resumed run draws the same random numbers as an uninterrupted run: generators are seeded from (seed, step, rank)
-    before each step, and from (seed, epoch, sample) before each sample of a map-style dataset.
+    before each step, and from (seed, epoch, sample) before each sample of a map-style dataset. The errors below come
+    from trainer.train.
 
     Args:
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
-        save_every: time between two saves, "15m" or seconds, beside the Trainer's own saves; None: no further saves.
+        save_every: time between two saves, "15m" or seconds, beside the Trainer's own saves; None: save only at a stop.
 
     Raises:
         ValueError: time_limit or save_every is not a duration.
@@ -102,7 +103,7 @@ class SessionCallback(TrainerCallback):
         )  # fmt: skip
         _open.append(self.session)
         self.batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        # Trainer compares with max_steps only after a step; a loader without batches keeps a finished run from a step
+        # Trainer compares with max_steps only after a step, so a finished run would take another step: skip all batches
         over = state.global_step >= state.max_steps
         self.samples = seeded(given["train_dataloader"], args.seed, skip=sys.maxsize if over else 0)
         self.step_ended = time.monotonic()

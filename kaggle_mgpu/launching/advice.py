@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 3
-"""Optimizer steps after which a loop is checked for mistakes: by then the loop has made its process group and logs."""
+"""Optimizer steps after which a loop is checked for mistakes: by then its process group and event files exist."""
 _EVENTS = "tensorboard"
 _STARTS_PROCESSES = (
     "launch has started one process for each GPU already. Give launch the function that each of them calls, not one "
@@ -44,7 +44,8 @@ def advise(error: BaseException) -> None:
 def watch_steps(store: Any, rank: int, count: int) -> None:
     """Report each optimizer step of this process to the launcher, and check for two mistakes.
 
-    At step STEPS a missing process group is reported; `print_mistakes` reports TensorBoard events from several ranks.
+    At step STEPS rank 0 prints a warning if there is no process group. Another rank that has written TensorBoard events
+    notes this in the store for `print_mistakes`. A single rank is not checked.
 
     Args:
         store: torch's store that all ranks share.
@@ -61,12 +62,12 @@ def watch_steps(store: Any, rank: int, count: int) -> None:
     def after_step(*_: Any) -> None:
         nonlocal steps
         steps += 1
-        # keep the group alive: if a script frees its DDP model after destroy_process_group, gloo's destructor holds the
-        # GIL and waits for a thread, which needs the GIL to free an object of backward: a deadlock (torch 2.13)
+        # keep the group alive: torch 2.13 may deadlock if a script destroys the group and then frees its DDP model.
+        # gloo's destructor holds the GIL and waits for a thread, and this thread waits for the GIL
         if dist.is_initialized() and dist.group.WORLD not in groups:
             groups.append(dist.group.WORLD)
-        # alive() without a step: alive(step) would start `launch`'s default timeout, but the function's own evaluation
-        # may take longer without a sign of life
+        # alive() without a step, since alive(step) would start `launch`'s default timeout. An evaluation in the
+        # function gives no sign of life, and may take longer than the timeout
         distributed.alive()
         if steps != STEPS or count == 1:
             return
@@ -84,7 +85,7 @@ def watch_steps(store: Any, rank: int, count: int) -> None:
 
 
 def print_mistakes(store: Any) -> None:
-    """Print the mistakes noted by the ranks. Only rank 0 calls `print_mistakes`, at the end."""
+    """Print the mistakes noted by the ranks. Rank 0 calls `print_mistakes` after the function has returned."""
     if store.check([_EVENTS]):
         print(f"NOTE: {store.get(_EVENTS).decode()}: make the SummaryWriter on rank 0 alone.", flush=True)
 

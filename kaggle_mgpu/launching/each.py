@@ -41,8 +41,8 @@ class _Job:
     item: Any
     folder: Path
     digest: str | None = None
-    """Identifies the call, so that a later launch finds its kept value. None if the item is a config (its run folder
-    holds the result), or if the call cannot be pickled."""
+    """The digest of the call, by which a later launch recognises a kept value. None if the item is a config (its run
+    folder holds the result), or if the call cannot be pickled."""
     state: str = "waiting"
     value: Any = None
     error: BaseException | None = None
@@ -67,7 +67,7 @@ class _Job:
         return self.state == "finished"
 
     def save_value(self) -> None:
-        """Write the value if it survives JSON unchanged and is not the result of an unfinished run."""
+        """Write the value to value.json, unless JSON changes the value, or an unfinished run returned the value."""
         if self.digest is None or (isinstance(self.value, dict) and self.value.get("finished") is False):
             return
         self.value_saved = False
@@ -94,9 +94,9 @@ def launch_each(
 
     The next job starts as soon as a GPU is free. Jobs do not communicate, and a failed job does not end the others.
     After an interrupt (the stop button) no further job starts, and the running jobs are asked to stop; the value of a
-    job that did not end is None. When the same call is made again, finished jobs return at once and interrupted runs go
-    on from their checkpoints. Values are kept in output_dir if JSON can hold them; if the item is a config, its run
-    folder holds the result. A kept value is used only if item, arguments and code are unchanged: the code of the
+    job that has not returned is None. When the same call is made again, finished jobs return at once and interrupted
+    runs go on from their checkpoints. Values are kept in output_dir if JSON can hold them; if the item is a config, its
+    run folder holds the result. A kept value is used only if item, arguments and code are unchanged: the code of the
     function and of the notebook functions it calls. Changes in modules are not noticed.
 
     Args:
@@ -131,7 +131,7 @@ def launch_each(
         if waiting:
             stack.enter_context(
                 worker_server.pinned(interrupts)
-            )  # replacing the server would end the jobs that it forked
+            )  # keep this server for all jobs, since the end of a server ends the jobs that it forked
         free = [gpus[number : number + 1] for number in range(count)]
         running: list[tuple[threading.Thread, list[devices.GPU], _Job]] = []
         while running or (waiting and not interrupts):
@@ -237,6 +237,6 @@ def _digest(value: Any) -> str | None:
     buffer = io.BytesIO()
     try:
         Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
-    except Exception:  # launching raises this error again, with the name of the object that fails
+    except Exception:  # the job's launch then raises a TypeError that names the part that cannot be pickled
         return None
     return hashlib.sha256(buffer.getvalue()).hexdigest()

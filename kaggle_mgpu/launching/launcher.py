@@ -37,12 +37,12 @@ from .tracebacks import folded
 from .workers import Workers, is_consequence, visible, without_peer_access
 
 KEPT_LOGS = 10
-"""The number of folders with logs of failed launches that stay among the temporary files."""
+"""How many log folders of failed launches are kept in the folder for temporary files."""
 
 
 @contextlib.contextmanager
 def _shared_memory_is_named() -> Iterator[None]:
-    """Add a note to an error while /dev/shm is full, since "No space left on device" suggests a full disk."""
+    """Add a note to an error if /dev/shm is full, since the text "No space left on device" suggests a full disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -71,22 +71,23 @@ def launch(
 ) -> Any:
     """Call `function(*args, **kwargs)` on every worker; return all values in the order of ranks.
 
-    For a function marked `returns_rank0`, such as `train`, rank 0's value alone is returned. An interrupt (the stop
-    button) asks the workers to stop: `train` saves and returns. A second interrupt kills the workers.
+    If the function has the decorator `distributed.returns_rank0`, as `train` has, only rank 0's value is returned. An
+    interrupt (the stop button) asks the workers to stop: `train` saves and returns. A second interrupt kills them.
 
     Args:
+        function: any function that can be pickled with its arguments, from a module or from a cell.
         nproc: number of processes on this machine. Default: as a config among the arguments (a TrainConfig) says,
             else one for each GPU, or one without GPUs. A single process, and each process under torchrun, calls the
             function itself.
         gpu_ids: which GPUs, as "0,1". Default: the config's, else all.
-        timeout: seconds without a sign of life of any rank (distributed.alive, or output) after which a HangError is
-            raised, from the launch on. Default: the config's hang_timeout_minutes, else 30 minutes, from the first call
-            of alive(step) on; `train` calls alive(step) after each step.
+        timeout: a HangError is raised after this many seconds in which no rank has called distributed.alive or printed
+            anything, counted from the launch on. Default: the config's hang_timeout_minutes, else 30 minutes, but only
+            after a first call of alive(step); `train` calls alive(step) after each step.
         max_restarts: how often the call is made again after a worker died or hung. Default: the config's, else 0.
         in_worker: start a worker even for a single process, so that no CUDA context stays in this process.
 
     Raises:
-        TypeError: `function` is not callable or cannot be pickled, or `kwargs` has a misspelt argument of `launch`.
+        TypeError: `function` is not callable, an argument or value cannot be pickled, or a name is misspelt (nprocs=2).
         ValueError: more processes than there are GPUs, or than a launch can start; gpu_ids names a missing GPU.
         LockedError: another run trains in the config's output_dir.
         WorkerDiedError: a worker was killed, crashed or ended without a result.
@@ -115,7 +116,7 @@ def launch(
     if count == 1 and not in_worker:
         # CUDA_VISIBLE_DEVICES has no effect once this process has used CUDA
         shown = visible(gpus) if gpu_ids or settings.gpu_ids else {}
-        shown |= without_peer_access(gpus, settings)  # strategy="dp" uses several GPUs from this process
+        shown |= without_peer_access(gpus, settings)  # for strategy="dp", where this process uses several GPUs
         with env.variables(shown), _restored_handlers():
             try:
                 value = function(*args, **kwargs)
@@ -160,7 +161,10 @@ def attempts(
     call: Any, config: RunSettings | None, settings: ProcessSettings, count: int, gpus: list[devices.GPU], logs: Path,
     limit: float, restarts: int, interrupts: list[float], *, from_start: bool, quiet: bool = False,
 ) -> list[Any]:  # fmt: skip
-    """Make a call on new workers, and again up to `restarts` times after a worker died or hung; return the values."""
+    """Make a call on new workers, and again up to `restarts` times after a worker died or hung; return the values.
+
+    `limit`, `from_start`, `quiet`, `interrupts` and the errors are those of `Workers` and `Workers.run`.
+    """
     died = 0
     before = _checkpoint_marks(config)
     for attempt in itertools.count():
@@ -220,7 +224,7 @@ def _logs(config: RunSettings | None) -> Iterator[Path]:
     with contextlib.suppress(OSError):
         if (
             os.path.getsize(logs / "rank0.log") < CELL_CHARACTERS
-        ):  # keep the file if the output was cut, since the cell then names it
+        ):  # keep a longer log: the cell shows its beginning and its end, and names the file
             shutil.rmtree(logs)
 
 
@@ -239,11 +243,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def collect_interrupts() -> Iterator[list[float]]:
-    """Collect interrupts in a list inside the `with` block instead of raising KeyboardInterrupt at any line."""
+    """Inside the `with` block, add the time of each interrupt to a list instead of raising KeyboardInterrupt.
+
+    The times are from time.monotonic(). Outside the main thread the list stays empty.
+    """
     times: list[float] = []
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
-        yield times  # only the main thread may set handlers, and None is a handler that Python cannot restore
+        yield times  # only the main thread may set handlers; None is a handler set by C code, and could not be restored
         return
     signal.signal(signal.SIGINT, lambda *_: times.append(time.monotonic()))
     try:
@@ -254,7 +261,7 @@ def collect_interrupts() -> Iterator[list[float]]:
 
 @contextlib.contextmanager
 def _restored_handlers() -> Iterator[None]:
-    """Restore the handlers of SIGINT and SIGTERM after the `with` block: a loop ended by an error may leave its own."""
+    """Restore the handlers of SIGINT and SIGTERM after the `with` block: a loop that fails may not restore them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

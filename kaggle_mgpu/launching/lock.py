@@ -39,8 +39,8 @@ _held: set[BinaryIO] = set()
 def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold the lock of a folder inside the `with` block.
 
-    Nothing is locked in a folder that cannot be written to, and on file systems without locks (some network file
-    systems).
+    The block runs without a lock if the folder cannot be written to, or if its file system has no locks (as some
+    network file systems).
 
     Raises:
         LockedError: another run still holds the lock after PATIENCE_SECONDS.
@@ -121,9 +121,9 @@ def _release(folder: Path, file: BinaryIO) -> None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a lock file for writing, since NFS locks no file opened for reading only.
+    """Open a lock file for writing, since NFS cannot lock a file opened for reading only.
 
-    Another user's file can be opened for reading only; a local disk locks such a file too.
+    Another user's lock file is opened for reading only, which suffices on a local disk.
 
     Raises:
         OSError: the file cannot be made, or is a link or a folder, which must not be written to.
@@ -151,7 +151,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
 
 
 def _leave_to_parent() -> None:
-    """Close a forked process's copy of the lock, so the copy cannot outlive a killed parent."""
+    """Close the lock files in a forked process, so a lock ends even when the parent is killed."""
     for file in _held:
         file.close()
     _held.clear()

@@ -12,14 +12,14 @@ from typing import Any
 _GLOO_LINE = re.compile(r"^\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. .*\n", re.MULTILINE)
 """A line that gloo of torch 2.10 prints for each new process group; only the log keeps it."""
 CELL_CHARACTERS = 100_000
-"""Limit of rank 0's output in the cell; the log has all of it."""
+"""Limit of rank 0's output in the cell; after a longer output the cell also shows the log's last 20 lines."""
 
 
 class Output:
     """Show rank 0's log in the cell as the log grows.
 
-    The worker writes to its log file only, so a slow notebook never delays the worker. Nothing after byte `end` is
-    shown: the traceback there is shown with the exception. With `quiet`, nothing at all is shown.
+    The worker writes to its log file only, so a slow notebook never delays the worker. The log is shown up to byte
+    `end`; the exception shows the traceback that follows there. With `quiet`, nothing at all is shown.
     """
 
     def __init__(self, path: Path, quiet: bool = False) -> None:

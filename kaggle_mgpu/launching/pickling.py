@@ -1,6 +1,6 @@
 """Pickle calls for the workers, and their values and exceptions for the notebook's process.
 
-data = pickling.dumps(value, "the value")  # a TypeError names the part that cannot travel
+data = pickling.dumps(value, "the value")  # a TypeError names the part that cannot be pickled
 value = pickle.loads(data)
 """
 
@@ -74,7 +74,7 @@ def _travelling(tensor: Any) -> Any:
 
 
 def _culprit(value: Any, name: str, depth: int) -> tuple[str, Any]:
-    """Find the smallest part of a value that pickle refuses, at most `depth + 1` levels deep, and its expression."""
+    """Return the name and the value of the smallest part that pickle refuses, at most `depth + 1` levels deep."""
     parts: dict[str, Any] = {}
     if isinstance(value, dict):
         parts = {f"{name}[{key!r}]": item for key, item in value.items()}

@@ -8,8 +8,8 @@ launch's supervisor forks the workers, passes signals on to them, reports how ea
 they left behind. When one of these processes ends, all those to its right end too: the server notices that the notebook
 is gone; the operating system kills the rest (PR_SET_PDEATHSIG).
 
-multiprocessing's forkserver with preloaded modules takes little longer (two ranks in 0.080 s where this server takes
-0.070, medians of 12 launches), but it leaves orphans, and does not notice that code or environment have changed.
+multiprocessing's forkserver with preloaded modules is almost as fast (it starts two ranks in 0.080 s, this server in
+0.070 s; medians of 12 launches), but leaves orphans and does not notice changes of code or environment variables.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ PRELOAD = (
 )  # fmt: skip
 """Modules that a first training step needs."""
 
-END = struct.Struct("ii")  # supervisor to notebook: rank, status as from waitpid; (-1, 0): the workers are forked
+END = struct.Struct("ii")  # supervisor to notebook: rank, status from waitpid; (-1, 0) means: all workers are forked
 SIGNAL = struct.Struct("ii")  # notebook to supervisor: signal, rank (-1: all)
 SIZE = struct.Struct("q")  # worker to notebook: bytes of the pickle that follows: (kind, size of the log, *content)
-PULSE = struct.Struct("qqqq")  # of a rank: see distributed.set_pulse
+PULSE = struct.Struct("qqqq")  # one rank's signs of life, see distributed.set_pulse
 
 MOST_WORKERS = 124
 """A launch sends four file descriptors and two per worker; the kernel allows 253 in a message (SCM_MAX_FD)."""
@@ -81,7 +81,9 @@ class Request:
     timeout: float
     """Seconds that a collective may take."""
     can_draw: bool
+    """Whether the workers may draw in the notebook (`session.can_draw`)."""
     can_show: bool
+    """Whether a viewer sees the drawing at once (`session.can_show`)."""
 
 
 # --- the server -------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ def main(control_fd: int) -> NoReturn:
                     os.close(fd)
             _end_orphans(supervisors)
     deadline = time.monotonic() + 4 * SWEEP_SECONDS
-    while _end_orphans(supervisors) and time.monotonic() < deadline:  # supervisors end with the notebook
+    while _end_orphans(supervisors) and time.monotonic() < deadline:  # without the notebook they end by themselves
         time.sleep(0.05)
     os._exit(0)
 
@@ -136,7 +138,8 @@ def main(control_fd: int) -> NoReturn:
 def _end_orphans(supervisors: set[int]) -> bool:
     """Kill the processes left behind by a killed supervisor; return whether any process remains."""
     children = set(_children())
-    # `children` may omit a running supervisor (see _children); if it were forgotten, the next call would kill it
+    # forget only supervisors that have ended: `children` may omit a running supervisor (see _children), and the
+    # next call would kill a forgotten supervisor
     supervisors -= {pid for pid in supervisors - children if not os.path.exists(f"/proc/{pid}")}
     for pid in children - supervisors:
         with contextlib.suppress(ProcessLookupError):
@@ -145,7 +148,7 @@ def _end_orphans(supervisors: set[int]) -> bool:
 
 
 def _watched() -> dict[str, tuple[str, int]]:
-    """List the files whose change makes this server outdated: all of this package, one of every other package."""
+    """Map this package's and all top-level modules to (path, mtime in ns); a change makes this server outdated."""
     found = {}
     for name, module in sys.modules.items():
         top = name.partition(".")[0]
@@ -314,7 +317,7 @@ def _work(
     faulthandler.enable(log_fd, all_threads=True)  # not to descriptor 2, which the function may close
     faulthandler.register(signal.SIGQUIT, log_fd, all_threads=True)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore SIGINT
     multiprocessing.current_process()._config["semprefix"] = request.semaphores  # type: ignore[attr-defined]
     link, lock = socket.socket(fileno=link_fd), threading.Lock()
     link.setblocking(True)  # socket.setdefaulttimeout in the notebook would change this
@@ -326,7 +329,7 @@ def _work(
             link.sendall(SIZE.pack(len(message)))
             link.sendall(message)
 
-    def show(*content: Any) -> None:  # in a thread, since an interrupt of the main thread could cut a message
+    def show(*content: Any) -> None:  # in a thread: KeyboardInterrupt in the main thread could cut a message
         sender = threading.Thread(target=send, args=("show", *content), daemon=True)
         sender.start()
         sender.join()
@@ -396,16 +399,16 @@ def _become(rank: int, request: Request) -> None:
 
 
 def _meet(store: Any, rank: int, count: int) -> None:
-    """Wait until every rank has called `_meet`; rank 0, which serves the store, also waits for the others' last use.
+    """Wait until every rank has called `_meet`. Rank 0 serves the store, and also waits until no rank needs the store.
 
-    A collective would not do, since the function may have left its process group.
+    This is no collective, since the function may have destroyed its process group.
     """
 
     def count_up(what: str, expected: int) -> None:
         if store.add(what, 1) == expected:
             store.set(f"all {what}", "")
 
-    with contextlib.suppress(RuntimeError):  # a rank died, or took longer than any collective may
+    with contextlib.suppress(RuntimeError):  # a rank died, or did not come within the store's timeout
         count_up("came", count)
         store.wait(["all came"])
         if rank > 0:

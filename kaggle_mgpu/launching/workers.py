@@ -45,7 +45,7 @@ END_SECONDS = 10.0
 STACK_SECONDS = 2.0
 """How long a rank that hangs may take to write its stack when asked."""
 _OUTERMOST_FRAME = re.compile(r'^  (File "<string>", line 1 in <module>|\.\.\.)\n', re.MULTILINE)
-"""The end of a stack as faulthandler writes it: the worker server's program, or "..." for a deep stack."""
+"""The last line of a stack from faulthandler: the server's program, or "..." if the stack is too deep to print."""
 
 
 class Workers:
@@ -57,7 +57,7 @@ class Workers:
         gpus: the GPUs that the workers may use.
         logs: the folder for their logs.
         settings: the run's settings for its processes.
-        attempt: 0 empties the logs; the number of a restart appends to them.
+        attempt: 0 for the first attempt, which empties the logs; restart 1, 2, … appends to the logs.
         quiet: write the output only to the logs.
 
     Raises:
@@ -111,6 +111,7 @@ class Workers:
             Each rank's value.
 
         Raises:
+            WorkerError: no worker could be started, or a worker's exception cannot be raised in this process.
             WorkerDiedError: a worker was killed, crashed or ended without a result.
             HangError: no rank made progress for `limit` seconds.
             KeyboardInterrupt: there was a second interrupt, or one before the workers had started.
@@ -132,7 +133,7 @@ class Workers:
                     if len(interrupts) > 1:
                         raise KeyboardInterrupt
                     if interrupts and not interrupt_sent:
-                        # workers run in process sessions of their own and got no SIGINT; `train` then saves and returns
+                        # workers are in process sessions of their own, so this process's SIGINT does not reach them
                         interrupt_sent = True
                         self._signal(signal.SIGINT)
                     self._check_pulse(limit, from_start)
@@ -230,7 +231,7 @@ class Workers:
                 session.show(*content)
         elif kind == "value":
             try:
-                self.values[rank] = pickle.loads(content[0])  # from our own worker, over a pipe nobody else has
+                self.values[rank] = pickle.loads(content[0])  # safe: only the worker can write to this socket
             except Exception as error:
                 what = f"rank {rank}'s return value cannot be read here: {type(error).__name__}: {error}"
                 self.failures[rank] = TypeError(f"{what}. Return plain values, tensors or a path.")
@@ -262,7 +263,7 @@ class Workers:
         """Wait, at most SAVE_SECONDS, for the checkpoint that a rank is writing.
 
         After a RestartError also wait, at most GRACE_SECONDS, until the other ranks have ended: rank 0 may still have
-        to record the step before the failed step. Ranks end by themselves when a collective lacks the failed rank.
+        to record the step before the failed step. Ranks end by themselves, as collectives fail without the failed rank.
 
         Args:
             interrupts_before: number of interrupts when the failure became known; a further interrupt ends the wait.
@@ -277,7 +278,7 @@ class Workers:
             self._next(0.1)
 
     def _first_failure(self) -> BaseException:
-        """Return the likeliest cause: an error that no other rank's end explains comes first."""
+        """Return the likeliest cause: errors that the end of another rank may have caused come last."""
         ranked = sorted(self.failures.items(), key=lambda item: (is_consequence(item[1]), item[0]))
         return ranked[0][1]
 
@@ -372,9 +373,9 @@ def _variables(count: int, gpus: list[devices.GPU], settings: ProcessSettings) -
 
 
 def without_peer_access(gpus: list[devices.GPU], settings: ProcessSettings) -> dict[str, str]:
-    """Return environment variables for NCCL between GPUs without peer access, except variables that are set already.
+    """Return the variables that NCCL needs between GPUs without peer access, except variables that are set already.
 
-    nccl_p2p="auto" assumes that T4s alone have no peer access. With peer access the result is {}.
+    nccl_p2p="auto" assumes that only T4s have no peer access. With peer access the result is {}.
     """
     off = settings.nccl_p2p == "off" or (settings.nccl_p2p == "auto" and any("T4" in gpu.name.split() for gpu in gpus))
     found = {"NCCL_P2P_DISABLE": "1"} if off else {}
@@ -414,7 +415,7 @@ def is_consequence(error: BaseException) -> bool:
     a wait for a collective do not come from torch.distributed's Python code, and are recognised by their text.
     """
     if isinstance(error, WorkerDiedError | HangError):
-        return False  # its text quotes the worker's log, in which gloo may have printed
+        return False  # its text quotes the worker's log, which may contain messages of gloo
     if isinstance(error.__cause__, WorkerTraceback) and error.__cause__.in_collective:
         return True
     return is_communication_error(error)

@@ -1,7 +1,7 @@
 """BatchNorm layers that take their statistics over the micro-batches of all ranks.
 
-torch's SyncBatchNorm works only on GPUs. It would also count the samples of stand-in batches, which a rank without data
-computes only because other ranks wait.
+torch's SyncBatchNorm works only on GPUs. It would also include the samples of stand-in batches in the statistics. A
+rank without data computes a stand-in batch only because the other ranks wait for the rank's part in each exchange.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Synced(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         own: Any = super()
-        if isinstance(self, nn.SyncBatchNorm):  # its forward needs a GPU and counts stand-ins, so take BatchNorm's
+        if isinstance(self, nn.SyncBatchNorm):  # use BatchNorm's forward: SyncBatchNorm's needs a GPU
             own = super(nn.SyncBatchNorm, self)
         with _OverAllRanks() if self.training and distributed.in_step() else contextlib.nullcontext():
             return own.forward(input)
@@ -79,20 +79,20 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Do the same as torch's batch_norm, over the batches of all ranks.
+    """Do the same as torch's batch_norm, in training with the statistics of all ranks' batches.
 
     Raises:
         ValueError: all ranks together have a single value per channel.
     """
     if not training:
         return functional.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    # the kernels take half-precision inputs, but not half-precision weights beside statistics in fp32
+    # with statistics in fp32, torch's kernels accept inputs in half precision, but need weights in fp32
     weight, bias = (None if t is None else t.float() if t.dtype in HALF_TYPES else t for t in (weight, bias))
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalise.apply(input, weight, bias, eps)
     output, mean, var, count = found
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            # torch's running variance is the unbiased one
+            # torch's running variance is the unbiased variance
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     return output
@@ -132,8 +132,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         if not gradient.is_contiguous(memory_format=torch.channels_last):
             gradient = gradient.contiguous()
-        # `constant` is the input's gradient for constant mean and variance. The gradients of weight and bias, summed
-        # over the ranks, give the part through mean and variance.
+        # `constant` is the input's gradient with mean and variance taken as constants. `through` is the remaining part,
+        # which follows from the gradients of weight and bias, summed over the ranks.
         scale = torch.ones_like(mean) if weight is None else weight  # CUDA's kernel fails without a weight
         constant, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             gradient, input, scale, mean, var, mean, inverse, False, ctx.eps, [True, True, True]

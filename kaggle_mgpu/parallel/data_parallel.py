@@ -20,19 +20,19 @@ from . import distributed
 from .strategy import Strategy
 
 LIMB = 4096
-"""A count is sent as two digits in this base, 2^12. float32 adds whole numbers exactly up to 2^24, so the total of a
-count may have 24 + 12 bits."""
+"""The base, 2^12, of the two digits in which gradients carry a count. float32 adds whole numbers exactly up to 2^24, so
+the sum of a count over the ranks may have 24 + 12 bits."""
 
 
 class Distributed(Strategy):
-    """Distributed runs one process per GPU; DistributedDataParallel averages gradients during backward.
+    """Distributed runs one process per GPU; DistributedDataParallel exchanges gradients during backward.
 
     Args:
         gradient_compression: fp16 halves the bytes sent; none sends gradients unchanged.
         bucket_mb: MiB of gradients sent at a time; default: torch's.
-        counts_terms: whether each step needs its number of loss terms summed over all ranks. On CPUs the gradients of
-            the step before carry the number, in two elements of an added parameter, since a separate collective would
-            take 5 % of a step of 11 ms.
+        counts_terms: whether each step needs its number of loss terms, summed over all ranks. On CPUs two elements of
+            an added parameter, the carrier, hold this rank's number. The previous step's exchange of gradients sums the
+            numbers, since a separate collective would take 5 % of a step of 11 ms.
     """
 
     name = "ddp"
@@ -49,8 +49,9 @@ class Distributed(Strategy):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
-        # Not on GPUs: reading the sum would make the CPU wait. Not in fp16: too coarse for counts. Not with
-        # find_unused_parameters: the wrapped forward pass does not use the carrier, so torch expects no gradient there.
+        # Gradients carry no count on GPUs, where reading the sum would make the CPU wait, nor as fp16, which rounds
+        # counts, nor with find_unused_parameters: DDP then expects no gradient, since the carrier is added after DDP's
+        # forward pass.
         exact = gradient_compression == "none" and not self.find_unused_parameters
         self.carries_count = counts_terms and exact and self.device.type == "cpu"
         self.carrier: nn.Parameter | None = None
@@ -61,14 +62,14 @@ class Distributed(Strategy):
     def wrap(self, call: nn.Module) -> nn.Module:
         on_gpu = self.device.type == "cuda"
         if self.carries_count:
-            # 64 bytes, so that the gradients behind it in a bucket stay aligned
+            # 64 bytes, so that the next gradients in a bucket stay aligned
             self.carrier = call.carrier = nn.Parameter(torch.zeros(16))
             self.own_limbs = np.zeros(16, dtype=np.float32)
         for parameter in call.parameters():
             # torch warns if a gradient's strides differ from its bucket's, even where they have no effect (size 1)
             if parameter.requires_grad and parameter.ndim > 2 and 1 in parameter.shape:
                 parameter.register_hook(partial(_with_strides_of, parameter))
-        # sync_buffers broadcasts the buffers when needed, so forward passes need not (option renamed in torch 2.13)
+        # forward passes need not broadcast buffers, since sync_buffers does; torch 2.13 renamed the option
         accepts = inspect.signature(nn.parallel.DistributedDataParallel).parameters
         per_forward = "forward_sync_buffers" if "forward_sync_buffers" in accepts else "broadcast_buffers"
         wrapped = nn.parallel.DistributedDataParallel(
@@ -109,13 +110,13 @@ class Distributed(Strategy):
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if self.carrier is not None and self.carrier.grad is not None:
-            # where DDP averages over the ranks, the loss multiplier turns the mean back into a sum
+            # if DDP averages over the ranks, loss_multiplier is the world size, and mean x world size is the sum
             high, low = (round(limb * self.loss_multiplier) for limb in self.carrier.grad[:2].tolist())
             self.carrier.grad = None
             if self.next_terms is not None:
                 self.next_terms.total = lambda: high * LIMB + low
         if not (self.checked or self.find_unused_parameters):
-            # torch's own error comes in the second step, gives parameters by number, and advises an option of torch's
+            # torch raises an error only in the second step, and gives numbers of parameters in place of names
             unused = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
             if unused:
                 more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
@@ -141,7 +142,7 @@ class Distributed(Strategy):
 
 
 class _Carried(torch.autograd.Function):
-    """Return the loss unchanged; in backward, `carrier` gets the given gradient, whatever the loss is."""
+    """Return the loss unchanged. In backward, `gradient` becomes the gradient of `carrier`, for any loss."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, carrier: Tensor, gradient: Tensor) -> Tensor:
@@ -156,14 +157,15 @@ class _Carried(torch.autograd.Function):
 def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient with its parameter's strides if the strides differ only in dimensions of size 1."""
     if any(a != b for a, b, n in zip(gradient.stride(), parameter.stride(), gradient.shape, strict=True) if n > 1):
-        return gradient  # torch copies it into the bucket
+        return gradient  # torch copies the gradient into the bucket
     return gradient.as_strided(parameter.shape, parameter.stride())
 
 
 def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Add gradients over the ranks.
 
-    A mean would need a loss multiplied by the world size, so fp16 would overflow in other steps than on one GPU.
+    Before a mean, the loss would be multiplied by the world size. fp16 would then overflow in other steps than on one
+    GPU.
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
@@ -190,7 +192,7 @@ def _sum_in_rank_order(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 
 class Replicated(Strategy):
-    """Replicated runs one process, with a thread and a replica of the model for each GPU, and gathers their losses."""
+    """Replicated runs one process, with a thread and a model replica for each GPU, and gathers the replicas' losses."""
 
     name = "dp"
 

@@ -1,9 +1,9 @@
 """The fsdp strategy shards weights, gradients and optimizer state over the ranks with torch's `fully_shard` (FSDP2).
 
-Each block of the model is gathered just before its computation and released just after, in forward and backward;
-gradients are averaged into the ranks' shards. Checkpoints have the same contents and names under all strategies, so a
-run can continue under any of them. `choose_strategy` imports this module only when needed, since that takes two
-seconds.
+Each block of the model is gathered just before its computation and released just after, in forward and backward. Each
+rank gets the mean (under fp16 the sum) of the ranks' gradients for its shard. Checkpoints have the same contents and
+names under all strategies, so a run can continue under any strategy. `choose_strategy` imports this module only when
+needed, since the import takes two seconds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .strategy import HALF, Call, Strategy
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return a model's blocks: entries of its outermost ModuleLists and Sequentials with the class of another entry.
+    """Return a model's blocks: modules in a ModuleList or Sequential with another entry of the same class.
 
-    Lists inside blocks are not searched, since all ranks must gather a block together, but may call different experts
-    of a mixture of experts.
+    Entries without parameters do not count. A block is not searched for smaller blocks, since all ranks must gather a
+    block together, but may call different experts of a mixture of experts.
     """
     if isinstance(model, nn.ModuleList | nn.Sequential):
         entries = [child for child in model if any(True for _ in child.parameters())]
@@ -107,12 +107,12 @@ class Sharded(Strategy):
         )
         offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         units = self.units(model)
-        # units are sharded one by one, so at most one is whole on the device; the last, `call`, has all other weights
+        # One unit at a time is copied to the device and sharded. `call` comes last, with the weights outside all units.
         for unit in [*(repeated_blocks(model) if units is None else units), self.call]:
             self._materialise(unit)
             with _integer_parameters():
                 self._root: FSDPModule = fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=offload)
-            if self.precision == "fp16":  # a sum, as in ddp, so that fp16 overflows in the same steps as on one GPU
+            if self.precision == "fp16":  # sum gradients, as in ddp, so fp16 overflows in the same steps as on one GPU
                 self._root.set_force_sum_reduction_for_comms(True)
                 self._root.set_gradient_divide_factor(1.0)
                 self.loss_multiplier = 1
@@ -170,7 +170,7 @@ class Sharded(Strategy):
         return self.call(batch)
 
     def total_norm(self, gradients: list[Tensor]) -> Tensor:
-        # torch's function would exchange a number per gradient, by a call that may deadlock on a CPU: see shards.whole
+        # torch's function exchanges a number per gradient, in a call that may deadlock on a CPU (see shards.whole)
         own = [shards.local(gradient) for gradient in gradients if shards.is_sharded(gradient)]
         others = [gradient for gradient in gradients if not shards.is_sharded(gradient)]
         total = nn.utils.get_total_norm(own, foreach=True).double().square()
@@ -207,7 +207,7 @@ class Sharded(Strategy):
         own, parameters = self.model.state_dict(), dict(self.model.named_parameters())
 
         def spread(value: Any, like: Tensor) -> Any:
-            """Shard a full tensor like the tensor `like`; return values of other shapes (step counts) unchanged."""
+            """Shard a full tensor like the tensor `like`; return any other value (a step count) unchanged."""
             fits = isinstance(value, Tensor | shards.Pieces) and shards.is_sharded(like) and value.shape == like.shape
             return shards.spread_like(value, like) if fits else value
 

@@ -4,8 +4,8 @@
     copy_(parameter, tensor)    # each rank takes its own rows of a full tensor
     shard_of(parameter)         # this rank's rows and their position in the full tensor
 
-A sharded tensor is torch's DTensor, cut along its first dimension as torch.chunk does. The functions also accept any
-other tensor.
+A sharded tensor is torch's DTensor, cut along its first dimension as torch.chunk does. All functions except `shard_of`
+and `spread_like` also accept unsharded tensors.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor on every rank, without gradients; all ranks must call `whole` for the same tensor.
 
-    On a CPU torch's full_tensor may deadlock (torch 2.13): it holds the GIL while it waits for the lock of gloo's
-    queue, and gloo's thread, which has the lock, may wait for the GIL to free a tensor. all_gather releases the GIL.
+    An unsharded tensor is returned unchanged. On a CPU torch's full_tensor may deadlock (torch 2.13): full_tensor holds
+    the GIL while waiting for the lock of gloo's queue, and gloo's thread, which has the lock, may wait for the GIL to
+    free a tensor. all_gather releases the GIL.
     """
     if not is_sharded(tensor):
         return tensor
@@ -88,7 +89,7 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 def rows_of(full: Any, like: Tensor) -> Any:
-    """Return this rank's rows of a full tensor (or its `Pieces`), cut as the tensor `like` of the same shape is."""
+    """Return this rank's rows of a full tensor (or its `Pieces`), as `like`, a tensor of the same shape, is sharded."""
     if not is_sharded(like):
         return full
     shard = shard_of(like)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 KERNEL = ("fused", "foreach", "capturable")
-"""Options of an optimizer's groups that select a kernel. Each machine sets its own, so a checkpoint's are ignored."""
+"""Options in an optimizer's groups that select a kernel. Loading a checkpoint keeps this machine's options."""
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class Strategy:
         self.num_replicas = num_replicas
         self.world_size = distributed.world_size()
         self.loss_multiplier = self.world_size
-        """The world size if the exchange of gradients averages over the ranks, 1 if it sums."""
+        """Factor of the loss: the world size if gradients are averaged over the ranks, 1 if gradients are summed."""
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.skipped = torch.zeros((), device=device)
         """Number of steps skipped because the gradient was not finite; on the device, so that counting never waits."""
@@ -182,7 +182,7 @@ class Strategy:
         return self.device
 
     def micro_step(self, *, sync: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager for one forward and backward pass, with exchange of gradients if `sync`."""
+        """Return a context manager for a forward and backward pass; with `sync`, ranks exchange gradients."""
         return _NOTHING
 
     def backward(self, batch: Any, weight: float, terms: Callable[[], int]) -> Tensor:
@@ -200,7 +200,7 @@ class Strategy:
         with distributed.computing("step" if weight else "stand-in") if self.world_size > 1 else _NOTHING:
             loss = self.forward(batch)
             distributed.alive()  # backward waits for other ranks, so this sign of life shows which rank is late
-            # after the forward pass, which overlaps with the communication of the number
+            # `terms` may wait for a sum over the ranks; the sum runs during the forward pass
             if not (number := terms()):
                 raise ValueError(
                     "Task.count gave 0 for every batch of this step, so its loss has no mean. Leave samples without "
@@ -253,9 +253,9 @@ class Strategy:
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         """Clip the gradient, take an optimizer step if the gradient is finite, and return the norm before clipping.
 
-        Every rank computes the same norm, so all ranks skip the same steps. On a GPU the device decides, and the CPU
-        does not wait, if the optimizer is a fused Adam, or from the second step on if a step can be undone
-        (undo.py).
+        Every rank computes the same norm, a scalar tensor, so all ranks skip the same steps. The CPU does not wait for
+        a GPU's norm if the optimizer is a fused Adam, whose kernel can skip a step. From the second step on, the CPU
+        does not wait either if the GPU can undo a step (undo.py).
 
         Args:
             max_norm: the largest norm of all gradients together; None: no clipping.
@@ -371,7 +371,7 @@ class Strategy:
         """Return the seconds per step spent only on exchanging gradients, waiting included; None if unknown."""
         return None
 
-    # Full state: names and tensors are the same under all strategies, so a run can continue under any of them.
+    # Full state: names and tensors are the same under all strategies, so a run can continue under any strategy.
     def full_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return {"model": tensors by name, "optimizer": state by parameter name, "scaler": numbers, "skipped": steps}.
 

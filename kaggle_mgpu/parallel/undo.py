@@ -25,7 +25,7 @@ LARGEST = 64 << 20
 def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], device: torch.device) -> bool:
     """Return whether `step_unless` can undo a step: weights and state are on the device, at most `LARGEST` bytes.
 
-    An optimizer that counts its steps on the CPU, such as torch's Adam without `fused`, cannot be undone.
+    If the optimizer counts steps on the CPU, as torch's Adam does without `fused`, no step can be undone.
     """
     nbytes = 0
     for tensor in [*parameters, *(value for *_, value in _state(optimizer, parameters))]:
@@ -36,7 +36,7 @@ def can_undo(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], dev
 
 
 def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the numbers in the optimizer's groups; if a step changes a number, the device cannot undo the step."""
+    """Return the numbers in the optimizer's groups; the device cannot undo a step that changes such a number."""
     return [{k: v for k, v in group.items() if isinstance(v, int | float)} for group in optimizer.param_groups]
 
 

@@ -83,7 +83,7 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
         raise ValueError(f"deepspeed_config: {file}: zero_optimization.stage is {stage!r}: expected 1, 2 or 3")
     return {
         **_without_auto({name: value for name, value in found.items() if name not in OURS}),
-        # one micro-batch at a time: `train` scales the loss and sets accumulation boundaries
+        # with 1, DeepSpeed does not scale the loss: `train` scales the loss and sets the accumulation boundaries
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_norm or 0.0,
@@ -98,7 +98,7 @@ def settings(file: str | None, *, precision: str, max_norm: float | None) -> dic
 
 
 def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (full name, value) for each value in nested mappings except "auto": ("fp16.enabled", True)."""
+    """Yield (full name, value), such as ("fp16.enabled", True), for each value except "auto" in nested mappings."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{above}{name}.")
@@ -107,7 +107,7 @@ def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _without_auto(tree: Any) -> Any:
-    """Return a tree of mappings without its "auto" values."""
+    """Return nested mappings without the "auto" values."""
     if not isinstance(tree, dict):
         return tree
     return {name: _without_auto(value) for name, value in tree.items() if value != "auto"}
@@ -231,7 +231,7 @@ class ZeRO(Strategy):
 
     @contextlib.contextmanager
     def _gathered(self, parameters: list[nn.Parameter], writer: int | None = None) -> Iterator[None]:
-        """Gather stage 3's parameters during a `with` block, then keep the values of rank `writer` if given."""
+        """Gather stage 3's parameters in a `with` block; only changes by rank `writer`, if given, are kept."""
         if self.stage == 3:
             with self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer):
                 yield
@@ -274,8 +274,8 @@ class ZeRO(Strategy):
     def _link(self) -> None:
         """Let stages 1 and 2 find each parameter's moments in the flat shards.
 
-        DeepSpeed 0.19 does so once, after the first parameter group of the first step, and so misses the moments of all
-        later groups.
+        DeepSpeed 0.19 makes these links once, after the first parameter group of the first step, and so misses the
+        moments of all later groups.
         """
         if self.stage < 3:
             self.zero._hp_optimizer_states_linked = False
@@ -325,7 +325,7 @@ class ZeRO(Strategy):
         if self.stage == 3:
             for index in range(len(self._partitions())):
                 self.zero._reassign_or_swap_out_partitioned_parameters(index)
-            if persistent := self.zero.persistent_parameters:  # small parameters stay gathered: renew these copies
+            if persistent := self.zero.persistent_parameters:  # renew stage 3's full copies of small parameters
                 persistent[0].partition(persistent)
                 persistent[0].all_gather(persistent)
         else:

@@ -38,8 +38,8 @@ the weights and the two moments of Adam."""
 MEMORY_FREE = 0.5
 """Expected free share of a GPU's memory."""
 TOLERANCE = 1e-4
-"""Allowed relative difference of two float32 gradients. Another order of addition gives about 1e-6; a wrong scale gives
-at least 0.01 with the uneven numbers of terms in `selftest.gradients`."""
+"""Allowed relative difference of two float32 gradients. Another order of addition changes a gradient by about 1e-6, and
+a wrong scale by at least 0.01, since the numbers of terms in `selftest.gradients` are uneven."""
 STAGES = ("workers", "precision", "all-reduce", "gradients", "checkpoint")
 """The tests in the workers, in this order."""
 
@@ -237,7 +237,7 @@ def _lines(
     for stage in stages:
         if stage in done:
             lines += judges[stage](done[stage])
-        # if `broken` is not in `stages`, the first stage that did not run shows the error
+        # the error belongs to the stage `broken`; if `stages` lacks `broken`, the next of `stages` shows the error
         elif stage == broken or (broken not in stages and not any(line.status == "failed" for line in lines)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             lines.append(Line(stage, "failed", f"{type(error).__name__}: {first}", _ADVICE[broken]))

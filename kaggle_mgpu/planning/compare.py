@@ -74,7 +74,7 @@ def compare_strategies(
     """Take `steps` training steps under each strategy; print and return throughput, memory per GPU and ratio.
 
     Args:
-        nproc: replicas for dp and ddp. Default: one per GPU; two where there is none.
+        nproc: replicas for dp and ddp. Default: one per GPU; two on a CPU.
         strategies: the strategies in the order of the rows; the first that can run has the ratio 1.
 
     Raises:
@@ -111,7 +111,7 @@ def compare_strategies(
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """Say how much faster several runs finish as one job per GPU than in turn under ddp; "" for less than 10 %."""
+    """Return a hint if one job per GPU trains several runs at least 1.1 times as fast as ddp in turn; else ""."""
     rates = {row.strategy: row.samples_per_s for row in rows if row.samples_per_s}
     ddp = next((row for row in rows if row.strategy == "ddp" and row.samples_per_s), None)
     if ddp is None or "single" not in rates:
@@ -129,9 +129,10 @@ def advice(rows: Sequence[Row]) -> str:
 
 
 def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
-    """Fix the global batch, and the micro-batch unless "auto", to their sizes with `replicas` replicas.
+    """Return a config with the global batch and micro-batch sizes that `config` has with `replicas` replicas.
 
-    A strategy with fewer replicas then reaches the same global batch by gradient accumulation.
+    A strategy with fewer replicas then reaches the same global batch by gradient accumulation. A micro-batch size of
+    "auto" stays "auto".
     """
     if config.micro_batch_size == "auto":
         size = config.global_batch_size
@@ -152,7 +153,10 @@ def same_micro_batch(config: TrainConfig, replicas: int) -> TrainConfig:
 
 
 def measure(config: TrainConfig, task: Task, steps: int) -> Measured:
-    """Time `steps` training steps after a warm-up; return rank 0's times and every GPU's memory."""
+    """Time `steps` training steps after a warm-up; return rank 0's times and every GPU's memory.
+
+    Errors of the workers are raised here, such as torch.OutOfMemoryError.
+    """
     with tempfile.TemporaryDirectory(prefix="kaggle_mgpu-measure-") as folder:
         quiet = config.replace(output_dir=folder, resume="never", max_restarts=0)
         every: list[Measured] = launch(_steps, quiet, task, steps, in_worker=True)

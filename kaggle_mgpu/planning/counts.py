@@ -46,9 +46,9 @@ class Facts:
     operations: float
     """Floating-point operations of forward and backward, per sample."""
     operators: int
-    """Operators launched in forward and backward, for any number of samples."""
+    """Operators launched in forward and backward, independent of the number of samples."""
     fixed_bytes: float
-    """Bytes kept for backward for any number of samples, such as half-precision copies of the weights."""
+    """Bytes kept for backward whatever the number of samples, such as half-precision copies of the weights."""
     sample_bytes: float
     """Bytes kept for backward, per sample."""
 
@@ -189,7 +189,10 @@ def shapes_only(model: nn.Module) -> Iterator[FakeTensorMode]:
 
 
 def _counted(parts: Parts, size: int, fake: FakeTensorMode | None = None) -> tuple[Pass, int, int]:
-    """Count a pass of up to four samples; return the pass, a smaller number of samples (2 or 0), and its kept bytes."""
+    """Count a pass of up to four samples, and the kept bytes of a forward pass of two samples.
+
+    Return the pass, the samples of the second pass (2), and its kept bytes. Both are 0 for a dataset of 1 or 2 samples.
+    """
     samples, fewer = min(4, size), 2 if size > 2 else 0
     saved_bytes = 0
     if fewer:
@@ -224,7 +227,7 @@ def _forward(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
     model = parts.strategy.model
     weights = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
-    alive: list[torch.Tensor] = []  # keeps storages alive, as a new storage may get a freed storage's number
+    alive: list[torch.Tensor] = []  # a freed storage's address could be given to a new storage
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -239,7 +242,7 @@ def _forward(parts: Parts, batch: Any) -> tuple[torch.Tensor, int]:
 
 
 def _pass(parts: Parts, samples: int, fake: FakeTensorMode | None = None) -> Pass:
-    """Run forward and backward twice, since the counters of operations and operators would disturb each other."""
+    """Run forward and backward once for each counter, since the counters (operations, operators) disturb each other."""
     distributed.alive()
     strategy, model, batch = parts.strategy, parts.strategy.model, _batch(parts, samples, fake)
     without_values = fake or contextlib.nullcontext()

@@ -86,10 +86,11 @@ class Target:
     count: int
     published: Published | None
     memory_bytes: float | None
-    """Memory of one GPU; None if unknown."""
+    """Bytes of memory of a GPU, the smallest if GPUs differ; None if unknown."""
     here: bool = False
-    """Whether these are this machine's, so that steps can be measured."""
+    """Whether the target is this machine, so that steps can be measured."""
     on_cpu: bool = False
+    """Whether the target is a CPU; `count` is then 1."""
 
     @classmethod
     def named(cls, text: str) -> Target:
@@ -135,7 +136,7 @@ class Exchange:
     what: str
     """The communication in words."""
     nbytes: int
-    """Bytes of gradients; under dp, of weights and gradients for each GPU but the first."""
+    """Bytes of gradients. Under dp: bytes of weights and gradients that each GPU but the first exchanges in a step."""
     seconds: float
     """Seconds of the communication alone."""
     hidden: float
@@ -186,7 +187,7 @@ def exchange(
         micro_step: seconds of a forward and backward pass.
         link: bytes per second from one GPU to the next.
         source: the source of the link's figure.
-        accumulation: micro-steps in a step; dp communicates in each of these.
+        accumulation: micro-steps in a step. Under dp each communicates; under others one exchange a step is counted.
     """
     gradients, hidden = facts.gradient_bytes, micro_step * 2 / 3
     if strategy == "dp":

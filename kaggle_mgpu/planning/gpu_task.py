@@ -50,8 +50,8 @@ class Blocks(nn.Module):
 class Sum(Task):
     """Learn a quarter of the sum of 16 numbers.
 
-    With `killed`, the process kills itself after the first checkpoint. With `max_samples` > 0, a micro-batch of more
-    than `max_samples` samples runs out of memory.
+    With `killed`, the process kills itself after the first checkpoint. With `max_samples` > 0, a training
+    micro-batch of more than `max_samples` samples runs out of memory.
     """
 
     depth: int = 3

@@ -54,12 +54,13 @@ class Plan:
     seconds: float | None
     """Duration of the whole run, evaluations included."""
     lower_bound_seconds: float | None
-    """Seconds of the run if the GPUs reached all of their published figures; None unless estimated from these."""
+    """Seconds of the run at the full published figures; None unless `step_seconds` is estimated from these figures."""
     source: str
     """How `step_seconds` was found, or why not."""
     sessions: int | None
+    """Number of Kaggle's batch sessions; None on a CPU."""
     quota: float | None
-    """The run's time as a fraction of WEEKLY_HOURS."""
+    """The run's time as a fraction of WEEKLY_HOURS; None on a CPU."""
     speedup: float | None
     """Speed of `speedup_of` GPUs divided by the speed of one GPU, with the same global batch."""
     speedup_of: int
@@ -263,12 +264,12 @@ def _batch(config: TrainConfig, facts: Facts, target: Target, replicas: int) -> 
 
 
 def _shards(config: TrainConfig, replicas: int) -> int:
-    """Return the number of GPUs over which weights, gradients and moments are split."""
+    """Return over how many GPUs the estimate splits weights, gradients and moments: all under fsdp, else one."""
     return replicas if config.strategy == "fsdp" else 1
 
 
 def _most_that_fits(facts: Facts, target: Target, config: TrainConfig, replicas: int) -> int | None:
-    """Estimate the largest micro-batch for nine tenths of a GPU's memory: below 1 if none fits, None if unknown."""
+    """Estimate the largest micro-batch that fits in nine tenths of a GPU's memory; below 1: none; None: unknown."""
     if not target.memory_bytes or facts.sample_bytes <= 0:
         return None
     fixed = sum(facts.memory(0, config.ema_decay is not None, _shards(config, replicas)).values())
@@ -283,7 +284,7 @@ def _evaluations(config: TrainConfig, batch: BatchPlan) -> int:
 
 
 def _too_long_to_measure(facts: Facts, batch: BatchPlan, steps: int) -> tuple[float, str] | None:
-    """Return a step's estimated seconds on this CPU and the method; None if measuring `steps` steps is fast enough."""
+    """Return None if measuring on this CPU is fast enough, else a step's estimated seconds and the method in words."""
     side = 512
     matrix = torch.ones(side, side)
     matrix @ matrix

@@ -98,7 +98,9 @@ def all_reduce_bandwidth() -> dict[str, Any]:
 
 
 def gradients() -> dict[str, float]:
-    """Return the relative difference between each strategy's gradient and a single device's, on the same batch.
+    """Return the relative difference of dp's and of ddp's gradient from a single device's, on the same batch.
+
+    The keys are "dp" (not with one GPU), "ddp" (with several ranks) and "GPU against CPU" (with GPUs).
 
     Samples have 1 to 9 terms each and the ranks' micro-batches are uneven, so a mean of means, a forgotten rank or a
     wrong scale changes the gradient. The gradient is taken from a step of SGD; a step of Adam would hide the scale.

@@ -3,8 +3,8 @@
     display = choose_display("auto")(View(max_steps=1000), print)
     attach(output_dir)           # show a run again, from another notebook or after a reload of the page
 
-A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel: in its saved
-notebook, Kaggle either loses bars and live outputs or keeps every version that was drawn.
+A display draws after a record, at a limited rate. A Batch session gets a few lines and the final panel, because the
+notebook that Kaggle saves then either lacks bars and live outputs or has every version of them that was drawn.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def print_line(text: str) -> None:
 class Lines:
     """Print a run as plain lines.
 
-    The first record of a kind, notes and the outcome are printed at once. Training lines follow 15 s apart at first,
-    then at a twentieth of the elapsed time, up to 60 s. Evaluations and saves are printed at most every 30 s;
-    metrics.jsonl has all of them.
+    The first record of a kind, notes and the outcome are printed at once. The pause between two training lines is 15 s
+    in the first 5 minutes, then 1/20 of the elapsed time, and at most 60 s. Evaluations and saves are printed at most
+    every 30 s; metrics.jsonl has all of them.
     """
 
     def __init__(self, view: View, log: Printer = print_line) -> None:
@@ -67,11 +67,12 @@ class Lines:
             self.say(self.view.lines[kind])
 
     def tick(self) -> None:
-        """Redraw times that change without a record."""
+        """Redraw the elapsed and the remaining time between two records, if the display shows them."""
 
     def close(self, outcome: str, status: str) -> None:
+        """Show the end of the run; the arguments are those of `panel_html`."""
         self.say(outcome)
-        if session.can_draw():  # also without a viewer: the saved notebook shows the panel
+        if session.can_draw():  # even if nobody watches, since the saved notebook then shows the final panel
             with contextlib.suppress(Exception):
                 session.show(panel_html(self.view, outcome, status), outcome, self.id)
 
@@ -113,7 +114,7 @@ class Panel(Lines):
         self._draw(self.view.device_line)
 
     def show(self, kind: str) -> None:
-        if kind == "note" or not self.works:  # a line, unlike the panel, stays after the run
+        if kind == "note" or not self.works:  # print notes, since the panel shows only the last three
             super().show(kind)
         elif self.due("panel", 0.5):
             self._draw(self.view.lines[kind])
@@ -140,7 +141,7 @@ def choose_display(display: str) -> type[Lines]:
     """Return the display class for a name: panel, bar, lines, or auto, which depends on the session.
 
     Raises:
-        ValueError: another name.
+        ValueError: `display` is none of these names.
     """
     if display == "auto":
         display = "panel" if session.can_show() else "bar" if sys.stdout.isatty() else "lines"
@@ -220,7 +221,7 @@ def attach(
 
     Raises:
         FileNotFoundError: there is no run in the folder.
-        ValueError: `display` has another value.
+        ValueError: `display` is not the name of a display.
     """
     file = _RecordsFollower(Path(output_dir) / METRICS)
     if not file.path.is_file():

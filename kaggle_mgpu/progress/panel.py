@@ -94,7 +94,7 @@ class View:
         """
         kind, now = str(record.get("kind")), self.clock()
         step = int(record.get("step", self.step))
-        self.step = step if kind == "start" else max(step, self.step)  # a save's record comes some steps after its step
+        self.step = step if kind == "start" else max(step, self.step)  # a save may be recorded some steps later
         if isinstance(record.get("time"), int | float):
             self.recorded_time = record["time"], now
         if kind == "start":
@@ -186,7 +186,7 @@ def panel_html(view: View, outcome: str = "", status: str = "running") -> str:
 
     Args:
         outcome: a sentence about the end of the run; "" during the run.
-        status: a word beside the steps: running, finished, stopped, broke off, left.
+        status: a word beside the steps: running, finished, stopped, broke off, or left if `attach` was interrupted.
     """
     ended = bool(outcome)
     colour = {"finished": "#16a34a", "stopped": _VAL, "broke off": _BAD}.get(status, _TRAIN)

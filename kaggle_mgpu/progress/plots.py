@@ -242,7 +242,7 @@ def _over_time(pace: Axes, records: list[Record]) -> None:
     known = [(r["step"], r["time"] / scale) for r in train if "time" in r] or [(0, 0.0)]
 
     def when(record: Record) -> float:
-        """Return a record's x, from its step: the time of a save's record is some steps too late."""
+        """Return the x at which the record's step ended; a save may be recorded some steps, and so some time, later."""
         import numpy as np
 
         steps, times = np.array(known).T
@@ -328,7 +328,7 @@ def _memory_bars(axes: Axes, memory: dict[int, tuple[float, float | None]]) -> N
         if total is not None:
             bar = axes.barh([place], [total], color="none", edgecolor="gray", height=0.6)
         label = f" {used:.1f} GiB" + (f" of {total:.1f}" if total is not None else "")
-        axes.bar_label(bar, [label], fontsize="small", color=INK)  # outside the frame of the total
+        axes.bar_label(bar, [label], fontsize="small", color=INK)  # beside the bar and the frame
     axes.set_yticks(range(len(memory)), [f"GPU {index}" for index in memory])
     axes.set_ylim(len(memory) - 0.5, -0.5)
     style(axes, "", "peak memory in use (GiB)")

@@ -5,8 +5,8 @@
         progress.close({"finished": True, "step": 1000, "metrics": {"loss": 1.9}, "seconds": 171.0})
     stop(output_dir)                 # ask a run to save and leave
 
-Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. All work is done when a record comes;
-steps without a record cost nothing. A thread looks for stop requests every second and samples the GPUs every 5 s.
+Every rank makes a Progress, and only rank 0 writes, draws or calls on_record. The training loop does this work when a
+record comes. A thread looks for stop requests every second, samples the GPUs every 5 s, and redraws the display.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Progress:
 
     Raises:
         ModuleNotFoundError: tensorboard=True without the package.
-        ValueError: `display` has another value.
+        ValueError: `display` is not the name of a display.
     """
 
     stop_requested = False
@@ -176,7 +176,7 @@ class Progress:
             self._try("TensorBoard", lambda: _to_tensorboard(writer, record, self._step))
 
     def _try(self, what: str, action: Callable[[], object]) -> bool:
-        """Call an action; return False after an error. The first error of each name in `what` becomes a note."""
+        """Call an action of the part named `what`; return False after an error. A part's first error becomes a note."""
         try:
             action()
             return True
@@ -196,7 +196,7 @@ class Progress:
         if not self.stop_requested and (self._folder / STOP).exists():
             with contextlib.suppress(OSError):
                 (self._folder / STOP).unlink()
-            self.stop_requested = True  # after removing the file, since the run may now end at once
+            self.stop_requested = True  # last, since the run may end as soon as this is True, and the file must be gone
 
     def _watch(self, sample: Callable[[], list[dict[str, Any]]]) -> None:
         """Look for stop requests, sample the GPUs and update the display until the run ends."""

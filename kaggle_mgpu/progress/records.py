@@ -4,9 +4,9 @@
     running(records)      # whether the run is still active on this machine
 
 Every record has a "kind" and a "step". Kinds: "start" (a session began: max_steps, unit, devices), "train", "eval",
-"save", "gpus" (utilisation), "note" (a text) and "stop" (a session ended). "time" is the run's seconds so far, over all
-sessions; "spent" says how the seconds since the previous record were used. With several processes, "rank0_loss",
-"rank1_loss", … are each rank's mean loss over its own part of the batch. These records suffice to show and plot a run.
+"save", "gpus" (load of the GPUs), "note" (a text) and "stop" (a session ended). "time" is the run's seconds so far,
+over all sessions; "spent" maps each use of the time since the previous such record to seconds. With several processes,
+"rank0_loss", … are each rank's mean loss over its own part of the batch. These records suffice to show and plot a run.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _is_valid(record: Record) -> bool:
 
 
 def comparable(records: Iterable[Record]) -> list[Record]:
-    """Return the training and evaluation records without times, to compare a resumed with an uninterrupted run."""
+    """Return the training and evaluation records without times and throughputs, to compare runs."""
     of_time = ("time", "seconds", "spent")
     return [
         {key: value for key, value in record.items() if key not in of_time and not key.endswith("_per_s")}

@@ -16,7 +16,8 @@ WORTH_A_SAVE = 2.0
 def floor(limit: float, on_kaggle: bool) -> float:
     """Return the least number of seconds to reserve before a time limit of `limit` seconds.
 
-    The notebook's next cells need this time; Kaggle then also converts the page and saves the output, 2 min per GB.
+    The notebook's next cells need this time. Kaggle then also converts the notebook to a web page and saves the
+    output, 2 min per GB.
     """
     return min(max(0.02 * limit, 180.0 if on_kaggle else 5.0), limit / 2)  # half of a short limit is left for steps
 
@@ -47,18 +48,19 @@ class StepTaken(NamedTuple):
     finished: float
     samples: int
     terms: int
+    """Terms in the sum of the loss over the global batch; see Task.count."""
 
 
 class Clock:
     """The total training time, the throughput since the last record, and the times of a step, an evaluation and a save.
 
-    The loop appends each step to the list `taken`, which is cheap; the methods count the appended steps when needed.
+    The loop appends each step to the list `taken`, which is cheap. `count` later adds these steps to the totals.
 
     Args:
         before: seconds that earlier sessions of the run took.
-        save: a guess at the seconds of a save, used until one is measured.
-        weights: a guess at the seconds of writing the weights alone, at the same speed as `save`.
-        evaluation: a guess at the seconds of an evaluation, used until one is measured.
+        save: a guess at the seconds of a save, used until a save takes longer.
+        weights: a guess at the seconds of writing the weights alone, at the write speed assumed for `save`.
+        evaluation: a guess at the seconds of an evaluation, used until an evaluation is measured.
         floor: the least number of seconds to reserve before a deadline.
     """
 
@@ -118,11 +120,11 @@ class Clock:
         self.evaluation = max(self.evaluation, time.monotonic() - start)
 
     def saved(self, seconds: float) -> None:
-        """Keep the longest duration of a save, from its beginning to the last byte on the disk."""
+        """Keep the longest duration of a save, from its beginning to the last byte on the disk, or the longer guess."""
         self.save = max(self.save, seconds)
 
     def outlasts_a_save(self) -> bool:
-        """Return whether an evaluation may take so long (over WORTH_A_SAVE and over a save) that a save comes first."""
+        """Return whether an evaluation may take longer than a save and than WORTH_A_SAVE; if so, a save comes first."""
         return (self.evaluation or self.evaluation_guess) > max(self.save, WORTH_A_SAVE)
 
     def throughput(self, unit: str) -> dict[str, float]:
@@ -140,7 +142,8 @@ class Clock:
         "evaluation" and "saving" are the times of `pause`, "steps" is the rest: forward, backward, optimizer.
 
         Args:
-            communication: seconds per step in which the GPU only sends gradients, if known; subtracted from "steps".
+            communication: seconds per step in which the GPU only exchanges gradients, subtracted from "steps". None:
+                unknown, and not subtracted.
         """
         self.count()
         now = time.monotonic()
@@ -152,13 +155,14 @@ class Clock:
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:
-        """Return the seconds to reserve before a deadline: 1.5 times the work until the end, at least the floor.
+        """Return the seconds to reserve before a deadline: 1.5 times the remaining work, at least the floor.
 
-        This work is `steps` steps as long as the longest so far, the longest save, and writing the final weights at
-        the speed of this save.
+        The remaining work is `steps` steps, each as long as the longest step so far, then the longest save, then
+        writing the final weights at the speed of that save.
 
         Args:
-            evaluation: whether an evaluation comes next; the longest evaluation so far is then added.
+            evaluation: whether an evaluation comes next. If so, the longest evaluation so far is added, or the guess
+                before the first evaluation.
         """
         self.count()
         step = self.longest_step or self.first_step

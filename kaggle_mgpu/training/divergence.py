@@ -1,4 +1,4 @@
-"""Decide when to end a run whose loss or gradient is not finite, and make the error with the steps and samples."""
+"""Decide when to end a run whose loss or gradient is not finite, and build an error with the steps and samples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_hopeless(step: int, loss: float, skipped_in_a_row: int, precision: str) -
         skipped_in_a_row: the number of consecutive steps, the last being `step`, that were skipped because their
             gradient was not finite.
     """
-    # without fp16's loss scale, a first gradient that is not finite means that the next will not be finite either
+    # in fp16 the loss scale may be too high at first; in fp32 and bf16 the next step would fail for the same reason
     patience = 1 if step == 1 and precision != "fp16" else PATIENCE[precision]
     only_gradient_is_finite = not math.isfinite(loss) and skipped_in_a_row == 0 and precision != "fp16"
     return skipped_in_a_row >= patience or only_gradient_is_finite
@@ -51,7 +51,7 @@ def diverged_error(
         first: the first step whose gradient was not finite; `step` if only the loss was not.
         samples: the indices of the samples of step `first`.
         skipped: the number of skipped steps from `first` on.
-        good: the newest checkpoint from before `first`.
+        good: the newest checkpoint from before `first`; None without one.
     """
     shown = ", ".join(map(str, samples[:16])) + (
         f", … ({len(samples)} in all: see metrics.jsonl)" if len(samples) > 16 else ""

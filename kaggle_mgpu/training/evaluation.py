@@ -41,7 +41,7 @@ class Evaluation:
         self.every = every if isinstance(every, int) else named[every]
         self.rng_key = randomness.key(parts.config.seed, "metrics")
         self.batch_size: int | None = None
-        """Samples per batch on each rank, after an evaluation ran out of memory with more."""
+        """Samples per batch on each rank, found to fit after an evaluation ran out of memory; None before."""
         self.next_step: float = math.inf
         """The number of steps at which the next evaluation is due."""
         if parts.val_fetch is not None:
@@ -56,11 +56,12 @@ class Evaluation:
         """Evaluate the first micro-batch of val_data, and return the seconds that all of val_data takes at this pace.
 
         A mistake in the task's metrics then shows before the first step instead of after an epoch. Every rank must
-        call this; all of them fail together. Weights, buffers, random generators and `state` stay as they are.
+        call this; an error on one rank ends all. Weights, buffers, random generators and `state` stay as they are.
 
         Raises:
             RuntimeError: a sample of val_data, Task.metrics or Task.summary fails.
             ValueError: the evaluation gives no best_metric.
+            Exception: the task has no metrics of its own, and its loss fails.
             RestartError: out of memory where ranks compute together (fsdp, deepspeed).
         """
         if self.next_step == math.inf:
@@ -233,7 +234,7 @@ def _sums(parts: Parts, batch_size: int) -> Any:
 
 
 def _split_off_rows(own: Any) -> tuple[Any, dict[str, list[Tensor]]]:
-    """Return this rank's sums, with [] in place of rows to be gathered, and the rows by name."""
+    """Return this rank's sums, with [] for each metric of gathered rows, and these rows by metric name."""
     if not isinstance(own, dict):
         return own, {}
     rows = {name: value for name, value in own.items() if isinstance(value, list)}
@@ -273,8 +274,8 @@ def _merge(
     """Add up every rank's sums and counts in the order of ranks, and let the task summarise the means.
 
     Args:
-        gathered: this rank's rows by name, one tensor for each batch. The ranks took the batches in turn, so the
-            result takes one batch of each rank in turn.
+        gathered: this rank's rows by metric name, one tensor for each batch. The ranks take turns in the batches of
+            val_data, so the joined rows also alternate between the ranks, batch by batch.
     """
     means: dict[str, Tensor] = {}
     names = dict.fromkeys(name for part in sums for name in part)

@@ -41,7 +41,7 @@ MOST_SAMPLED = 1024
 MOST_ITEMS = 1000
 """Longer lists are read at their two ends only."""
 MOST_ROWS = 50
-"""Longer tables are read at their two ends only."""
+"""Rows read at each end of a table; rows between are not read."""
 MOST_VISITED = 20_000
 """Values with more items, nested ones included, are not compared."""
 RECENT_SECONDS = 7 * 86400
@@ -92,7 +92,7 @@ def differences(then: Mapping[str, Any] | None, now: Mapping[str, str], notes: b
     """
     if not then or not isinstance(then, Mapping) or then.get("form") != now.get("form"):
         return []
-    other_python = then.get("Python") != now.get("Python")  # with other bytecode
+    other_python = then.get("Python") != now.get("Python")  # the same code then has another bytecode
     listed = []
     for name in {**now, **then}:
         was, now_is = then.get(name), now.get(name)
@@ -110,7 +110,7 @@ def differences(then: Mapping[str, Any] | None, now: Mapping[str, str], notes: b
 
 
 def _kinds(kind: type) -> Iterator[type]:
-    """Yield a task's classes below Task that are not of this package, base first."""
+    """Yield the user's classes in a task's inheritance, from the base class next to Task to the task's own class."""
     for each in kind.__mro__[: kind.__mro__.index(Task)][::-1]:
         if _is_own(each):
             yield each
@@ -135,7 +135,7 @@ def _is_installed(file: str) -> bool:
 
 
 def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
-    """Yield the functions that a value or a member of a class is made of: plain, of a property, wrapped or partial."""
+    """Yield the plain functions inside a value or class member: a function, method, property, partial or wrapper."""
     parts: tuple[Any, ...] = ()
     with contextlib.suppress(Exception):  # an arbitrary value may raise anything
         if isinstance(member, property):
@@ -144,7 +144,7 @@ def _functions(member: Any, depth: int = 20) -> Iterator[types.FunctionType]:
             parts = (member.func,)
         elif isinstance(member, staticmethod | classmethod | types.MethodType):
             parts = (member.__func__,)
-        elif not isinstance(member, type):  # functools.wraps, lru_cache. Some objects answer getattr for any name
+        elif not isinstance(member, type):  # from functools.wraps or lru_cache; getattr may answer for any name
             parts = (getattr(member, "__dict__", {}).get("__wrapped__"),)
     if type(member) is types.FunctionType:
         yield member
@@ -161,7 +161,7 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _assigned(kind: type) -> set[str]:
-    """Return the attributes assigned in a user's class outside __init__: results such as counters and caches."""
+    """Return the attributes that a user's class assigns outside __init__: counters and caches, not compared."""
     return {
         step.argval
         for each in kind.__mro__
@@ -194,8 +194,8 @@ def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]
     checked = [_of_code(function.__code__), _text(function.__defaults__), _text(function.__kwdefaults__)]
     steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
     used = {str(step.argval) for step in steps if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))}
-    # co_names also has attributes; an attribute may share its name with a global of the notebook, but in a worker a
-    # function from a cell has only the globals that it loads
+    # not co_names, which also has the names of attributes: a notebook's global may share such a name, but in a worker
+    # a cell's function has only the globals that its code loads, and the checksums would differ
     loaded = {str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     values = {word: function.__globals__[word] for word in sorted(loaded) if word in function.__globals__}
     for word, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
@@ -217,7 +217,7 @@ def _of_function(function: types.FunctionType, found: dict[int, tuple[str, str]]
 
 
 def _changed(steps: list[dis.Instruction]) -> set[str]:
-    """Return the names of the variables that a function changes in place or assigns: caches and histories."""
+    """Return the names of the variables that a function assigns or changes in place: caches, not compared."""
     changed = {str(step.argval) for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
     for step, after, later in zip(steps, steps[1:], steps[2:], strict=False):
         if (

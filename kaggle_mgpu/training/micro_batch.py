@@ -36,8 +36,8 @@ def settle_micro_batch(parts: Parts, folders: Sequence[Path]) -> Parts:
     """Return the parts with the micro-batch size to start with: found, remembered, or given by the config.
 
     Args:
-        folders: folders that may hold a remembered size, the first match counts. A size in the config gives way only
-            to a smaller remembered size.
+        folders: folders that may hold a remembered size; the first size remembered under the same conditions is used. A
+            size in the config is replaced only by a smaller remembered size.
 
     Raises:
         OutOfMemoryError: not even one sample fits.
@@ -150,7 +150,7 @@ def unchanged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
 
     The optimizer must not have taken a step before.
     """
-    # frozen weights do not move, and copies of a large model's weights would fill the host's memory
+    # steps do not change frozen weights; copies of a large frozen model would fill the host's memory
     tensors = [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
     before = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]

@@ -6,8 +6,8 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by an approximation of the
 nearest matrix with orthonormal rows or columns, from five Newton-Schulz iterations. torch.optim.Muon iterates in
 bfloat16, where a rounding difference in the gradient, as between one GPU and two, may change an update by 1 part in
-250: after four steps the weights of two replicas differed from those of one by 1e-3. This class iterates in float32,
-where they differed by 3e-7.
+250. After four steps, the weights trained on two replicas differed by 1e-3 from the weights trained on one. This class
+iterates in float32, where the difference was 3e-7.
 """
 
 from __future__ import annotations

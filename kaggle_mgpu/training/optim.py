@@ -170,8 +170,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """Return AdamW over `parameter_groups`, in one fused kernel where the parameters' device has one.
 
-    The fused kernel cuts a small training step on the CPU to 0.69 of its time (measured), and saves kernel launches on
-    a GPU. Move the model to its device first, because the kernel is chosen here. The default betas are nanoGPT's.
+    Measured on the CPU, the fused kernel shortens a small training step by 31 %; on a GPU the kernel saves launches.
+    Move the model to its device first, because the kernel is chosen here. The default betas are nanoGPT's.
     """
     groups = parameter_groups(model, weight_decay)
     parameters = [p for group in groups for p in group["params"]]
@@ -277,8 +277,9 @@ class EMA:
     def swap(self, model: nn.Module) -> Iterator[None]:
         """Let the model hold the averaged weights inside a `with` block; then restore its own weights exactly.
 
-        They are restored after an error too. Values are copied and the tensors stay the same objects, so wrappers,
-        compiled code and the optimizer keep working. Changes made to weights and buffers inside the block are lost.
+        An error in the block does not prevent the restoration. Values are copied and the tensors stay the same objects,
+        so wrappers, compiled code and the optimizer keep working. Changes made to weights and buffers inside the block
+        are lost.
 
         Raises:
             ValueError: the model lacks a parameter or buffer that is averaged or copied.
@@ -327,7 +328,7 @@ class EMA:
 
     @staticmethod
     def _pairs(mine: dict[str, Tensor], theirs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the tensors of `mine`, and the model's of the same names; raise ValueError for a missing name."""
+        """Return the tensors of `mine` and the model's tensors by these names; raise ValueError for a missing name."""
         missing = [name for name in mine if name not in theirs]
         if missing:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The parts of a training run: a frozen dataclass, made from a config and a task in the same way on every rank.
 
-A step changes tensors of the model, the optimizer and the averaged weights. A smaller micro-batch makes a new object.
+A training step changes the tensors inside. A change of the micro-batch size makes a new Parts object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class StepParts:
     lr_at: Callable[[int], float]
     """Gives the learning rate of the next step from the number of steps taken."""
     max_norm: float | None = None
+    """The gradient is clipped to this norm. None: no clipping."""
     ema: optim.EMA | None = None
+    """None: the run does not average weights."""
     rng_key: int = 0
     """Seeds the random generators before each step, together with the step and the rank."""
     rank: int = 0
@@ -77,7 +79,7 @@ class Parts(StepParts):
 
     @property
     def unit(self) -> str:
-        """A word for the place where one replica runs."""
+        """The printed word for a replica's device: "GPU"; on the CPU, "replica" under dp, else "process"."""
         return "GPU" if self.gpus else "replica" if self.strategy.name == "dp" else "process"
 
     def batches(self, samples_seen: int) -> Iterator[data.Step]:
@@ -304,7 +306,7 @@ def _model(task: Task, config: TrainConfig) -> nn.Module:
         enable()
     keep_4bit_layout(model)
     model.train()
-    # with find_unused_parameters a rank may skip a layer that the others compute
+    # a synchronised layer needs every rank, but with find_unused_parameters a rank may skip a layer
     if config.sync_batchnorm == "auto" and not config.find_unused_parameters and distributed.world_size() > 1:
         sync_batch_norms(model)
     if config.compile:
@@ -322,8 +324,8 @@ def keep_4bit_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from packing 4-bit weights in another layout on CPUs with AVX512-BF16.
 
     bitsandbytes 0.50 packs and rounds a layer's weights permanently at its first call in eval mode, for a bf16 kernel
-    without a backward pass. Training after an evaluation would then compute other values, and under fsdp the gathered
-    weights would change but not this rank's shards.
+    without a backward pass. Training after an evaluation would then use changed weights. Under fsdp the gathered copy
+    of the weights would change, but this rank's shards would not.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -85,7 +85,7 @@ def _same_task(parts: Parts, start: Path, own: Path) -> bool:
 
 
 def _is_finished(start: Path, step: int, max_steps: int) -> bool:
-    """Return whether the run of a checkpoint has taken all its steps, even if these are fewer than this run's."""
+    """Return whether a checkpoint's run is finished by its own result.json, or has taken `max_steps` steps."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         result = json.loads((start.parent.parent / "result.json").read_text(encoding="utf-8"))
         return bool(result.get("finished")) or step >= max_steps
@@ -95,7 +95,7 @@ def _is_finished(start: Path, step: int, max_steps: int) -> bool:
 def expected_by(strategy: Strategy, optimizer: torch.optim.Optimizer, ema: EMA | None, plan: BatchPlan) -> Expected:
     """Return the contents that a checkpoint must have for this run. Needs no other rank."""
     names = {parameter: name for name, parameter in strategy.model.named_parameters()}
-    # under deepspeed: the groups of names, kept from before ZeRO put its own tensors into the optimizer
+    # deepspeed's strategy keeps the names of the parameters by group, since ZeRO replaces the optimizer's parameters
     groups: list[list[str]] | None = getattr(strategy, "groups", None)
     if groups is None:
         groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -218,7 +218,7 @@ class Saving:
         self.newest_reported = False
         """Whether an error already says where the newest checkpoint is."""
         self.written: list[checkpoint.Saved] = []
-        """Saves that ended while an error was ending the run; the log records them last."""
+        """Saves found to have ended while an error is handled; the log records these saves last."""
         self._schedule(state.step)
         if imported:
             self.saved_step, self.next_time = -1, -math.inf
@@ -244,7 +244,7 @@ class Saving:
         return saves
 
     def checkpoint_contents(self, parts: Parts, state: TrainState) -> dict[str, Any]:
-        """Return the tensors, the state and the facts of a checkpoint: the only list of its contents."""
+        """Return everything that a checkpoint holds: the tensors, the state and the facts (values for JSON)."""
         ungathered = parts.strategy.ungathered_state(parts.optimizer)
         tensors = {"model": ungathered.pop("model")} | ({"ema": parts.ema.state_dict()} if parts.ema else {})
         if not self.in_shards:
@@ -308,8 +308,8 @@ class Saving:
 
     def rescue(self, parts: Parts, state: TrainState) -> str:
         """Save the state, if this rank has the whole state; return a sentence about the newest checkpoint."""
-        # only rank 0 relies on its own unfinished save of this step: after another rank's error torchrun kills rank 0,
-        # and launch waits for a limited time
+        # rank 0 waits for its own save of this step. Any other rank saves again, because after an error on that rank
+        # torchrun kills rank 0, and launch waits only for a limited time
         if not parts.strategy.computes_alone or (parts.is_main and state.step == self.saved_step):
             return self.newest(parts)
         try:

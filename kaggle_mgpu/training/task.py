@@ -81,9 +81,9 @@ class Task:
         {name: distributed.Gather(tensor)} instead gives `summary` the rows of all samples, for example for an AUC.
 
         This method is also called once before training, on the first samples of val_data, so that a mistake shows at
-        once. Sums may be tensors of any shape (a confusion matrix), from which `summary` makes numbers. Under fsdp all
-        ranks make each call of the model together: call the model equally often for every batch, or call the model
-        within `shards.gathered(model)`.
+        once. Sums may be tensors of any shape (a confusion matrix), from which `summary` makes numbers. Under fsdp a
+        call of the model needs all ranks: call the model equally often for every batch, or within
+        `shards.gathered(model)`.
         """
         found, count = self.loss(model, batch), self.count(batch)
         loss, parts = found if isinstance(found, tuple) else (found, {})
@@ -119,7 +119,7 @@ class Task:
         """Receive a record on rank 0 before the record is written, for wandb or prints.
 
         Entries added to the record are written too. A returned text ends the run as finished, with this text as the
-        reason. After a record of a training step or an evaluation, the run ends after the next step at the latest.
+        reason. The run ends at most one step after the record of a training step or an evaluation.
         """
         return None
 

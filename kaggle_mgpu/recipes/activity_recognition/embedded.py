@@ -110,14 +110,14 @@ def synthetic(subjects: int = 24, repeats: int = 20, seed: int = 20) -> Windows:
     """Make signals of invented people: `repeats` windows of (6, 128) at 50 Hz per person and activity.
 
     Random for each person: pace, strength, style (strength and phase of each harmonic of the step), the orientation of
-    the device (a rotation of about 20 degrees), and the sensor's bias and noise. Random for each window: phase, pace
-    and strength. Walking, climbing and descending differ in their harmonics. Sitting, standing and lying differ in the
-    slope of the device, to which its random orientation adds, and in the sway of the body.
+    the device (a rotation of about 20 degrees), and the sensor's bias and noise. Random for each window: phase, pace,
+    strength and a part of the device's slope. Walking, climbing and descending differ in harmonics, pace and slope.
+    Sitting, standing and lying differ in slope and in the sway of the body.
     """
     rng = np.random.default_rng(seed)
     samples, rate, harmonics = 128, 50.0, np.arange(1, 5)
     time = np.arange(samples) / rate
-    # (gait, channel, harmonic): a random part common to the three gaits, and a smaller one for each gait
+    # strengths and phases (gait, channel, harmonic): a random part shared by all gaits, and a smaller part per gait
     fall = 1 / harmonics**0.8
     scale = np.array([0.12, 0.10, 0.22, 0.35, 0.30, 0.25])[:, None]
     strengths = scale * fall * np.exp(0.35 * rng.normal(size=(1, 6, 4)) + 0.22 * rng.normal(size=(3, 6, 4)))

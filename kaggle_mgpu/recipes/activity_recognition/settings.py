@@ -47,7 +47,7 @@ class Config(TrainConfig):
     """Attention heads."""
     augment: bool = True
     """Show each window in each epoch as if another person had worn the device: rotated, shifted, stretched in time and
-    strength. The random numbers of a window do not depend on how the batch is split."""
+    scaled. The random numbers of a window do not depend on how the batch is split."""
     turn_degrees: float = 10.0
     """Standard deviation of the random rotation around each axis, for channels named NAME_x, NAME_y, NAME_z. Measured
     on the synthetic signals, in which the orientation of the device varies by 12 degrees around each axis: test
@@ -72,7 +72,7 @@ class Config(TrainConfig):
     epoch_windows: int = 1920
     """Fewest windows in an epoch: a smaller training set is repeated within each epoch."""
     data_workers: int | Literal["auto"] = 0
-    """Loader processes per rank. 0: none; reading a window from memory costs less than receiving one."""
+    """Loader processes per rank. 0: none, because memory is read faster than a loader process sends a window."""
     output_dir: str = "activity_recognition"
     """The run's folder: config, metrics, logs, checkpoints, weights, result, test.json, test_predictions.csv and
     confusion.png."""

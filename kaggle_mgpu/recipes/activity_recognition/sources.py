@@ -52,6 +52,9 @@ LAYOUTS = (
 def find(data_path: str | None, window: int = 128, stride: int = 64) -> tuple[Windows, str]:
     """Return the windows of `data_path`, else of the inputs, else of `embedded`, and the reason for the choice.
 
+    Args:
+        window, stride: rows in a window, and rows between the starts of two windows; for recordings (.csv, seglearn).
+
     Raises:
         FileNotFoundError: data_path does not exist, or a file of the layout is missing.
         ValueError: an unknown layout, or a wrong value, with its file and line.

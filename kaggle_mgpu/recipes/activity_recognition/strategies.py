@@ -32,7 +32,7 @@ def _measured(config: TrainConfig, task: Task) -> tuple[Result, list[int]]:
 
 
 def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, Any]]:
-    """Take the same `steps` training steps under single and, with several replicas, under dp and ddp.
+    """Take the same `steps` training steps with strategy single and, for several replicas, with dp and ddp.
 
     The number of replicas is nproc; "auto" means one for each GPU, or two on a CPU.
 
@@ -43,7 +43,7 @@ def side_by_side(config: Config, task: Task, steps: int = 60) -> list[dict[str, 
     """
     gpus = len(devices.select(config.gpu_ids))
     replicas = (gpus or 2) if config.nproc == "auto" else int(config.nproc)
-    # the same batch under each strategy: with micro_batch_size alone it would grow with the number of replicas
+    # fix the global batch: from micro_batch_size alone, single would get a smaller global batch than dp and ddp
     batch = BatchPlan.make(
         dataset_size=1,
         num_replicas=replicas,

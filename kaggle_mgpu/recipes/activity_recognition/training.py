@@ -43,7 +43,7 @@ class Signals(Dataset[Any]):
 class Augmented(Signals):
     """Windows one by one, each with random numbers drawn from a generator seeded by (seed, epoch, sample)."""
 
-    batch = None  # type: ignore[assignment]  # the random numbers would depend on how a batch is split
+    batch = None  # type: ignore[assignment]  # fetch one by one: numbers drawn per batch would depend on its split
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return *super().__getitem__(index), torch.randn(N_RANDOM)

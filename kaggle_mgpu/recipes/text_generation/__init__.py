@@ -8,7 +8,7 @@
     print(task.sample(result.load(task.model()), "Once upon a time"))
 
 Or: `python -m kaggle_mgpu train text_generation --data-path my.txt`. Rank 0 turns the text into two
-memory-mapped token files under output_dir/data, once; a batch is one NumPy gather from them. Perplexities of different
+memory-mapped token files under output_dir/data, once. One indexing operation reads a batch. Perplexities of different
 tokenizers cannot be compared, so every evaluation also reports bits per byte of the held-out text. Files: settings.py;
 documents.py (reading, split), tokenizer.py and corpus.py (token files, blocks); model.py; training.py (the task);
 generation.py; ngrams.py (baselines).

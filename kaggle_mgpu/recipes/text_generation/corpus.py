@@ -43,7 +43,8 @@ SAMPLE_CHARACTERS = 100_000
 FIRST_SECONDS, PROGRESS_SECONDS = 2.0, 10.0
 """Seconds until the first line of progress, and between further lines."""
 
-# Byte-level BPE first splits a text into words, always before white space that follows another character
+# Byte-level BPE first splits a text into words. A cut before a space or line end, after a character that is not white
+# space, never splits a word.
 BETWEEN_WORDS = re.compile(r"(?<=\S)(?=[ \n])")
 PIECES = re.compile(r"(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}")
 
@@ -97,7 +98,7 @@ class TokenBlocks(Dataset[tuple[Tensor, Tensor]]):
 
     @property
     def tokens(self) -> NDArray[Any]:
-        """All tokens (n_tokens,), memory-mapped at first use. Pickles leave the map out, which would add all bytes."""
+        """All tokens (n_tokens,), memory-mapped at first use. A pickle of this object leaves the tokens out."""
         if self._tokens is None:
             self._tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
         return self._tokens
@@ -157,12 +158,12 @@ def _has_text(file: Path, text_field: str) -> bool:
 
 
 def prepare(config: Config) -> Corpus:
-    """Return the corpus; write its files under output_dir/data unless complete there or in a Kaggle input.
+    """Return the corpus; write its files under output_dir/data, unless complete files are there or in a Kaggle input.
 
     Only one process may call `prepare` at a time. The folder's name is a digest of the text and of all settings that
     matter, so a second run reuses the folder, and a changed text gets another folder. Each token file is `separator
     document separator document ... separator`. bpe takes 13 CPU-seconds for 20 MB of Python source, 5 to learn the
-    vocabulary and 8 to encode, both on all cores. Progress is printed every ten seconds. A document takes its size in
+    vocabulary and 8 to encode, both on all cores. Progress is printed every ten seconds. Each document is in
     memory once, and twice while it is read.
 
     Raises:
@@ -188,7 +189,7 @@ def prepare(config: Config) -> Corpus:
     folder = Path(config.output_dir).resolve() / "data" / hashlib.sha256(settings.encode()).hexdigest()[:16]
     folder = session.find_prepared(folder, "corpus.json")
     if not (folder / "corpus.json").exists():
-        # the folder gets its name when complete; a killed session may have left a partial one
+        # a temporary folder, renamed when complete; a killed session may have left a partial temporary folder
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -291,7 +292,7 @@ def _samples(split: Iterator[tuple[str, int]], total: int) -> Iterator[str]:
             yield (piece := text[start:stop])
             nbytes = len(piece.encode("utf-8"))
             characters += len(piece)
-            # training ends after MOST_CHARACTERS; their bytes are estimated from the text so far
+            # BPETokenizer.train stops after MOST_CHARACTERS; the bytes of so many are estimated from the text so far
             progress.total = min(total, round(MOST_CHARACTERS * (progress.done + nbytes) / characters))
             progress.add(nbytes)
             start = stop

@@ -111,9 +111,10 @@ def digest_of(text: str) -> tuple[str, int]:
 def plan_split(documents: Sequence[tuple[str, int]], val_fraction: float) -> list[int]:
     """Return the number of leading bytes of each document for training. The rest of the document is held out.
 
-    Whole documents are held out: in the order of their digests, each that still fits into `val_fraction` of the bytes.
-    Equal documents stay together. If this gives less than half of `val_fraction` (one book, a few long files), the tail
-    of the whole text is held out instead. The same documents in the same order give the same split.
+    Whole documents are held out, taken in the order of their digests. A document is held out if it fits into what is
+    left of `val_fraction` of all bytes. Equal documents stay together. If the documents held out have less than half
+    of `val_fraction` (one book, a few long files), the tail of the whole text is held out instead. The same
+    documents in the same order give the same split.
 
     Args:
         documents: (hex digest, size in bytes) of each document.

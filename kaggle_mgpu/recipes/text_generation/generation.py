@@ -13,8 +13,9 @@ from .tokenizer import Tokenizer
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Return the probabilities of the next token: softmax(logits / temperature), with unlikely tokens left out.
 
-    Only the top_k likeliest tokens are kept, and of these the fewest likeliest tokens whose share of the probability
-    reaches top_p (Holtzman et al. 2020, arXiv 1904.09751). With temperature 0 the likeliest token has probability 1.
+    top_k keeps the top_k likeliest tokens. top_p then keeps the smallest number of likeliest tokens with a total
+    probability of at least top_p (Holtzman et al. 2020, arXiv 1904.09751). None: no such limit. With temperature 0 the
+    likeliest token has probability 1.
 
     Args:
         logits: (n_vocab,).

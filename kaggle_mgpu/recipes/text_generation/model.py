@@ -37,6 +37,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, int] | None = None) -> Tensor:
         # x (B, T, C); q, k, v (B, heads, T, head size); past: this layer's cache (2, B, heads, block_size, head size)
+        # and the number of cached tokens
         b, t, c = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
@@ -57,7 +58,7 @@ class Block(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864): turn the pairs x[..., i], x[..., i + D/2] of numbers.
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864): rotate each pair of x[..., i] and x[..., i + D/2].
 
     x: (..., T, D); cos, sin: (T, D/2).
     """

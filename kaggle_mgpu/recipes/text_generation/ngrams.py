@@ -14,7 +14,8 @@ class Ngrams:
     """Unigram and bigram counts of a token stream (N + 1,), smoothed: p(b) = (count(b) + k) / (N + k V) and
     p(b | a) = (count(a b) + m p(b)) / (count(a) + m) (MacKay and Peto 1995).
 
-    V is n_vocab, the number of ids. k and m are arguments of `losses`.
+    V is n_vocab, the number of ids. The first token only serves as context, so N tokens are counted. k and m are
+    arguments of `losses`.
     """
 
     def __init__(self, stream: NDArray[Any], n_vocab: int) -> None:
@@ -38,8 +39,9 @@ class Ngrams:
 def ngram_losses(train: NDArray[Any], val: NDArray[Any], n_vocab: int) -> tuple[float, float]:
     """Return the validation losses, nats per token, of a unigram and a bigram table of the training stream.
 
-    Only the last 20 M tokens of the training stream are used. The smoothing weights k and m are chosen to minimise the
-    loss of the last tenth under tables of the rest; the final tables are made from all of these tokens.
+    Only the last 20 M tokens of the training stream are used. The smoothing weights k and m are chosen to minimise
+    the loss on the last tenth of these tokens, with tables made from the other nine tenths. The final
+    tables use all 20 M tokens.
     """
     train = np.asarray(train[-20_000_000:])
     cut = len(train) - max(2, len(train) // 10)

@@ -48,9 +48,9 @@ class Config(TrainConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon for the matrices of the blocks; AdamW for the embedding, with 3 times the learning rate, and for
     vectors. Not with strategy deepspeed. Measured on the King James Bible at lr=3e-3, in nats per held-out token, mean
-    of three seeds. 0.26 M parameters, 120 steps: adamw 5.19, muon 4.79; 600 steps: adamw 4.26, muon 4.21; adamw in the
-    time of muon's 600 steps (684 steps): 4.23. 1.2 M parameters, 600 steps: adamw 3.79, muon 3.77; adamw in the time
-    of muon's 600 steps (708 steps): 3.71. The time of muon's steps on a GPU has not been measured."""
+    of three seeds. 0.26 M parameters, 120 steps: adamw 5.19, muon 4.79; 600 steps: adamw 4.26, muon 4.21; adamw with
+    684 steps, which take as long as muon's 600: 4.23. 1.2 M parameters, 600 steps: adamw 3.79, muon 3.77; adamw with
+    708 steps, which take as long as muon's 600: 3.71. The time of muon's steps on a GPU has not been measured."""
     global_batch_size: int | str | None = 64
     """Blocks per optimizer step over all GPUs: 64 x 512 = 32768 tokens."""
     epochs: int = 20
