@@ -187,7 +187,7 @@ def exchange(
         micro_step: seconds of a forward and backward pass.
         link: bytes per second from one GPU to the next.
         source: the source of the link's figure.
-        accumulation: micro-steps in a step. Under dp each communicates; under others one exchange a step is counted.
+        accumulation: micro-steps in a step. Under dp and fsdp each communicates, under the others only the last.
     """
     gradients, hidden = facts.gradient_bytes, micro_step * 2 / 3
     if strategy == "dp":
@@ -197,9 +197,10 @@ def exchange(
         return Exchange(what, nbytes, seconds, 0.0, seconds, link, source)
     seconds = 2 * (replicas - 1) / replicas * gradients / link
     what = f"an all-reduce of {size(gradients)} of gradients"
-    if strategy == "fsdp":  # gathers weights twice, scatters gradients: each is half an all-reduce
-        seconds *= 1.5
+    if strategy == "fsdp":  # each micro-step gathers weights twice and scatters gradients: each is half an all-reduce
+        seconds, hidden = 1.5 * accumulation * seconds, accumulation * hidden
         what = f"gathering {size(facts.weight_bytes)} of weights twice and scattering their gradients"
+        what += f", in each of {accumulation} micro-steps," if accumulation > 1 else ""
     last = min(1.0, BUCKET / gradients) if gradients else 0.0
     return Exchange(what, gradients, seconds, hidden, max(seconds - hidden, seconds * last), link, source)
 

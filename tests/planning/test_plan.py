@@ -286,6 +286,8 @@ def test_an_exchange_hides_behind_the_backward_pass_but_for_its_last_bucket() ->
 def test_what_other_strategies_send_and_hold() -> None:
     whole = exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp")
     assert whole.seconds == pytest.approx(1.5)
+    in_each = exchange(facts(), 2, micro_step=3.0, link=1e8, source="", strategy="fsdp", accumulation=2)
+    assert (in_each.seconds, in_each.hidden) == (pytest.approx(3.0), pytest.approx(4.0))
     through_one = exchange(facts(), 3, micro_step=3.0, link=1e8, source="", strategy="dp", accumulation=2)
     assert (through_one.seconds, through_one.exposed) == (pytest.approx(8.0), pytest.approx(8.0))
     assert facts().memory(2, shards=4) == {
