@@ -38,10 +38,10 @@ __all__ = [
     "read_facts", "read_tensors", "replace_tensors", "step_of", "write_text",
 ]  # fmt: skip
 
-# Bytes allowed for state.json, the folder itself, and the rounding of file sizes to the disk's blocks.
+# Estimated bytes for state.json, for the folder itself, and for the rounding of file sizes to disk blocks.
 _SLACK = 1 << 20
 MOST_FAILURES = 3
-"""Failed saves in a row that end a run. A single disk error is often temporary, for example on a network disk."""
+"""Failed saves in a row that end a run; full disks do not count. One error of a network disk is often temporary."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Checkpoints:
     ) -> None:
         """Save in the background: copy everything to host memory, hand the copy to a thread and return.
 
-        A second call waits for the first save to end. `collect` returns the outcomes. Arguments are as for `save`.
+        A second call waits for the first save. `collect` returns the outcomes. Arguments and TypeError: as for `save`.
         """
         self._join()
         began = time.monotonic()
@@ -125,7 +125,8 @@ class Checkpoints:
     ) -> None:
         """Save on all ranks in the background; each rank writes its rows of sharded tensors.
 
-        All ranks must call this and see the same disk. Rank 0 renames the folder once every rank has written its part.
+        All ranks must call this (arguments and errors: as for `begin`) and see the same disk. Rank 0 renames the folder
+        once every rank has written its part.
         """
         self._join()
         began = time.monotonic()
@@ -171,7 +172,7 @@ class Checkpoints:
         """Return the saves that ended since the last call.
 
         Raises:
-            OSError: three saves in a row failed for another reason than a full disk.
+            OSError: MOST_FAILURES consecutive saves failed for another reason than a full disk.
             Exception: any other error in the writer's thread.
         """
         self.save_ended = False
@@ -184,7 +185,7 @@ class Checkpoints:
 
     @property
     def may_try_again(self) -> bool:
-        """Whether to save again: 1 or 2 saves failed since the last success, for another reason than a full disk."""
+        """Whether 1 or 2 saves failed since the last success (full disks do not count), so another save may succeed."""
         return 0 < self._failures_in_a_row < MOST_FAILURES
 
     def wait(self) -> list[Saved]:
@@ -197,7 +198,7 @@ class Checkpoints:
     ) -> Path:
         """Save the state from this rank alone and return the path; other ranks may save at the same time.
 
-        An existing checkpoint of `step` is kept. Arguments and errors are as for `save`.
+        An existing checkpoint of `step` and all older checkpoints are kept. Arguments and errors are as for `save`.
         """
         final = self._path(step)
         contents = {f"{name}.safetensors": layout.pieces() for name, layout in format.layouts(tensors, state).items()}
@@ -233,7 +234,7 @@ class Checkpoints:
     def fix_names(self) -> list[str]:
         """Rename each checkpoint whose name and state.json give different steps, such as a renamed copy.
 
-        If the correct name is taken, the folder is moved to another folder. Returns a line for each change.
+        If the correct name is taken, the checkpoint is moved to a new folder. Returns a line of text for each change.
         """
         done = []
         for path in self.all():
@@ -270,21 +271,22 @@ class Checkpoints:
         return aside
 
     def write_with_room(self, path: Path, pieces: Callable[[], Iterable[Any]], nbytes: int) -> tuple[Any, str]:
-        """Replace a file; on a full disk drop the oldest checkpoints first, if this makes room.
+        """Replace a file; on a full disk drop the oldest checkpoints and try again, if this makes room.
 
-        Returns {"bytes": length, "crc32": checksum}, and a sentence about dropped checkpoints or "".
+        Returns {"bytes": length, "crc32": checksum}, and a sentence about dropped checkpoints ("" for none).
 
         Args:
             pieces: returns the content, `nbytes` long, as bytes-like objects; called for each attempt.
 
         Raises:
-            DiskFullError: the disk would be full even after the removal of all checkpoints but the newest.
+            DiskFullError: there is no room even without all checkpoints except the newest undamaged checkpoint.
+            OSError: writing failed for another reason.
         """
         try:
             return files.replace(path, pieces(), nbytes), ""
         except DiskFullError:
             needed = nbytes + _SLACK
-            # a full disk that reports enough free bytes means an exhausted quota: no byte is free to this user
+            # If the disk reports enough free bytes, the user's quota is exhausted, and this user has no free bytes.
             free = 0 if (reported := files.free_bytes(path.parent)) >= needed else reported
             if not (dropped := self._make_room(needed, free)):
                 raise
@@ -361,7 +363,7 @@ class Checkpoints:
         self._saved.append(Saved(step, None, time.monotonic() - began, note, error))
 
     def _write_with_room(self, step: int, contents: Mapping[str, Any], facts: dict[str, Any]) -> tuple[Path, str]:
-        """Write the checkpoint; on a full disk drop the oldest checkpoints first, if this makes room."""
+        """Write the checkpoint; on a full disk drop the oldest checkpoints and try again, if this makes room."""
         final = self._path(step)
         self._clear()
         needed = sum(len(part) for parts in contents.values() for part in parts) + _SLACK
@@ -369,7 +371,7 @@ class Checkpoints:
             self._write_and_rename(final, contents, facts, needed)
             return final, ""
         except DiskFullError:
-            # as in write_with_room: a quota is exhausted
+            # as in write_with_room: enough free bytes mean an exhausted quota
             free = 0 if (reported := files.free_bytes(self.folder)) >= needed else reported
         note = self._drop_oldest(needed, free)
         try:
@@ -397,7 +399,7 @@ class Checkpoints:
 
     def _write_and_rename(self, final: Path, contents: Mapping[str, Any], facts: dict[str, Any], needed: int) -> None:
         temporary = self.folder / f".writing-{final.name}-{os.getpid()}"
-        # checked before writing, since a disk filled to the last byte would stop the run's log too
+        # Free space is checked before writing: on a disk filled to the last byte, the run could not write its log.
         if files.free_bytes(self.folder) < needed:
             raise DiskFullError(28, "the disk is full")
         try:
@@ -421,7 +423,7 @@ class Checkpoints:
             self._remove(path)
 
     def _make_room(self, needed: int, free: int) -> list[Path]:
-        """Remove and return the oldest checkpoints (never the newest undamaged) until `needed` bytes fit, else none."""
+        """Remove and return the oldest checkpoints (not the newest undamaged); none if `needed` bytes would not fit."""
         checkpoints = self.all()
         newest = next((path for path in checkpoints if damage(path) is None), None)
         dropped: list[Path] = []
@@ -438,7 +440,7 @@ class Checkpoints:
         return dropped
 
     def _remove(self, path: Path) -> None:
-        # renamed first: a half-removed folder must not look like a checkpoint
+        # The folder is renamed first, since a half-removed folder must not look like a checkpoint.
         doomed = path.with_name(f".removing-{path.name}")
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(path, doomed)

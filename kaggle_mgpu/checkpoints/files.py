@@ -50,12 +50,12 @@ class Layout:
 
     @classmethod
     def of(cls, named: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Layout:
-        """Lay out named tensors, and text for the file's metadata; tied weights, which share memory, are written once.
+        """Return the layout of a file with these tensors and metadata; tied weights (same memory) are written once.
 
-        The metadata lists the other names of tied weights, and `read_tensors` returns these names too.
+        The metadata lists the other names of tied weights, and `read_tensors` returns a tensor for every name.
 
         Raises:
-            TypeError: a tensor of a type that the format does not have.
+            TypeError: a tensor has a type that the format does not support.
         """
         first: dict[tuple[Any, ...], str] = {}
         aliases: dict[str, str] = {}
@@ -69,7 +69,7 @@ class Layout:
                 raise TypeError(f"{name} is of type {tensor.dtype}, which a .safetensors file cannot hold")
             first[key] = name
             unique[name] = tensor.detach()
-        # wide types first, so that each tensor lies at a multiple of its own width
+        # Wide types come first, so that each tensor lies at a multiple of its own width.
         order = sorted(unique, key=lambda name: -unique[name].itemsize)
         entries: dict[str, Any] = {}
         notes = {**(metadata or {}), **({"aliases": json.dumps(aliases)} if aliases else {})}
@@ -103,12 +103,12 @@ class Buffer:
     """Reuse host memory for every save, since allocating memory takes longer than the copy itself.
 
     Memory for a GPU's tensors is page-locked, so that copies have the bus's full speed. torch rounds each page-locked
-    piece up to a power of two (CachingHostAllocator): 9 GB in one piece would take 16 of Kaggle's 31 GB. The buffer
-    therefore consists of pieces whose lengths are powers of two.
+    piece up to a power of two (CachingHostAllocator): 9 GB in one piece would take 16 of Kaggle's 31 GB. A
+    page-locked buffer therefore consists of pieces whose lengths are powers of two.
     """
 
     SMALLEST = 1 << 20
-    """Bytes of the smallest page-locked piece; a new buffer has fewer unused bytes than this."""
+    """Bytes of the smallest page-locked piece; the size of a page-locked buffer is rounded up to a multiple of this."""
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
@@ -118,7 +118,7 @@ class Buffer:
         starts: dict[str, int] = {}
         size = 0
         for name, layout in layouts.items():
-            # so that the tensors, after the header, begin at a multiple of 64 bytes
+            # padding before the header, so that the tensors after the header begin at a multiple of 64 bytes
             starts[name] = size + -(size + len(layout.header)) % 64
             size = starts[name] + layout.nbytes
         tensors = [tensor for layout in layouts.values() for tensor in layout.tensors]
@@ -131,7 +131,7 @@ class Buffer:
                 places = self._between(starts[name] + offset, tensor.numel() * tensor.itemsize)
                 if len(places) == 1:
                     copies.append((places[0].view(tensor.dtype).view(tensor.shape), tensor))
-                elif places:  # spans several pieces
+                elif places:  # the tensor spans several pieces
                     sizes = [len(place) for place in places]
                     rows = tensor.contiguous().view(-1).view(torch.uint8).split(sizes)
                     copies += zip(places, rows, strict=True)
@@ -232,7 +232,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a .safetensors file into CPU memory; tied weights have each of their names."""
+    """Return the tensors of a .safetensors file as memory maps; tied weights appear under each of their names.
+
+    Raises:
+        safetensors.SafetensorError: the file is damaged or has another format.
+    """
     return read_with_metadata(path)[0]
 
 
@@ -261,7 +265,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     notes = entries.pop("__metadata__", {})
     aliases = json.loads(notes.get("aliases", "{}"))
     found = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    # for a tensor whose rows are in several files, the shape of the full tensor
+    # If the rows of a tensor are in several files, "shards" has the shape of the full tensor.
     found |= {name: tuple(shape) for name, (shape, _) in json.loads(notes.get("shards", "{}")).items()}
     return {**found, **{name: found[first] for name, first in aliases.items()}}
 
@@ -279,14 +283,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 _LEFT_BEHIND = 3600.0
-"""Age in seconds from which a temporary file is removed as the remains of a killed process."""
+"""Age in seconds from which a temporary file counts as left by a killed process and is removed."""
 
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; when the `with` block succeeds, flush the file and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # with the process id, so that two processes can write the same file at the same time
+    # The name has the process id, so that two processes can write the same file at the same time.
     temporary = path.with_name(f".writing-{os.getpid()}-{path.name}")
     for left in path.parent.glob(f".writing-*-{glob.escape(path.name)}"):  # left by a killed process
         with contextlib.suppress(OSError):

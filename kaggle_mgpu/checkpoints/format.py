@@ -197,7 +197,7 @@ def check_model(saved: Mapping[str, Tensor], model: Mapping[str, Tensor], where:
 
 
 def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> str:
-    """Return a description of the first differences of names and shapes; "" if there are none."""
+    """Return a description of the first differences of names and shapes; "" for equal names and shapes."""
     problems = [f"{name}: not in the checkpoint" for name in model if name not in saved]
     problems += [f"{name}: not in the model" for name in saved if name not in model]
     problems += [
@@ -211,7 +211,7 @@ def other_model(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor
 
 # Writing
 def layouts(tensors: Mapping[str, Mapping[str, Tensor]], state: Any, *, main: bool = True) -> dict[str, files.Layout]:
-    """Return a Layout for each file of a rank: its rows of sharded tensors, and on `main` all other values too."""
+    """Return a Layout for each file of a rank: its rows of sharded tensors and, if `main`, all other values too."""
 
     def layout(named: Mapping[str, Tensor], notes: Mapping[str, str]) -> files.Layout:
         cut = {name: shards.shard_of(tensor) for name, tensor in named.items() if shards.is_sharded(tensor)}

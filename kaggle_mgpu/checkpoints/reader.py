@@ -82,7 +82,7 @@ def examine(path: Path, expected: Expected) -> dict[str, Any]:
                 _finite(f"{name} in {kind}.safetensors", found.tensors.get(kind, {}).get(name))
     except CheckpointError:
         raise
-    except Exception as error:  # somebody else's file may hold anything
+    except Exception as error:  # a file from somebody else may have any content
         raise CheckpointError(f"it cannot be read: {type(error).__name__}: {error}"[:500]) from error
     return facts
 
@@ -164,7 +164,7 @@ def _finite(what: str, value: Any) -> None:
 
 
 def _bounds(part: Tensor) -> list[float]:
-    """Return the least and the greatest value, both nan if any value is nan; twice as fast as isfinite().all()."""
+    """Return [minimum, maximum], both nan if any value is nan; [] if empty or not float. Faster than isfinite()."""
     if part.dtype not in _CHECKED_FOR_NAN or not part.numel():
         return []
     return [bound.item() for bound in torch.aminmax(part)]
@@ -227,7 +227,7 @@ def _optimizer(path: Path, state: Any, step: int, expected: Expected) -> None:
 
 
 def _alike(then: Any, now: Any) -> bool:
-    """Return whether two settings of an optimizer are of one kind: flags, finite numbers, lists of one length."""
+    """Return whether a saved setting fits the current one: the same type, a finite number, or an equally long list."""
     if isinstance(now, list | tuple):
         return type(then) is type(now) and len(then) == len(now) and all(map(_alike, then, now))
     if isinstance(now, int | float | Tensor) and not isinstance(now, bool):
@@ -239,8 +239,8 @@ def _alike(then: Any, now: Any) -> bool:
 def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -> None:
     """Compare the saved state with a new optimizer's after a step, then try a step from the saved state (meta tensors).
 
-    Only optimizers of torch and kaggle_mgpu are tried, since another optimizer's step may wait for the other ranks. One
-    parameter of each shape and type in a group is enough.
+    Only optimizers of torch and kaggle_mgpu are tried, since the step of any other optimizer may wait for other ranks.
+    In each group, one parameter of each shape and type is tried.
     """
     if not type(expected.optimizer).__module__.startswith(("torch.optim.", "kaggle_mgpu.")):
         return
@@ -256,7 +256,7 @@ def _try(path: Path, saved: Mapping[str, Any], steps: int, expected: Expected) -
         fresh.optimizer.step()
         again.optimizer.load_state_dict(fresh.optimizer.state_dict())
         again.optimizer.step()
-    except Exception:  # this optimizer cannot step on meta tensors, with or without a checkpoint
+    except Exception:  # the optimizer cannot step on meta tensors even without a checkpoint, so a step proves nothing
         return
     kind = type(expected.optimizer).__name__
     needed = {name: fresh.optimizer.state[tensor] for name, tensor in fresh.tensors.items()}

@@ -40,7 +40,7 @@ def starting_point(
         resume: "auto"; "never", which moves the folder's checkpoints away; or the path of a checkpoint.
         config: the run's settings; settings named in `may_change` may differ from the checkpoint's.
         stamp: further facts that identify the run, such as the task's name.
-        defaults: values of settings that were added after a checkpoint was made.
+        defaults: values for settings that an older checkpoint lacks, since the package did not have them yet.
         expected: the required content of a checkpoint; None checks only checksums, settings and stamp.
 
     Raises:
@@ -81,7 +81,7 @@ def starting_point(
 
 
 def _first_usable(paths: Iterable[Path], examined: Callable[[Path], Path]) -> tuple[Path | None, list[OtherRunError]]:
-    """Return the first usable checkpoint, and an error for each earlier path of another run; print skipped paths."""
+    """Return the first usable checkpoint or None, and an error for each of another run; print skipped paths."""
     others: list[OtherRunError] = []
     for path in paths:
         try:
@@ -104,7 +104,7 @@ def _among_inputs(
     defaults: Mapping[str, Any] | None,
     examined: Callable[[Path], Path],
 ) -> Path | None:
-    """Return this run's newest checkpoint among the inputs; if all are of other runs, print how the newest differs."""
+    """Return this run's newest usable checkpoint among the inputs, else None (and print how another run's differs)."""
     found: list[tuple[int, Path]] = []
     others: list[tuple[int, str]] = []
     for path in (file.parent for file in session.find("checkpoints/step-*/state.json")):
@@ -114,9 +114,9 @@ def _among_inputs(
                 others.append((facts["step"], f"{path} is from a run with other settings: {_listed(differ)}"))
             else:
                 found.append((facts["step"], path))
-        except Exception as error:  # whatever somebody else's file may hold, it must not end this run
+        except Exception as error:  # no content of somebody else's file may end this run
             print(f"checkpoint {path} cannot be used: {error}.", flush=True)
-    # newest first, and only up to the first usable one, since a checksum reads a whole checkpoint
+    # The search stops at the first usable checkpoint, since computing checksums reads a whole checkpoint.
     newest, different = _first_usable((path for _, path in sorted(found, reverse=True)), examined)
     reasons = [other.problem for other in different] + [text for _, text in sorted(others, reverse=True)]
     if newest is None and reasons:
@@ -179,12 +179,12 @@ def _differences(
     stamp: Mapping[str, Any],
     defaults: Mapping[str, Any] | None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the forbidden changes of settings since a checkpoint: {name: (then, now)}."""
+    """Return the forbidden changes of settings and stamp since a checkpoint: {name: (then, now)}."""
     sides = []
     saved = {**(defaults or {}), **facts.get("config", {})}
     for settings, its_stamp in ((saved, facts.get("stamp", {})), (config, stamp)):
         fixed = {name: value for name, value in settings.items() if name not in may_change}
-        # through JSON, so that a tuple equals the list it was saved as
+        # JSON turns tuples into lists on both sides, so that a saved tuple equals the current tuple.
         sides.append(json.loads(json.dumps({**fixed, **its_stamp})))
     then, now = sides
     return {name: (then.get(name), now.get(name)) for name in {**now, **then} if then.get(name) != now.get(name)}

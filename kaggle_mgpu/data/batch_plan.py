@@ -44,7 +44,7 @@ class BatchPlan:
 
         Args:
             global_batch_size: samples, or "per_gpu:64" for 64 times the number of replicas.
-            max_steps: replaces `epochs`.
+            max_steps: the number of optimizer steps, in place of `epochs`.
             batch_at_start: the global batch size with which a "per_gpu:64" run began, perhaps on another number of
                 GPUs.
 
@@ -61,7 +61,7 @@ class BatchPlan:
             batch = global_batch_size
         if batch is None:
             batch = DEFAULT_GLOBAL_BATCH_SIZE if micro is None else micro * num_replicas * (accumulation or 1)
-        # a resumed run keeps its global batch, so the advice must not be to change it
+        # A resumed run keeps its global batch, so the advice must not mention another global_batch_size.
         advice = "" if batch_at_start else "global_batch_size {}, or "
         replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
         if micro is not None and accumulation is not None:
@@ -98,7 +98,7 @@ class BatchPlan:
         steps = max_steps if max_steps is not None else epochs * math.ceil(dataset_size / batch)
         plan = cls(batch, micro, num_replicas, accumulation, dataset_size, steps, per_gpu)
         if per_gpu is not None and micro_batch_size is None and gradient_accumulation_steps is None:
-            return plan.with_micro_batch_size(per_gpu)  # a kept batch may be larger than per_gpu x num_replicas
+            return plan.with_micro_batch_size(per_gpu)  # batch_at_start may exceed per_gpu x num_replicas
         return plan
 
     def with_micro_batch_size(self, at_most: int) -> Self:

@@ -92,6 +92,8 @@ class Sampler:
 
     If samples have lengths, samples of similar length within a global batch share a micro-batch, longest first, and
     all ranks get similar lengths. This saves padding; the global batch is unchanged.
+
+    `rank` and `world_size` are by default those of this process.
     """
 
     def __init__(
@@ -148,9 +150,9 @@ class Step:
     terms: Callable[[], int]
     """Returns the number of loss terms in the global batch, after waiting for the counts of all ranks."""
     own_terms: int = 0
-    """This rank's part of the terms."""
+    """Number of loss terms in this rank's micro-batches."""
     next_terms: distributed.Count | None = None
-    """The next step's number of loss terms, if this step's all-reduce of gradients also sums that number; else None."""
+    """Number of loss terms in the next step, if this step's gradient all-reduce also sums that number; else None."""
 
 
 def size_of(dataset: Dataset[Any], what: str) -> int:
@@ -178,7 +180,7 @@ class Fetch(Dataset[Any]):
 
     The global random generators are seeded before each sample, and before a custom collate with a seed that depends on
     the batch's first sample. If a dataset makes several samples at a time (`batch`, `__getitems__`), the generators are
-    seeded once, for the first of these samples; random values then repeat only if batches are split in the same way.
+    seeded once, for the first of these samples; random values then depend on the split into micro-batches.
 
     A dataset may have `sample_lengths`, the length of each sample as a number; `Sampler` says how lengths are used.
 
@@ -210,15 +212,15 @@ class Fetch(Dataset[Any]):
         self.get_batch: Callable[[torch.Tensor], Any] | None = getattr(dataset, "batch", None)
         self.draws = True  # whether the dataset may draw random numbers
         if self.get_batch is None and type(dataset) is TensorDataset and collate is default_collate:
-            # 30 times as fast as collating single rows, with the same result, a list
+            # Indexing whole tensors is 30 times as fast as collating rows, with an equal result, a list of tensors.
             self.get_batch = lambda indices: [tensor[indices] for tensor in dataset.tensors]
             self.draws = False
         self.get_items: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
         if type(dataset) is Subset and not hasattr(dataset.dataset, "__getitems__"):
-            self.get_items = None  # Subset would fetch samples one by one, unseeded
+            self.get_items = None  # Subset.__getitems__ would fetch samples one by one, without seeding each
 
     def __getitem__(self, part: np.ndarray | tuple[int, np.ndarray]) -> Any:
-        """Return the batch for (epoch, indices), or for indices in epoch 0."""
+        """Return the batch for `part`: (epoch, indices), or indices alone, for epoch 0."""
         epoch, indices = part if isinstance(part, tuple) else (0, part)
         if self.draws and (self.get_batch or self.get_items):
             randomness.seed_for(self.keys[0], epoch, int(indices[0]))
@@ -238,7 +240,7 @@ class Fetch(Dataset[Any]):
 def workers_for(fetch: Fetch, wanted: int | Literal["auto"], cpus: int, ranks: int) -> int:
     """Return the number of loader processes per rank.
 
-    "auto" is the CPUs, at most 4, divided by the ranks and rounded down; 0 on one CPU or for a dataset with `batch`.
+    "auto" is min(4, cpus) // ranks; 0 on one CPU or for a dataset that makes whole batches (`fetch.get_batch`).
 
     Args:
         cpus: the CPUs of this machine.
@@ -288,8 +290,11 @@ def load(fetch: Fetch, index_batches: Any, *, workers: int, pin_memory: bool, pr
 class Batches:
     """Batches yields endless `Step`s for training, from the sampler's position on.
 
-    `count` returns the number of loss terms in a batch; None: each sample is one term, so the ranks sum no counts.
-    With `carried`, each step has `next_terms`: the all-reduce of its gradients also sums the counts of the next step.
+    Args:
+        count: returns the number of loss terms in a batch; if None, each sample is one term.
+        carried: whether each step gets `next_terms`, so that the all-reduce of its gradients also sums the next step's
+            count over the ranks; needs `count`.
+        workers, pin_memory, prefetch: as for `load`.
     """
 
     def __init__(
@@ -332,7 +337,7 @@ class Batches:
         if self.count is None:
             own = sum(len(part) for part, real in zip(share.micro_batches, share.real, strict=True) if real)
             return Step(batches, weights, share.samples, lambda: share.samples, own)
-        # counted on the CPU, so that no count waits for the GPU
+        # The batches are still on the CPU here, so counting does not wait for the GPU.
         own = sum(int(self.count(batch)) for batch, real in zip(batches, share.real, strict=True) if real)
         terms = distributed.Count(own)
         if not self.carried:
@@ -359,7 +364,10 @@ def evaluation_batches(
     pin_memory: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[Any]:
-    """Yield this rank's batches of one pass over `size` samples; all ranks together use each sample exactly once."""
+    """Yield this rank's batches of one pass over `size` samples; all ranks together use each sample exactly once.
+
+    Batches stay on the CPU if `device` is None; otherwise they are copied to `device`.
+    """
     ranks, rank = distributed.world_size(), distributed.rank()
     starts: Sequence[int] = range(rank * batch_size, size, ranks * batch_size)
     indices = [np.arange(start, min(start + batch_size, size)) for start in starts]
@@ -405,8 +413,8 @@ def on_device(steps: Iterator[Step], device: torch.device) -> Iterator[Step]:
     copying = torch.cuda.Stream(device)
 
     def start_copy(step: Step) -> Step:
-        # The copy may reuse the memory of an earlier batch, so wait for the steps queued so far. The next step is not
-        # queued yet and overlaps with the copy.
+        # The copy may reuse the memory of an earlier batch, so it waits for all steps queued so far. The step yielded
+        # next is queued after this wait, so its computation overlaps with the copy.
         copying.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(copying):
             return replace(step, micro_batches=[move(batch, device) for batch in step.micro_batches])

@@ -38,7 +38,7 @@ Protobuf = Literal["auto", "shim", "pin", "off"]
 NVIDIA_PATHS = ("/dev/nvidia0", "/proc/driver/nvidia")
 IMPLEMENTATION = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
 
-_set_here: dict[str, str] = {}  # variables set by fix() in this process; fix(quiet=False) unsets the log level
+_set_here: dict[str, str] = {}  # set by fix() in this process; fix(quiet=False) unsets only a log level in here
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ def fix(
 ) -> Report:
     """Prepare this process and its children for quiet and correct imports of torch, TensorFlow and transformers.
 
-    Call `fix` before these packages are imported. A later call does what still helps (new processes inherit the
-    variables) and marks the rest "too late".
+    Call `fix` before these packages are imported. A later call still sets the variables, which new processes inherit,
+    and marks settings without effect in this process "too late".
 
     Args:
         protobuf: ``"auto"`` installs nothing: TensorFlow up to 2.19 gets the method that newer protobufs lack, and
             the report names the command that repairs incompatible versions. ``"off"`` leaves protobuf alone, also in
-            workers and in later calls with ``"auto"``, until a call with ``"shim"`` (otherwise the same as ``"auto"``).
+            workers and in later calls with ``"auto"``. ``"shim"`` is ``"auto"``, but ends ``"off"``, as ``"pin"`` does.
             ``"pin"`` installs protobuf==3.20.3 within a minute, unless an installed package would break or protobuf
             is already imported; the report then gives the reason, and the shim is used.
         quiet: hide TensorFlow's known, meaningless lines at its import; False shows all lines, here and in workers.
@@ -150,7 +150,7 @@ def fix(
 
 
 def _decide(protobuf: Protobuf, quiet: bool | None) -> tuple[bool, bool]:
-    """Return (leave protobuf alone, be quiet); two environment variables keep both for workers and later calls."""
+    """Return (leave protobuf alone, be quiet), and store both in environment variables for workers and later calls."""
     if protobuf != "auto":
         _set_or_unset("KAGGLE_MGPU_PROTOBUF", "off" if protobuf == "off" else None)
     if quiet is not None:
@@ -222,7 +222,7 @@ def _fix_path() -> list[Item]:
 
 
 def _default(name: str, value: str, why: str, reader: str | None = None) -> Item:
-    """Set a variable unless the user has; the package ``reader`` reads the variable when imported."""
+    """Set a variable that is not set yet; ``reader`` is the package that reads the variable at its import, if any."""
     present = os.environ.get(name)
     if present is not None:
         return Item(name, present, "kept", "set already")
@@ -234,7 +234,7 @@ def _default(name: str, value: str, why: str, reader: str | None = None) -> Item
 
 def _fix_allocator() -> Item:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        if name in os.environ:  # torch reads both names, so setting the second could contradict the user's value
+        if name in os.environ:  # torch reads both names, so the other name could contradict the user's value
             return _default(name, "", "")
     # torch 2.9's CUDA allocator reads only the old name, although torch warns that this name is deprecated; from 2.10
     # on the allocator reads both (c10/cuda/CUDAAllocatorConfig.h of 2.9.0, 2.9.1, 2.10.0, 2.11.0, 2.15.0).

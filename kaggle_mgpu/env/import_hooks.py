@@ -5,8 +5,8 @@
 One entry in `sys.meta_path` handles four module names; the ordinary finders still locate the modules:
 
 - `google.protobuf.message_factory` and `.symbol_database` get back the method `GetPrototype`, removed in protobuf
-  6.30.0. TensorFlow up to 2.19 calls the method from C++ at import; without it a kernel shows 1-6 error outputs, which
-  end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same function under its new name.
+  6.30.0. TensorFlow up to 2.19 calls the method from C++ at import. Without the method a notebook shows 1-6 error
+  outputs, which end a papermill run. `GetMessageClass` (protobuf >= 4.22) is the same function under its new name.
 - `tensorflow` is imported with file descriptor 2 redirected to a temporary file. Known, meaningless lines are dropped,
   all others are written to the original descriptor afterwards; the file remains if the process dies.
 - `tensorboard.compat.notf` can be imported, as an empty module, as long as TensorFlow is not imported. Without this
@@ -60,7 +60,7 @@ class Finder:
         return None
 
     def _wrapped(self, name: str, path: Any, target: Any, run: _Run) -> ModuleSpec | None:
-        # Only finders after this entry are asked, so that two such hooks never call each other in a circle.
+        # Only finders after this entry are asked: two hooks that ask all finders would call each other for ever.
         position = sys.meta_path.index(self) + 1 if self in sys.meta_path else len(sys.meta_path)
         for finder in sys.meta_path[position:]:
             find = getattr(finder, "find_spec", None)
@@ -82,12 +82,12 @@ def _is_ours(finder: Any) -> bool:
 
 
 def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | None = None) -> None:
-    """Install the Finder first in `sys.meta_path` and set its switches; None keeps a switch, initially off.
+    """Install the Finder first in `sys.meta_path` and set its switches; None leaves a switch as it is (at first off).
 
     Args:
         shim: add GetPrototype to a protobuf without the method.
         quiet: drop TensorFlow's known lines at its import.
-        stub: let TensorBoard work without TensorFlow.
+        stub: make `tensorboard.compat.notf` importable, so that TensorBoard does not import TensorFlow.
     """
     old = installed()
     given = {"shim": shim, "quiet": quiet, "stub": stub}
@@ -96,7 +96,7 @@ def install(shim: bool | None = None, quiet: bool | None = None, stub: bool | No
 
 
 def add_get_prototype(module: ModuleType) -> bool:
-    """Add GetPrototype to the class in a protobuf module; return whether this was necessary."""
+    """Add GetPrototype to the class in a protobuf module; return whether the method was missing and is now added."""
     cls = getattr(module, PROTOBUF_CLASSES[module.__name__], None)
     get_class = getattr(sys.modules.get("google.protobuf.message_factory"), "GetMessageClass", None)
     if cls is None or get_class is None or hasattr(cls, "GetPrototype"):
@@ -125,7 +125,7 @@ class _Loader:
         self._real, self._run = real, run
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_real":  # not set if copied or unpickled without __init__; prevents endless recursion
+        if name == "_real":  # copy and pickle skip __init__; without _real this method would recurse
             raise AttributeError(name)
         return getattr(self._real, name)
 
@@ -191,7 +191,7 @@ def folder() -> str:
 
 
 def left_behind() -> list[tuple[int, str]]:
-    """Return (process id, file) for each of this user's processes killed while importing TensorFlow."""
+    """Return (process id, log file) for each of this user's processes that died while importing TensorFlow."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder()) as entries:
         for entry in entries:

@@ -4,8 +4,8 @@
     floors(installed())   # {"tensorflow": (5, 28, 3), ...}: the oldest version for each package
     pin()                 # install protobuf==3.20.3, or raise RefusedError
 
-From 5.27 on, the protobuf compiler writes its version into a package's `_pb2` files, and these refuse to load with an
-older protobuf: this version is the package's floor. (The requirements that packages declare, and that pip checks, are
+From 5.27 on, the protobuf compiler writes its version into a package's `_pb2` files. The files refuse to load with an
+older protobuf, so the compiler's version is the package's floor. (The requirements that packages declare to pip are
 sometimes stricter and sometimes laxer.) Reading versions imports nothing.
 """
 
@@ -27,7 +27,7 @@ PINNED: Version = (3, 20, 3)
 """The last release of 3.20; protobuf's error message about old generated code advises a downgrade to 3.20."""
 TIMEOUT = 900.0
 """Seconds that pip, or importing every package with generated code, may take."""
-# One generated file of each package that is common on Kaggle; one compiler version made all files of a package.
+# One generated file of each package that is common on Kaggle; all files of a package have the same floor.
 PROBES = {
     "tensorflow": "tensorflow/core/framework/types_pb2.py",
     "tensorboard": "tensorboard/compat/proto/graph_pb2.py",
@@ -63,7 +63,7 @@ def installed() -> Version | None:
 
 
 def floors(protobuf: Version) -> dict[str, Version]:
-    """Return the floor (oldest usable protobuf) of each installed package in PROBES and of wandb, if it has a floor.
+    """Return the oldest usable protobuf (floor) of each package in PROBES and of wandb; omit packages without a floor.
 
     Args:
         protobuf: the installed version, by which wandb chooses among its generated files.
@@ -83,7 +83,7 @@ def _read(path: Path | None, pattern: re.Pattern[bytes]) -> Version | None:
 
 
 def _wandb(folder: Path | None, protobuf: Version) -> Version | None:
-    """Return wandb's floor; wandb has folders v5, v6, … of files and loads the folder for protobuf's major version."""
+    """Return wandb's floor, read in its folder vN (v5, v6 …) with the smallest N not below protobuf's major version."""
     names = [path.name[1:] for path in folder.glob("v*")] if folder else []
     for generation in sorted(int(name) for name in names if name.isdecimal()):
         if folder and generation >= protobuf[0]:
@@ -103,11 +103,12 @@ def pin() -> str:
     """Install protobuf==3.20.3 if no installed package needs a newer version; return a sentence about the result.
 
     The version is first installed into a temporary folder, and every package with generated code is imported with and
-    without this folder in a fresh interpreter, which takes seconds to a minute. The environment is changed only if the
-    new protobuf works and no package is lost.
+    without this folder in a fresh interpreter, which takes seconds to a minute. The environment is changed only if
+    protobuf 3.20.3 works and every package that could be imported still can be.
 
     Raises:
-        RefusedError: protobuf is imported here, a package needs a newer one, pip failed, or a package would be lost.
+        RefusedError: protobuf is imported here, a package needs a newer protobuf, pip failed, a package could no longer
+            be imported, or another protobuf comes first on sys.path.
     """
     import tempfile
 
@@ -191,9 +192,9 @@ for name in names:
 
 
 def _importable(trial: str, modules: Iterable[str]) -> set[str]:
-    """Return the modules that a fresh interpreter imports, and "protobuf VERSION" if a message survives a round trip.
+    """Return the modules that a fresh interpreter can import, and "protobuf VERSION" if protobuf works there.
 
-    A protobuf in the folder `trial` (if not "") takes the place of the installed one.
+    The interpreter serializes and parses a message. The folder `trial`, unless "", comes before the installed packages.
     """
     output = _run([sys.executable, "-c", _IMPORTER, trial, *modules]).stdout
     return {line[3:] for line in output.splitlines() if line.startswith("ok ")}

@@ -48,13 +48,13 @@ class Server:
     log: BinaryIO
     """The server's output."""
     owner: int
-    """Id of the process that started the server; a fork of this process must start its own."""
+    """Id of the process that started the server; a process forked from the owner must start another server."""
     mark: str
     """"NAME=value" of an environment variable that all processes below the server have."""
     variables: dict[str, str]
     """The environment variables that libraries read only at the server's start, with their values at the start."""
     watched: dict[str, tuple[str, int]] | None = None
-    """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until it is ready."""
+    """Files that the server has imported, as {module: (path, st_mtime_ns)}; None until the imports are finished."""
 
     def output(self) -> str:
         """Return the server's output."""
@@ -62,11 +62,11 @@ class Server:
         return self.log.read().decode(errors="replace").strip()
 
     def stop(self) -> None:
-        """Kill the server and every process below it."""
+        """Kill the server and every process below it, and close the files; in a forked process only close the files."""
         if self.owner == os.getpid():
             self.process.kill()
             self.process.wait()
-            # the operating system ends all launches' processes with the server, except children of workers
+            # The operating system ends supervisors and workers with the server, but not the workers' children.
             for path in Path("/proc").glob("[0-9]*/environ"):
                 with contextlib.suppress(OSError):
                     if self.mark.encode() in path.read_bytes():
@@ -76,7 +76,7 @@ class Server:
 
 
 current: Server | None = None
-"""The server last started by this process, or by the process from which it was forked."""
+"""The server last started by this process, or before the fork if this process is forked; None at first."""
 _lock = threading.RLock()
 """Held while a server is replaced, since several threads may launch."""
 _pins = 0
@@ -105,7 +105,7 @@ def start() -> Server:
         current = None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the server lives)
-        # this process's path, with the current folder last, so that its files shadow no module
+        # The server gets this process's sys.path with the current folder last, so that no file there shadows a module.
         path = sorted((entry or os.getcwd() for entry in sys.path), key=lambda entry: entry == os.getcwd())
         program = f"from kaggle_mgpu.launching.server import main; main({theirs.fileno()})"
         mark = uuid.uuid4().hex
@@ -133,11 +133,11 @@ def ready(interrupts: Sequence[float]) -> Server:
     """Return a server that has imported the current files; wait for the imports, and start a new server if necessary.
 
     Args:
-        interrupts: a time.monotonic() per interrupt; the list may grow meanwhile, and the first entry ends the wait.
+        interrupts: the time.monotonic() of each interrupt. A signal handler may append entries; an entry ends the wait.
 
     Raises:
         WorkerError: the server ended (the message has its output) or has not imported torch within START_SECONDS.
-        KeyboardInterrupt: `interrupts` is not empty.
+        KeyboardInterrupt: `interrupts` has an entry before the server is ready.
     """
     fresh = 0
     with _lock:
@@ -148,7 +148,7 @@ def ready(interrupts: Sequence[float]) -> Server:
             else:
                 server = current
             if _has_imported(server, interrupts, patient=fresh < 3):
-                # always accept a fresh server: if it finds other files than this process, so would the next server
+                # A fresh server is accepted unchecked, since another fresh server would import the same files.
                 if fresh or _pins or _is_current(server.watched or {}):
                     return server
                 start()
@@ -157,7 +157,7 @@ def ready(interrupts: Sequence[float]) -> Server:
 
 @contextlib.contextmanager
 def pinned(interrupts: Sequence[float]) -> Iterator[None]:
-    """Make a server ready, and keep the server for the `with` block unless it dies: a new server ends other launches.
+    """Make a server ready; until the `with` block ends, `ready` keeps a live server, since a new server ends launches.
 
     Raises:
         WorkerError, KeyboardInterrupt: as `ready`.
@@ -175,7 +175,7 @@ def _has_imported(server: Server, interrupts: Sequence[float], patient: bool) ->
     """Wait for the server's list of imported files; return False if the server was killed.
 
     Args:
-        patient: whether to return False for a killed server; otherwise raise a WorkerError.
+        patient: if False, a killed server raises a WorkerError too.
 
     Raises:
         WorkerError, KeyboardInterrupt: as `ready`.

@@ -33,9 +33,9 @@ SAMPLE_TIMEOUT = 5.0
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU, with nvidia-smi's ``index``, independent of CUDA_VISIBLE_DEVICES.
+    """A GPU as listed by nvidia-smi; ``index`` is nvidia-smi's number, independent of CUDA_VISIBLE_DEVICES.
 
-    If nvidia-smi does not report them, ``memory_bytes`` is 0 and ``capability``, CUDA's (major, minor), is None."""
+    ``memory_bytes`` is 0 if unknown; ``capability`` is CUDA's (major, minor), None if unknown."""
 
     index: int
     name: str
@@ -65,7 +65,7 @@ def select(gpu_ids: str | None) -> list[GPU]:
     """Return the GPUs listed in ``gpu_ids``, such as ``"0,1"``, in this order; all GPUs for None.
 
     Raises:
-        ValueError: ``gpu_ids`` is no list of numbers, or names a GPU twice or a missing GPU.
+        ValueError: ``gpu_ids`` is not a list of numbers, or names a GPU twice or a missing GPU.
     """
     here = gpus()
     if gpu_ids is None:

@@ -32,7 +32,7 @@ _GROUP_DEPTH = {"datasets": 2, "notebooks": 2, "models": 2, "competitions": 1}  
 
 
 def kind() -> Kind:
-    """Return "interactive" in Kaggle's editor, "batch" in Save & Run All, "rerun" in a competition, else "local"."""
+    """Return "interactive" (editor), "batch" (Save & Run All), "rerun" (competition scoring) or "local" (no Kaggle)."""
     if os.environ.get("KAGGLE_IS_COMPETITION_RERUN"):
         return "rerun"
     run_type = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "").lower()
@@ -145,7 +145,7 @@ def find(
 
 
 def find_prepared(folder: Path, last: str) -> Path:
-    """Return `folder`, or its copy among the inputs if only the copy is complete.
+    """Return `folder`; if `folder` is incomplete and Kaggle's inputs have a complete copy, return the copy.
 
     Args:
         folder: a folder named after a digest of its content, such as run/data/0123abcd. A copy ends in data/0123abcd.
@@ -226,19 +226,19 @@ def live() -> bool:
 def set_channel(channel: Channel | None, live: bool = True) -> None:
     """Send a worker's displays to the notebook's process through ``channel(html, text, display_id)``.
 
-    A channel of None ends this. ``live`` says whether the notebook can update displays in place.
+    ``live`` says whether the notebook can update displays in place. A channel of None removes the channel.
     """
     global _channel, _channel_is_live
     _channel, _channel_is_live = channel, live
 
 
 def can_draw() -> bool:
-    """Return whether :func:`show` adds an output to a notebook, watched or not; ValueError as :func:`live`."""
+    """Return whether :func:`show` adds an output to a notebook, with or without a viewer; errors as in :func:`live`."""
     return _override() != "lines" and (_channel is not None or in_notebook())
 
 
 def can_show() -> bool:
-    """Return whether :func:`show` reaches a viewer at once, else callers print lines; ValueError as :func:`live`."""
+    """Return whether :func:`show` reaches a viewer at once; if not, callers print lines. Errors as in :func:`live`."""
     return can_draw() and (live() if _channel is None else _channel_is_live)
 
 
@@ -278,7 +278,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None, started: float | None = None) -> None:
-        """Set the limit ``seconds`` (None: no limit) after ``started``, in ``time.monotonic()`` (None: now)."""
+        """Set the end to ``seconds`` (None: no limit) after ``started``, a ``time.monotonic()`` value (None: now)."""
         self._end = math.inf if seconds is None else (time.monotonic() if started is None else started) + seconds
 
     def remaining(self) -> float:
@@ -293,8 +293,8 @@ class Deadline:
 def session_age() -> float:
     """Return an estimate of the session's age in seconds.
 
-    On Kaggle the estimate is the age of process 1, too high if the container ran before its session began; elsewhere
-    the age of this process.
+    On Kaggle the estimate is the age of process 1, which is too high if the container started before the session.
+    Elsewhere the estimate is the age of this process.
     """
     ages = [_process_age("self"), _process_age("1") if on_kaggle() else None]
     return max((age for age in ages if age is not None), default=time.monotonic() - _imported)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
-"""Formats that Pillow may read: it ignores the suffix, and would run Ghostscript on a file that is PostScript."""
+"""Formats that Pillow may read. Pillow ignores a file's suffix, and would run Ghostscript on PostScript content."""
 FOLDERS = (("Image", "GT_Object"), ("Imgs", "GT"), ("Image", "GT"), ("images", "masks"))
 """Names of the folders of images and masks: COD10K's own, those of SINet's and later archives, two common pairs."""
 SPLITS = (("Train", "Test"), ("TrainDataset", "TestDataset"), ("train", "test"))
@@ -284,9 +284,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _held_out(pairs: Sequence[Pair], fraction: float) -> set[Pair]:
-    """Choose pairs whose name has a digest, scaled to 0 ... 1, below `fraction`; of several pairs at least the lowest.
+    """Choose the pairs whose image name has a digest, scaled to 0 ... 1, below `fraction`.
 
-    Unless only the lowest is chosen, added images do not change the choice among the others.
+    Of several pairs at least the pair with the lowest digest is chosen. Unless no digest is below `fraction`, added
+    images do not change the choice among the others.
     """
     place = {pair: int(hashlib.sha256(Path(pair[0]).name.encode()).hexdigest()[:8], 16) / 2**32 for pair in pairs}
     first = [min(pairs, key=lambda pair: place[pair])] if len(pairs) > 1 else []
@@ -322,7 +323,8 @@ def _problem(pair: Pair) -> str | None:
             bands = np.reshape(mask.getextrema(), (-1, 2))[
                 : 3 if mask.mode == "RGBA" else 1 if mask.mode == "LA" else None
             ]
-            differ = bool((bands[:, 0] < bands[:, 1]).any())  # also faint or dark palette colours of grey 0
+            # in the mask's own values: palette indices or faint colours may differ and still all become grey 0
+            differ = bool((bands[:, 0] < bands[:, 1]).any())
     except Exception as error:  # Pillow's decoders raise nearly anything
         return f"{path}: cannot be read as an image: {error}"
     values = [value for value, count in enumerate(counts) if count]
@@ -349,6 +351,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     Args:
         size: side of the images in pixels.
+        augment: whether the samples are for training: then image and mask go through `augmented`.
         rotation: the largest angle, in degrees, by which augmented images are rotated.
     """
 
@@ -373,7 +376,7 @@ def pixels(image: Image, size: int) -> Tensor:
 
 
 def augmented(image: Image, mask: Image, side: int, rotation: float = 0.0) -> tuple[Image, Image]:
-    """Crop at random to at least three quarters of each side, resize to `side`, mirror, rotate, change colours."""
+    """Crop at random to 3/4 of each side or more, resize to `side` pixels, mirror, rotate, change colours."""
     from PIL import ImageEnhance, ImageStat
 
     pil = pillow()

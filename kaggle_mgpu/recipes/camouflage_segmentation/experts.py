@@ -184,7 +184,7 @@ class Contrast(nn.Module):
 
 
 def around(x: Tensor, side: int) -> Tensor:
-    """Return the mean of the square around each position: columns, then rows, which is the same but cheaper."""
+    """Return the mean of x (B, C, H, W) over the square around each position, computed cheaply as two 1-D means."""
     x = F.avg_pool2d(x, (side, 1), 1, (side // 2, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, side), 1, (0, side // 2), count_include_pad=False)
 
@@ -230,10 +230,10 @@ class Mixture(nn.Module):
 class ExpertsDecoder(nn.Module):
     """ExpertsDecoder predicts from the coarsest feature to the finest; each prediction guides the next.
 
-    Like `model.Decoder`, this is a feature pyramid with a head at each scale and one for the boundary. But the levels
-    have width, 2, 4 and 4 times width channels, and each level processes its features separately for the object and the
-    background of the coarser prediction (background: reverse attention, Fan et al. 2020, PraNet; both: Mei et al. 2021,
-    PFNet).
+    Like `model.Decoder`, this is a feature pyramid with a head at each scale and one for the boundary, with two
+    differences. The levels have 1, 2, 4 and 4 times `width` channels, from fine to coarse. Each finer level masks its
+    features by the coarser prediction, once for the object and once for the background (background alone: reverse
+    attention, Fan et al. 2020, PraNet; both: Mei et al. 2021, PFNet).
     """
 
     def __init__(self, channels: list[int], width: int, num_experts: int, top_k: int | None) -> None:

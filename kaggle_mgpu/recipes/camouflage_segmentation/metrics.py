@@ -31,8 +31,8 @@ def measure(prediction: NDArray[np.uint8], mask: NDArray[Any]) -> dict[str, Any]
         mask: (height, width), uint8 with the object above 128, or bool.
 
     Returns:
-        s_measure, e_adaptive, e_curve (256 values, thresholds 255 to 0), weighted_f, mae, iou, dice. iou and dice are
-        of the stretched prediction above 0.5, and 0 if neither this nor the mask has an object.
+        s_measure, e_adaptive, e_curve (256 values, thresholds 255 to 0), weighted_f, mae, iou, dice. For iou and dice,
+        values of the stretched prediction above 0.5 are object; both are 0 if prediction and mask have no object.
 
     Raises:
         ValueError: shapes that differ, or a prediction that is not uint8.
@@ -107,7 +107,7 @@ def _ssim(values: Floats, truth: NDArray[np.bool_]) -> float:
 
 
 def e_measure(values: Floats, truth: NDArray[np.bool_]) -> tuple[float, Floats]:
-    """Return the enhanced alignment measure (Fan et al. 2018) at the threshold 2 x mean, and at 255, 254 ... 0."""
+    """Return the enhanced alignment measure (Fan et al. 2018) at the threshold 2 x mean, and its curve at 255 ... 0."""
     threshold = min(2 * values.mean(), 1)
     at = values >= threshold
     levels = (values * 255).astype(np.uint8)

@@ -39,7 +39,7 @@ class Output(NamedTuple):
     boundary: Tensor
     """(B, 1, S/4, S/4): logits of the object's edge."""
     balance: Tensor
-    """(B,): how unevenly each image uses the experts, from 1 (evenly) to num_experts (one alone)."""
+    """(B,): how unevenly each image uses the experts: 1 if evenly; at most num_experts, with top-k num_experts / k."""
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -221,7 +221,9 @@ def _timm(name: str) -> Any:
 
 
 def backbone(name: str, *, width: int, weights: str | None = None, image_size: int | None = None) -> nn.Module:
-    """Make `compact`, or a backbone of timm by its name; attribute `channels` has the channels of the four features.
+    """Make `compact`, or a backbone of timm by its name. Its attribute `channels` lists the channels of its features.
+
+    Images (B, 3, S, S) give four features (B, channels[i], S/s, S/s), s = 4, 8, 16, 32. Raises as `Timm` does.
 
     Args:
         width: channels of the compact backbone's first level.

@@ -30,7 +30,7 @@ from .model import STRIDES, Decoder, Segmenter, backbone, blocks, cost, loss_ter
 from .settings import PRESETS, Config, stages
 
 DECODERS = {"small": Decoder, "experts": ExpertsDecoder}
-Sizes = tuple[str, int | None, str, int | None, int | None, int | None]
+Sizes = tuple[str, int | None, str, int | None, int | None, int | None]  # as returned by `_sizes`
 
 
 def _sizes(config: Config) -> Sizes:
@@ -348,7 +348,7 @@ def weights_from(config: Config) -> str:
 
 
 def to_uint8(probability: Tensor) -> NDArray[np.uint8]:
-    """Convert the first map of (…, height, width), 0 to 1, to an 8-bit image (height, width)."""
+    """Convert probabilities (…, height, width), 0 to 1, to an 8-bit image (height, width); of a batch the first map."""
     image: NDArray[np.uint8] = (255 * probability.float()).round().to(torch.uint8).flatten(0, -3)[0].cpu().numpy()
     return image
 

@@ -35,8 +35,9 @@ SCENES_BATCH = {"balanced": 16, "fast": 32, "high_resolution": 16}
 class Config(TrainConfig):
     """How to train a segmenter of camouflaged objects.
 
-    Fields left None are set by `preset`, or as their text says. Stage 1 has the `frozen_…` settings. Stage 2 has `lr`,
-    `schedule` and so on: its last part trains everything for `epochs`, each part before for `partial_epochs`.
+    Fields left None are set by `preset`, or as their text says. Stage 1 uses the `frozen_…` settings, stage 2 `lr`,
+    `schedule` and so on. The last part of stage 2 trains everything for `epochs`, each earlier part the decoder and a
+    share of the backbone for `partial_epochs`.
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainConfig.MAY_CHANGE | {"data_path"}  # checkpoints have the data's digest
@@ -117,8 +118,8 @@ class Config(TrainConfig):
     weight_decay: float = 0.05
     """AdamW's decoupled weight decay, applied to matrices only."""
     warmup_steps: int | float | str = 0.05
-    """Steps of linear warm-up in each stage and part, or epochs, as "2 epochs"; below 1, a fraction of the stage's or
-    part's steps. At most all of these steps."""
+    """Steps of linear warm-up in each stage and part; below 1, a fraction of its steps; "2 epochs": so many epochs. A
+    shorter stage or part is warm-up to its end."""
     ema_decay: float | None = 0.999
     """Average the weights with this decay; evaluation and the next stage then use the average."""
     eval_every: int | Literal["epoch", "end"] | None = None  # type: ignore[assignment]
@@ -198,7 +199,7 @@ class Config(TrainConfig):
         if drawn:
             values |= {"image_size": SCENE_SIZE, "global_batch_size": SCENES_BATCH[self.preset]}
         if self.micro_batch_size not in (None, "auto") and self.gradient_accumulation_steps is not None:
-            del values["global_batch_size"]  # follows from these two
+            del values["global_batch_size"]  # computed from micro-batch, accumulation and number of GPUs
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return self.replace(**missing) if missing else self
 
@@ -220,6 +221,7 @@ class Stage:
     share: float
     """Share of the backbone's blocks that are trained, from the last on."""
     max_steps: int
+    """Optimizer steps of the whole stage."""
 
 
 def stages(config: Config, found: Found) -> list[Stage]:

@@ -32,7 +32,7 @@ def run(config: Config, found: data.Found | None = None) -> Result:
     Args:
         found: the data, already described to the user. None: searched, checked and described.
     """
-    # under torchrun every rank is here
+    # under torchrun every rank calls this function, and from_main below needs the process group
     distributed.init(timeout=datetime.timedelta(minutes=config.collective_timeout_minutes))
     with contextlib.ExitStack() as stack:  # each stage locks its own folder; this locks the whole run's
         distributed.from_main(lambda: stack.enter_context(lock.held(config.output_dir)))

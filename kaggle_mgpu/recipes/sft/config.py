@@ -20,8 +20,8 @@ class Config(TrainConfig):
         "model data_path val_path tuning backend eval_generate_samples eval_generate_batch_size max_new_tokens "
         "generation_num_beams".split()
     )
-    # a resume with other data, another model or backend is refused all the same: checkpoints store `Finetune.name` and
-    # `Finetune.backend`
+    # even so, a run cannot resume with other data, another model or another backend: checkpoints store `Finetune.name`
+    # and `Finetune.backend`
 
     model: str | None = None
     """A model's folder, the last parts of a folder's path among the Kaggle inputs, or the model's name on the hub (with
@@ -44,10 +44,10 @@ class Config(TrainConfig):
     """Layers with adapters, such as "q_proj,v_proj". auto: all linear layers but the head and expert routers."""
     data_path: str | None = None
     """A .jsonl, .json, .csv or .parquet file of conversations, or a folder of such files. Each row has either a list of
-    messages (in messages, or ShareGPT's conversations) or a question and its answer: user and assistant, instruction
-    and output (Alpaca) or response (Dolly), prompt and completion or response, question and answer, input and target.
-    Optional: system, and tools (descriptions of the tools that messages call). None: the largest such file among the
-    Kaggle inputs, else questions and answers from the docstrings of Python's standard library."""
+    messages, in the field messages or conversations (ShareGPT), or a question and its answer, in two of the fields:
+    instruction/output (Alpaca), instruction/response (Dolly), user/assistant, prompt/completion, prompt/response,
+    question/answer or input/target. Optional fields: system, and tools (descriptions of the tools that messages call).
+    None: the largest such file among the Kaggle inputs, else docstrings of Python's standard library."""
     val_path: str | None = None
     """Conversations to evaluate on. None: val_fraction of the data."""
     val_fraction: float = 0.1
@@ -116,8 +116,11 @@ class Config(TrainConfig):
     def variables(cls, given: Mapping[str, str], base: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings in `base`, overridden by the guide's make variables in `given` (TRAIN_BATCH_SIZE=1).
 
+        The names in `base` and in the result are fields of Config.
+
         Raises:
             TypeError: a variable that the guide does not have; the message suggests the nearest.
+            ValueError: a value without a counterpart here.
         """
         flat, said = guide.flattened(guide.nested(given))
         if said and os.environ.get("RANK", "0") == "0":

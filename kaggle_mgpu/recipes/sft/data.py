@@ -47,7 +47,7 @@ class Example:
     """(number of tokens before the answer, text of the answer) for each earlier answer."""
 
     def cut(self, length: int) -> Example:
-        """Return an example of the first `length` tokens; its last answer is the last one to begin within them."""
+        """Return an example of the first `length` tokens, without the answers that begin after these tokens."""
         turns = [turn for turn in (*self.earlier, (self.prompt, self.answer)) if turn[0] < length]
         (prompt, answer), earlier = turns[-1], tuple(turns[:-1])
         return replace(
@@ -71,12 +71,12 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], max_length: in
     """Encode conversations by the tokenizer's chat template, mark answers, and cut at max_length tokens.
 
     For each answer the template renders the messages before it with the generation prompt, then the messages with the
-    answer. The added tokens are learnt: the answer and its end mark. Some templates render a message differently once
-    another follows (for example, without its reasoning); then each answer becomes the end of an example of its own.
+    answer. The added tokens are learnt: the answer and its end mark. Some templates change an answer once another
+    message follows (for example, leave out the reasoning). Then each answer becomes the end of a separate example.
 
     Raises:
-        ValueError: the template refuses a conversation, leaves out a tool call, or renders the messages before an
-            answer differently once the answer follows.
+        ValueError: the template refuses a conversation, leaves out a tool call, or changes the messages before an
+            answer once the answer follows, even where the answer ends the example.
     """
     examples, left_out = [], LeftOut()
     for number, conversation in enumerate(conversations):
@@ -300,9 +300,10 @@ class Packs(Dataset[dict[str, Tensor]]):
     def batch(self, indices: Tensor) -> dict[str, Tensor]:
         """Return a batch of the samples at `indices`: B packs, padded to T tokens (a multiple of 8 for tensor cores).
 
-        ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. at, targets: int64[B, A], the
-        position before each learnt token, and this token's id; in shorter packs the rest is 0 in at, -100 in targets.
-        generate: int64[G], only if the dataset has prompts: the indices in `self.prompt_batches` of the chosen batches.
+        ids, positions, segments: int64[B, T]; segments count from 1, 0 is padding. targets: int64[B, A], the ids of the
+        learnt tokens; at: int64[B, A], the position before each. A is the largest number of learnt tokens in a pack;
+        shorter rows are filled with -100 in targets and 0 in at. generate: int64[G], only if the dataset has prompts:
+        indices into `self.prompt_batches`.
         """
         chosen = indices.tolist()
         generate = [self.prompt_batch_at[i] for i in chosen if i in self.prompt_batch_at]
@@ -327,7 +328,7 @@ class Packs(Dataset[dict[str, Tensor]]):
 
 
 def row_of(examples: list[tuple[NDArray[Any], NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of one pack without padding."""
+    """Return the arrays of one pack, as in `Packs.batch` but without padding: shapes [T], of at and targets [A]."""
     lengths = [len(ids) for ids, _ in examples]
     ids = np.concatenate([ids for ids, _ in examples])
     learnt = np.concatenate([learnt for _, learnt in examples])

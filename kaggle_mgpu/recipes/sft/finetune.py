@@ -31,7 +31,7 @@ class Finetune(Task):
         self.config = config
         self.backend = f"{config.library} {config.mode}"
         self.no_generation = ""
-        """Why no answers are generated although the config asks for some; else ""."""
+        """The reason why no answers are generated although the config asks for some; else ""."""
         if config.eval_generate_samples and config.strategy not in ("auto", "single", "ddp", "fsdp"):
             self.no_generation = f"under strategy {config.strategy!r} no process can call the whole model by itself"
         self._prepared: Prepared | None = None
@@ -168,7 +168,7 @@ class Finetune(Task):
         return logits.float()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Return the cross entropy in nats, summed over the tokens of answers in fp32 (fp16 ends at 65504)."""
+        """Return the cross entropy in nats, summed over the tokens of answers, in fp32 (fp16's maximum is 65504)."""
         self._check_packing_once(model, batch)
         logits = self.logits(model, batch)
         return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum")
@@ -209,7 +209,7 @@ class Finetune(Task):
             difference, said = math.inf, f"the model accepts no block mask ({type(error).__name__}: {error})"
         finally:
             model.train(training)
-            torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
+            torch.clear_autocast_cache()  # else training would reuse casts of weights made under no_grad
         exact = not torch.is_autocast_enabled(device.type) and self.base_dtype == torch.float32
         if not difference < (1e-3 if exact else 5e-2):
             raise ValueError(
@@ -222,7 +222,7 @@ class Finetune(Task):
         found: dict[str, tuple[Any, int]] = {}
         # ranks generate with different numbers of forward passes, so under fsdp each needs the whole model
         with shards.gathered(model) if "generate" in batch else nullcontext():
-            # all ranks check now, even without a pack in the batch: a rank that checked later would wait for the others
+            # a rank without a pack in the batch checks too: alone in a later step it would, under fsdp, wait for ever
             self._check_packing_once(model, batch)
             if len(batch["ids"]):
                 found["loss"] = (self.loss(model, batch), self.count(batch))
@@ -232,7 +232,7 @@ class Finetune(Task):
         return found
 
     def _rouge(self, model: nn.Module, numbers: list[int]) -> dict[str, tuple[Any, int]]:
-        """Return ROUGE-L of the answers to some batches of prompts, and the share of answered prompts."""
+        """Answer the batches `numbers` of `prompt_batches`. Return {name: (sum, count)} of rouge_l and answered."""
         total, answered, wanted = 0.0, 0, 0
         reference = self._cache.setdefault("references", self.examples("val").answers())
         batches = self.prompt_batches()
@@ -275,7 +275,7 @@ class Finetune(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Evaluate a model on the held-out data in this process, for example before training."""
+        """Return `summary` of the held-out data, computed in this process; {} if nothing is held out."""
         held = self.val_data()
         if held is None:
             return {}
@@ -311,7 +311,7 @@ class Finetune(Task):
         return torch.autocast(device.type, dtype if dtype != torch.float32 else None, dtype != torch.float32)
 
     def unigram_loss(self) -> float:
-        """Return the held-out loss (nats per token) of token frequencies in training answers, add-one smoothed."""
+        """Return the held-out loss (nats per token) of a unigram model of the training answers, add-one smoothed."""
         counts, held = (self._counts(part) for part in ("train", "val"))
         p = (counts + 1) / (counts.sum() + len(counts))
         return float(-(held * p.log()).sum() / held.sum())
@@ -394,7 +394,7 @@ class Finetune(Task):
         return self.model().to(distributed.device()).eval()
 
     def load(self, result: Result, which: str = "best") -> nn.Module:
-        """Return the trained model with its adapters, in this process."""
+        """Return the trained model with its "best" or "final" weights, adapters included, in this process."""
         return result.load(self.model().to(distributed.device()), which)
 
     def export(self, result: Result, which: str = "best") -> Path:

@@ -81,8 +81,8 @@ def stored_answers(
 ) -> list[str]:  # fmt: skip
     """Return the answers in a file, else call `answer` and write them there.
 
-    While weights, prompts and settings are the same, the file is read instead of generating again: after a kill during
-    an evaluation, or when a notebook is run again.
+    The file is used only if weights, prompts and settings are the same as when it was written. This saves time after a
+    kill during an evaluation, or when a notebook is run again.
 
     Args:
         weights: a digest of the model's weights.

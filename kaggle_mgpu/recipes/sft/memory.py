@@ -47,14 +47,14 @@ def estimate(
 
     Bytes per trained parameter: weights 4, gradients 4, AdamW 8. Under full in half precision, linear layers take 2
     more for autocast's copy. Bytes per frozen parameter: the size of base_dtype; under qlora 0.5 in linear layers but
-    the head, plus 0.016 for scales (one byte for 64 weights, four for 16384: Dettmers et al. 2023, arXiv 2305.14314).
+    the head, plus 0.016 for scales (1 per 64 weights and 4 per 16384: Dettmers et al. 2023, arXiv 2305.14314).
 
     Activations: for each token a layer keeps c h + 2 kv + 5 i numbers for backward, and 2 r for each adapter. h is the
     hidden size, kv the width of the keys, i the intermediate size, r the rank. c is 9 for full and 5 for adapters in
     fp32; in half precision, where norms keep fp32, c is 17 and 9. These numbers were counted for Llamas with torch's
-    saved_tensors_hooks. With gradient checkpointing a layer keeps h numbers for each token, and one layer at a time
-    keeps all. The logits of learnt tokens are kept once in the run's precision and twice in fp32. Measured on Llamas of
-    two sizes, activations took 0.8 to 1.1 of the estimate.
+    saved_tensors_hooks. With gradient checkpointing a layer keeps h numbers for each token, and only the layer that is
+    being recomputed keeps all. The logits of learnt tokens are kept once in the run's precision and twice in fp32.
+    Measured on Llamas of two sizes, activations took 0.8 to 1.1 of the estimate.
 
     Args:
         path: the model's folder or its name on the hub.
@@ -107,7 +107,7 @@ def estimate(
 
 
 def peak_memory() -> int:
-    """Return this process's peak memory in bytes: of the GPU if there is one, else of main memory."""
+    """Return this process's peak memory in bytes: of the GPU if the process uses CUDA, else of main memory."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource

@@ -60,7 +60,7 @@ def require(package: str) -> Any:
         ImportError: the package is missing; the message says how to install it.
     """
     os.environ.setdefault("USE_TF", "0")
-    # at its import, also by peft, bitsandbytes logs that an optional kernel is missing
+    # bitsandbytes, which peft imports too, logs at its import that an optional kernel is missing
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     try:
         module = importlib.import_module(package)
@@ -141,7 +141,11 @@ def digest(path: str) -> str:
 
 
 def tokenizer(path: str) -> tuple[Any, str]:
-    """Return the tokenizer of a model's folder, and a note about the chat template."""
+    """Return the tokenizer of a model (folder or name on the hub), and a note about the chat template.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: as for `load`.
+    """
     transformers = require("transformers")
     loaded = from_pretrained(transformers.AutoTokenizer, path)
     said = "the tokenizer's own chat template"
@@ -184,7 +188,7 @@ def hub() -> str:
 
 
 def hub_is_reachable(seconds: float = 5) -> bool:
-    """Return whether the hub accepts a connection; True behind a proxy, where only the hub's client can tell.
+    """Return whether the hub accepts a connection within some seconds. With a proxy, return True without a test.
 
     Without internet the hub's client would try for a minute before it gives up.
     """
@@ -217,7 +221,7 @@ def max_positions(configuration: Any) -> int | None:
 def make_tiny(folder: Path, texts: Sequence[str], seed: int, **sizes: int) -> None:
     """Make a Llama of 0.9 M random parameters, and a byte-level BPE tokenizer learnt from some texts.
 
-    For trying things out where no model is at hand. The same texts and seed make the same files.
+    The model serves to try the recipe without another model. The same texts and seed make the same files.
 
     Args:
         sizes: values of LlamaConfig that replace TINY's.
@@ -293,8 +297,11 @@ def targets(model: nn.Module, wanted: str) -> list[str]:
     layers get adapters, since no gradient reaches the others in training on text. The result then has full names of
     layers wherever a short name also occurs outside the language model.
 
+    Args:
+        wanted: "auto", or names separated by commas or spaces.
+
     Raises:
-        ValueError: a name that no layer has, or a model without linear layers.
+        ValueError: a name that no layer has, no name, or for "auto" a model without linear layers.
     """
     transformers = require("transformers")
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
@@ -348,6 +355,11 @@ def adapt(model: nn.Module, names: Sequence[str], config: Any, backend: str, pat
     """Add LoRA adapters in fp32 and freeze everything else (Hu et al. 2021, arXiv 2106.09685).
 
     The attribute `saved_names` of the result has the names of the adapters' weights; checkpoints hold these alone.
+
+    Args:
+        names: the layers for adapters, from `targets`.
+        config: the run's `Config`, for rank, alpha and dropout.
+        path: the model's folder or name, for adapter_config.json.
     """
     if backend == "unsloth":
         adapted = require("unsloth").FastLanguageModel.get_peft_model(
@@ -409,8 +421,8 @@ def select_positions(model: nn.Module) -> bool:
 def checkpoint_activations(model: nn.Module) -> None:
     """Make `gradient_checkpointing_enable()` use the non-reentrant kind, as ddp and frozen weights need.
 
-    The reentrant kind needs an input that requires a gradient (enable_input_require_grads). The non-reentrant kind does
-    not, which saves the gradient of the embedding's output.
+    The reentrant kind needs an input that requires a gradient (enable_input_require_grads), and so the memory for the
+    gradient of the embedding's output. The non-reentrant kind does not.
     """
     enable = model.gradient_checkpointing_enable
 
@@ -436,7 +448,7 @@ def export_adapter(weights: Path, folder: Path, config: Any) -> None:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights by name, without state_dict: under fsdp a call would release gathered weights."""
+    """Return the trained weights by name. (Under fsdp, state_dict() would shard gathered weights again.)"""
     names = getattr(model, "saved_names", None)
     return {name: weight for name, weight in model.named_parameters() if names is None or name in names}
 

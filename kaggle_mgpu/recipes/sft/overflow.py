@@ -72,7 +72,7 @@ def _overflowing(model: nn.Module, forward: Callable[[], Any]) -> list[str]:
         for hook in hooks:
             hook.remove()
         model.train(training)
-        torch.clear_autocast_cache()  # else autocast would keep copies of weights that no gradient flows through
+        torch.clear_autocast_cache()  # else training would reuse casts of weights made under no_grad
     return found
 
 

@@ -20,8 +20,9 @@ from .config import Config
 class Prepared:
     """Prepared describes the model, and the folder of conversations as tokens.
 
-    train, val: numbers of examples. train_tokens: tokens of the training examples. *_learnt: tokens of answers.
-    truncated, truncated_tokens, dropped: as in `data.LeftOut`, over both parts.
+    kind: the kind of the rows, from `reading.KINDS` or "embedded". template: a note about the chat template. train,
+    val: numbers of examples. train_tokens: tokens of the training examples. *_learnt: tokens of answers. truncated,
+    truncated_tokens, dropped: truncated, tokens and dropped of `data.LeftOut`, over both parts.
     """
 
     folder: str
@@ -47,7 +48,8 @@ def prepare(config: Config) -> Prepared:
     """Find or make the model; read, encode and write the conversations under output_dir/data, unless they exist.
 
     Raises:
-        ValueError: rows that cannot be read, or none left; a conversation longer than the model's positions.
+        ValueError: a row or the model cannot be read, the chat template fails, no answer begins within max_length
+            tokens, or a conversation is longer than the model's positions.
         FileNotFoundError: no such model or data.
     """
     path, reason = reading.choose_source(config.data_path)
@@ -101,7 +103,7 @@ def prepare(config: Config) -> Prepared:
 
 
 class complete_or_absent:  # noqa: N801 (used like a function)
-    """Fill a folder under a temporary name, so that the folder is complete or absent."""
+    """Give a temporary folder to fill in a `with` block; rename it to `folder` at the end, unless the block raises."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.temporary = folder, folder.with_suffix(".tmp")

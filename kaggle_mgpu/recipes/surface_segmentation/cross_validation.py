@@ -69,8 +69,8 @@ def cross_validate(config: Config, folds: int = 5) -> CrossValidation | None:
         None if some folds have not finished.
 
     Raises:
-        ValueError: fewer than two folds; more folds than scrolls (than volumes, if all are of one scroll); or
-            `Config.weights` names files.
+        ValueError: fewer than two folds, more folds than scrolls (or than volumes, if all volumes are of one scroll),
+            or files named in `Config.weights`.
     """
     if config.weight_files:
         raise ValueError(

@@ -34,7 +34,7 @@ MAX_POINTS = 4096
 
 @dataclass(frozen=True)
 class Volume:
-    """The files of one volume of a data set."""
+    """The paths of one volume's image and label. Test images have the label None."""
 
     id: str
     image: str
@@ -74,7 +74,7 @@ def find_volumes(data_path: str | None, synthetic: Path, ignore_label: int = IGN
     """Return the volumes under `data_path`, else among the Kaggle inputs, else synthesised ones under `synthetic`.
 
     Args:
-        ignore_label: the value of unannotated voxels in found labels.
+        ignore_label: the value of unannotated voxels in the label files; synthetic labels always have IGNORED.
 
     Raises:
         FileNotFoundError: a folder is missing, or the label of an image, or the image of an id in a CSV file.
@@ -181,9 +181,9 @@ def folds_of(volumes: Sequence[Volume], folds: int) -> list[list[Volume]]:
 def split(volumes: Sequence[Volume], val_fraction: float) -> tuple[list[Volume], list[Volume], str]:
     """Return the volumes to train on, the held-out volumes, and whether these are "whole scrolls" or "single volumes".
 
-    Volumes of one scroll are neighbours and look alike. So whole scrolls are held out, smallest first, up to the share
-    `val_fraction` of the volumes, or one volume if the share is less. If no scroll is small enough, single volumes are
-    held out, chosen by a digest of their ids. With val_fraction 0, or only one volume, nothing is held out.
+    Volumes of one scroll are neighbours and look alike. So whole scrolls are held out, smallest first, as long as the
+    held-out volumes are at most val_fraction of all volumes (or one volume). If no scroll is small enough, single
+    volumes are held out, chosen by a digest of their ids. With val_fraction 0, or only one volume, none is held out.
     """
     wanted = max(1, round(val_fraction * len(volumes))) if val_fraction and len(volumes) > 1 else 0
     scrolls: dict[str, list[Volume]] = {}
@@ -222,8 +222,8 @@ def _ignoring(volume: Volume) -> list[int]:
 class Cache:
     """Decoded volumes as .npy files, memory-mapped by every process: they take disk space, and RAM as page cache only.
 
-    Measured on one core: a standardised patch of 128^3 takes 5 ms from mapped files. From TIFF stacks it takes 0.5 s:
-    0.26 s each for 128 pages of 320 x 320 of image and label. `survey` takes 1.3 s for image and label of 320^3.
+    Measured on one core: a standardised patch of 128^3 takes 5 ms from mapped files. From TIFF stacks of 320 x 320
+    pixels it takes 0.5 s, half each for image and label. `survey` takes 1.3 s for image and label of 320^3.
     """
 
     folder: str
@@ -252,7 +252,7 @@ class Cache:
         return made
 
     def tidy(self) -> None:
-        """Remove partial files of killed processes; a running process may still write its own."""
+        """Remove the partial files of killed processes, but not of running ones, which may still be writing."""
         for torn in Path(self.folder).glob(".writing-*"):
             pid = torn.name.split("-")[1]
             if not Path("/proc", pid).exists():

@@ -44,7 +44,9 @@ def averaged(models: Sequence[Predictor], axes: Sequence[int] = ()) -> Predictor
 
 
 def load(make: Callable[[], nn.Module], files: Sequence[Path], axes: Sequence[int], precision: str) -> Predictor:
-    """Load a model from each of `files` to this rank's device; return their `averaged`, from and to CPU tensors.
+    """Load a model from each of `files` to this rank's device, and return the `averaged` function of all models.
+
+    The returned function takes and gives CPU tensors; its logits are float32.
 
     Args:
         make: returns the untrained model.

@@ -84,7 +84,7 @@ def sliding_window(
     weight = importance(size)
     corners = list(itertools.product(starts(shape[1], size, overlap), starts(shape[2], size, overlap)))
     slab = (size, shape[1], shape[2])
-    weights = torch.zeros(slab)  # summed over the windows that begin at one plane
+    weights = torch.zeros(slab)  # the sum of the weights of all windows that begin at the same plane
     for y, x in corners:
         weights[:, y : y + size, x : x + size] += weight
     total, norm = torch.zeros(slab), torch.zeros(slab)
@@ -120,8 +120,9 @@ class Job:
     """A volume to predict, and where its prediction goes."""
 
     image: str
+    """The path of the image's TIFF stack."""
     path: Path
-    """The mask's file."""
+    """The file for the mask."""
     probability: Path | None = None
     """The file for the probabilities of the sheet, uint8 in steps of 1/255; None: no file."""
 
@@ -147,15 +148,17 @@ def predict(
 ) -> int:
     """Predict the volumes whose predictions are missing, on all ranks; return the number left when the time is up.
 
-    Each rank predicts whole volumes, so the result does not depend on the number of ranks; only if there are fewer
-    volumes than ranks, all ranks share the windows of each. Predictions are written atomically: after a kill, the next
-    call predicts the missing volumes, and makes missing masks from existing probabilities. Memory: 2 bytes per voxel of
-    a uint8 volume (4 with probabilities), and that of `sliding_window`; after it, min_component above 1 takes 12 more.
+    Each rank predicts whole volumes, so the result does not depend on the number of ranks. Only if fewer volumes are
+    missing than there are ranks, all ranks share the windows of each. Predictions are written atomically: after a kill,
+    the next call predicts the missing volumes, and makes missing masks from existing probabilities.
+
+    Memory: 2 bytes per voxel of a uint8 volume (4 with probabilities), plus that of `sliding_window`. Later, instead of
+    the windows' memory, min_component above 1 takes 12 bytes per voxel.
 
     Args:
         forward, size, overlap: as for `sliding_window`.
         choice: the threshold and the smallest component of masks; None: only probabilities are written.
-        seconds_left: time for this call; a volume is begun only if 1.5 times the slowest one so far still fits.
+        seconds_left: time for this call. A volume is begun only if 1.5 times the slowest volume's time so far is left.
         count: a file for the progress, {"predicted": N}.
     """
 
@@ -195,7 +198,7 @@ def predict(
         if distributed.is_main():
             print(f"predicted {job.path.name} in {time.monotonic() - start:.1f} s", flush=True)
     distributed.barrier()
-    note()  # with the last volumes of the other ranks
+    note()  # once more, since the other ranks may have predicted volumes after rank 0's last one
     return distributed.from_main(lambda: sum(job.missing(choice is not None) for job in jobs))
 
 
@@ -216,7 +219,7 @@ def validate_submission(path: str | Path, test_images: str | Path) -> int:
     LZW-compressed uint8 stack of 0 and 1, of the image's shape.
 
     Raises:
-        ValueError: the zip is otherwise; the message lists up to five faults.
+        ValueError: the zip does not fit this description; the message lists up to five faults.
     """
     wanted = stacks_in(Path(test_images))
     wrong: list[str] = []

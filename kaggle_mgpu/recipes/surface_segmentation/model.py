@@ -24,7 +24,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.conv2 = nn.Conv3d(outputs, outputs, 3, padding=1, bias=False)
-        # per sample, so the micro-batch size does not matter; autocast runs group norm in fp32, but not instance norm
+        # per sample, so the micro-batch size does not matter; group norm would, under autocast, run in fp32
         self.norm1, self.norm2 = nn.InstanceNorm3d(outputs, affine=True), nn.InstanceNorm3d(outputs, affine=True)
         same = inputs == outputs and stride == 1
         self.short = nn.Identity() if same else nn.Conv3d(inputs, outputs, 1, stride=stride, bias=False)
@@ -35,7 +35,7 @@ class Residual(nn.Module):
 
 
 class Doubled(nn.Module):
-    """Make logits at twice the features' resolution: a transposed convolution, then one to smooth its 2x2x2 blocks."""
+    """Make logits at twice the features' resolution: a transposed convolution, then a smoothing convolution."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ class UNet(nn.Module):
 def segmentation_loss(logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
     """Return the sum over patches of cross entropy (mean over the patch's labelled voxels) + 1 - soft Dice.
 
-    A patch is one term, so gradients do not depend on how patches are split into micro-batches and over GPUs, as they
-    would with a Dice of the whole batch or a mean over all its voxels. The Dice term is left out for a patch without
-    sheet; a patch without labels gives 0. Computed in fp32, since an fp16 sum over a patch overflows.
+    Each patch is a separate term, so gradients do not depend on how patches are split into micro-batches and over GPUs.
+    (With a Dice or a mean over the whole batch they would.) The Dice term is left out for a patch without sheet; a
+    patch without labels gives 0. Computed in fp32, since an fp16 sum over a patch overflows.
 
     Args:
         logits: (B, 1, D, H, W); for deep supervision a list, each level with half the resolution and half the weight of

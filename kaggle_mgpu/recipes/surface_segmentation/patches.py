@@ -22,7 +22,7 @@ MAX_TRIES = 20
 
 
 def crop(volume: Array, start: Sequence[int], size: Sequence[int], fill: int) -> Array:
-    """Return the box of a volume of `size` voxels from `start`, possibly negative; `fill` outside the volume."""
+    """Return the box of `size` voxels at `start` (may be negative) of a volume, with `fill` outside the volume."""
     out = np.full(tuple(size), fill, volume.dtype)
     low = [max(0, s) for s in start]
     high = [min(n, s + p) for n, s, p in zip(volume.shape, start, size, strict=True)]

@@ -82,8 +82,8 @@ def known(
 ) -> Choice | None:
     """Return the choice in the settings or the first fitting file; None if the held-out volumes must decide first.
 
-    A file fits if its choice was made for the weights and settings in `made_for`; if nothing is held out, the same
-    weights suffice. If nothing is held out and no file fits, "auto" means threshold 0.5 and all components.
+    A file fits if its choice was made for the weights and settings in `made_for`. If nothing is held out, a file fits
+    if the weights are the same; if no file fits then, "auto" means threshold 0.5 and all components.
     """
     if threshold != "auto" and min_component != "auto":
         return Choice(threshold, min_component)
@@ -156,7 +156,10 @@ def dice_by_step(probability: NDArray[np.uint8], label: NDArray[np.uint8]) -> ND
 
 
 def dice_by_size(mask: NDArray[Any], label: NDArray[np.uint8], sizes: Sequence[int]) -> NDArray[np.float64]:
-    """Return the Dice of a mask without components below each size; unlabelled voxels count only in the sizes."""
+    """Return the Dice of a mask without components below each size, float64 of the shape (len(sizes),).
+
+    Unlabelled voxels count for the size of a component, but not for Dice.
+    """
     numbers, count = components(mask)
     flat, known = numbers.reshape(-1), (label != IGNORED).reshape(-1)
     size = np.bincount(flat, minlength=count + 1)

@@ -52,7 +52,7 @@ def run(config: Config, surface: SurfaceSegmentation | None = None) -> Result:
     """
     if surface is None:
         surface = SurfaceSegmentation(config)
-        if "RANK" not in os.environ:  # under torchrun each rank would search the data: no process group exists yet
+        if "RANK" not in os.environ:  # under torchrun no process group exists yet: every rank would search the data
             print(surface.describe(), flush=True)
     began = time.monotonic()
     result: Result = _untrained(config) if _weight_files(config) else launch(train, config, surface)
@@ -152,7 +152,7 @@ def infer(config: Config, surface: SurfaceSegmentation, time_limit: float = math
         write_submission(out / "submission.zip", {v.id: folder / "test" / f"{v.id}.tif" for v in test})
         count = validate_submission(out / "submission.zip", Path(test[0].image).parent)
         where = out / "submission.zip"
-        if session.on_kaggle():  # where the competition looks for it
+        if session.on_kaggle():  # the competition takes the file from this folder
             where = _copied(where, session.working() / "submission.zip")
         print(f"{where}: {counted(count, 'volume')}, checked", flush=True)
     metrics = {**result.metrics, **{f"volume_{name}": value for name, value in figures.items()}}
