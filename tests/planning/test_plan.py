@@ -356,7 +356,7 @@ def test_what_does_not_fit_here_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     found = plan(TrainConfig(global_batch_size=20, nproc=1), Large(), steps=1)
     assert (found.step_seconds, found.seconds) == (None, None)
     assert "time            unknown: out of memory with micro_batch_size 20" in str(found)
-    assert found.advice[0].startswith("micro_batch_size='auto' finds the largest that fits")
+    assert found.advice[0].startswith("micro_batch_size='auto' finds the largest size that fits")
 
 
 def test_here_and_now(tmp_path: Path) -> None:
