@@ -92,7 +92,7 @@ def under_torchrun() -> bool:
 
 
 def offer(store: dist.Store | None = None, timeout: datetime.timedelta = TIMEOUT) -> None:
-    """Keep the arguments of `init`, which the first collective calls at the latest, and select this rank's GPU.
+    """Keep the arguments for `init`, and select this rank's GPU. The first collective calls `init` if nobody has.
 
     The environment variables RANK and WORLD_SIZE must be set. A launched function may call
     `torch.distributed.init_process_group` before the first collective; this module then uses the function's group.
@@ -111,7 +111,8 @@ def init(timeout: datetime.timedelta = TIMEOUT) -> None:
     """Join the process group described by `offer`, or torchrun's; a second call does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so counts and decisions never wait for the
-    GPU. A collective longer than the timeout of `offer`, or without an offer than `timeout`, is an error.
+    GPU. A collective that takes longer than the timeout is an error: the timeout given to `offer`, or without a call of
+    `offer` the argument `timeout`.
     """
     if joined():
         return
@@ -140,7 +141,7 @@ def _group(tensor: torch.Tensor | None = None) -> Any:
     default = dist.group.WORLD
     if (tensor is not None and tensor.is_cuda) or "cpu:" in str(dist.get_backend_config()):
         return None
-    if _cpu_group[0] is not default:  # a script's own group with NCCL only
+    if _cpu_group[0] is not default:  # the script made its own group, with NCCL only
         _cpu_group = default, dist.new_group(backend="gloo")
     return _cpu_group[1]
 
@@ -227,7 +228,7 @@ def sum_later(value: T) -> Callable[[], T]:
 class Count:
     """A Count is this rank's part of a whole number; calling a Count returns the sum over all ranks.
 
-    The sum is a collective of its own, unless the gradients of the step before carry the parts: see `Distributed`.
+    The sum takes a separate collective, unless the gradients of the previous step carried the parts: see `Distributed`.
     """
 
     def __init__(self, own: int) -> None:
@@ -327,7 +328,7 @@ def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
     rows = [int(n) for n in all_gather(torch.tensor([0 if stands_in() else len(tensor)]))]
     start = builtins.sum(rows[: rank()])
     every: torch.Tensor = _GatherRows.apply(tensor, rows)
-    if stands_in():  # other ranks do not get these rows, but this rank needs rows of its own for a loss of weight 0
+    if stands_in():  # other ranks do not get a stand-in's rows, but this rank's loss, of weight 0, reads its own
         every = torch.cat([every[:start], tensor, every[start:]])
     return every, slice(start, start + len(tensor))
 
