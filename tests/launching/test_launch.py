@@ -398,7 +398,7 @@ def test_a_process_with_many_open_files_launches() -> None:
     [
         (lambda: ctypes.string_at(0), r"SIGSEGV \(a crash in native code\).*string_at"),
         (lambda: os._exit(3), "exit code 3, without an exception"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL .*want of memory: lower micro_batch_size"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL .*lack of memory: lower micro_batch_size"),
         (lambda: os.kill(os.getpid(), signal.SIGBUS), "SIGBUS .*/dev/shm is full"),
     ],
     ids=["segfault", "exit", "kill", "bus"],

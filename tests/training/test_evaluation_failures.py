@@ -115,7 +115,7 @@ MISTAKES = [
     (OtherName, r"best_metric is 'loss', but the evaluation gave error\. Set best_metric to one of them"),
     (BadSummary, r"BadSummary\.summary failed .* KeyError: 'los' \(.* line \d+"),
     (TensorSummary, r"summary failed .* expected \{name: number\}, got a Tensor for 'loss': use float"),
-    (Penalty, r"does not require grad.* define Task\.metrics.* within torch\.enable_grad\(\)"),
+    (Penalty, r"does not require grad.* define Task\.metrics.* use torch\.enable_grad\(\)"),
     (BadSample, r"BadSample\.val_data failed .* FileNotFoundError: no image 0\.png"),
 ]
 
@@ -332,7 +332,9 @@ def test_an_error_of_one_rank_among_two_loses_no_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank 1 alone") as caught:
         launch(train, settings_of(tmp_path, nproc=2), Fails("metrics", ValueError("rank 1 alone"), rank=1))
     (note,) = caught.value.__notes__
-    assert note.startswith(f"The state after step 6 is in {tmp_path / 'checkpoints' / 'step-00000006'}: a run goes on")
+    assert note.startswith(
+        f"The state after step 6 is in {tmp_path / 'checkpoints' / 'step-00000006'}: the next run continues"
+    )
     assert launch(train, settings_of(tmp_path, nproc=2), Fails()).finished
     assert [record["step"] for record in kinds(tmp_path, "start")] == [0, 6]
 
