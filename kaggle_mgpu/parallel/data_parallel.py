@@ -9,9 +9,8 @@ import contextlib
 import inspect
 import threading
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -64,7 +63,9 @@ class Distributed(Strategy):
         if self.carries_count:
             # 64 bytes, so that the next gradients in a bucket stay aligned
             self.carrier = call.carrier = nn.Parameter(torch.zeros(16))
-            self.own_limbs = np.zeros(16, dtype=np.float32)
+            limbs = torch.zeros(16)
+            self.own_limbs = limbs.numpy()  # the same memory, written without torch's overhead
+            self.carrier.register_hook(lambda gradient: limbs)
         for parameter in call.parameters():
             # torch warns if a gradient's strides differ from its bucket's, even where they have no effect (size 1)
             if parameter.requires_grad and parameter.ndim > 2 and 1 in parameter.shape:
@@ -106,7 +107,7 @@ class Distributed(Strategy):
         if self.carrier is None or not self.exchanging:
             return loss
         self.own_limbs[:2] = divmod(self.next_terms.own if self.next_terms else 0, LIMB)
-        return cast(Tensor, _Carried.apply(loss, self.carrier, torch.from_numpy(self.own_limbs)))
+        return loss + self.carrier.sum()  # adds 0; in backward the carrier's hook returns the limbs as its gradient
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if self.carrier is not None and self.carrier.grad is not None:
@@ -139,19 +140,6 @@ class Distributed(Strategy):
             exposed = found["avg_backward_comm_time"] - found["avg_backward_compute_comm_overlap_time"]
             return max(0, exposed) / 1e9 if found["avg_backward_comm_time"] > 0 else None
         return None
-
-
-class _Carried(torch.autograd.Function):
-    """Return the loss unchanged. In backward, `gradient` becomes the gradient of `carrier`, for any loss."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, carrier: Tensor, gradient: Tensor) -> Tensor:
-        ctx.gradient = gradient
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradient, ctx.gradient, None
 
 
 def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
