@@ -70,12 +70,13 @@ class SessionCallback(TrainerCallback):
     """Save at intervals, save and stop before the session ends or on request, and record metrics.
 
     A resumed run draws the same random numbers as an uninterrupted run: generators are seeded from (seed, step, rank)
-    before each step, and from (seed, epoch, sample) before each sample of a map-style dataset. The errors below come
-    from trainer.train.
+    before each step, and from (seed, epoch, sample) before each sample of a map-style dataset. trainer.train
+    raises the errors below, the constructor does not.
 
     Args:
         time_limit: "11h30m", or seconds; the end of Kaggle's session is a limit too.
-        save_every: time between two saves, "15m" or seconds, beside the Trainer's own saves; None: save only at a stop.
+        save_every: time between two saves of the callback, "15m" or seconds. None: only at a stop. The
+            Trainer's own saves are not affected.
 
     Raises:
         ValueError: time_limit or save_every is not a duration.

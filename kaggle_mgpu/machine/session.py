@@ -148,7 +148,8 @@ def find_prepared(folder: Path, last: str) -> Path:
     """Return `folder`; if `folder` is incomplete and Kaggle's inputs have a complete copy, return the copy.
 
     Args:
-        folder: a folder named after a digest of its content, such as run/data/0123abcd. A copy ends in data/0123abcd.
+        folder: a folder named after a digest of its content, such as run/data/0123abcd. The path of a copy has the same
+            last two parts.
         last: the name of the file that is written last, and so marks a complete folder.
     """
     if not (folder / last).exists() and (found := find(f"{folder.parent.name}/{folder.name}/{last}", limit=1)):

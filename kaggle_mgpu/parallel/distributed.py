@@ -111,8 +111,8 @@ def init(timeout: datetime.timedelta = TIMEOUT) -> None:
     """Join the process group described by `offer`, or torchrun's; a second call does nothing.
 
     CPU tensors go over gloo and GPU tensors over NCCL in the same group, so counts and decisions never wait for the
-    GPU. A collective that takes longer than the timeout is an error: the timeout given to `offer`, or without a call of
-    `offer` the argument `timeout`.
+    GPU. A collective that takes longer than the timeout raises an error. The argument `timeout` counts only if `offer`
+    has not been called with another.
     """
     if joined():
         return
@@ -141,7 +141,8 @@ def _group(tensor: torch.Tensor | None = None) -> Any:
     default = dist.group.WORLD
     if (tensor is not None and tensor.is_cuda) or "cpu:" in str(dist.get_backend_config()):
         return None
-    if _cpu_group[0] is not default:  # the script made its own group, with NCCL only
+    # the default group has NCCL only: a script has made it
+    if _cpu_group[0] is not default:
         _cpu_group = default, dist.new_group(backend="gloo")
     return _cpu_group[1]
 
@@ -205,7 +206,8 @@ def sum(value: Any) -> Any:
 def sum_later(value: T) -> Callable[[], T]:
     """Start a sum over all ranks and return a function; the function waits for the sum and returns the sum.
 
-    Communication then overlaps with other work. `train` sums the number of loss terms during the first forward pass.
+    Communication then overlaps with other work: the number of loss terms of a step is summed over the ranks during
+    this step's first forward pass.
     """
     total: Any = value.detach().clone() if isinstance(value, torch.Tensor) else value
     if not active():
@@ -228,7 +230,8 @@ def sum_later(value: T) -> Callable[[], T]:
 class Count:
     """A Count is this rank's part of a whole number; calling a Count returns the sum over all ranks.
 
-    The sum takes a separate collective, unless the gradients of the previous step carried the parts: see `Distributed`.
+    A Count is summed by a separate collective, or together with the gradients of the step before the counted step: see
+    `Distributed` in data_parallel.py.
     """
 
     def __init__(self, own: int) -> None:
@@ -291,7 +294,7 @@ def computing(batch: Literal["step", "stand-in", "alone"]) -> Iterator[None]:
 
 
 def in_step() -> bool:
-    """Return whether all ranks compute their parts of one training step of a Strategy."""
+    """Return whether all ranks compute their parts of one training step at the moment."""
     return active() and _batch in ("step", "stand-in")
 
 
@@ -328,7 +331,9 @@ def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
     rows = [int(n) for n in all_gather(torch.tensor([0 if stands_in() else len(tensor)]))]
     start = builtins.sum(rows[: rank()])
     every: torch.Tensor = _GatherRows.apply(tensor, rows)
-    if stands_in():  # other ranks do not get a stand-in's rows, but this rank's loss, of weight 0, reads its own
+    if (
+        stands_in()
+    ):  # a stand-in's rows go to no other rank, but this rank's loss, which has weight 0, needs rows of its own
         every = torch.cat([every[:start], tensor, every[start:]])
     return every, slice(start, start + len(tensor))
 
@@ -365,7 +370,7 @@ def gather_to_main(value: T) -> list[T]:
 
 @dataclass(frozen=True)
 class Gather:
-    """A Gather in Task.metrics hands the rows of all samples to Task.summary.
+    """A Gather as a value in Task.metrics' result makes Task.summary get the rows of all samples.
 
     Args:
         tensor: float[samples of the batch, …], one row per sample.
@@ -422,8 +427,8 @@ class RankVote:
 
     A collective in every step would cost a small model more than a tenth of its time. The ranks therefore vote about
     every `seconds` seconds, and each vote sets the number of steps until the next vote. A vote runs during the
-    following step, and `vote` returns the answer after that step. `vote` waits for the answer at once if steps are so
-    slow that each has a vote, and after `vote_next`. A single process decides without a vote.
+    following step, and the next call of `vote` returns the answer. In two cases the call that starts the vote waits for
+    the answer itself: after `vote_next`, and if steps are so slow that each has a vote. A single process decides alone.
     """
 
     def __init__(self, seconds: float = 0.5) -> None:
@@ -437,7 +442,7 @@ class RankVote:
 
     @property
     def most_steps(self) -> int:
-        """The largest number of steps between a flag that has just missed a vote and the answer of the next vote."""
+        """The largest number of steps until all ranks know a flag: `interval` to a vote, and one to its answer."""
         return self.interval + 1 if active() else 1
 
     def vote_next(self, wanted: bool = True) -> None:
@@ -460,7 +465,7 @@ class RankVote:
         if self.steps >= self.next:
             alive()
             now = time.monotonic()
-            pace = (now - self.since) / (self.steps - self.voted)  # fewer than `interval` steps after `vote_next`
+            pace = (now - self.since) / (self.steps - self.voted)  # `vote_next` may have cut the interval short
             votes = torch.tensor([*(float(flag) for flag in flags), pace], dtype=torch.float64)
             self.pending = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_group(), async_op=True), votes
             self.voted, self.since = self.steps, now

@@ -65,7 +65,7 @@ def whole(tensor: Tensor) -> Tensor:
     """Return the full tensor on every rank, without gradients; all ranks must call `whole` for the same tensor.
 
     An unsharded tensor is returned unchanged. On a CPU torch's full_tensor may deadlock (torch 2.13): full_tensor holds
-    the GIL while waiting for the lock of gloo's queue, and gloo's thread, which has the lock, may wait for the GIL to
+    the GIL while it waits for the lock of gloo's queue, and gloo's thread, which has the lock, may need the GIL to
     free a tensor. all_gather releases the GIL.
     """
     if not is_sharded(tensor):
@@ -89,7 +89,7 @@ def shard_of(tensor: Tensor) -> Shard:
 
 
 def rows_of(full: Any, like: Tensor) -> Any:
-    """Return this rank's rows of a full tensor (or its `Pieces`), as `like`, a tensor of the same shape, is sharded."""
+    """Return this rank's rows of a full tensor (or of its `Pieces`), cut in the way the tensor `like` is sharded."""
     if not is_sharded(like):
         return full
     shard = shard_of(like)
