@@ -331,9 +331,7 @@ def gather_with_gradients(tensor: torch.Tensor) -> tuple[torch.Tensor, slice]:
     rows = [int(n) for n in all_gather(torch.tensor([0 if stands_in() else len(tensor)]))]
     start = builtins.sum(rows[: rank()])
     every: torch.Tensor = _GatherRows.apply(tensor, rows)
-    if (
-        stands_in()
-    ):  # a stand-in's rows go to no other rank, but this rank's loss, which has weight 0, needs rows of its own
+    if stands_in():  # these rows go to no other rank, but this rank's loss, of weight 0, needs rows of its own
         every = torch.cat([every[:start], tensor, every[start:]])
     return every, slice(start, start + len(tensor))
 
