@@ -19,8 +19,8 @@ from . import distributed
 from .strategy import Strategy
 
 LIMB = 4096
-"""The base, 2^12, of the two digits in which gradients carry a count. float32 adds whole numbers exactly up to 2^24, so
-the sum of a count over the ranks may have 24 + 12 bits."""
+"""Under ddp on CPUs, gradients carry a count (see `Distributed`) as two digits in base 2^12. float32 adds whole numbers
+exactly up to 2^24, so the sum over the ranks is exact up to about 2^24 x 2^12 = 2^36."""
 
 
 class Distributed(Strategy):
@@ -30,8 +30,8 @@ class Distributed(Strategy):
         gradient_compression: fp16 halves the bytes sent; none sends gradients unchanged.
         bucket_mb: MiB of gradients sent at a time; default: torch's.
         counts_terms: whether each step needs its number of loss terms, summed over all ranks. On CPUs two elements of
-            an added parameter, the carrier, hold this rank's number. The previous step's exchange of gradients sums the
-            numbers, since a separate collective would take 5 % of a step of 11 ms.
+            the gradient of an added parameter, the carrier, hold this rank's number for the next step. So the exchange
+            of gradients sums the numbers one step ahead; a separate collective would take 5 % of a step of 11 ms.
     """
 
     name = "ddp"
@@ -49,8 +49,8 @@ class Distributed(Strategy):
         super().__init__(*args, **kwargs)
         self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
         # Gradients carry no count on GPUs, where reading the sum would make the CPU wait, nor as fp16, which rounds
-        # counts, nor with find_unused_parameters: DDP then expects no gradient, since the carrier is added after DDP's
-        # forward pass.
+        # counts. With find_unused_parameters they carry none either: the carrier is added to the loss after DDP's
+        # forward pass, so DDP takes the carrier for unused.
         exact = gradient_compression == "none" and not self.find_unused_parameters
         self.carries_count = counts_terms and exact and self.device.type == "cpu"
         self.carrier: nn.Parameter | None = None
@@ -152,8 +152,8 @@ def _with_strides_of(parameter: Tensor, gradient: Tensor) -> Tensor:
 def _sum(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Add gradients over the ranks.
 
-    Before a mean, the loss would be multiplied by the world size. fp16 would then overflow in other steps than on one
-    GPU.
+    If DDP averaged instead, the loss would be multiplied by the world size before backward, and fp16 would overflow in
+    other steps than on one GPU.
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])

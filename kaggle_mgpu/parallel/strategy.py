@@ -62,8 +62,8 @@ class Call(nn.Module):
                 got = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
                 raise TypeError(f"Task.metrics must return {{name: (sum, count)}}, got {got} for {name!r}")
             total, count = pair
-            # float64 and one row per replica, so that sums do not depend on the number of replicas; on the replica's
-            # GPU, since only tensors there can be gathered
+            # float64, so that rounding hardly depends on the number of replicas; a row per replica, since gathering
+            # concatenates and `evaluate` adds the rows; on the replica's GPU, since only tensors there can be gathered
             total = self._placed(total).detach().double()
             rows[name] = (total.unsqueeze(0), self._placed(count).unsqueeze(0))
         return rows
@@ -270,7 +270,7 @@ class Strategy:
             nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         not_finite: Tensor | bool
         unfused = self.device.type == "cuda" and not getattr(optimizer, "_step_supports_amp_scaling", False)
-        # an optimizer makes a parameter's state in the parameter's first step, so that step cannot be undone
+        # an optimizer makes a parameter's state in the parameter's first step, and this first step cannot be undone
         undoable = unfused and not self.changes_groups and self.stepped.issuperset(map(id, parameters))
         undoable = undoable and undo.can_undo(optimizer, parameters, self.device)
         groups = undo.group_values(optimizer) if unfused and not undoable else []
@@ -313,7 +313,7 @@ class Strategy:
         """Return the norm of all gradients together, over all ranks."""
         if len({(gradient.device, gradient.dtype) for gradient in gradients}) != 1:
             return nn.utils.get_total_norm(gradients, foreach=True)
-        # the same bits in a third of the time: torch sorts the tensors by device and dtype first
+        # the same bits as get_total_norm in a third of the time: get_total_norm first groups by device and dtype
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     @torch.no_grad()
