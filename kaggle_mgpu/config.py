@@ -206,8 +206,7 @@ class TrainConfig:
             "nproc": 1, "global_batch_size": 1, "micro_batch_size": 1, "gradient_accumulation_steps": 1,
             "data_workers": 0, "epochs": 1, "max_steps": 1, "lr": 0.0, "base_batch_size": 1, "weight_decay": 0.0,
             "warmup_steps": 0, "schedule_cycles": 1, "schedule_first_cycle": 1, "schedule_cycle_factor": 1,
-            "prefetch_factor": 1, "patience": 1, "min_delta": 0.0, "schedule_power": 0.0, "min_lr": 0.0,
-            "eval_every": 1,
+            "prefetch_factor": 1, "patience": 1, "min_delta": 0.0, "min_lr": 0.0, "eval_every": 1,
             "log_every": 1, "save_every": 1, "keep_last": 1, "save_interval_minutes": 0.0, "seed": 0,
             "bucket_mb": 1, "max_restarts": 0, "hang_timeout_minutes": 0.0, "collective_timeout_minutes": 0.0,
         }  # fmt: skip
@@ -221,10 +220,9 @@ class TrainConfig:
                 f"{type(self).__name__}.data_workers: expected at most {MOST_DATA_WORKERS} processes per rank, got "
                 f"{self.data_workers!r}; one per core is plenty"
             )
-        if self.max_norm is not None and not self.max_norm > 0:
-            raise ValueError(
-                f"{type(self).__name__}.max_norm: expected above 0, got {self.max_norm!r}; None switches clipping off"
-            )
+        for name, hint in (("max_norm", "; None switches clipping off"), ("schedule_power", "")):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{type(self).__name__}.{name}: expected above 0, got {value!r}{hint}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"{type(self).__name__}.ema_decay: expected between 0 and 1, got {self.ema_decay!r}")
         for name in ("warmup_steps", "schedule_first_cycle"):

@@ -153,6 +153,7 @@ class TestParsing:
             ("seed", -1, "expected 0 or more, got -1"),
             ("max_norm", 0, "expected above 0, got 0.0; None switches clipping off"),
             ("max_norm", "nan", "expected above 0, got nan"),
+            ("schedule_power", 0, "expected above 0, got 0.0"),
             ("ema_decay", 1, "expected between 0 and 1, got 1.0"),
             ("ema_decay", 0, "expected between 0 and 1, got 0.0"),
         ],

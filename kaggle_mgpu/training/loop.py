@@ -132,7 +132,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             try:
                 outcome = take_step(parts, batch, state.step)
             except OptimizerOutOfMemoryError as error:  # some weights may have moved, so nothing is saved
-                out_of_memory.raise_optimizer_oom(state.step + 1, saving.newest(parts), error)
+                out_of_memory.raise_optimizer_oom(state.step + 1, saving.newest_sentence(parts), error)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -154,10 +154,10 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
-                loss = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
+                diverged = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
                 ranks.vote_next(may_end)
-                if loss is not None:
-                    _raise_diverged(parts, state, saving, log, outcome, loss)
+                if diverged is not None:
+                    _raise_diverged(parts, state, saving, log, outcome, diverged)
         reason = "asked to stop" if stop else "time limit" if no_time else ""
         return _finish(parts, state, evaluation, saving, log, reason, "" if reason else early)
 
@@ -275,8 +275,8 @@ def _finish(
     finished = remaining <= 0 and state.step < evaluation.next_step
     early = "" if finished else early  # a run that took its last step did not stop early
     if finished or early:
-        given = log.progress.end_reason
-        finished, remaining, reason = True, 0, early + (f": {given}" if given else "") if early else "finished"
+        given = f": {log.progress.end_reason}" if log.progress.end_reason else ""
+        finished, remaining, reason = True, 0, f"{early}{given}" if early else "finished"
     if (note := _last_save(parts, state, saving, log, finished)) and not finished:
         reason += f"; {note}"
     strategy = parts.strategy

@@ -311,11 +311,11 @@ class Saving:
         # rank 0 waits for its own save of this step. Any other rank saves again, because after an error on that rank
         # torchrun kills rank 0, and launch waits only for a limited time
         if not parts.strategy.computes_alone or (parts.is_main and state.step == self.saved_step):
-            return self.newest(parts)
+            return self.newest_sentence(parts)
         try:
             path = self.rescue_checkpoint(parts, state)
         except OSError as error:
-            return f"The state after step {state.step} could not be saved: {error}. {self.newest(parts)}"
+            return f"The state after step {state.step} could not be saved: {error}. {self.newest_sentence(parts)}"
         self.newest_reported = True
         return f"The state after step {state.step} is in {path}: the next run continues from there."
 
@@ -332,14 +332,14 @@ class Saving:
         if strategy.within == "update" or (averages is not None and averages.swapped):
             text = (
                 "Some weights may have been updated and others not, so the state in memory is not saved. "
-                f"{self.newest(parts)}"
+                f"{self.newest_sentence(parts)}"
             )
         else:
             try:
                 strategy.undo_step()
                 text = self.rescue(parts, state)
             except Exception as failure:  # the run's own error matters more
-                text = f"The state after step {state.step} could not be saved: {failure}. {self.newest(parts)}"
+                text = f"The state after step {state.step} could not be saved: {failure}. {self.newest_sentence(parts)}"
         error.add_note(text)
         print(text, flush=True)
 
@@ -360,7 +360,7 @@ class Saving:
             return f" The last save failed: {error}."
         return ""
 
-    def newest(self, parts: Parts) -> str:
+    def newest_sentence(self, parts: Parts) -> str:
         """Wait for the last save; return a sentence about the newest checkpoint."""
         self.newest_reported = True
         failed = self.wait(parts)
