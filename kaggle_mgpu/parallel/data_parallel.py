@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -49,12 +50,13 @@ class Distributed(Strategy):
         super().__init__(*args, **kwargs)
         self.gradient_compression, self.bucket_mb = gradient_compression, bucket_mb
         # Gradients carry no count on GPUs, where reading the sum would make the CPU wait, nor as fp16, which rounds
-        # counts. With find_unused_parameters they carry none either: the carrier is added to the loss after DDP's
-        # forward pass, so DDP takes the carrier for unused.
+        # counts. With find_unused_parameters they carry none either: DDP's forward pass does not use the carrier, so
+        # DDP would take the carrier for unused.
         exact = gradient_compression == "none" and not self.find_unused_parameters
         self.carries_count = counts_terms and exact and self.device.type == "cpu"
         self.carrier: nn.Parameter | None = None
         self.next_terms: distributed.Count | None = None
+        self.while_waiting: Callable[[], None] | None = None
         self.exchanging = True
         """Whether the next backward pass exchanges gradients."""
 
@@ -63,9 +65,8 @@ class Distributed(Strategy):
         if self.carries_count:
             # 64 bytes, so that the next gradients in a bucket stay aligned
             self.carrier = call.carrier = nn.Parameter(torch.zeros(16))
-            limbs = torch.zeros(16)
-            self.own_limbs = limbs.numpy()  # the same memory, written without torch's overhead
-            self.carrier.register_hook(lambda gradient: limbs)
+            self.limbs = torch.zeros(16)
+            self.own_limbs = self.limbs.numpy()  # the same memory, written without torch's overhead
         for parameter in call.parameters():
             # torch warns if a gradient's strides differ from its bucket's, even where they have no effect (size 1)
             if parameter.requires_grad and parameter.ndim > 2 and 1 in parameter.shape:
@@ -98,21 +99,39 @@ class Distributed(Strategy):
         self.exchanging = sync
         return super().micro_step(sync=sync) if sync else self.parallel.no_sync()
 
-    def begin_step(self, next_terms: distributed.Count | None = None) -> None:
-        super().begin_step(next_terms)
-        self.next_terms = next_terms
+    def begin_step(
+        self, next_terms: distributed.Count | None = None, while_waiting: Callable[[], None] | None = None
+    ) -> None:
+        super().begin_step()
+        self.next_terms, self.while_waiting = next_terms, while_waiting
 
-    def forward(self, batch: Any) -> Tensor:
-        loss = super().forward(batch)
-        if self.carrier is None or not self.exchanging:
-            return loss
+    def backward_from(self, loss: Tensor, start: float) -> None:
+        if not self.exchanging:
+            return super().backward_from(loss, start)
+        # on GPUs this process does not wait in backward: the exchange is queued on the GPU
+        if self.while_waiting is not None and self.device.type == "cpu" and loss.requires_grad:
+            loss.register_hook(self._queue_while_waiting)
+        if self.carrier is None:
+            return super().backward_from(loss, start)
         self.own_limbs[:2] = divmod(self.next_terms.own if self.next_terms else 0, LIMB)
-        return loss + self.carrier.sum()  # adds 0; in backward the carrier's hook returns the limbs as its gradient
+        # the carrier gets its gradient as if it were a second loss
+        torch.autograd.backward((loss, self.carrier), (self.start_gradient(loss, start), self.limbs))
+
+    def _queue_while_waiting(self, gradient: Tensor) -> None:
+        """Make backward call `while_waiting` after the start of the exchange, before DDP waits for its end."""
+        # Callbacks run at the end of backward, in the order in which they were queued. DDP queues its own, which waits,
+        # when it has the last gradient; this hook runs at the first.
+        torch.autograd.Variable._execution_engine.queue_callback(self._work_while_waiting)
+
+    def _work_while_waiting(self) -> None:
+        assert self.while_waiting is not None
+        with torch.enable_grad():  # off in callbacks
+            self.while_waiting()
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if self.carrier is not None and self.carrier.grad is not None:
             # if DDP averages over the ranks, loss_multiplier is the world size, and mean x world size is the sum
-            high, low = (round(limb * self.loss_multiplier) for limb in self.carrier.grad[:2].tolist())
+            high, low = (round(limb * self.loss_multiplier) for limb in self.carrier.grad.tolist()[:2])
             self.carrier.grad = None
             if self.next_terms is not None:
                 self.next_terms.total = lambda: high * LIMB + low

@@ -173,9 +173,9 @@ class Sharded(Strategy):
         # torch's function exchanges a number per gradient, in a call that may deadlock on a CPU (see shards.whole)
         own = [shards.local(gradient) for gradient in gradients if shards.is_sharded(gradient)]
         others = [gradient for gradient in gradients if not shards.is_sharded(gradient)]
-        total = nn.utils.get_total_norm(own, foreach=True).double().square()
+        total = super().total_norm(own).double().square()
         dist.all_reduce(total)
-        total += nn.utils.get_total_norm(others, foreach=True).to(total.device).square()
+        total += super().total_norm(others).to(total.device).square()
         return total.sqrt().to(torch.promote_types(gradients[0].dtype, torch.float32))
 
     @torch.no_grad()

@@ -211,8 +211,12 @@ class Strategy:
 
     def backward_from(self, loss: Tensor, start: float) -> None:
         """Run backward from the gradient `start` instead of 1, which is cheaper than multiplying the loss."""
+        loss.backward(self.start_gradient(loss, start))
+
+    def start_gradient(self, loss: Tensor, start: float) -> Tensor:
+        """Return the gradient of the loss from which to run backward: `start`, times the loss scale under fp16."""
         # a new tensor each time, since autograd may reuse the tensor as a parameter's gradient
-        loss.backward(self.scaler.scale(torch.full_like(loss, start)))
+        return self.scaler.scale(torch.full_like(loss, start))
 
     def forward(self, batch: Any) -> Tensor:
         """Return the loss summed over the batch's terms, or a vector of the loss and its parts, with the graph."""
@@ -220,11 +224,14 @@ class Strategy:
             return self.call.forward(batch)  # not Module.__call__: hooks are on the model inside
         return self.parallel(batch)
 
-    def begin_step(self, next_terms: distributed.Count | None = None) -> None:
+    def begin_step(
+        self, next_terms: distributed.Count | None = None, while_waiting: Callable[[], None] | None = None
+    ) -> None:
         """Copy the buffers for `undo_step`, since each forward pass changes running statistics.
 
         Args:
             next_terms: the number of terms of the next step, if gradients carry counts (`carries_count`).
+            while_waiting: work for a time when this process would only wait for other ranks; may never be called.
         """
         for buffers, before in self.buffers:
             torch._foreach_copy_(before, buffers)

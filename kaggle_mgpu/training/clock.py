@@ -49,6 +49,8 @@ class StepTaken(NamedTuple):
     samples: int
     terms: int
     """Terms in the sum of the loss over the global batch; see Task.count."""
+    seconds_ahead: float = 0.0
+    """Seconds in an earlier step, within the exchange of gradients, in which this step's batches were loaded."""
 
 
 class Clock:
@@ -77,7 +79,7 @@ class Clock:
         self.save, self.evaluation, self.evaluation_guess = save, 0.0, evaluation
         self.save_guess, self.weights_guess, self.floor = save, weights, floor
         self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `time_use` was last called
-        self.spent_since, self.spent_steps = self.began, 0
+        self.spent_since, self.spent_steps, self.ahead = self.began, 0, 0.0
 
     def seconds(self) -> float:
         """Return the training time over all sessions."""
@@ -92,7 +94,8 @@ class Clock:
             else:
                 self.longest_step = max(self.longest_step, took)
             self.counted = step.finished
-            self.spent["data"] += step.arrived - step.requested
+            self.spent["data"] += step.arrived - step.requested + step.seconds_ahead
+            self.ahead += step.seconds_ahead
             self.samples += step.samples
             self.terms += step.terms
         self.steps += len(self.taken)
@@ -138,20 +141,22 @@ class Clock:
     def time_use(self, communication: float | None = None) -> dict[str, float]:
         """Return the seconds since the last call by their use; the parts add up to the whole.
 
-        "data" is the time that this process waited for batches (the GPU may have been busy with earlier steps),
-        "evaluation" and "saving" are the times of `pause`, "steps" is the rest: forward, backward, optimizer.
+        "data" is the time that this process loaded batches or waited for them (the GPU may have been busy with earlier
+        steps), "evaluation" and "saving" are the times of `pause`, "steps" is the rest: forward, backward, optimizer.
 
         Args:
-            communication: seconds per step in which the GPU only exchanges gradients, subtracted from "steps". None:
-                unknown, and not subtracted.
+            communication: seconds per step in which the GPU only exchanges gradients, subtracted from "steps". They
+                include `StepTaken.seconds_ahead`, which counts as "data". None: unknown, and not subtracted.
         """
         self.count()
         now = time.monotonic()
         steps = max(0.0, now - self.spent_since - sum(self.spent.values()))
-        waited = {} if communication is None else {"communication": min(steps, communication * self.spent_steps)}
+        waited = {}
+        if communication is not None:
+            waited["communication"] = min(steps, max(0.0, communication * self.spent_steps - self.ahead))
         found = {**self.spent, "steps": steps - sum(waited.values()), **waited}
         self.spent = dict.fromkeys(self.spent, 0.0)
-        self.spent_since, self.spent_steps = now, 0
+        self.spent_since, self.spent_steps, self.ahead = now, 0, 0.0
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:

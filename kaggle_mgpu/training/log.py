@@ -19,7 +19,7 @@ from ..parallel import distributed
 from . import divergence
 from .clock import Clock, disk_speed, floor
 from .parts import Parts
-from .task import Result, TrainState
+from .task import Result, Task, TrainState
 
 MOST_UNCOUNTED = 1000
 """The largest number of steps between two calls of `Log.step`, which also makes the clock count the steps."""
@@ -40,6 +40,8 @@ class Log:
     ) -> None:  # fmt: skip
         config, plan, task = parts.config, parts.plan, parts.task
         self.log_every, self.last = config.log_every, plan.max_steps
+        self.has_callback = "on_record" in vars(task) or type(task).on_record is not Task.on_record
+        """Whether the task defines on_record, which may end the run."""
         self.next_step = self._step_after(state.step)
         """The number of steps at which `step` must be called."""
         if parts.is_main:
@@ -57,8 +59,8 @@ class Log:
         device_line = ", ".join([*(gpu.name for gpu in parts.gpus[: plan.num_replicas]), parts.strategy.precision])
         self.progress = progress.Progress(
             parts.output_dir, max_steps=plan.max_steps, main=parts.is_main, resumed_step=state.step,
-            evaluated=state.evaluated, unit=task.unit,
-            on_record=task.on_record, tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
+            evaluated=state.evaluated, unit=task.unit, on_record=task.on_record if self.has_callback else None,
+            tensorboard=config.tensorboard, world_size=parts.world_size, history=history,
             device_line=device_line, settings=config.to_dict(), sample=devices.sample if parts.gpus else list,
         )  # fmt: skip
         # progress.attach and the plots read every entry of this record
@@ -94,8 +96,9 @@ class Log:
         if not due and (isinstance(in_a_row, Tensor) or in_a_row == 0):
             return None
         own = torch.stack([loss.double() for loss in losses]).sum(0).cpu().reshape(-1)
-        ranks = distributed.all_gather(torch.cat([own, own.new_tensor([batch.own_terms])]))
-        loss, *loss_parts = (torch.stack(ranks).sum(0)[:-1] / batch.terms()).tolist()
+        gathered = distributed.all_gather(torch.cat([own, own.new_tensor([batch.own_terms])]))
+        ranks = [each.tolist() for each in gathered]
+        loss, *loss_parts = [sum(column) / batch.terms() for column in zip(*ranks, strict=True)][:-1]
         if divergence.is_hopeless(state.step, loss, int(in_a_row), parts.strategy.precision):
             return loss
         if due:
@@ -103,7 +106,7 @@ class Log:
             record["epoch"] = round(state.samples_seen / parts.plan.dataset_size, 4)
             record |= {f"loss_{name}": part for name, part in zip(parts.strategy.part_names, loss_parts, strict=True)}
             if len(ranks) > 1:  # each rank's mean over its own terms
-                record |= {f"rank{i}_loss": float(each[0] / each[-1]) for i, each in enumerate(ranks) if each[-1]}
+                record |= {f"rank{i}_loss": each[0] / each[-1] for i, each in enumerate(ranks) if each[-1]}
             record |= {"loss": loss, "lr": lr, "grad_norm": float(norm), "skipped": int(parts.strategy.skipped)}
             self.progress.record({**record, **self.clock.throughput(parts.task.unit), **self._times(parts)})
         return None

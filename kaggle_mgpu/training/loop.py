@@ -94,8 +94,7 @@ def train(config: TrainConfig, task: Task) -> Result:
 
 def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Saving, log: Log) -> Result:
     """Take the steps from `state` to the last step."""
-    clock, ranks, deadline, task = log.clock, distributed.RankVote(), parts.deadline, parts.task
-    may_end = "on_record" in vars(task) or type(task).on_record is not Task.on_record
+    clock, ranks, deadline = log.clock, distributed.RankVote(), parts.deadline
     batches, early = parts.batches(state.samples_seen), out_of_patience(parts.config, state)
     with stop_requests() as stop_request:
         while True:
@@ -120,7 +119,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
                 _evaluate(parts, state, evaluation, saving, log)
                 early = early or out_of_patience(parts.config, state)
                 leave = leave or bool(early)
-                ranks.vote_next(may_end)
+                ranks.vote_next(log.has_callback)
             if state.step > saving.saved_step and (leave or save or state.step >= saving.next_step):
                 _save(parts, state, saving, clock)
             if leave:
@@ -150,12 +149,14 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             state.step += 1
             state.samples_seen += batch.samples
             parts.strategy.within = ""  # the update is complete: the weights are those after state.step steps
-            clock.taken.append(StepTaken(requested, arrived, time.monotonic(), batch.samples, batch.terms()))
+            clock.taken.append(
+                StepTaken(requested, arrived, time.monotonic(), batch.samples, batch.terms(), batch.seconds_ahead)
+            )
             if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:
                 diverged = log.step(parts, state, batch, losses=outcome.losses, lr=outcome.lr, norm=outcome.norm)
-                ranks.vote_next(may_end)
+                ranks.vote_next(log.has_callback)
                 if diverged is not None:
                     _raise_diverged(parts, state, saving, log, outcome, diverged)
         reason = "asked to stop" if stop else "time limit" if no_time else ""
@@ -185,7 +186,7 @@ def take_step(parts: StepParts, batch: data.Step, step: int) -> StepOutcome:
     """
     strategy = parts.strategy
     randomness.seed_for(parts.rng_key, step, parts.rank)
-    strategy.begin_step(batch.next_terms)
+    strategy.begin_step(batch.next_terms, while_waiting=batch.load_ahead)
     losses, last = [], len(batch.micro_batches) - 1
     for i, micro_batch in enumerate(batch.micro_batches):
         with strategy.micro_step(sync=i == last):

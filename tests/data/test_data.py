@@ -493,6 +493,15 @@ class TestFetch:
         got[0].zero_()
         assert tensors[0].any(), "a batch is a copy"
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint64, torch.bool, torch.complex64])
+    def test_rows_of_any_type_and_layout(self, dtype: torch.dtype) -> None:
+        images = torch.arange(10 * 2 * 3 * 4).reshape(10, 2, 3, 4).to(dtype)
+        for tensor in (images, images[:, 0, 0, 0], images[:, 0], images.to(memory_format=torch.channels_last)):
+            (got,) = Fetch(TensorDataset(tensor))[INDICES]
+            expected = tensor[torch.from_numpy(INDICES)]
+            assert torch.equal(got, expected)
+            assert got.stride() == expected.stride()
+
     def test_no_fast_path_where_it_would_give_something_else(self) -> None:
         class Flipped(TensorDataset):
             def __getitem__(self, i: int) -> tuple[Tensor, ...]:

@@ -319,7 +319,7 @@ def counts_of_steps(config: TrainConfig, task: Language) -> tuple[list[int], lis
 
 @pytest.mark.parametrize(("nproc", "changes", "collectives"), [
     (2, {}, 1), (2, {"gradient_accumulation_steps": 3}, 1), (3, {}, 1),
-    (2, {"gradient_compression": "fp16"}, 4), (2, {"find_unused_parameters": True}, 4),
+    (2, {"gradient_compression": "fp16"}, 5), (2, {"find_unused_parameters": True}, 5),
 ])  # fmt: skip
 def test_gradients_carry_the_number_of_terms(
     tmp_path: Path, nproc: int, changes: dict[str, Any], collectives: int
@@ -327,4 +327,5 @@ def test_gradients_carry_the_number_of_terms(
     plain = TrainConfig(global_batch_size=12, max_steps=4, output_dir=str(tmp_path), data_workers=0, **changes)
     for asked, expected, used in launch(counts_of_steps, plain, Many(20), nproc=nproc):
         assert asked == expected
-        assert used == collectives, "only the first step's count is exchanged apart"
+        # carried: only the first step's count is exchanged apart; else all four, and that of the step loaded ahead
+        assert used == collectives
