@@ -221,8 +221,8 @@ BENCH := build/bench
 bench:
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m $(INSTALL) -c $(LOCK) -r requirements.txt accelerate lightning transformers
-	$(BENCH)/bin/python tools/bench/loop.py
-	$(BENCH)/bin/python tools/bench/loop.py --nproc 2 --peers hand --rounds 61
+	$(BENCH)/bin/python tools/bench/loop.py --rounds 7
+	$(BENCH)/bin/python tools/bench/loop.py --nproc 2 --peers hand --rounds 31
 	$(BENCH)/bin/python tools/bench/launch.py
 
 # Without the requirements of aeon, which hold back numba and pandas, and of packages that bring only data.

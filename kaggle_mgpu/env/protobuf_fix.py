@@ -208,7 +208,8 @@ def _pip_install(*options: str) -> None:
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["no output"]
         error = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-        raise RefusedError(f"pip could not install it: {error}; nothing was changed")
+        left = "nothing was changed" if options else f"protobuf now: {text(now) if (now := installed()) else 'none'}"
+        raise RefusedError(f"pip could not install it: {error}; {left}")
 
 
 def _run(command: list[str]) -> CompletedProcess[str]:

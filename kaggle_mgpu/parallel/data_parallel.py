@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -103,7 +104,7 @@ class Distributed(Strategy):
         self, next_terms: distributed.Count | None = None, while_waiting: Callable[[], None] | None = None
     ) -> None:
         super().begin_step()
-        self.next_terms, self.while_waiting = next_terms, while_waiting
+        self.next_terms, self.while_waiting, self.seconds_while_waiting = next_terms, while_waiting, 0.0
 
     def backward_from(self, loss: Tensor, start: float) -> None:
         if not self.exchanging:
@@ -120,13 +121,16 @@ class Distributed(Strategy):
     def _queue_while_waiting(self, gradient: Tensor) -> None:
         """Make backward call `while_waiting` after the start of the exchange, before DDP waits for its end."""
         # Callbacks run at the end of backward, in the order in which they were queued. DDP queues its own, which waits,
-        # when it has the last gradient; this hook runs at the first.
+        # when it has the last gradient; this hook runs when backward begins.
         torch.autograd.Variable._execution_engine.queue_callback(self._work_while_waiting)
 
     def _work_while_waiting(self) -> None:
-        assert self.while_waiting is not None
-        with torch.enable_grad():  # off in callbacks
-            self.while_waiting()
+        work, self.while_waiting = self.while_waiting, None
+        if work is not None:
+            start = time.monotonic()
+            with torch.enable_grad(), distributed.computing("alone"):  # callbacks run without gradients
+                work()
+            self.seconds_while_waiting = time.monotonic() - start
 
     def step(self, optimizer: torch.optim.Optimizer, *, max_norm: float | None) -> Tensor:
         if self.carrier is not None and self.carrier.grad is not None:

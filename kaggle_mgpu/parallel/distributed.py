@@ -381,7 +381,8 @@ class Gather:
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, torch.Tensor) or self.tensor.ndim == 0:
-            raise TypeError("distributed.Gather expects a tensor with one row per sample, float[samples, …]")
+            got = "a scalar" if isinstance(self.tensor, torch.Tensor) else f"a {type(self.tensor).__name__}"
+            raise TypeError(f"distributed.Gather expects a tensor with a row per sample, float[samples, …], not {got}")
 
 
 def barrier() -> None:

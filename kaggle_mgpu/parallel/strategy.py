@@ -112,6 +112,8 @@ class Strategy:
     name = "single"
     computes_alone = True
     """Whether a rank can compute with the model without other ranks."""
+    seconds_while_waiting = 0.0
+    """Seconds that `while_waiting`, given to `begin_step`, took in this step; 0 if it was not called."""
     carries_count = False
     """Whether a step's gradients also carry a count over all ranks: the number of terms of the next step."""
 

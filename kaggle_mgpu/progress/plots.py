@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The uses of a run's time, in the order of the bar: key in a record's "spent", label, colour and hatch.
 SPENT = {
-    "data": ("waiting for data", "tab:orange", "//"),
+    "data": ("loading data or waiting for it", "tab:orange", "//"),
     "steps": ("forward, backward, optimizer", "tab:blue", ""),
     "communication": ("communication", "tab:red", "xx"),
     "evaluation": ("evaluation", "tab:green", ".."),

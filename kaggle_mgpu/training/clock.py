@@ -49,8 +49,8 @@ class StepTaken(NamedTuple):
     samples: int
     terms: int
     """Terms in the sum of the loss over the global batch; see Task.count."""
-    seconds_ahead: float = 0.0
-    """Seconds in an earlier step, within the exchange of gradients, in which this step's batches were loaded."""
+    loading: float = 0.0
+    """Seconds of loading later batches within this step, while gradients were exchanged."""
 
 
 class Clock:
@@ -79,7 +79,7 @@ class Clock:
         self.save, self.evaluation, self.evaluation_guess = save, 0.0, evaluation
         self.save_guess, self.weights_guess, self.floor = save, weights, floor
         self.spent = {"data": 0.0, "evaluation": 0.0, "saving": 0.0}  # since `time_use` was last called
-        self.spent_since, self.spent_steps, self.ahead = self.began, 0, 0.0
+        self.spent_since, self.spent_steps = self.began, 0
 
     def seconds(self) -> float:
         """Return the training time over all sessions."""
@@ -94,8 +94,7 @@ class Clock:
             else:
                 self.longest_step = max(self.longest_step, took)
             self.counted = step.finished
-            self.spent["data"] += step.arrived - step.requested + step.seconds_ahead
-            self.ahead += step.seconds_ahead
+            self.spent["data"] += step.arrived - step.requested + step.loading
             self.samples += step.samples
             self.terms += step.terms
         self.steps += len(self.taken)
@@ -145,18 +144,16 @@ class Clock:
         steps), "evaluation" and "saving" are the times of `pause`, "steps" is the rest: forward, backward, optimizer.
 
         Args:
-            communication: seconds per step in which the GPU only exchanges gradients, subtracted from "steps". They
-                include `StepTaken.seconds_ahead`, which counts as "data". None: unknown, and not subtracted.
+            communication: seconds per step in which the GPU only exchanges gradients, subtracted from "steps". None:
+                unknown, and not subtracted.
         """
         self.count()
         now = time.monotonic()
         steps = max(0.0, now - self.spent_since - sum(self.spent.values()))
-        waited = {}
-        if communication is not None:
-            waited["communication"] = min(steps, max(0.0, communication * self.spent_steps - self.ahead))
+        waited = {} if communication is None else {"communication": min(steps, communication * self.spent_steps)}
         found = {**self.spent, "steps": steps - sum(waited.values()), **waited}
         self.spent = dict.fromkeys(self.spent, 0.0)
-        self.spent_since, self.spent_steps, self.ahead = now, 0, 0.0
+        self.spent_since, self.spent_steps = now, 0
         return {what: round(seconds, 4) for what, seconds in found.items() if seconds >= 5e-5}
 
     def margin(self, steps: int, evaluation: bool) -> float:

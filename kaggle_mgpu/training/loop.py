@@ -128,6 +128,8 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             requested = time.monotonic()
             batch = next(batches)  # this rank's share of one global batch
             arrived = time.monotonic()
+            if state.step + 1 == parts.plan.max_steps:
+                batch.load_ahead = None
             try:
                 outcome = take_step(parts, batch, state.step)
             except OptimizerOutOfMemoryError as error:  # some weights may have moved, so nothing is saved
@@ -144,14 +146,14 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             if outcome is None:  # the same samples again, in smaller micro-batches
                 log.note(halved)
                 out_of_memory.release()
+                del batch  # holds the old loader
                 batches = parts.batches(state.samples_seen)
                 continue
             state.step += 1
             state.samples_seen += batch.samples
             parts.strategy.within = ""  # the update is complete: the weights are those after state.step steps
-            clock.taken.append(
-                StepTaken(requested, arrived, time.monotonic(), batch.samples, batch.terms(), batch.seconds_ahead)
-            )
+            loading, now = parts.strategy.seconds_while_waiting, time.monotonic()
+            clock.taken.append(StepTaken(requested, arrived, now, batch.samples, batch.terms(), loading))
             if saving.checkpoints.save_ended:
                 log.saves(saving.ended(saving.checkpoints.collect()))
             if state.step >= log.next_step or outcome.skipped:

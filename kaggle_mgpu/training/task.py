@@ -53,6 +53,7 @@ class Task:
 
         If it has a method `batch(indices: int64 tensor)`, whole batches are fetched through it. If it has
         `sample_lengths`, a number for each sample, samples of similar length share a micro-batch within a step.
+        Batches may be loaded some steps before the step that uses them.
         """
         raise NotImplementedError(f"{type(self).__name__}.train_data: return a dataset with __len__ and __getitem__")
 

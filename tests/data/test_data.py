@@ -496,7 +496,8 @@ class TestFetch:
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint64, torch.bool, torch.complex64])
     def test_rows_of_any_type_and_layout(self, dtype: torch.dtype) -> None:
         images = torch.arange(10 * 2 * 3 * 4).reshape(10, 2, 3, 4).to(dtype)
-        for tensor in (images, images[:, 0, 0, 0], images[:, 0], images.to(memory_format=torch.channels_last)):
+        strided = images[:, 0], images[:, 0, 0, 0], images.to(memory_format=torch.channels_last)
+        for tensor in (images, images[:, 0, 0, 0].clone(), *strided):
             (got,) = Fetch(TensorDataset(tensor))[INDICES]
             expected = tensor[torch.from_numpy(INDICES)]
             assert torch.equal(got, expected)

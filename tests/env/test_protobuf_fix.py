@@ -184,3 +184,22 @@ def test_pin_says_what_pip_said(place: Place) -> None:
     assert "pip could not install it: ERROR: No matching distribution found for protobuf==3.20.3" in line
     assert "; nothing was changed; protobuf='auto'" in line
     assert place.files() == before
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_pin_says_what_is_left_if_the_second_installation_fails(place: Place, removed: bool) -> None:
+    breaks = place.site / "sitecustomize.py"
+    breaks.write_text(
+        "import os, shutil, sys\n"
+        "if 'install' in sys.orig_argv and '--target' not in sys.orig_argv:\n"
+        f"    if {removed}: shutil.rmtree({str(place.site / 'google')!r})\n"
+        "    os.write(2, b'ERROR: the disk is full\\n')\n"
+        "    os._exit(1)\n"
+    )
+    try:
+        rc, line = place.pin()
+    finally:
+        breaks.unlink()
+    assert (rc, line.split()[0]) == (1, "refused")
+    left = "none" if removed else "6.33.6"
+    assert f"pip could not install it: ERROR: the disk is full; protobuf now: {left}; protobuf='auto'" in line

@@ -115,7 +115,7 @@ class TestWholePicture:
         labels = [text.get_text() for text in axes["spent"].get_legend().get_texts()]
         whole = 124 * 4.0 + 4 * 9  # seconds: 124 records of 4, four evaluations of 9
         assert labels == [
-            f"waiting for data {100 * 124 * 0.2 / whole:.0f} %",
+            f"loading data or waiting for it {100 * 124 * 0.2 / whole:.0f} %",
             f"forward, backward, optimizer {100 * 124 * 3.3 / whole:.0f} %",
             f"communication not overlapped by backward {100 * 124 * 0.5 / whole:.0f} %",
             f"evaluation {100 * 36 / whole:.0f} %",

@@ -43,7 +43,7 @@ def pieces() -> dict[str, tuple[Callable[[], object], float]]:
     def indexed() -> object:
         start.at = (start.at + batch) % 4000
         rows = torch.arange(start.at, start.at + batch)
-        return data[0][rows], data[1][rows]
+        return data[0].index_select(0, rows), data[1].index_select(0, rows)
 
     def vote() -> object:
         vote_now.vote_next()
@@ -64,9 +64,13 @@ def pieces() -> dict[str, tuple[Callable[[], object], float]]:
         "the sums of a record": (lambda: distributed.all_gather(total), 1 / LOG_EVERY),
         "a signal asked for": (stop.is_set, 1),
     }
-    if isinstance(strategy, Distributed) and strategy.carrier is not None:
-        strategy.parallel = strategy.call  # the count alone, without DistributedDataParallel's own work
-        found["the count of terms in the gradients"] = (lambda: strategy.forward(None).backward(), 1)
+    if isinstance(strategy, Distributed) and (carrier := strategy.carrier) is not None:
+
+        def count() -> None:
+            strategy.backward_from(loss * 1, 1.0)
+            carrier.grad = None
+
+        found["the count of terms in the gradients"] = (count, 1)
         found["… of which the backward pass"] = (lambda: (loss * 1).backward(), -1)
     return found
 
