@@ -28,7 +28,7 @@ MEASURED = {
         r"with the panel ([-+][\d.]+) % in the median.*twice a second: ([\d.]+) % of one core",
         "{1} % of one core to draw; switched on and off every half second of a run, {0} % in the median",
     ),
-    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 61": (
+    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 31": (
         2 * r".*?kit +([\d.]+) +([\d.]+) +\(([\d.]+) to ([\d.]+)\)",
         "{0} ms MLP {1} x ({2} to {3}), {4} ms GPT {5} x ({6} to {7})",
     ),

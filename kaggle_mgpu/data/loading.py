@@ -353,6 +353,8 @@ class Batches:
 
     def load_ahead(self) -> None:
         """Load the batches after those loaded so far; a later `next` returns them, or raises the error of loading."""
+        if self.ahead is not None:
+            return
         try:
             self.ahead = self._load()
         except Exception as error:

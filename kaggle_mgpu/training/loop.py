@@ -129,7 +129,7 @@ def _loop(parts: Parts, state: TrainState, evaluation: Evaluation, saving: Savin
             batch = next(batches)  # this rank's share of one global batch
             arrived = time.monotonic()
             if state.step + 1 == parts.plan.max_steps:
-                batch.load_ahead = None
+                batch.load_ahead = None  # no further step needs a batch
             try:
                 outcome = take_step(parts, batch, state.step)
             except OptimizerOutOfMemoryError as error:  # some weights may have moved, so nothing is saved

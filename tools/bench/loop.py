@@ -8,7 +8,7 @@ one process group. A step is timed from one computation of the loss to the next,
 ratio to the loop by hand; printed are their median and the interval that holds it in 95 % of 2000 bootstrap samples.
 The kit and the loop by hand take 5 steps each in turn within a block: a machine is faster and slower for hundreds of
 steps at a time (blocks of 500 steps of two processes vary by 6 %, of independent steps by 2.5 %), and both share that.
-A round's ratio varies by 2.5 % then, and by 7 % for blocks one after the other: `--rounds 61 --peers hand` tells 1 %.
+A round's ratio varies by 2.5 % then, and by 7 % for blocks one after the other: `--rounds 31 --peers hand` tells 1 %.
 `hand` is a loop with the kit's optimizer (fused AdamW, the learning rate written into the groups); `people` is the
 usual loop (AdamW, LambdaLR, loss.item() each step).
 """
