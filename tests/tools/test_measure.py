@@ -20,7 +20,7 @@ PRINTED = {
         "a drawing 0.25 ms, twice a second: 0.050 % of one core\n",
         "0.050 % of one core to draw; switched on and off every half second of a run, +0.06 % in the median",
     ),
-    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 61": (
+    "python tools/bench/loop.py --nproc 2 --peers hand --rounds 31": (
         "MLP, 2 processes: ms per step, ratio to the loop by hand\n"
         "  kit              3.197   1.009  (0.996 to 1.026)\n"
         "GPT, 2 processes: ms per step, ratio to the loop by hand\n"
